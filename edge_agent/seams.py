@@ -1,0 +1,100 @@
+"""The seams between the line and the world: camera, encoder, ejector.
+
+Hardware, replay and simulation implement these small protocols side by side; the line process knows nothing
+else of them. Geometry and belt position have one meaning, stated here.
+
+Coordinates: items move towards growing x in the image. `belt_mm` is the distance the belt has run. An item whose
+centre is at pixel column x in a frame taken at `belt_mm` has the belt coordinate
+`item_mm = belt_mm - x * mm_per_px`, which stays the same while it travels: it identifies the item, and it is
+in front of an outlet that lies `outlet_mm` behind column 0 when `belt_mm == item_mm + outlet_mm`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image: TypeAlias = NDArray[np.uint8]
+"""uint8 (height, width, 3), BGR."""
+Mask: TypeAlias = NDArray[np.uint8]
+"""uint8 (height, width), 255 on the item, 0 elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One exposure of the camera."""
+
+    image: Image
+    number: int
+    """Counts the exposures of the camera from 0; a gap in it is a dropped frame."""
+    captured_s: float
+    """`time.monotonic()` at the exposure, seconds."""
+    belt_mm: float
+    """Encoder position at the exposure, millimetres."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Rows `[top_px, bottom_px)` of the image that show one lane."""
+
+    top_px: int
+    bottom_px: int
+
+
+@dataclass(frozen=True, slots=True)
+class LineGeometry:
+    """Where lanes and outlets are. Outlets are named by the recipe; each lies `outlets_mm[name]` behind column 0.
+
+    An outlet that is not listed needs no ejection: the item stays on the belt.
+    """
+
+    width_px: int
+    height_px: int
+    mm_per_px: float
+    lanes: tuple[Lane, ...]
+    outlets_mm: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One ejection: the item `item_id`, now in front of `outlet` of `lane`, leaves the belt."""
+
+    lane: int
+    outlet: str
+    item_id: int
+    target_mm: float
+    """Belt position at which the item's centre is in front of the outlet."""
+
+
+class FrameSource(Protocol):
+    """A camera, a recording or a simulation. One thread reads it."""
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """The freshest frame not given yet, or None when there was none within `timeout_s`.
+
+        Raises:
+            CameraError: `camera.ended` when a recording is over, `camera.absent`, `camera.corrupt`, ...: see
+                `edge_agent.camera`.
+        """
+
+    def close(self) -> None:
+        """Lets go of the device. May be called twice."""
+
+
+class Encoder(Protocol):
+    """Position of the belt. Any thread may ask; it never blocks."""
+
+    def position_mm(self, at_s: float) -> float:
+        """Belt position at the monotonic time `at_s` (now, or shortly before or after it), millimetres."""
+
+    def speed_mm_s(self) -> float:
+        """Present belt speed, millimetres per second; 0 when it stands."""
+
+
+class Ejector(Protocol):
+    """Valves, a PLC, or the simulation. Called by the ejection thread only."""
+
+    def fire(self, shot: Shot, at_s: float) -> None:
+        """Fires at the monotonic time `at_s`, which is now; returns at once."""

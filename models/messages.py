@@ -1,0 +1,324 @@
+"""Topics and messages between agents and control plane (`MESSAGES.md` is the document of this module).
+
+Rules: a payload's size is checked before it is parsed; unknown fields are ignored; an unknown `schema_version` is
+refused by name; an agent subscribes to exact topics only. Control messages are JSON, batches MessagePack + zlib.
+"""
+
+import re
+import zlib
+from enum import StrEnum
+from typing import Annotated, Final, Literal, TypeVar
+
+import msgspec
+
+from models.errors import InputError, MessageError
+
+ROOT: Final = "sortline/v1"
+SENTINEL_TOPIC: Final = f"{ROOT}/sentinel"
+MAX_CONTROL_BYTES: Final = 8 * 1024
+MAX_REPORTED_BYTES: Final = 16 * 1024
+MAX_LIVE_BYTES: Final = 64 * 1024
+MAX_BATCH_BYTES: Final = 256 * 1024
+MAX_BATCH_UNPACKED_BYTES: Final = 2 * 1024 * 1024
+MAX_BATCH_RECORDS: Final = 500
+KEEP_ALIVE_S: Final = 15
+SCHEMA_VERSION: Final = 1
+
+_AGENT_ID = re.compile(r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")
+_AGENT_TOPIC = re.compile(rf"^{ROOT}/agents/([a-z0-9-]{{1,63}})/([a-z]+)\Z")
+
+AgentId = Annotated[str, msgspec.Meta(pattern=_AGENT_ID.pattern)]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+OptionalDigest = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")]
+Counter = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+BootId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+ShortText = Annotated[str, msgspec.Meta(max_length=200)]
+
+
+class Channel(StrEnum):
+    """Last level of an agent's topics."""
+
+    DESIRED = "desired"
+    ACK = "ack"
+    COMMAND = "command"
+    RESPONSE = "response"
+    PRESENCE = "presence"
+    REPORTED = "reported"
+    BATCH = "batch"
+    LIVE = "live"
+
+
+class Phase(StrEnum):
+    """Where an agent is in the update's life cycle."""
+
+    IDLE = "idle"
+    FETCHING = "fetching"
+    VERIFIED = "verified"
+    SELF_TEST = "self-test"
+    TRIAL = "trial"
+    COMMITTED = "committed"
+    ROLLED_BACK = "rolled-back"
+
+
+class Mode(StrEnum):
+    """What a bundle does on the line."""
+
+    LIVE = "live"
+
+
+class RecordKind(StrEnum):
+    """What a spooled record holds."""
+
+    WINDOW = "window"
+    EVENT = "event"
+
+
+def check_agent_id(agent_id: str) -> str:
+    """The id itself.
+
+    Raises:
+        InputError: `agent.bad_id`.
+    """
+    if not _AGENT_ID.match(agent_id):
+        raise InputError(
+            "agent.bad_id",
+            "This is no agent id.",
+            expected="1-63 lower-case letters, digits and inner dashes",
+            got=agent_id[:80],
+        )
+    return agent_id
+
+
+def agent_topic(agent_id: str, channel: Channel) -> str:
+    """`sortline/v1/agents/{id}/{channel}`."""
+    return f"{ROOT}/agents/{agent_id}/{channel}"
+
+
+def blob_topic(digest: str, number: int) -> str:
+    """`sortline/v1/blobs/{sha256}/{n}`: chunk n of the file with this digest."""
+    return f"{ROOT}/blobs/{digest}/{number}"
+
+
+def parse_agent_topic(topic: str) -> tuple[str, Channel]:
+    """The agent and channel of a topic.
+
+    Raises:
+        MessageError: `topic.unknown`.
+    """
+    match = _AGENT_TOPIC.match(topic)
+    if not match or not _AGENT_ID.match(match[1]) or match[2] not in set(Channel):
+        raise MessageError(
+            "topic.unknown",
+            "This topic is not one of ours.",
+            expected=f"{ROOT}/agents/<id>/<channel>",
+            got=topic[:120],
+        )
+    return match[1], Channel(match[2])
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True):
+    """An error as it travels."""
+
+    code: Annotated[str, msgspec.Meta(max_length=80)]
+    message: Annotated[str, msgspec.Meta(max_length=600)]
+    at_ms: Counter = 0
+
+
+class Desired(msgspec.Struct, frozen=True, kw_only=True):
+    """What one agent shall run (retained)."""
+
+    schema_version: Literal[1] = 1
+    generation: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    """Grows with every change; an agent ignores what is not newer than what it has."""
+    bundle: Digest
+    """Digest of the bundle's manifest, which names every file by digest."""
+    mode: Mode = Mode.LIVE
+    rollout_id: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    trial_items: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 50
+    """Items the new bundle must judge before the agent commits it."""
+    trial_s: Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)] = 60.0
+    """The trial fails when these items were not judged while the belt ran this long."""
+
+
+class Presence(msgspec.Struct, frozen=True, kw_only=True):
+    """Birth and last will (retained)."""
+
+    schema_version: Literal[1] = 1
+    online: bool
+    boot_id: BootId
+    at_ms: Counter = 0
+
+
+class Reported(msgspec.Struct, frozen=True, kw_only=True):
+    """What one agent runs and how it is (retained)."""
+
+    schema_version: Literal[1] = 1
+    boot_id: BootId
+    at_ms: Counter
+    generation: Counter = 0
+    phase: Phase = Phase.IDLE
+    active: OptionalDigest = ""
+    """Digest of the bundle that judges now."""
+    previous: OptionalDigest = ""
+    target: OptionalDigest = ""
+    """Digest that is being fetched, tested or tried."""
+    progress: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    """Of the phase."""
+    items_on_active: Counter = 0
+    """Items judged by the active bundle since it was loaded."""
+    blocked: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=32)] = ()
+    fault: Fault | None = None
+    line_running: bool = False
+    camera: ShortText = ""
+    """Description of the frame source."""
+    camera_fault: ShortText = ""
+    spool_records: Counter = 0
+    spool_dropped: Counter = 0
+    counters: dict[str, Counter] = {}
+    versions: dict[str, str] = {}
+    hardware: dict[str, str] = {}
+    lanes: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    labels: dict[str, str] = {}
+    """site, line, ...: selectors of rollouts."""
+    rss_mb: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
+    """Resident memory of supervisor and line together."""
+
+
+class Ack(msgspec.Struct, frozen=True, kw_only=True):
+    """The control plane has committed all records of this boot up to and including `through_seq`."""
+
+    schema_version: Literal[1] = 1
+    boot_id: BootId
+    through_seq: Counter
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One spooled record; (agent, boot_id, seq) is its key for ever."""
+
+    boot_id: BootId
+    seq: Counter
+    kind: RecordKind
+    payload: Annotated[bytes, msgspec.Meta(max_length=MAX_BATCH_BYTES)]
+    """MessagePack of a `Window` or an `Event`."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened once: a state change, a fault, its end."""
+
+    schema_version: Literal[1] = 1
+    at_ms: Counter
+    code: Annotated[str, msgspec.Meta(max_length=80)]
+    message: Annotated[str, msgspec.Meta(max_length=600)] = ""
+    facts: dict[str, str] = {}
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """Records of one agent, oldest first."""
+
+    schema_version: Literal[1] = 1
+    records: Annotated[tuple[Record, ...], msgspec.Meta(max_length=MAX_BATCH_RECORDS)]
+
+
+class Live(msgspec.Struct, frozen=True, kw_only=True):
+    """Lossy counters of the last second (QoS 0, never stored)."""
+
+    schema_version: Literal[1] = 1
+    boot_id: BootId
+    at_ms: Counter
+    items_per_s: float = 0.0
+    frames_per_s: float = 0.0
+    belt_mm_s: float = 0.0
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
+    items: Counter = 0
+    """Since the line started; so are the tables below."""
+    items_unjudged: Counter = 0
+    frames_dropped: Counter = 0
+    verdicts_late: Counter = 0
+    classes: dict[str, Counter] = {}
+    outlets: dict[str, Counter] = {}
+    ejections: dict[str, Counter] = {}
+    truth: dict[str, Counter] = {}
+    bundle: OptionalDigest = ""
+
+
+T = TypeVar("T")
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """JSON of a control message."""
+    return msgspec.json.encode(message)
+
+
+def decode(payload: bytes, kind: type[T], *, limit: int = MAX_CONTROL_BYTES) -> T:
+    """Reads a control message.
+
+    Raises:
+        MessageError: `message.oversize`, `message.wrong_version`, `message.malformed`.
+    """
+    _check_size(len(payload), limit, kind.__name__)
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _explain(payload, kind.__name__, error, msgspec.json.decode) from error
+
+
+def encode_batch(batch: Batch) -> bytes:
+    """Compresses MessagePack with zlib. Law: `decode_batch(encode_batch(b)) == b`."""
+    return zlib.compress(msgspec.msgpack.encode(batch), 1)
+
+
+def decode_batch(payload: bytes) -> Batch:
+    """Reads a batch; inflates no more than the limit whatever the payload claims.
+
+    Raises:
+        MessageError: `message.oversize`, `message.malformed`, `message.wrong_version`.
+    """
+    _check_size(len(payload), MAX_BATCH_BYTES, "Batch")
+    inflater = zlib.decompressobj()
+    try:
+        data = inflater.decompress(payload, MAX_BATCH_UNPACKED_BYTES)
+    except zlib.error as error:
+        raise MessageError("message.malformed", "A batch is not zlib data.", expected="zlib", got=str(error)) from error
+    if inflater.unconsumed_tail:
+        _check_size(MAX_BATCH_UNPACKED_BYTES + 1, MAX_BATCH_UNPACKED_BYTES, "unpacked Batch")
+    if not inflater.eof:
+        raise MessageError("message.malformed", "A batch is truncated.", expected="a whole zlib stream", got="a part")
+    return decode_packed(data, Batch)
+
+
+def decode_packed(data: bytes, kind: type[T]) -> T:
+    """Reads a MessagePack payload (`Window`, `Event`, `Batch`).
+
+    Raises:
+        MessageError: `message.malformed`, `message.wrong_version`.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _explain(data, kind.__name__, error, msgspec.msgpack.decode) from error
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int = SCHEMA_VERSION
+
+
+def _explain(payload: bytes, name: str, error: Exception, decode_any: object) -> MessageError:
+    """An unknown version is named as such: the sender may simply be newer than we are."""
+    try:
+        version = decode_any(payload, type=_Versioned).schema_version  # type: ignore[operator]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        version = SCHEMA_VERSION
+    if version != SCHEMA_VERSION:
+        return MessageError(
+            "message.wrong_version",
+            f"{name} has a schema version this program does not know.",
+            expected=SCHEMA_VERSION,
+            got=version,
+        )
+    return MessageError("message.malformed", f"This is no {name}.", expected=name, got=str(error)[:300])
+
+
+def _check_size(size: int, limit: int, name: str) -> None:
+    if size > limit:
+        raise MessageError("message.oversize", f"{name} is too large.", expected=f"<= {limit} bytes", got=size)

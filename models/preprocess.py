@@ -1,0 +1,211 @@
+"""From pixels to views: the one implementation that training, evaluation and the line share.
+
+A *view* is uint8 (S, S, 3) BGR: the item's bounding square plus a margin, resized by area averaging, with every
+pixel that is not the item set to exactly (0, 0, 0) and every item pixel kept above it. Belt, backdrop and
+neighbours therefore cannot reach the model. The parameters travel in the bundle as `preprocess.json`.
+
+On the line the mask comes from the belt background (`edge_agent`), in a photograph from its alpha channel or from
+its plain backdrop (`segment_photo`); from there on both take the same path, `make_view`.
+"""
+
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import InputError
+from models.view_spec import VIEW_FEATURES, PreprocessSpec
+
+View: TypeAlias = NDArray[np.uint8]
+"""uint8 (S, S, 3) BGR, background exactly zero."""
+
+MAX_PHOTO_BYTES: Final = 32 * 1024 * 1024
+MAX_PHOTO_PIXELS: Final = 50_000_000
+
+
+def make_view(image: NDArray[np.uint8], mask: NDArray[np.uint8], spec: PreprocessSpec) -> View:
+    """Cuts one item out of an image.
+
+    Args:
+        image: uint8 (H, W, 3) BGR: a frame, a crop around the item, or a photograph.
+        mask: uint8 (H, W), non-zero on this one item.
+        spec: Geometry of the view.
+
+    Returns:
+        uint8 (S, S, 3) BGR, contiguous.
+
+    Raises:
+        InputError: `view.wrong_shape`, `view.empty_mask`.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or mask.shape != image.shape[:2]:
+        raise InputError(
+            "view.wrong_shape",
+            "An image and its mask do not belong together.",
+            expected="uint8 (H, W, 3) and uint8 (H, W)",
+            got=f"{image.dtype} {image.shape} and {mask.dtype} {mask.shape}",
+        )
+    left, top, width, height = cv2.boundingRect(mask)
+    if width == 0 or height == 0:
+        raise InputError("view.empty_mask", "The mask shows no item.", expected="> 0 pixels", got=0)
+    side = max(width, height)
+    side += 2 * max(1, round(spec.margin * side))
+    x0 = left - (side - width) // 2
+    y0 = top - (side - height) // 2
+    square = np.zeros((side, side, 3), np.uint8)
+    square_mask = np.zeros((side, side), np.uint8)
+    inside_y = slice(max(y0, top), min(y0 + side, top + height))
+    inside_x = slice(max(x0, left), min(x0 + side, left + width))
+    to_y = slice(inside_y.start - y0, inside_y.stop - y0)
+    to_x = slice(inside_x.start - x0, inside_x.stop - x0)
+    part_mask = (mask[inside_y, inside_x] > 0).view(np.uint8)
+    square_mask[to_y, to_x] = part_mask * 255
+    np.multiply(image[inside_y, inside_x], part_mask[:, :, None], out=square[to_y, to_x])
+    return _resize_masked(square, square_mask, spec.view_px)
+
+
+def _resize_masked(square: NDArray[np.uint8], mask: NDArray[np.uint8], side: int) -> View:
+    """Resizes colour and coverage together, so that the item's rim keeps its colour instead of fading to black."""
+    shrinking = square.shape[0] > side
+    how = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
+    colour = cv2.resize(square, (side, side), interpolation=how).astype(np.float32)
+    coverage = cv2.resize(mask, (side, side), interpolation=how)
+    inside = coverage >= 128
+    scale = np.where(inside, np.float32(255.0) / np.maximum(coverage, 1), np.float32(0.0))
+    view = np.rint(np.minimum(colour * scale[:, :, None], 255.0)).astype(np.uint8)
+    # An item pixel is never exactly black: zero means background.
+    np.maximum(view, inside[:, :, None].view(np.uint8), out=view)
+    return view
+
+
+def segment_photo(image: NDArray[np.uint8], backdrop_delta: int = 28) -> NDArray[np.uint8]:
+    """Finds the item in a photograph on a plain backdrop.
+
+    The backdrop's colour is the median of the border; what is close to it *and* connected with the border is
+    backdrop. The largest remaining part, holes filled, is the item.
+
+    Args:
+        image: uint8 (H, W, 3) BGR.
+        backdrop_delta: Largest channel difference that still counts as backdrop.
+
+    Returns:
+        uint8 (H, W): 255 on the item, 0 elsewhere. Where nothing stands out (an item that fills the photograph)
+        the whole image is the item.
+    """
+    border = np.concatenate((image[0], image[-1], image[:, 0], image[:, -1]))
+    colour = np.median(border, axis=0)
+    close = (np.abs(image.astype(np.int16) - colour).max(axis=2) <= backdrop_delta).astype(np.uint8)
+    framed = cv2.copyMakeBorder(close, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
+    flooded = np.zeros((framed.shape[0] + 2, framed.shape[1] + 2), np.uint8)
+    cv2.floodFill(framed, flooded, (0, 0), 2)
+    item = (framed[1:-1, 1:-1] != 2).astype(np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(item, connectivity=4)
+    if count < 2:
+        return np.full(image.shape[:2], 255, np.uint8)
+    largest = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
+    if stats[largest, cv2.CC_STAT_AREA] < 0.01 * item.size:
+        return np.full(image.shape[:2], 255, np.uint8)
+    return np.where(labels == largest, np.uint8(255), np.uint8(0))
+
+
+def decode_photo(data: bytes, *, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """Decodes an image file held in memory.
+
+    Args:
+        data: The file's bytes (JPEG, PNG, BMP, TIFF, WebP).
+        name: How to call it in an error.
+
+    Returns:
+        uint8 (H, W, 3) BGR, and its alpha channel (H, W) or None.
+
+    Raises:
+        InputError: `photo.too_large`, `photo.unreadable`, `photo.wrong_type`.
+    """
+    if len(data) > MAX_PHOTO_BYTES:
+        raise InputError(
+            "photo.too_large", f"{name} is too large.", expected=f"<= {MAX_PHOTO_BYTES} bytes", got=len(data)
+        )
+    try:
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    except cv2.error:
+        decoded = None
+    if decoded is None:
+        raise InputError(
+            "photo.unreadable",
+            f"{name} cannot be decoded as an image.",
+            expected="a whole JPEG, PNG, BMP, TIFF or WebP file",
+            got=f"{len(data)} bytes starting with {data[:8].hex() or 'nothing'}",
+        )
+    if decoded.dtype != np.uint8 or decoded.size > MAX_PHOTO_PIXELS * 4:
+        raise InputError(
+            "photo.wrong_type",
+            f"{name} is not an 8-bit image of sensible size.",
+            expected=f"uint8, <= {MAX_PHOTO_PIXELS} pixels",
+            got=f"{decoded.dtype} {decoded.shape}",
+        )
+    if decoded.ndim == 2:
+        return cv2.cvtColor(decoded, cv2.COLOR_GRAY2BGR).astype(np.uint8, copy=False), None
+    if decoded.shape[2] == 4:
+        return np.ascontiguousarray(decoded[:, :, :3], np.uint8), np.ascontiguousarray(decoded[:, :, 3], np.uint8)
+    return np.ascontiguousarray(decoded, np.uint8), None
+
+
+def view_of_photo(path: Path, spec: PreprocessSpec) -> View:
+    """The view of a labelled photograph: its alpha channel is the mask where it has one.
+
+    Raises:
+        InputError: `photo.missing` and those of `decode_photo` and `make_view`.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            "photo.missing", f"{path} cannot be read.", expected="a readable file", got=error.strerror
+        ) from error
+    image, alpha = decode_photo(data, name=str(path))
+    mask = segment_photo(image, spec.backdrop_delta) if alpha is None else alpha
+    return make_view(image, mask, spec)
+
+
+def view_features(view: View) -> NDArray[np.float32]:
+    """What monitoring measures of a view, apart from the model: image quality and geometry of the item.
+
+    Args:
+        view: uint8 (S, S, 3) BGR, background zero.
+
+    Returns:
+        float32 (9,), in the order of `VIEW_FEATURES`: mean lightness (0-255), its standard deviation, log variance
+        of the Laplacian, 95th percentile of lightness, share of item pixels darker than 40, share of the view
+        that is item, height / width of the item, centre of mass x and y (0-1). NaN everywhere when the view is
+        empty.
+    """
+    inside = np.asarray(view.max(axis=2) > 0)
+    count = int(np.count_nonzero(inside))
+    if count == 0:
+        return np.full(len(VIEW_FEATURES), np.nan, np.float32)
+    grey = cv2.cvtColor(view, cv2.COLOR_BGR2GRAY)
+    item = grey[inside]
+    mean, spread = float(item.mean()), float(item.std())
+    core = np.asarray(cv2.erode(inside.astype(np.uint8), np.ones((5, 5), np.uint8))) > 0
+    laplacian = cv2.Laplacian(grey, cv2.CV_16S)[core]
+    sharpness = float(np.log1p(laplacian.astype(np.float32).var())) if laplacian.size else 0.0
+    rows = np.flatnonzero(inside.any(axis=1))
+    columns = np.flatnonzero(inside.any(axis=0))
+    per_row, per_column = inside.sum(axis=1), inside.sum(axis=0)
+    side = view.shape[0]
+    highlight = float(np.partition(item, int(0.95 * (count - 1)))[int(0.95 * (count - 1))])
+    return np.array(
+        [
+            mean,
+            spread,
+            sharpness,
+            highlight,
+            np.count_nonzero(item < 40) / count,
+            count / inside.size,
+            (rows[-1] - rows[0] + 1) / (columns[-1] - columns[0] + 1),
+            float(per_column @ np.arange(side)) / count / side,
+            float(per_row @ np.arange(side)) / count / side,
+        ],
+        np.float32,
+    )

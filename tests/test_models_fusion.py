@@ -1,0 +1,94 @@
+"""Fusion and recipe: order does not matter, one defect counts, one bad crop does not, contradictions are refused."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from models.errors import BundleError, InputError
+from models.fusion import FusionSpec, fuse
+from models.recipe import Recipe, parse_recipe
+
+RECIPE = Recipe(classes=("sound", "rot", "worm"), good_class="sound", threshold=0.5)
+rows = arrays(np.float32, st.tuples(st.integers(1, 9), st.just(3)), elements=st.floats(0.0, 1.0, width=32)).map(
+    lambda a: (a + 1e-3) / (a + 1e-3).sum(axis=1, keepdims=True)
+)
+
+
+@given(rows, st.randoms())
+def test_the_order_of_the_views_does_not_matter(views: np.ndarray, random: object) -> None:
+    order = list(range(len(views)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    spec = FusionSpec(scale=1.3, offset=-0.4)
+    assert fuse(views, spec, 0) == pytest.approx(fuse(views[order], spec, 0), abs=1e-9)
+
+
+@given(rows)
+def test_item_probabilities_are_probabilities(views: np.ndarray) -> None:
+    fused = fuse(views, FusionSpec(), 0)
+    assert np.isfinite(fused).all()
+    assert fused.min() >= 0.0
+    assert fused.sum() == pytest.approx(1.0)
+
+
+def test_a_defect_seen_in_two_of_eight_views_condemns() -> None:
+    views = np.array([[0.97, 0.02, 0.01]] * 6 + [[0.05, 0.9, 0.05]] * 2)
+    verdict = RECIPE.decide(views)
+    assert (verdict.klass, verdict.outlet, verdict.views) == ("rot", "reject", 8)
+
+
+def test_one_bad_crop_does_not_condemn() -> None:
+    views = np.array([[0.97, 0.02, 0.01]] * 7 + [[0.2, 0.7, 0.1]])
+    assert RECIPE.decide(views).klass == "sound"
+
+
+def test_a_certain_good_item_has_no_share_to_give() -> None:
+    fused = fuse(np.array([[1.0, 0.0, 0.0]]), FusionSpec(), 0)
+    assert fused[1:].sum() < 1e-5
+
+
+def test_no_view_no_verdict() -> None:
+    with pytest.raises(InputError) as caught:
+        fuse(np.zeros((0, 3)), FusionSpec(), 0)
+    assert caught.value.code == "fusion.no_views"
+    with pytest.raises(InputError) as caught:
+        fuse(np.array([[np.nan, 0.5, 0.5]]), FusionSpec(), 0)
+    assert caught.value.code == "fusion.not_finite"
+    with pytest.raises(InputError) as caught:
+        RECIPE.decide(np.ones((2, 2)) / 2)
+    assert caught.value.code == "recipe.wrong_classes"
+
+
+def test_a_variety_has_its_own_threshold_and_the_band_below_it_is_unsure() -> None:
+    recipe = msgspec.structs.replace(
+        RECIPE, variety_thresholds={"russet": 0.9}, abstain=0.2, unsure_outlet="recheck", grades={"rot": "compost"}
+    )
+    views = np.array([[0.22, 0.7, 0.08]] * 2)
+    plain, russet = recipe.decide(views), recipe.decide(views, "russet")
+    assert (plain.klass, plain.grade, plain.outlet) == ("rot", "compost", "reject")
+    assert (russet.klass, russet.grade, russet.outlet) == ("sound", "unsure", "recheck")
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"good_class": "gala"}, "recipe.inconsistent"),
+        ({"classes": ("sound", "sound")}, "recipe.inconsistent"),
+        ({"grades": {"plum": "x"}}, "recipe.inconsistent"),
+        ({"threshold": 1.5}, "recipe.malformed"),
+        ({"schema_version": 2}, "recipe.malformed"),
+        ({"classes": ("sound",)}, "recipe.malformed"),
+        ({"surprise": 1}, "recipe.malformed"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(change: dict[str, object], code: str) -> None:
+    data = msgspec.to_builtins(RECIPE) | change
+    with pytest.raises(BundleError) as caught:
+        parse_recipe(msgspec.json.encode(data))
+    assert caught.value.code == code
+
+
+def test_recipe_round_trip() -> None:
+    assert parse_recipe(msgspec.json.encode(RECIPE)) == RECIPE

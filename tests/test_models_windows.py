@@ -1,0 +1,183 @@
+"""Statistics add exactly, profiles and windows refuse contradictions, the stability index means what it says."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.errors import BundleError, MessageError
+from models.windows import (
+    BINS,
+    FeatureCounter,
+    Histogram,
+    Profile,
+    Window,
+    build_profile,
+    feature_names,
+    item_features,
+    merge,
+    parse_profile,
+    stability_index,
+)
+
+NAMES = feature_names(5)
+
+
+def reference(seed: int = 1, items: int = 800) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(items, len(NAMES))).astype(np.float32)
+
+
+def window_of(features: np.ndarray, profile: Profile, **changes: object) -> Window:
+    counter = FeatureCounter(profile)
+    for row in features:
+        counter.add(row)
+    packed, nulls = counter.take()
+    n = len(features)
+    fields = {
+        "started_ms": 1000,
+        "duration_ms": 10_000,
+        "bundle": "ab" * 32,
+        "items": n,
+        "classes": {"sound": n} if n else {},
+        "outlets": {"pass": n} if n else {},
+        "lanes": (n, 0),
+        "features": packed,
+        "nulls": nulls,
+    }
+    return Window(**(fields | changes))
+
+
+@given(st.lists(st.floats(1e-3, 1e6), max_size=60), st.lists(st.floats(1e-3, 1e6), max_size=60))
+def test_histograms_add_exactly_in_any_order(a: list[float], b: list[float]) -> None:
+    one, two, whole = Histogram(), Histogram(), Histogram()
+    for value in a:
+        one.add(value)
+        whole.add(value)
+    for value in b:
+        two.add(value)
+        whole.add(value)
+    assert one.merged(two) == two.merged(one) == whole
+    assert whole.count == len(a) + len(b)
+
+
+def test_histogram_quantiles_are_within_the_promised_error() -> None:
+    values = np.random.default_rng(3).lognormal(2.0, 0.8, 20_000)
+    histogram = Histogram()
+    for value in values:
+        histogram.add(float(value))
+    for q in (0.01, 0.5, 0.99):
+        assert histogram.quantile(q) == pytest.approx(np.quantile(values, q), rel=0.045)
+
+
+def test_histogram_counts_what_has_no_logarithm() -> None:
+    histogram = Histogram()
+    for value in (0.0, -1.0, float("nan"), float("inf"), 5e-324, 1e300):
+        histogram.add(value)
+    assert histogram.count == 6
+    assert histogram.zero == 4
+    assert np.isnan(Histogram().quantile(0.5))
+
+
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 1000))
+def test_windows_add_to_the_window_of_the_whole(first: int, second: int, seed: int) -> None:
+    profile = build_profile(reference(), NAMES, {"sound": 800})
+    features = reference(seed, first + second)
+    features[::7, 3] = np.nan
+    a, b = window_of(features[:first], profile), window_of(features[first:], profile)
+    whole = window_of(features, profile)
+    added = merge(a, b)
+    assert added.features == whole.features
+    assert (added.items, added.nulls, added.classes, added.lanes) == (
+        whole.items,
+        whole.nulls,
+        whole.classes,
+        whole.lanes,
+    )
+    added.check()
+
+
+def test_windows_of_different_bundles_do_not_add() -> None:
+    profile = build_profile(reference(), NAMES, {})
+    a = window_of(reference(2, 10), profile)
+    b = window_of(reference(3, 10), profile, bundle="cd" * 32)
+    with pytest.raises(MessageError) as caught:
+        merge(a, b)
+    assert caught.value.code == "window.not_mergeable"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"items": 11},
+        {"classes": {"sound": 3}},
+        {"outlets": {}},
+        {"lanes": (1,)},
+        {"features": b"123"},
+        {"nulls": (0,)},
+    ],
+)
+def test_a_window_whose_counts_contradict_each_other_is_refused(change: dict[str, object]) -> None:
+    window = window_of(reference(2, 10), build_profile(reference(), NAMES, {}))
+    window.check()
+    with pytest.raises(MessageError) as caught:
+        msgspec.structs.replace(window, **change).check()
+    assert caught.value.code == "window.inconsistent"
+
+
+def test_a_window_is_small_on_the_wire() -> None:
+    window = window_of(reference(2, 180), build_profile(reference(), NAMES, {}))
+    assert len(msgspec.msgpack.encode(window)) < 2048
+
+
+def test_bins_hold_equal_shares_of_the_reference() -> None:
+    profile = build_profile(reference(items=1600), NAMES, {})
+    assert profile.count_array().min() >= 95
+    assert profile.count_array().max() <= 105
+
+
+def test_a_feature_that_is_never_known_has_an_empty_row() -> None:
+    features = reference()
+    features[:, 2] = np.nan
+    profile = build_profile(features, NAMES, {})
+    profile.check()
+    assert profile.count_array()[2].sum() == 0
+    counter = FeatureCounter(profile)
+    counter.add(features[0])
+    packed, nulls = counter.take()
+    assert nulls[2] == 1
+    assert np.frombuffer(packed, "<u4").reshape(-1, BINS)[2].sum() == 0
+
+
+def test_stability_index_is_near_zero_without_drift_and_grows_with_it() -> None:
+    profile = build_profile(reference(items=3000), NAMES, {})
+    same = window_of(reference(9, 600), profile).feature_counts()
+    moved = window_of(reference(9, 600) + np.float32(0.8), profile).feature_counts()
+    calm, drifted = stability_index(profile.count_array(), same), stability_index(profile.count_array(), moved)
+    assert calm.max() < 0.05
+    assert drifted.min() > 0.3
+    nothing = stability_index(profile.count_array(), np.zeros_like(same))
+    assert np.isnan(nothing).all()
+
+
+def test_profile_round_trip_and_refusals() -> None:
+    profile = build_profile(reference(), NAMES, {"sound": 700, "rot": 100})
+    data = msgspec.msgpack.encode(profile)
+    assert parse_profile(data) == profile
+    with pytest.raises(BundleError) as caught:
+        parse_profile(data[:-5])
+    assert caught.value.code == "profile.malformed"
+    broken = msgspec.structs.replace(profile, edges=profile.edges[1:])
+    with pytest.raises(BundleError) as caught:
+        parse_profile(msgspec.msgpack.encode(broken))
+    assert caught.value.code == "profile.inconsistent"
+
+
+def test_item_features_are_means_over_views_with_log_odds_and_entropy() -> None:
+    views = np.stack([np.full(9, 1.0), np.full(9, 3.0)]).astype(np.float32)
+    embedding = np.array([[0.0, 2.0], [4.0, 2.0]], np.float32)
+    features = item_features(views, embedding, (0.5, 0.5), 0.5)
+    assert features[:9] == pytest.approx(2.0)
+    assert features[9] == pytest.approx(0.0)
+    assert features[10] == pytest.approx(np.log(2.0))
+    assert features[11:] == pytest.approx([2.0, 2.0])
