@@ -1,0 +1,95 @@
+"""Runs the embedded broker as its own process: `python -m control_plane.broker --help`."""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import ssl
+import sys
+from pathlib import Path
+
+import msgspec
+
+from control_plane.broker.access import Credentials
+from control_plane.broker.server import Broker, serve
+from control_plane.broker.sessions import BrokerLimits
+from models.errors import ConfigError, SortlineError
+from models.files import write_atomically
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m control_plane.broker", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=1883, help="0 chooses a free one (default: 1883)")
+    parser.add_argument("--credentials", type=Path, help="identities, written by the control plane")
+    parser.add_argument("--anonymous", action="store_true", help="admit everyone; loopback only, for tests")
+    parser.add_argument("--tls-cert", type=Path, help="certificate chain of the listener, PEM")
+    parser.add_argument("--tls-key", type=Path, help="its private key, PEM")
+    parser.add_argument("--ready-file", type=Path, help="gets host, port and pid as JSON once the broker listens")
+    parser.add_argument("--limit", action="append", default=[], metavar="KEY=VALUE", help="override one limit")
+    return parser.parse_args(argv)
+
+
+def _limits(pairs: list[str]) -> BrokerLimits:
+    try:
+        return msgspec.convert(dict(pair.split("=", 1) for pair in pairs), BrokerLimits, strict=False)
+    except (msgspec.ValidationError, ValueError) as error:
+        known = ", ".join(BrokerLimits.__struct_fields__)
+        raise ConfigError("broker.bad_limit", f"A limit is wrong: {error}.", expected=known, got=pairs) from error
+
+
+def _tls(arguments: argparse.Namespace) -> ssl.SSLContext | None:
+    if arguments.tls_cert is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(arguments.tls_cert, arguments.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError("broker.bad_tls", "The TLS certificate cannot be used.", got=error) from error
+    return context
+
+
+def _open(arguments: argparse.Namespace) -> Broker:
+    if arguments.anonymous and arguments.host not in {"127.0.0.1", "::1", "localhost"}:
+        raise ConfigError(
+            "broker.anonymous_exposed",
+            "Anonymous clients are admitted on this machine only.",
+            expected="127.0.0.1",
+            got=arguments.host,
+        )
+    if not arguments.anonymous and arguments.credentials is None:
+        raise ConfigError("broker.no_credentials", "Say who may connect: --credentials FILE.")
+    return Broker(Credentials(None if arguments.anonymous else arguments.credentials), _limits(arguments.limit))
+
+
+async def _run(arguments: argparse.Namespace) -> None:
+    broker, stop = _open(arguments), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    def ready(host: str, port: int) -> None:
+        sys.stdout.write(f"broker listens on {host}:{port}\n")
+        sys.stdout.flush()
+        if arguments.ready_file is not None:
+            facts = {"host": host, "port": port, "pid": os.getpid()}
+            write_atomically(arguments.ready_file, json.dumps(facts).encode())
+
+    await serve(broker, arguments.host, arguments.port, tls=_tls(arguments), on_ready=ready, stop=stop)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs until SIGTERM or SIGINT; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        asyncio.run(_run(_arguments(argv)))
+    except SortlineError as error:
+        sys.stderr.write(f"{error.code}: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What outlives a connection: limits, counters, messages, sessions."""
+
+from collections import Counter, OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from control_plane.broker.access import Identity
+
+if TYPE_CHECKING:
+    from control_plane.broker.server import Connection
+
+MIB = 1024 * 1024
+
+
+class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every bound of the broker."""
+
+    connect_deadline_s: float = 5.0
+    """From accept to a verified CONNECT."""
+    connect_bytes: int = 4096
+    """Largest packet before authentication; a will is part of CONNECT."""
+    packet_bytes: int = MIB
+    """Largest packet after authentication."""
+    connections: int = 1000
+    sessions: int = 2000
+    session_expiry_s: float = 24 * 3600.0
+    """A persistent session nobody came back to is forgotten."""
+    subscriptions: int = 512
+    """Per session."""
+    inflight: int = 32
+    """QoS 1 messages sent and not yet acknowledged, per session."""
+    queued_messages: int = 10_000
+    """Waiting QoS 1 messages per session; the newest is dropped."""
+    queued_bytes: int = 64 * MIB
+    """Waiting bytes per session, queued or unsent. A connected client that reads too slowly is cut at this bound."""
+    retained_messages: int = 100_000
+    retained_bytes: int = 2048 * MIB
+    messages_per_s: float = 2000.0
+    """PUBLISH packets per client; above it the broker stops reading (back-pressure), it drops nothing."""
+    bytes_per_s: float = 64.0 * MIB
+    verifications: int = 2
+    """Password hashes computed at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message as it is fanned out; the payload is shared by all subscribers."""
+
+    topic: str
+    topic_bytes: bytes
+    payload: bytes
+    qos: int
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """State of one (identity, client id) [4.1]."""
+
+    identity: Identity
+    client_id: str
+    clean: bool
+    connection: "Connection | None" = None
+    subscriptions: dict[str, int] = field(default_factory=dict)
+    queue: deque[tuple[Message, bool]] = field(default_factory=deque)
+    """QoS 1 messages not sent yet, with their retain flag."""
+    queued_bytes: int = 0
+    inflight: "OrderedDict[int, tuple[Message, bool]]" = field(default_factory=OrderedDict)
+    """Sent, not acknowledged; resent with DUP after a reconnect, in order [4.4]."""
+    received: set[int] = field(default_factory=set)
+    """Packet ids of QoS 2 messages taken but not released yet: they are not taken twice [4.3.3]."""
+    next_packet_id: int = 0
+    left_at_s: float = 0.0
+
+    def packet_id(self) -> int:
+        """A packet id that is not in flight; `inflight` is far below 65,535, so one is free."""
+        while True:
+            self.next_packet_id = self.next_packet_id % 65535 + 1
+            if self.next_packet_id not in self.inflight:
+                return self.next_packet_id
+
+
+class RetainedStore:
+    """Last message of each topic, within a budget [3.3.1.3]."""
+
+    def __init__(self, limits: BrokerLimits, counters: Counter[str]) -> None:
+        self._limits = limits
+        self._counters = counters
+        self.messages: dict[str, Message] = {}
+        self.bytes = 0
+
+    def keep(self, message: Message) -> None:
+        """Keeps, replaces, or (empty payload) forgets; a message over the budget is not kept, and counted."""
+        old = self.messages.get(message.topic)
+        freed = len(old.payload) + len(old.topic_bytes) if old else 0
+        if not message.payload:
+            self.messages.pop(message.topic, None)
+            self.bytes -= freed
+            return
+        size = len(message.payload) + len(message.topic_bytes)
+        full = self.bytes - freed + size > self._limits.retained_bytes
+        if full or (old is None and len(self.messages) >= self._limits.retained_messages):
+            self._counters["retained_refused"] += 1
+            return
+        self.messages[message.topic] = message
+        self.bytes += size - freed
+
+
+class TokenBucket:
+    """How much a client may send now; never blocks, says how long to wait."""
+
+    def __init__(self, rate_per_s: float, now_s: float) -> None:
+        self._rate = rate_per_s
+        self._tokens = rate_per_s
+        self._at_s = now_s
+
+    def take(self, amount: float, now_s: float) -> float:
+        """Takes `amount` (may go into debt) and returns the seconds until the debt is paid."""
+        self._tokens = min(self._rate, self._tokens + (now_s - self._at_s) * self._rate) - amount
+        self._at_s = now_s
+        return max(0.0, -self._tokens / self._rate)

@@ -1,0 +1,78 @@
+"""Real processes for tests: brokers that listen, and a way to wait for a condition without sleeping blindly."""
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+MOSQUITTO = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
+
+
+def wait_until(done: Callable[[], object], timeout: float = 10.0, what: str = "condition") -> None:
+    """Polls until `done()` is true; fails with `what` after `timeout` seconds."""
+    until = time.monotonic() + timeout
+    event = __import__("threading").Event()
+    while not done():
+        if time.monotonic() > until:
+            pytest.fail(f"waited {timeout:g} s for {what} in vain")
+        event.wait(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(command: list[str], **options: object) -> Iterator[subprocess.Popen]:
+    """A process that is ended, kindly and then not."""
+    process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def embedded_broker(folder: Path, *arguments: str) -> Iterator[int]:
+    """The embedded broker; yields its port. Anonymous unless credentials are given."""
+    ready = folder / f"ready-{free_port()}.json"
+    access = () if "--credentials" in arguments else ("--anonymous",)
+    command = [sys.executable, "-m", "control_plane.broker", "--port", "0", "--ready-file", str(ready)]
+    with running([*command, *access, *arguments], stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: ready.exists() or process.poll() is not None, 20, "the broker")
+        yield int(json.loads(ready.read_text())["port"])
+
+
+@contextlib.contextmanager
+def mosquitto_broker(folder: Path) -> Iterator[int]:
+    """mosquitto, admitting everyone; yields its port."""
+    if not Path(MOSQUITTO).exists():
+        pytest.skip("the program mosquitto is not installed")
+    port = free_port()
+    config = folder / "mosquitto.conf"
+    config.write_text(
+        f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 10000\nset_tcp_nodelay true\n"
+    )
+    with running([MOSQUITTO, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        wait_until(lambda: _listens(port), 10, "mosquitto")
+        yield port
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=0.2):
+        return True
+    return False
