@@ -334,6 +334,9 @@ class FeatureCounter:
         self._counts = np.zeros((len(self._edges), BINS), np.uint32)
         self._nulls = np.zeros(len(self._edges), np.int64)
 
+    def __len__(self) -> int:
+        return len(self._edges)
+
     def add(self, features: NDArray[np.float32]) -> None:
         """Counts one item; float32 (F,), NaN = not known."""
         known = np.isfinite(features)

@@ -1,0 +1,156 @@
+"""Collects views for training, from the very pipeline that will judge: same location, tracks and masks.
+
+Each chosen view is written as a PNG with its mask as alpha channel, so that `models.preprocess.view_of_photo` gives
+byte for byte the view the line would have judged. The simulated line labels each view by what shows, and names as
+`item` the apple, not its appearance on the belt: the same apple may come again, and must not be on both sides of a
+split. After some items a new world with new apples begins. A real camera leaves the label empty for a person.
+"""
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import msgspec
+import numpy as np
+
+from edge_agent.line_config import LineConfig
+from edge_agent.locate import Located, Locator
+from edge_agent.seams import Frame
+from edge_agent.sorting import World, geometry_of, open_world
+from edge_agent.tracking import Track, Tracker, ViewPicker
+from models.errors import CameraError, InputError
+from models.files import write_atomically
+
+_WORLD_ITEMS = 40
+"""Items taken from one simulated world before new apples are drawn."""
+COLUMNS = ("path", "item", "lot", "label", "kind", "variety", "view", "weight_g")
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What was written."""
+
+    items: int
+    views: int
+    directory: str
+    labels: dict[str, int]
+
+
+def collect(
+    config: LineConfig,
+    output: Path,
+    *,
+    items: int,
+    max_views: int = 6,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> Collected:
+    """Runs the line without judging and writes `output/views/*.png` and `output/labels.csv`.
+
+    Args:
+        config: The line; a simulated one runs in virtual time, as fast as it can.
+        output: A new or empty folder.
+        items: Stop after so many items.
+        max_views: Views per item.
+        progress: Called with (items so far, items wanted).
+
+    Raises:
+        InputError: `collect.not_empty`.
+        CameraError: The camera is not there.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise InputError("collect.not_empty", f"{output} is not empty.", expected="a new folder", got=str(output))
+    (output / "views").mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
+    done, seed, ended = 0, config.seed, False
+    while done < items and not ended:
+        world = open_world(msgspec.structs.replace(config, seed=seed), virtual=True)
+        writer = _Writer(config, world, output, max_views, seed)
+        wanted = min(_WORLD_ITEMS, items - done) if world.simulation else items - done
+        try:
+            while writer.items < wanted:
+                frame = world.source.read(1.0)
+                if frame is not None:
+                    writer.take(frame)
+                    progress(done + writer.items, items)
+        except CameraError as error:
+            if error.code != "camera.ended":
+                raise
+            ended = True
+        finally:
+            world.source.close()
+        done, seed = done + writer.items, seed + 1
+        rows += writer.rows
+    return _finish(output, rows)
+
+
+class _Writer:
+    """Follows items through frames and keeps their crops until they leave."""
+
+    def __init__(self, config: LineConfig, world: World, output: Path, max_views: int, seed: int) -> None:
+        self._config, self._world, self._output, self._max_views = config, world, output, max_views
+        self._seed = seed
+        self._ids = 0
+        self.rows: list[dict[str, object]] = []
+        self._open: dict[int, list[dict[str, object]]] = {}
+        self._locator: Locator | None = None
+        self.items = 0
+
+    def _next_id(self) -> int:
+        self._ids += 1
+        return self._ids
+
+    def take(self, frame: Frame) -> None:
+        if self._locator is None:
+            geometry = geometry_of(self._config, self._world, frame)
+            self._locator = Locator(geometry)
+            self._tracker = Tracker(geometry, self._next_id)
+            self._picker = ViewPicker(geometry, self._max_views)
+        places = self._locator.find(frame.image)
+        seen, closed = self._tracker.update(places, frame.number, frame.captured_s, frame.belt_mm)
+        for track, place in seen:
+            if self._picker.wants(track, place):
+                self._view(frame, track, place, self._locator)
+        for track in closed:
+            rows = self._open.pop(track.item_id, [])
+            self.rows.extend(rows)
+            self.items += bool(rows)
+
+    def _view(self, frame: Frame, track: Track, place: Located, locator: Locator) -> None:
+        simulation = self._world.simulation
+        truth = simulation.view_truth(frame.belt_mm, track.lane, track.item_mm) if simulation else None
+        if simulation is not None and truth is None:
+            return
+        crop, mask = locator.mask(frame.image, place)
+        track.views.append(mask)
+        number = len(track.views)
+        path = f"views/{self._seed}-{track.item_id:05d}-{number}.png"
+        item = f"{self._seed}-{truth.apple}" if truth else f"{self._seed}-{track.item_id:05d}"
+        cv2.imwrite(str(self._output / path), np.dstack((crop, mask)), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        row: dict[str, object] = {"path": path, "item": item, "lot": self._config.lot, "view": number}
+        if truth is not None:
+            row |= {
+                "label": truth.label,
+                "kind": truth.kind,
+                "variety": truth.variety,
+                "weight_g": round(truth.weight_g, 1),
+            }
+        self._open.setdefault(track.item_id, []).append(row)
+
+
+def _finish(output: Path, rows: list[dict[str, object]]) -> Collected:
+    """Writes the labels; views of items that never left the picture go."""
+    kept = {str(row["path"]) for row in rows}
+    for path in (output / "views").iterdir():
+        if f"views/{path.name}" not in kept:
+            path.unlink()
+    stream = io.StringIO()
+    table = csv.DictWriter(stream, COLUMNS, restval="")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(output / "labels.csv", stream.getvalue().encode())
+    labels = [str(row.get("label", "")) for row in rows]
+    counts = {label: labels.count(label) for label in sorted(set(labels))}
+    return Collected(len({str(row["item"]) for row in rows}), len(rows), str(output), counts)

@@ -1,0 +1,173 @@
+"""What the line did: windows every ten seconds, live figures every second. Cheap, and off the judging thread's way."""
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from edge_agent.judging import Judge, Judged
+from edge_agent.simulation import SimulatedTruth
+from models.messages import Live
+from models.windows import FeatureCounter, Histogram, Window
+
+_TALLIES = ("frames", "frames_dropped", "frames_bad", "items", "items_unjudged", "verdicts_late", "views")
+
+
+class LineCounter:
+    """Counts for windows and live figures.
+
+    Args:
+        lanes: How many.
+        simulated: The truth comes from a simulation.
+        lifetime_items: Judged before this start.
+        truth: Snapshot of the simulation's truth, or None.
+        wall_ms: Milliseconds since 1970.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        lanes: int,
+        *,
+        lot: str = "",
+        variety: str = "",
+        lifetime_items: int = 0,
+        truth: Callable[[], SimulatedTruth] | None = None,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._lock = threading.Lock()
+        self._lanes_count, self._truth, self._wall_ms, self._clock = lanes, truth, wall_ms, clock
+        self.lot, self.variety = lot, variety
+        self.lifetime_items = lifetime_items
+        self.total: Counter[str] = Counter()
+        self.total_classes: Counter[str] = Counter()
+        self.total_outlets: Counter[str] = Counter()
+        self._recent: deque[tuple[float, float]] = deque(maxlen=2000)
+        self._frames_at: deque[float] = deque(maxlen=400)
+        self._last_truth = truth() if truth else None
+        self._bundle = ""
+        self._features: FeatureCounter | None = None
+        self._restart()
+
+    def _restart(self) -> None:
+        self._started_ms, self._started_s = self._wall_ms(), self._clock()
+        self._tally: Counter[str] = Counter()
+        self._lanes = [0] * self._lanes_count
+        self._classes: Counter[str] = Counter()
+        self._outlets: Counter[str] = Counter()
+        self._latency, self._inference = Histogram(), Histogram()
+
+    def use(self, judge: Judge | None) -> None:
+        """From here on this bundle judges: a window never mixes two bundles."""
+        with self._lock:
+            self._bundle = judge.digest if judge else ""
+            self._features = FeatureCounter(judge.profile) if judge else None
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Adds to one of the plain tallies."""
+        with self._lock:
+            self._tally[name] += amount
+            self.total[name] += amount
+
+    def frame(self) -> None:
+        """One frame was looked at."""
+        with self._lock:
+            self._tally["frames"] += 1
+            self.total["frames"] += 1
+            self._frames_at.append(self._clock())
+
+    def inference(self, elapsed_ms: float, views: int) -> None:
+        """One run of the model."""
+        with self._lock:
+            self._inference.add(elapsed_ms)
+            self._tally["views"] += views
+            self.total["views"] += views
+
+    def verdict(self, judged: Judged, outlet: str, latency_ms: float, *, own_bundle: bool) -> None:
+        """One item has its verdict and goes to `outlet` (which is the late outlet when it came too late)."""
+        with self._lock:
+            self.lifetime_items += 1
+            self.total["items"] += 1
+            self.total_classes[judged.verdict.klass] += 1
+            self.total_outlets[outlet] += 1
+            self._recent.append((self._clock(), latency_ms))
+            self._tally["items"] += 1
+            self._lanes[judged.track.lane] += 1
+            self._classes[judged.verdict.klass] += 1
+            self._outlets[outlet] += 1
+            self._latency.add(latency_ms)
+            if self._features is None:
+                return
+            # An item finished by the bundle before is counted, but its features belong to another profile.
+            known = own_bundle and len(judged.features) == len(self._features)
+            self._features.add(judged.features if known else np.full(len(self._features), np.nan, np.float32))
+
+    def close_window(self) -> Window:
+        """The window since the last call; the next one starts."""
+        truth = self._truth() if self._truth else None
+        with self._lock:
+            features, nulls = self._features.take() if self._features else (b"", ())
+            tallies: dict[str, Any] = {name: self._tally[name] for name in _TALLIES}
+            window = Window(
+                started_ms=self._started_ms,
+                duration_ms=max(0, round((self._clock() - self._started_s) * 1000.0)),
+                bundle=self._bundle,
+                lot=self.lot,
+                variety=self.variety,
+                simulated=self._truth is not None,
+                lanes=tuple(self._lanes),
+                classes=dict(self._classes),
+                outlets=dict(self._outlets),
+                latency_ms=self._latency,
+                inference_ms=self._inference,
+                features=features,
+                nulls=nulls,
+                ejections=self._since(truth, "ejections"),
+                truth=self._since(truth, "outcomes"),
+                lifetime_items=self.lifetime_items,
+                **tallies,
+            )
+            self._last_truth = truth
+            self._restart()
+        return window
+
+    def _since(self, truth: SimulatedTruth | None, name: str) -> dict[str, int]:
+        if truth is None or self._last_truth is None:
+            return {}
+        now, before = getattr(truth, name), getattr(self._last_truth, name)
+        return {key: value - before.get(key, 0) for key, value in now.items() if value > before.get(key, 0)}
+
+    def live(self, boot_id: str, belt_mm_s: float) -> Live:
+        """Figures of the last five seconds, totals since the start."""
+        truth = self._truth() if self._truth else None
+        with self._lock:
+            now = self._clock()
+            recent = [latency for at, latency in self._recent if now - at <= 5.0]
+            span = min(5.0, max(now - self._first_s(), 1.0))
+            frames = sum(1 for at in self._frames_at if now - at <= 5.0)
+            ordered = sorted(recent)
+            return Live(
+                boot_id=boot_id,
+                at_ms=self._wall_ms(),
+                items_per_s=round(len(recent) / span, 2),
+                frames_per_s=round(frames / span, 2),
+                belt_mm_s=round(belt_mm_s, 1),
+                p50_ms=round(ordered[len(ordered) // 2], 2) if ordered else 0.0,
+                p99_ms=round(ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 2) if ordered else 0.0,
+                items=self.total["items"],
+                items_unjudged=self.total["items_unjudged"],
+                frames_dropped=self.total["frames_dropped"],
+                verdicts_late=self.total["verdicts_late"],
+                classes=dict(self.total_classes),
+                outlets=dict(self.total_outlets),
+                ejections=truth.ejections if truth else {},
+                truth=truth.outcomes if truth else {},
+                bundle=self._bundle,
+            )
+
+    def _first_s(self) -> float:
+        return self._frames_at[0] if self._frames_at else self._clock()

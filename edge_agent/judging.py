@@ -1,0 +1,97 @@
+"""What is an item? Crop, batch, infer, fuse, decide: one bundle at work on the line.
+
+A `Judge` is one loaded bundle. Swapping bundles is swapping judges; an item belongs to the judge that took its first
+view until its verdict, so no item is judged twice or by a mixture.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge_agent.locate import Located, Locator
+from edge_agent.seams import Image
+from edge_agent.tracking import Track
+from models.bundle import read_bundle
+from models.classifier import OnnxClassifier
+from models.errors import InputError
+from models.preprocess import make_view, view_features
+from models.recipe import Verdict
+from models.windows import item_features
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One item with its verdict and what monitoring wants to know of it."""
+
+    track: Track
+    verdict: Verdict
+    features: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]"
+
+
+class Judge:
+    """One verified bundle, loaded and warm.
+
+    Args:
+        directory: The bundle; verified again while it is read.
+        digest: Which bundle it must be; None accepts any.
+        threads: Of ONNX Runtime.
+        clock: Seconds, for timing the model.
+
+    Raises:
+        BundleError: The bundle is not usable on this machine.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        digest: str | None = None,
+        threads: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        bundle = read_bundle(directory, digest=digest)
+        self.digest = bundle.digest
+        self.preprocess, self.recipe, self.profile = bundle.preprocess, bundle.recipe, bundle.profile
+        self.classifier = OnnxClassifier(bundle.model, threads=threads)
+        self.golden_difference = bundle.golden.check(self.classifier)
+        self._clock = clock
+        self.classifier.warm_up()
+
+    def take_view(self, locator: Locator, image: Image, track: Track, place: Located) -> bool:
+        """Cuts a view of the item; False when the crop shows nothing."""
+        crop, mask = locator.mask(image, place)
+        try:
+            track.views.append(make_view(crop, mask, self.preprocess))
+        except InputError:
+            return False
+        return True
+
+    def infer(self, tracks: list[Track]) -> float:
+        """Judges the newest view of each track in one batch.
+
+        Returns:
+            Milliseconds the model took.
+
+        Raises:
+            BundleError: `model.failed`, `model.not_finite`.
+        """
+        views = [track.views[-1] for track in tracks]
+        started = self._clock()
+        answer = self.classifier.classify(views)
+        elapsed_ms = (self._clock() - started) * 1000.0
+        for row, track in enumerate(tracks):
+            track.probabilities.append(answer.probabilities[row])
+            track.embeddings.append(answer.embedding[row])
+            track.features.append(view_features(track.views[-1]))
+        return elapsed_ms
+
+    def decide(self, track: Track, variety: str) -> Judged:
+        """Fuses the item's views into its verdict; needs at least one judged view."""
+        verdict = self.recipe.decide(np.stack(track.probabilities), variety)
+        features = item_features(
+            np.stack(track.features), np.stack(track.embeddings), verdict.probabilities, verdict.defect
+        )
+        return Judged(track, verdict, features)

@@ -1,0 +1,365 @@
+"""The line process: `python -m edge_agent.line --config FILE --pipe-fd N`.
+
+Threads, each owning its state: *camera* reads frames into a mailbox of one (the freshest wins, losses are counted by
+frame numbers); the main thread sorts; *ejection* fires; *loader* reads a new bundle and warms it up beside the
+current one, then hands it over, and the main thread switches between two frames; *reporter* sends beats and windows
+and may be as slow as the supervisor. The path from frame to ejector waits for none of them.
+
+Cyclic garbage collection is off while sorting; the reporter collects once per window, after the heap of the start
+was frozen, so a collection looks at little.
+"""
+
+import gc
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+
+from edge_agent.camera import FrozenGuard
+from edge_agent.counting import LineCounter
+from edge_agent.ejection import EjectionQueue
+from edge_agent.judging import Judge
+from edge_agent.line_config import LineConfig
+from edge_agent.pipe import (
+    Beat,
+    Faulted,
+    FromLine,
+    Load,
+    LoadFailed,
+    ModelFailed,
+    Pipe,
+    Ready,
+    SetLot,
+    Stop,
+    Swapped,
+    ToLine,
+    WindowClosed,
+)
+from edge_agent.seams import Frame
+from edge_agent.sorting import LineCore, World, geometry_of, load_judge, open_world
+from models.errors import BundleError, CameraError, SortlineError
+from models.messages import Fault
+
+log = logging.getLogger("sortline.line")
+_READ_S = 0.25
+_REOPEN_S = 1.0
+_MAX_REPORTS = 256
+
+
+def _fault(error: SortlineError) -> Fault:
+    return Fault(code=error.code, message=str(error)[:600], at_ms=time.time_ns() // 1_000_000)
+
+
+class Line:
+    """One line at work.
+
+    Args:
+        config: The line.
+        pipe: To the supervisor.
+        world: Camera, encoder, ejector; opened from the configuration unless given.
+    """
+
+    def __init__(self, config: LineConfig, pipe: Pipe, world: World | None = None) -> None:
+        self._config, self._pipe = config, pipe
+        self._world = world or open_world(config)
+        self._stop = threading.Event()
+        self._reports: queue.Queue[FromLine] = queue.Queue(_MAX_REPORTS)
+        self.reports_dropped = 0
+        self._mailbox = threading.Condition()
+        self._frame: Frame | None = None
+        self._ended = False
+        self._camera_fault = ""
+        self._next_judge: Judge | None = None
+        self._next_load_ms = 0.0
+        self._loads: queue.Queue[Load] = queue.Queue(4)
+        simulation = self._world.simulation
+        self._counter = LineCounter(
+            config.lanes,
+            lot=config.lot,
+            variety=config.variety,
+            lifetime_items=config.lifetime_items,
+            truth=simulation.truth if simulation else None,
+        )
+        self._queue = EjectionQueue(self._world.encoder, self._world.ejector, lead_ms=config.lead_ms)
+        self._core: LineCore | None = None
+        self._orphaned_s: float | None = None
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Sorts until told to stop; returns the exit status."""
+        cv2.setNumThreads(1)
+        judge = self._first_judge()
+        threads = [
+            threading.Thread(target=body, name=name, daemon=True)
+            for name, body in (
+                ("camera", self._read_camera),
+                ("commands", self._take_commands),
+                ("loader", self._load_bundles),
+                ("reporter", self._report),
+            )
+        ]
+        self._queue.start()
+        for thread in threads:
+            thread.start()
+        self._say(Ready(camera=self._world.description, lanes=self._config.lanes))
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            self._sort(judge)
+        finally:
+            self._stop.set()
+            self._queue.stop()
+            self._world.source.close()
+            threads[-1].join(1.5)
+            self._pipe.close()
+        return 0
+
+    def _first_judge(self) -> Judge | None:
+        try:
+            return load_judge(self._config)
+        except BundleError as error:
+            self._say(LoadFailed(digest=self._config.digest, fault=_fault(error)))
+            return None
+
+    def stop(self) -> None:
+        """Ends the line within two seconds."""
+        self._stop.set()
+
+    def _say(self, message: FromLine) -> None:
+        """Queues a report; never waits. A full queue drops it, and the counter says so."""
+        try:
+            self._reports.put_nowait(message)
+        except queue.Full:
+            self.reports_dropped += 1
+
+    # -- sorting (main thread) --------------------------------------------------------------------------------
+
+    def _sort(self, judge: Judge | None) -> None:
+        while not self._stop.is_set():
+            frame = self._newest_frame()
+            if frame is None:
+                if self._ended:
+                    break
+                if self._core is not None:
+                    self._switch(self._core)
+                continue
+            core = self._core
+            if core is None:
+                core = self._core = self._make_core(frame)
+                if judge is not None:
+                    core.use(judge)
+            self._switch(core)
+            try:
+                core.process(frame)
+            except CameraError as error:
+                self._camera_trouble(error)
+            else:
+                if self._camera_fault == "camera.wrong_size":
+                    self._camera_fault = ""
+        if self._core is not None:
+            self._core.flush()
+
+    def _newest_frame(self) -> Frame | None:
+        with self._mailbox:
+            if self._frame is None and not self._ended:
+                self._mailbox.wait(_READ_S)
+            frame, self._frame = self._frame, None
+            return frame
+
+    def _make_core(self, frame: Frame) -> LineCore:
+        return LineCore(
+            geometry=geometry_of(self._config, self._world, frame),
+            counter=self._counter,
+            queue=self._queue,
+            clock=time.monotonic,
+            on_model_failure=lambda judge, error: self._say(ModelFailed(digest=judge.digest, fault=_fault(error))),
+        )
+
+    def _switch(self, core: LineCore) -> None:
+        """Takes over the bundle the loader has ready: one assignment between two frames."""
+        judge = self._next_judge
+        if judge is None:
+            return
+        started = time.perf_counter()
+        self._next_judge = None
+        window = self._counter.close_window()
+        core.use(judge)
+        gap_ms = (time.perf_counter() - started) * 1000.0
+        if window.items or window.frames:
+            self._say(WindowClosed(window=window))
+        self._say(Swapped(digest=judge.digest, load_ms=self._next_load_ms, gap_ms=gap_ms))
+        log.info("bundle %s judges from now on", judge.digest[:12])
+
+    # -- camera thread ----------------------------------------------------------------------------------------
+
+    def _read_camera(self) -> None:
+        guard = FrozenGuard()
+        while not self._stop.is_set():
+            try:
+                frame = self._world.source.read(_READ_S)
+                if frame is None:
+                    continue
+                if self._config.camera == "simulated" or "://" in self._config.camera:
+                    guard.check(frame)
+            except CameraError as error:
+                if error.code == "camera.ended":
+                    self._end()
+                    return
+                self._camera_trouble(error)
+                if error.code == "camera.frozen":
+                    self._counter.count("frames_bad")
+                else:
+                    self._stop.wait(_REOPEN_S)
+                continue
+            self._camera_good()
+            with self._mailbox:
+                self._frame = frame
+                self._mailbox.notify()
+
+    def _end(self) -> None:
+        with self._mailbox:
+            self._ended = True
+            self._mailbox.notify()
+
+    def _camera_trouble(self, error: CameraError) -> None:
+        if self._camera_fault != error.code:
+            self._camera_fault = error.code
+            log.warning("%s", error)
+            self._say(Faulted(fault=_fault(error)))
+
+    def _camera_good(self) -> None:
+        if self._camera_fault and self._camera_fault != "camera.wrong_size":
+            fault = Fault(
+                code="camera.recovered",
+                message=f"Frames again after {self._camera_fault}.",
+                at_ms=time.time_ns() // 1_000_000,
+            )
+            self._camera_fault = ""
+            self._say(Faulted(fault=fault))
+
+    # -- commands and loading ---------------------------------------------------------------------------------
+
+    def _take_commands(self) -> None:
+        while not self._stop.is_set():
+            try:
+                message = self._pipe.receive(ToLine, 0.5)
+            except SortlineError as error:
+                log.warning("supervisor is gone: %s", error)
+                self._orphaned_s = time.monotonic()
+                self._stop.wait(self._config.orphan_s)
+                self._stop.set()
+                return
+            match message:
+                case Load():
+                    self._queue_load(message)
+                case SetLot():
+                    self._counter.lot, self._counter.variety = message.lot, message.variety
+                case Stop():
+                    self._stop.set()
+
+    def _queue_load(self, load: Load) -> None:
+        try:
+            self._loads.put_nowait(load)
+        except queue.Full:
+            fault = Fault(code="line.busy", message="Too many bundles are waiting to be loaded.")
+            self._say(LoadFailed(digest=load.digest, fault=fault))
+
+    def _load_bundles(self) -> None:
+        while not self._stop.is_set():
+            try:
+                load = self._loads.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            started = time.perf_counter()
+            try:
+                judge = Judge(Path(load.directory), digest=load.digest, threads=self._config.threads)
+            except SortlineError as error:
+                self._say(LoadFailed(digest=load.digest, fault=_fault(error)))
+                continue
+            self._next_load_ms = (time.perf_counter() - started) * 1000.0
+            self._next_judge = judge
+
+    # -- reporter thread --------------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        next_beat = next_window = time.monotonic()
+        next_window += self._config.window_s
+        while True:
+            last = self._stop.is_set()
+            now = time.monotonic()
+            if now >= next_window or last:
+                next_window = now + self._config.window_s
+                self._say(WindowClosed(window=self._counter.close_window()))
+                gc.collect()
+            if now >= next_beat:
+                next_beat = now + 1.0
+                self._say(self._beat())
+            self._drain()
+            if last:
+                return
+            self._stop.wait(0.05)
+
+    def _drain(self) -> None:
+        while self._orphaned_s is None:
+            try:
+                message = self._reports.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._pipe.send(message)
+            except SortlineError as error:
+                log.warning("report lost: %s", error)
+                self.reports_dropped += 1
+                return
+
+    def _beat(self) -> Beat:
+        core = self._core
+        speed = self._world.encoder.speed_mm_s()
+        return Beat(
+            digest=core.judge.digest if core and core.judge else "",
+            items_on_bundle=core.items_on_bundle if core else 0,
+            belt_running=speed > 1.0 and not self._camera_fault,
+            camera_fault=self._camera_fault,
+            live=self._counter.live(self._config.boot_id, speed),
+        )
+
+
+def main(argv: list[str] | None = None, *, environment_exit: Callable[[int], None] = os._exit) -> int:
+    """Entry of the process."""
+    import argparse  # noqa: PLC0415  only the process needs it
+
+    import msgspec  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(prog="python -m edge_agent.line", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="LineConfig as JSON")
+    parser.add_argument("--pipe-fd", type=int, required=True, help="inherited socket to the supervisor")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    config = msgspec.json.decode(arguments.config.read_bytes(), type=LineConfig)
+    pipe = Pipe(socket.socket(fileno=arguments.pipe_fd))
+    try:
+        line = Line(config, pipe)
+    except SortlineError as error:
+        pipe.send(Faulted(fault=_fault(error)))
+        log.warning("%s", error)
+        return 3
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: line.stop())
+    status = line.run()
+    # A driver thread may hang in C code for ever; everything that matters is already written.
+    logging.shutdown()
+    environment_exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

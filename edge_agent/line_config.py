@@ -1,0 +1,56 @@
+"""Configuration of the line process: what the camera is, where lanes and outlets are, how it runs."""
+
+from typing import Annotated
+
+import msgspec
+
+Positive = Annotated[float, msgspec.Meta(gt=0.0)]
+
+
+class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One camera over one belt."""
+
+    camera: str = "simulated"
+    """`simulated`, a video file, a folder of frames, a device (`/dev/video0`) or a URL (`rtsp://...`)."""
+    paced: bool = True
+    """Recordings play at camera speed; false = as fast as possible, every frame judged."""
+    loop: bool = False
+    """Recordings start again at their end."""
+    frames_per_s: Positive = 30.0
+    """Of a folder of frames, and of a video that does not say."""
+    belt_mm_s: Positive = 1000.0
+    """Nominal belt speed where there is no encoder."""
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+    """Equal strips of the image from top to bottom, unless `lane_rows` says where they are."""
+    lane_rows: tuple[tuple[int, int], ...] = ()
+    """Explicit rows (top, bottom) of each lane, pixels."""
+    mm_per_px: Positive = 0.625
+    outlets_mm: dict[str, Positive] = msgspec.field(default_factory=lambda: {"reject": 700.0})
+    """Distance of each outlet from column 0 of the image; an outlet that is not listed needs no ejection."""
+    lead_ms: Annotated[float, msgspec.Meta(ge=0.0, le=1000.0)] = 0.0
+    """From command to effect of the valves."""
+    window_s: Annotated[float, msgspec.Meta(gt=0.05, le=600.0)] = 10.0
+    """Length of a statistics window."""
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """Of ONNX Runtime; 1 keeps latency steady."""
+    lot: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    variety: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    trouble: str = ""
+    """Schedule for the simulated line, such as `30s brightness=0.7; 60s clear`."""
+    seed: int = 1
+    items_per_s: Annotated[float, msgspec.Meta(gt=0.0, le=12.5)] = 9.0
+    """Simulated items per second and lane."""
+    photos: str = ""
+    """Folder of real photographs that the simulated line rolls."""
+    defect_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.25
+    """Of simulated items."""
+    lifetime_items: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Judged before this start; set by the supervisor."""
+    bundle: str = ""
+    """Directory of the bundle to start with: the last good one."""
+    digest: str = ""
+    """Which bundle that must be."""
+    boot_id: str = "0000000000000000"
+    """Of the supervisor; live figures carry it."""
+    orphan_s: Annotated[float, msgspec.Meta(ge=0.0)] = 20.0
+    """A line whose supervisor is gone sorts on for so long (a restarted supervisor starts its own), then ends."""

@@ -1,0 +1,452 @@
+"""A seeded sorting line: belt, rolling apples, camera, encoder, ejectors, and the truth about all of them.
+
+It implements the seams of `edge_agent.seams` like hardware does, in real time or in virtual time (`virtual=True`:
+each read is the next exposure and the clock follows the frames). The same seed and configuration give the same
+frames, byte for byte. Trouble can be switched on at any moment or by a schedule.
+"""
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Final
+
+import cv2
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.rendering import VARIETIES, Kind, RollingItem, Sprite, load_photos, render_library
+from edge_agent.seams import Frame, Lane, LineGeometry, Shot
+from edge_agent.trouble import CALM, ScheduledTrouble, Trouble, parse_trouble_schedule
+from models.errors import CameraError, ConfigError
+
+Positive = Annotated[float, msgspec.Meta(gt=0.0)]
+Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+_RAMP_S: Final = 0.3
+_SETTLE_MM: Final = 80.0
+
+
+class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The simulated line."""
+
+    seed: int = 1
+    width_px: Annotated[int, msgspec.Meta(ge=160, le=4096)] = 640
+    lane_px: Annotated[int, msgspec.Meta(ge=100, le=1024)] = 170
+    """Height of one lane in the image."""
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+    mm_per_px: Positive = 0.625
+    frames_per_s: Annotated[float, msgspec.Meta(gt=0.0, le=500.0)] = 30.0
+    belt_mm_s: Positive = 1000.0
+    items_per_s: Annotated[float, msgspec.Meta(gt=0.0, le=12.5)] = 9.0
+    """Per lane, on average, at nominal belt speed."""
+    touching_share: Share = 0.05
+    """Items that touch the one before."""
+    defect_share: Share = 0.25
+    varieties: tuple[str, ...] = ("red", "golden", "bicolour")
+    apples: Annotated[int, msgspec.Meta(ge=8, le=2000)] = 32
+    """Different apples that are drawn; each item on the belt is one of them."""
+    photos: str = ""
+    """Folder of real photographs (labels.csv with item, axis, frame) to roll instead of drawn apples."""
+    reject_mm: Positive = 700.0
+    """Distance of the reject outlet from column 0."""
+    nozzle_mm: Positive = 25.0
+    """An item is hit when its centre is this close to the nozzle."""
+    noise: Annotated[float, msgspec.Meta(ge=0.0, le=30.0)] = 2.0
+    """Camera noise, standard deviation in grey levels."""
+
+    def geometry(self) -> LineGeometry:
+        """Where lanes and outlets are in this camera's image."""
+        lanes = tuple(Lane(k * self.lane_px, (k + 1) * self.lane_px) for k in range(self.lanes))
+        return LineGeometry(self.width_px, self.lanes * self.lane_px, self.mm_per_px, lanes, {"reject": self.reject_mm})
+
+
+@dataclass(slots=True)
+class SimulatedItem:
+    """One item on the belt and what became of it."""
+
+    item_id: int
+    lane: int
+    item_mm: float
+    apple: RollingItem
+    phase: float
+    """Of the roll when the item enters, turns."""
+    weight_g: float
+    ejected_to: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ViewTruth:
+    """What a person would say of one view of one item."""
+
+    item_id: int
+    kind: str
+    """Of the item."""
+    label: str
+    """Of the view: the kind where the defect shows, else `sound`."""
+    visible_share: float
+    variety: str
+    weight_g: float
+    apple: str
+    """Which of the drawn apples it is: several items on a belt may be the same apple."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedTruth:
+    """Counters since the start."""
+
+    entered: int
+    outcomes: dict[str, int]
+    """`kind>outlet` of the items that have passed the last outlet."""
+    ejections: dict[str, int]
+    """`on_time`, `late`, `wrong`, `gap`."""
+    frames_dropped: int
+
+
+@dataclass(slots=True)
+class _Segment:
+    """Belt motion from `at_s` on: constant acceleration for `ramp_s`, then constant speed."""
+
+    at_s: float
+    at_mm: float
+    speed: float
+    target: float
+    ramp_s: float
+
+    def position(self, now: float) -> float:
+        elapsed = now - self.at_s
+        ramp = min(max(elapsed, 0.0), self.ramp_s)
+        gain = (self.target - self.speed) * ramp * ramp / (2.0 * self.ramp_s) if self.ramp_s else 0.0
+        return self.at_mm + self.speed * min(elapsed, ramp) + gain + self.target * max(elapsed - self.ramp_s, 0.0)
+
+    def speed_at(self, now: float) -> float:
+        if not self.ramp_s or now - self.at_s >= self.ramp_s:
+            return self.target
+        return self.speed + (self.target - self.speed) * max(now - self.at_s, 0.0) / self.ramp_s
+
+
+@dataclass(slots=True)
+class _LaneState:
+    rng: np.random.Generator
+    next_mm: float
+    items: deque[SimulatedItem] = field(default_factory=deque)
+    last_half_mm: float = 0.0
+
+
+class SimulatedLine:
+    """Camera, encoder and ejector of one simulated line.
+
+    Args:
+        config: The line.
+        schedule: Trouble by time since the start.
+        virtual: Time advances with reads only.
+        clock: Monotonic seconds (real time only).
+        sleep: How to wait (real time only).
+    """
+
+    def __init__(
+        self,
+        config: SimulationConfig,
+        *,
+        schedule: str = "",
+        virtual: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        unknown = sorted(set(config.varieties) - set(VARIETIES))
+        if unknown or not config.varieties:
+            raise ConfigError("simulation.bad_variety", "No such variety.", expected=sorted(VARIETIES), got=unknown)
+        self.config = config
+        self.geometry = config.geometry()
+        self._virtual, self._clock, self._sleep = virtual, clock, sleep
+        self._schedule: list[ScheduledTrouble] = parse_trouble_schedule(schedule)
+        self._lock = threading.Lock()
+        rng = np.random.default_rng(config.seed)
+        self._library = self._make_library(rng)
+        self._belt, self._noise, self._dirt = _belt(rng, config), _noise_pool(rng, config), _dirt(rng, config)
+        self._lanes = [
+            _LaneState(np.random.default_rng((config.seed, lane)), 200.0 + 37.0 * lane) for lane in range(config.lanes)
+        ]
+        self._effects = np.random.default_rng((config.seed, 99))
+        self._trouble = CALM
+        self._start_s = 0.0 if virtual else clock()
+        self._now_s = self._start_s
+        self._segments = deque([_Segment(self._start_s, 0.0, config.belt_mm_s, config.belt_mm_s, 0.0)], maxlen=64)
+        self._number = -1
+        self._frozen: NDArray[np.uint8] | None = None
+        self._entered = 0
+        self._outcomes: Counter[str] = Counter()
+        self._ejections: Counter[str] = Counter()
+        self._dropped = 0
+
+    def _make_library(self, rng: np.random.Generator) -> dict[str, list[RollingItem]]:
+        config = self.config
+        if config.photos:
+            items = load_photos(Path(config.photos), mm_per_px=config.mm_per_px)
+        else:
+            items = render_library(rng, apples=config.apples, varieties=config.varieties, mm_per_px=config.mm_per_px)
+        library: dict[str, list[RollingItem]] = {}
+        for item in items:
+            library.setdefault("sound" if item.kind == Kind.SOUND else "defect", []).append(item)
+        return library
+
+    # -- camera -----------------------------------------------------------------------------------------------
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """The freshest due exposure; see `FrameSource.read`."""
+        period = 1.0 / self.config.frames_per_s
+        if self._virtual:
+            number = self._number + 1
+            self._now_s = self._start_s + number * period
+        else:
+            due_s = self._start_s + (self._number + 1) * period
+            wait_s = due_s - self._clock()
+            if wait_s > timeout_s:
+                self._sleep(timeout_s)
+                return None
+            if wait_s > 0.0:
+                self._sleep(wait_s)
+            number = max(self._number + 1, int((self._clock() - self._start_s) / period))
+        with self._lock:
+            self._dropped += number - self._number - 1
+        self._number = number
+        return self._expose(number, self._start_s + number * period)
+
+    def _expose(self, number: int, at_s: float) -> Frame | None:
+        self._follow_schedule(at_s - self._start_s)
+        trouble = self._trouble
+        if trouble.absent:
+            raise CameraError("camera.absent", "The simulated camera is unplugged.", expected="a frame", got="nothing")
+        belt_mm = self.position_mm(at_s)
+        self._advance(belt_mm)
+        if trouble.drop_share and self._effects.random() < trouble.drop_share:
+            with self._lock:
+                self._dropped += 1
+            return None
+        if trouble.freeze and self._frozen is not None:
+            return Frame(self._frozen.copy(), number, at_s, belt_mm)
+        image = self._apply(self._draw(belt_mm, number), trouble)
+        self._frozen = image
+        return Frame(image, number, at_s, belt_mm)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    @property
+    def frames_dropped(self) -> int:
+        """Exposures nobody fetched in time, or lost by trouble."""
+        return self._dropped
+
+    def _draw(self, belt_mm: float, number: int) -> NDArray[np.uint8]:
+        config = self.config
+        offset = int(belt_mm / config.mm_per_px) % config.width_px
+        # The belt's own texture moves with it: a window into a strip that repeats.
+        image = self._belt[:, config.width_px - offset : 2 * config.width_px - offset].copy()
+        for lane, state in enumerate(self._lanes):
+            rows = self.geometry.lanes[lane]
+            for item in state.items:
+                x = (belt_mm - item.item_mm) / config.mm_per_px
+                if not item.ejected_to or belt_mm < item.item_mm + self.geometry.outlets_mm[item.ejected_to]:
+                    _paste(image, self._sprite(item, belt_mm), x, (rows.top_px + rows.bottom_px) / 2)
+        if config.noise:
+            image = cv2.add(image, self._noise[number % len(self._noise)])  # type: ignore[assignment]
+        return image
+
+    def _sprite(self, item: SimulatedItem, belt_mm: float) -> Sprite:
+        return item.apple.sprites[self._phase(item, belt_mm)]
+
+    def _phase(self, item: SimulatedItem, belt_mm: float) -> int:
+        turns = item.phase + (belt_mm - item.item_mm) / (np.pi * item.apple.length_mm)
+        return int(turns * len(item.apple.sprites)) % len(item.apple.sprites)
+
+    def _apply(self, image: NDArray[np.uint8], trouble: Trouble) -> NDArray[np.uint8]:
+        if trouble == CALM:
+            return image
+        if trouble.dirt:
+            clean = 1.0 - trouble.dirt * self._dirt
+            image = np.asarray(image * clean[:, :, None] + 40.0 * (1.0 - clean[:, :, None]), np.uint8)
+        if trouble.blur_px:
+            image = np.asarray(cv2.GaussianBlur(image, (0, 0), trouble.blur_px), np.uint8)
+        gains = np.array([trouble.blue, trouble.green, trouble.red]) * trouble.brightness
+        if (gains != 1.0).any():
+            levels = np.arange(256)[:, None] * gains
+            image = np.asarray(cv2.LUT(image, np.clip(levels, 0, 255).astype(np.uint8).reshape(256, 1, 3)), np.uint8)
+        if trouble.corrupt_share and self._effects.random() < trouble.corrupt_share:
+            image = image.copy()
+            torn = int(self._effects.integers(0, image.shape[0] // 2))
+            image[torn:] = self._effects.integers(0, 256, image[torn:].shape, dtype=np.uint8)
+        return image
+
+    # -- belt -------------------------------------------------------------------------------------------------
+
+    def position_mm(self, at_s: float) -> float:
+        """Encoder position; see `Encoder`."""
+        segments = self._segments
+        for segment in reversed(tuple(segments)):
+            if at_s >= segment.at_s:
+                return segment.position(at_s)
+        return segments[0].position(at_s)
+
+    def speed_mm_s(self) -> float:
+        """Belt speed now."""
+        return self._segments[-1].speed_at(self.now())
+
+    def now(self) -> float:
+        """The line's clock: virtual or real."""
+        return self._now_s if self._virtual else self._clock()
+
+    def _follow_schedule(self, elapsed_s: float) -> None:
+        while self._schedule and self._schedule[0].after_s <= elapsed_s:
+            self.set_trouble(self._schedule.pop(0).trouble)
+
+    def set_trouble(self, trouble: Trouble) -> None:
+        """Switches to this trouble; the belt ramps to its new speed."""
+        now = self._now_s if self._virtual else self._clock()
+        last = self._segments[-1]
+        target = 0.0 if trouble.stopped else self.config.belt_mm_s * trouble.speed_factor
+        if target != last.target:
+            self._segments.append(_Segment(now, last.position(now), last.speed_at(now), target, _RAMP_S))
+        if not trouble.freeze:
+            self._frozen = None
+        self._trouble = trouble
+
+    def _advance(self, belt_mm: float) -> None:
+        """Lets items enter and settles those that have passed the last outlet."""
+        with self._lock:
+            for lane, state in enumerate(self._lanes):
+                while state.next_mm - 100.0 <= belt_mm:
+                    state.items.append(self._next_item(lane, state))
+                passed = belt_mm - max(self.geometry.outlets_mm.values()) - _SETTLE_MM
+                while state.items and state.items[0].item_mm < passed:
+                    item = state.items.popleft()
+                    self._outcomes[f"{item.apple.kind}>{item.ejected_to or 'pass'}"] += 1
+
+    def _next_item(self, lane: int, state: _LaneState) -> SimulatedItem:
+        config, rng, trouble = self.config, state.rng, self._trouble
+        draws = rng.random(5)
+        share = config.defect_share if trouble.defect_share < 0.0 else trouble.defect_share
+        group = "defect" if draws[0] < share else "sound"
+        candidates = self._library.get(group) or next(iter(self._library.values()))
+        if trouble.variety:
+            candidates = self._foreign(trouble.variety, group)
+        apple = candidates[int(draws[1] * len(candidates))]
+        half_mm = apple.length_mm / 2.0
+        pitch_mm = config.belt_mm_s / config.items_per_s
+        room_mm = max(2.0, (pitch_mm - 75.0) / (1.0 - config.touching_share))
+        gap_mm = 0.0 if draws[2] < config.touching_share else 0.2 * room_mm + rng.exponential(0.8 * room_mm)
+        item_mm = max(state.next_mm, state.next_mm + state.last_half_mm + gap_mm + half_mm)
+        state.next_mm, state.last_half_mm = item_mm, half_mm
+        self._entered += 1
+        return SimulatedItem(
+            item_id=self._entered,
+            lane=lane,
+            item_mm=item_mm,
+            apple=apple,
+            phase=float(draws[3]),
+            weight_g=0.00045 * apple.length_mm**3 * (0.95 + 0.1 * float(draws[4])),
+        )
+
+    def _foreign(self, variety: str, group: str) -> list[RollingItem]:
+        """Apples of a variety the line has not seen; drawn when they are first asked for."""
+        key = f"{variety}:{group}"
+        if key not in self._library:
+            rng = np.random.default_rng((self.config.seed, len(variety)))
+            for item in render_library(rng, apples=24, varieties=(variety,), mm_per_px=self.config.mm_per_px):
+                name = "sound" if item.kind == Kind.SOUND else "defect"
+                self._library.setdefault(f"{variety}:{name}", []).append(item)
+        return self._library[key]
+
+    # -- ejectors and truth -----------------------------------------------------------------------------------
+
+    def fire(self, shot: Shot, at_s: float) -> None:
+        """One valve opens; see `Ejector`. What it hits is decided by where the items are."""
+        belt_mm = self.position_mm(at_s)
+        outlet_mm = self.geometry.outlets_mm[shot.outlet]
+        with self._lock:
+            standing = [i for i in self._lanes[shot.lane].items if not i.ejected_to]
+            aimed_mm = shot.target_mm - outlet_mm
+            hit = min(standing, key=lambda i: abs(belt_mm - i.item_mm - outlet_mm), default=None)
+            if hit is not None and abs(belt_mm - hit.item_mm - outlet_mm) > self.config.nozzle_mm:
+                hit = None
+            aimed = min(standing, key=lambda i: abs(i.item_mm - aimed_mm), default=None)
+            if aimed is not None and abs(aimed.item_mm - aimed_mm) > self.config.nozzle_mm:
+                aimed = None
+            if hit is not None:
+                hit.ejected_to = shot.outlet
+            self._ejections[_judge_shot(hit, aimed)] += 1
+
+    def view_truth(self, belt_mm: float, lane: int, item_mm: float, tolerance_mm: float = 25.0) -> ViewTruth | None:
+        """Truth of the view of the item at this place, taken at this belt position; None where there is none."""
+        with self._lock:
+            items = list(self._lanes[lane].items)
+        item = min(items, key=lambda i: abs(i.item_mm - item_mm), default=None)
+        if item is None or abs(item.item_mm - item_mm) > tolerance_mm:
+            return None
+        phase = self._phase(item, belt_mm)
+        return ViewTruth(
+            item_id=item.item_id,
+            kind=item.apple.kind,
+            label=item.apple.labels[phase],
+            visible_share=item.apple.shares[phase],
+            variety=item.apple.variety,
+            weight_g=item.weight_g,
+            apple=item.apple.name,
+        )
+
+    def truth(self) -> SimulatedTruth:
+        """Counters since the start."""
+        with self._lock:
+            return SimulatedTruth(self._entered, dict(self._outcomes), dict(self._ejections), self._dropped)
+
+
+def _judge_shot(hit: SimulatedItem | None, aimed: SimulatedItem | None) -> str:
+    if hit is not None:
+        return "on_time" if hit is aimed else "wrong"
+    return "late" if aimed is not None else "gap"
+
+
+def _paste(image: NDArray[np.uint8], sprite: Sprite, x: float, y: float) -> None:
+    """Puts a sprite's centre at (x, y), cut at the image's edges."""
+    height, width = sprite.colour.shape[:2]
+    left, top = round(x - width / 2), round(y - height / 2)
+    x0, x1 = max(left, 0), min(left + width, image.shape[1])
+    y0, y1 = max(top, 0), min(top + height, image.shape[0])
+    if x0 >= x1 or y0 >= y1:
+        return
+    part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+    place = image[y0:y1, x0:x1]
+    kept = cv2.multiply(place, sprite.keeps[part], scale=1.0 / 255.0)
+    cv2.add(kept, sprite.colour[part], dst=place)
+
+
+def _belt(rng: np.random.Generator, config: SimulationConfig) -> NDArray[np.uint8]:
+    """Dark belt twice the image's width, so that a moving window always fits; lane dividers stand still in y."""
+    height = config.lanes * config.lane_px
+    coarse = rng.normal(0.0, 1.0, (height // 8 + 1, config.width_px // 8)).astype(np.float32)
+    texture = cv2.resize(coarse, (config.width_px, height), interpolation=cv2.INTER_CUBIC) * 2.5
+    grey = 40.0 + texture + rng.normal(0.0, 1.2, (height, config.width_px))
+    strip = np.repeat(grey[:, :, None], 3, axis=2) * np.array([1.06, 1.0, 0.95])
+    image: NDArray[np.uint8] = np.clip(np.concatenate((strip, strip), axis=1), 5, 90).astype(np.uint8)
+    for lane in range(config.lanes + 1):
+        y = min(max(lane * config.lane_px, 1), height - 2)
+        image[y - 1 : y + 1] = (70, 66, 62)
+    return image
+
+
+def _noise_pool(rng: np.random.Generator, config: SimulationConfig) -> list[NDArray[np.uint8]]:
+    """Four frames of noise, added in turn; its mean of two sigma is part of the exposure."""
+    shape = (config.lanes * config.lane_px, config.width_px, 3)
+    scale = config.noise
+    return [np.clip(rng.normal(2 * scale, scale, shape), 0, 255).astype(np.uint8) for _ in range(4)]
+
+
+def _dirt(rng: np.random.Generator, config: SimulationConfig) -> NDArray[np.float32]:
+    """Smudges on the lens, 0..1: they stay where they are while everything else moves."""
+    height, width = config.lanes * config.lane_px, config.width_px
+    map_ = np.zeros((height, width), np.float32)
+    for _ in range(9):
+        centre = (int(rng.integers(0, width)), int(rng.integers(0, height)))
+        cv2.circle(map_, centre, int(rng.integers(15, 70)), float(rng.uniform(0.5, 1.0)), -1)
+    return np.asarray(cv2.GaussianBlur(map_, (0, 0), 14.0), np.float32)

@@ -1,0 +1,189 @@
+"""The line without a supervisor: a recording or the simulation through one bundle, in one thread.
+
+Unpaced, every frame is judged and the same recording with the same bundle gives the same verdicts. Also measures
+what this machine can carry.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import cv2
+import msgspec
+import numpy as np
+
+from edge_agent.counting import LineCounter
+from edge_agent.ejection import EjectionQueue
+from edge_agent.judging import Judge, Judged
+from edge_agent.line_config import LineConfig
+from edge_agent.seams import Frame
+from edge_agent.sorting import LineCore, World, geometry_of, open_world
+from models.errors import CameraError
+from models.messages import Live
+from models.preprocess import make_view
+from models.view_spec import PreprocessSpec
+
+
+def run_standalone(
+    config: LineConfig,
+    *,
+    bundle: Path | None,
+    seconds: float = 0.0,
+    on_live: Callable[[Live], None] = lambda _live: None,
+    verdicts: TextIO | None = None,
+) -> dict[str, Any]:
+    """Sorts until the camera ends or `seconds` of its time are over.
+
+    Args:
+        config: The line; `paced=False` runs recordings and the simulation as fast as they go.
+        bundle: What judges; None = items pass.
+        seconds: 0 = until the camera ends.
+        on_live: Called about once a second of the line's time.
+        verdicts: Gets one JSON line per item.
+
+    Returns:
+        Totals: frames, items, classes, outlets, latency quantiles, truth where it is known.
+
+    Raises:
+        BundleError: The bundle is not usable.
+        CameraError: The camera is not there or fails.
+    """
+    cv2.setNumThreads(1)
+    judge = Judge(bundle, threads=config.threads) if bundle else None
+    world = open_world(config, virtual=not config.paced)
+    now_s = [0.0]
+    clock = time.monotonic if config.paced else (lambda: now_s[0])
+    simulation = world.simulation
+    counter = LineCounter(
+        config.lanes,
+        lot=config.lot,
+        variety=config.variety,
+        truth=simulation.truth if simulation else None,
+        clock=clock,
+    )
+    queue = EjectionQueue(world.encoder, world.ejector, lead_ms=config.lead_ms, clock=clock)
+    if config.paced:
+        queue.start()
+    started = time.perf_counter()
+    core: LineCore | None = None
+    first_s: float | None = None
+    next_live_s = 0.0
+    try:
+        while True:
+            frame = world.source.read(0.25)
+            if frame is None:
+                continue
+            before_s, now_s[0] = now_s[0], frame.captured_s
+            first_s = frame.captured_s if first_s is None else first_s
+            if core is None:
+                core = LineCore(
+                    geometry=geometry_of(config, world, frame),
+                    counter=counter,
+                    queue=queue,
+                    clock=clock,
+                    on_verdict=_verdict_writer(verdicts) if verdicts else None,
+                )
+                core.use(judge)
+            if not config.paced:
+                queue.run_to(before_s, now_s[0])
+            core.process(frame)
+            if frame.captured_s >= next_live_s:
+                next_live_s = frame.captured_s + 1.0
+                on_live(counter.live("0" * 16, world.encoder.speed_mm_s()))
+            if seconds and frame.captured_s - first_s >= seconds:
+                break
+    except CameraError as error:
+        if error.code != "camera.ended":
+            raise
+    finally:
+        queue.stop()
+        world.source.close()
+    if core is not None:
+        core.flush()
+    return _summary(counter, world, time.perf_counter() - started)
+
+
+def _verdict_writer(stream: TextIO) -> Callable[[Judged, str], None]:
+    def write(judged: Judged, outlet: str) -> None:
+        facts = {"item": judged.track.item_id, "lane": judged.track.lane, "item_mm": round(judged.track.item_mm, 1)}
+        row = facts | msgspec.to_builtins(judged.verdict) | {"outlet": outlet}
+        stream.write(msgspec.json.encode(row).decode() + "\n")
+
+    return write
+
+
+def _summary(counter: LineCounter, world: World, elapsed_s: float) -> dict[str, Any]:
+    window = counter.close_window()
+    facts: dict[str, Any] = {
+        "bundle": window.bundle,
+        "seconds": round(elapsed_s, 2),
+        "frames": window.frames,
+        "frames_dropped": window.frames_dropped,
+        "frames_bad": window.frames_bad,
+        "items": window.items,
+        "items_unjudged": window.items_unjudged,
+        "verdicts_late": window.verdicts_late,
+        "views": window.views,
+        "classes": window.classes,
+        "outlets": window.outlets,
+        "latency_p50_ms": round(window.latency_ms.quantile(0.5), 2) if window.items else None,
+        "latency_p99_ms": round(window.latency_ms.quantile(0.99), 2) if window.items else None,
+        "inference_p50_ms": round(window.inference_ms.quantile(0.5), 2) if window.views else None,
+    }
+    if world.simulation is not None:
+        facts["truth"] = asdict(world.simulation.truth())
+    return facts
+
+
+def capacity(config: LineConfig, *, bundle: Path | None = None, seconds: float = 1.5) -> dict[str, Any]:
+    """What one core of this machine carries: measured, not guessed.
+
+    Without a bundle the vision part alone is measured (drawing the simulated frames is timed apart).
+    """
+    cv2.setNumThreads(1)
+    world = open_world(msgspec.structs.replace(config, camera="simulated", trouble=""), virtual=True)
+    frame = _next_frame(world)
+    counter = LineCounter(config.lanes)
+    queue = EjectionQueue(world.encoder, world.ejector, lead_ms=0.0, clock=lambda: 0.0)
+    judge = Judge(bundle) if bundle else None
+    core = LineCore(geometry=geometry_of(config, world, frame), counter=counter, queue=queue, clock=lambda: 0.0)
+    core.use(judge)
+    drawing = working = 0.0
+    frames = 0
+    while drawing + working < seconds:
+        started = time.perf_counter()
+        frame = _next_frame(world)
+        drawn = time.perf_counter()
+        core.process(frame)
+        drawing, working = drawing + drawn - started, working + time.perf_counter() - drawn
+        frames += 1
+    view_ms = _view_ms(frame)
+    frame_ms = working / frames * 1000.0 + (0.0 if judge else view_ms * 6.0 * config.items_per_s * config.lanes / 30.0)
+    load = (frame_ms + drawing / frames * 1000.0) * config.frames_per_s / 1000.0
+    return {
+        "frame_ms": round(frame_ms, 3),
+        "drawing_ms": round(drawing / frames * 1000.0, 3),
+        "cores_per_line": round(load, 3),
+        "items_per_s_per_core": round(config.items_per_s * config.lanes / load, 1),
+    }
+
+
+def _next_frame(world: World) -> Frame:
+    while True:
+        frame = world.source.read(1.0)
+        if frame is not None:
+            return frame
+
+
+def _view_ms(frame: Frame) -> float:
+    """Milliseconds to cut one view; the model comes on top."""
+    height, width = frame.image.shape[:2]
+    mask = np.zeros((height, width), np.uint8)
+    cv2.circle(mask, (width // 2, height // 4), 60, 255, -1)
+    spec = PreprocessSpec()
+    started = time.perf_counter()
+    for _ in range(20):
+        make_view(frame.image, mask, spec)
+    return (time.perf_counter() - started) * 1000.0 / 20.0

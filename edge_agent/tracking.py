@@ -1,0 +1,151 @@
+"""Which item is which: association by lane and belt motion.
+
+An item's belt coordinate (`item_mm`, see `edge_agent.seams`) stays the same while it travels, so a track needs no
+motion model: an observation belongs to the track of its lane with the nearest coordinate, within a third of an
+item. Each track is closed exactly once, and says along the way which observations are worth a view: whole items
+only, at most K, spaced evenly by travel, which is spaced by roll.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.locate import Located
+from edge_agent.seams import LineGeometry
+
+_SMOOTH: Final = 0.3
+_MAX_TRACKS_PER_LANE: Final = 64
+
+
+@dataclass(slots=True)
+class Track:
+    """One item while it is in sight, and what was learnt of it."""
+
+    item_id: int
+    lane: int
+    item_mm: float
+    length_mm: float
+    last_x_px: float
+    last_frame: int
+    last_captured_s: float
+    last_belt_mm: float
+    observations: int = 1
+    next_view_px: float = 0.0
+    """The next view is taken when the item's centre has passed this column."""
+    views: list[NDArray[np.uint8]] = field(default_factory=list)
+    probabilities: list[NDArray[np.float32]] = field(default_factory=list)
+    embeddings: list[NDArray[np.float32]] = field(default_factory=list)
+    features: list[NDArray[np.float32]] = field(default_factory=list)
+    judge: object = None
+    """The judge that took the item's first view; it finishes the item, also across a swap."""
+
+
+class Tracker:
+    """Tracks of one camera.
+
+    Args:
+        geometry: Of the line.
+        next_id: Gives a new item id at each call.
+    """
+
+    def __init__(self, geometry: LineGeometry, next_id: Callable[[], int]) -> None:
+        self._geometry = geometry
+        self._next_id = next_id
+        self._tracks: list[list[Track]] = [[] for _ in geometry.lanes]
+        self.overflow = 0
+        """Observations that were refused because a lane held too many tracks (a flooded image)."""
+
+    def update(
+        self, found: list[Located], frame_number: int, captured_s: float, belt_mm: float
+    ) -> tuple[list[tuple[Track, Located]], list[Track]]:
+        """Takes one frame's items.
+
+        Returns:
+            Pairs (track, place) of whole items seen in this frame, and the tracks that are now closed: their last
+            whole view lies behind them.
+        """
+        scale = self._geometry.mm_per_px
+        seen: list[tuple[Track, Located]] = []
+        for place in found:
+            if not place.whole:
+                continue
+            item_mm = belt_mm - place.x_px * scale
+            track = self._nearest(place.lane, item_mm)
+            if track is None or track.last_frame == frame_number:
+                track = self._start(place, item_mm)
+            else:
+                track.item_mm += _SMOOTH * (item_mm - track.item_mm)
+                track.length_mm = max(track.length_mm, (place.right_px - place.left_px) * scale)
+                track.observations += 1
+            if track is not None:
+                track.last_frame, track.last_x_px = frame_number, place.x_px
+                track.last_captured_s, track.last_belt_mm = captured_s, belt_mm
+                seen.append((track, place))
+        return seen, self._close_passed(belt_mm)
+
+    def _nearest(self, lane: int, item_mm: float) -> Track | None:
+        best = min(self._tracks[lane], key=lambda t: abs(t.item_mm - item_mm), default=None)
+        if best is None or abs(best.item_mm - item_mm) > max(best.length_mm, 40.0) / 3.0:
+            return None
+        return best
+
+    def _start(self, place: Located, item_mm: float) -> Track | None:
+        lane = self._tracks[place.lane]
+        if len(lane) >= _MAX_TRACKS_PER_LANE:
+            self.overflow += 1
+            return None
+        length_mm = (place.right_px - place.left_px) * self._geometry.mm_per_px
+        track = Track(self._next_id(), place.lane, item_mm, length_mm, place.x_px, -1, 0.0, 0.0)
+        lane.append(track)
+        return track
+
+    def _close_passed(self, belt_mm: float) -> list[Track]:
+        """Tracks whose item can no longer be seen whole: its front has reached the image's edge."""
+        scale, width = self._geometry.mm_per_px, self._geometry.width_px
+        closed: list[Track] = []
+        for lane in self._tracks:
+            passed = [t for t in lane if (belt_mm - t.item_mm + t.length_mm / 2.0) / scale >= width - 2]
+            for track in passed:
+                lane.remove(track)
+            closed.extend(passed)
+        return closed
+
+    def close_all(self) -> list[Track]:
+        """Closes what is left (the camera ended or was lost)."""
+        left = [track for lane in self._tracks for track in lane]
+        for lane in self._tracks:
+            lane.clear()
+        return left
+
+    @property
+    def open(self) -> int:
+        """Items in sight."""
+        return sum(len(lane) for lane in self._tracks)
+
+
+class ViewPicker:
+    """Decides which observations become views: at most `max_views` per item, evenly spaced by travel.
+
+    Args:
+        geometry: Of the line.
+        max_views: K of the bundle.
+    """
+
+    def __init__(self, geometry: LineGeometry, max_views: int) -> None:
+        self._width = geometry.width_px
+        self._max_views = max_views
+
+    def wants(self, track: Track, place: Located) -> bool:
+        """Whether this observation is worth a view; remembers that it was taken."""
+        if len(track.views) >= self._max_views or place.x_px < track.next_view_px:
+            return False
+        length_px = place.right_px - place.left_px
+        stretch = max(self._width - length_px, 1.0)
+        step = stretch / self._max_views
+        # The next one comes one step on, counted from the grid, so that a late first view does not shift the rest.
+        done = int((place.x_px - length_px / 2.0) / step) + 1
+        track.next_view_px = length_px / 2.0 + done * step
+        return True

@@ -1,0 +1,95 @@
+"""Trouble for the simulated line: what can go wrong, by hand or by schedule.
+
+A schedule reads like `30s brightness=0.7 blur_px=1.5; 60s clear`: at 30 s after the start these knobs are set (all
+others as before), at 60 s the line is healthy again.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import msgspec
+
+from models.errors import ConfigError
+
+
+class Trouble(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """State of everything that can be wrong; the defaults are a healthy line."""
+
+    brightness: Annotated[float, msgspec.Meta(ge=0.0, le=4.0)] = 1.0
+    blue: Annotated[float, msgspec.Meta(ge=0.0, le=4.0)] = 1.0
+    """Gain of the blue channel; a lamp that ages shifts colour."""
+    green: Annotated[float, msgspec.Meta(ge=0.0, le=4.0)] = 1.0
+    red: Annotated[float, msgspec.Meta(ge=0.0, le=4.0)] = 1.0
+    blur_px: Annotated[float, msgspec.Meta(ge=0.0, le=20.0)] = 0.0
+    dirt: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    """Opacity of smudges on the lens."""
+    drop_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    corrupt_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    freeze: bool = False
+    """The camera repeats its last image while its frame numbers go on."""
+    absent: bool = False
+    """The camera is unplugged."""
+    stopped: bool = False
+    speed_factor: Annotated[float, msgspec.Meta(ge=0.0, le=3.0)] = 1.0
+    defect_share: Annotated[float, msgspec.Meta(ge=-1.0, le=1.0)] = -1.0
+    """Of the items that enter from now on; negative = as configured."""
+    variety: str = ""
+    """All items that enter from now on are of this variety."""
+
+
+CALM: Final = Trouble()
+_STEP = re.compile(r"^(\d+(?:\.\d+)?)s\s+(.+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledTrouble:
+    """From `after_s` after the start, this trouble."""
+
+    after_s: float
+    trouble: Trouble
+
+
+def parse_trouble_schedule(text: str) -> list[ScheduledTrouble]:
+    """Reads a schedule.
+
+    Raises:
+        ConfigError: `trouble.malformed`, `trouble.unknown_knob` with the nearest one.
+    """
+    found: list[tuple[float, str]] = []
+    for part in filter(None, (piece.strip() for piece in text.split(";"))):
+        match = _STEP.match(part)
+        if not match:
+            raise ConfigError(
+                "trouble.malformed",
+                "No step of a schedule.",
+                expected="30s brightness=0.7 blur_px=1; 60s clear",
+                got=part,
+            )
+        found.append((float(match[1]), match[2]))
+    steps: list[ScheduledTrouble] = []
+    current = CALM
+    for after_s, knobs in sorted(found, key=lambda step: step[0]):
+        current = CALM if knobs == "clear" else _changed(current, knobs)
+        steps.append(ScheduledTrouble(after_s, current))
+    return steps
+
+
+def _changed(current: Trouble, text: str) -> Trouble:
+    values = msgspec.to_builtins(current)
+    for word in text.split():
+        name, _, value = word.partition("=")
+        if name not in values:
+            near = difflib.get_close_matches(name, values, n=1, cutoff=0.3)
+            raise ConfigError(
+                "trouble.unknown_knob",
+                f"There is no trouble called {name}" + (f"; did you mean {near[0]}?" if near else "."),
+                expected=sorted(values),
+                got=name,
+            )
+        values[name] = value or "true"
+    try:
+        return msgspec.convert(values, Trouble, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError("trouble.malformed", f"A knob has an impossible value: {error}.", got=text) from error

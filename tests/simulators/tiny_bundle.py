@@ -1,0 +1,90 @@
+"""A small, whole bundle whose graph is built by hand: the darker an item, the likelier a defect."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from models.bundle import CARD, GOLDEN, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, Golden, write_bundle
+from models.classifier import OnnxClassifier
+from models.recipe import Recipe
+from models.view_spec import PreprocessSpec
+from models.windows import build_profile, feature_names
+
+
+def tiny_graph(*, bias: float = 0.0, view_px: int = 64, padding: int = 0, poison: str = "") -> bytes:
+    """Views -> P(defect) = sigmoid(6 - mean lightness / 16 + bias); `padding` random bytes make it large.
+
+    `poison`: "nan" answers NaN, "shape" has the wrong signature.
+    """
+    nodes = [
+        helper.make_node("Cast", ["views"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["x"], ["mean4"], axes=[1, 2, 3], keepdims=1),
+        helper.make_node("Flatten", ["mean4"], ["mean"], axis=1),
+        helper.make_node("Mul", ["mean", "slope"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "offset"], ["score"]),
+        helper.make_node("Sigmoid", ["score"], ["bad"]),
+        helper.make_node("Sub", ["one", "bad"], ["good"]),
+        helper.make_node("Concat", ["good", "bad"], ["probabilities"], axis=1),
+        helper.make_node("Concat", ["mean", "mean", "mean", "mean", "mean"], ["embedding"], axis=1),
+    ]
+    constants = {
+        "slope": np.array([[-1.0 / 16.0 if poison != "nan" else np.nan]], np.float32),
+        "offset": np.array([[6.0 + bias]], np.float32),
+        "one": np.array([[1.0]], np.float32),
+    }
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    if padding:
+        noise = np.random.default_rng(padding).integers(0, 256, padding, dtype=np.uint8)
+        initializers.append(numpy_helper.from_array(noise, "unused_weights"))
+    outputs = [
+        helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 2]),
+        helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", 5]),
+    ]
+    name = "pictures" if poison == "shape" else "views"
+    if poison == "shape":
+        nodes[0] = helper.make_node("Cast", ["pictures"], ["x"], to=TensorProto.FLOAT)
+    inputs = [helper.make_tensor_value_info(name, TensorProto.UINT8, ["N", view_px, view_px, 3])]
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def tiny_files(
+    *, bias: float = 0.0, view_px: int = 64, padding: int = 0, poison: str = "", seed: int = 0
+) -> dict[str, bytes]:
+    """The parts of a tiny bundle. `poison`: also "golden" (outputs that do not reproduce)."""
+    rng = np.random.default_rng(seed)
+    views = np.zeros((8, view_px, view_px, 3), np.uint8)
+    for row, view in enumerate(views):
+        view[8:-8, 8:-8] = np.clip(rng.normal(40 + 25 * row, 5, view[8:-8, 8:-8].shape), 1, 255)
+    graph = tiny_graph(bias=bias, view_px=view_px, padding=padding, poison=poison)
+    honest = OnnxClassifier(tiny_graph(bias=bias, view_px=view_px)).classify(views)
+    wrong = 0.05 if poison == "golden" else 0.0
+    golden = Golden(
+        views=views,
+        scalars=np.zeros((len(views), 0), np.float32),
+        probabilities=honest.probabilities + np.float32(wrong),
+        embedding=honest.embedding,
+        tolerance=1e-4,
+    )
+    features = rng.normal(size=(200, len(feature_names(5)))).astype(np.float32)
+    recipe = Recipe(classes=("sound", "defect"), good_class="sound")
+    return {
+        MODEL: graph,
+        PREPROCESS: msgspec.json.encode(PreprocessSpec(view_px=view_px)),
+        RECIPE: msgspec.json.encode(recipe),
+        PROFILE: msgspec.msgpack.encode(build_profile(features, feature_names(5), {"sound": 150, "defect": 50})),
+        GOLDEN: golden.encoded(),
+        CARD: b"# tiny\n",
+        LINEAGE: msgspec.json.encode({"dataset": "none", "seed": seed}),
+    }
+
+
+def tiny_bundle(directory: Path, *, name: str = "tiny", **options: object) -> Bundle:
+    """Writes a tiny bundle to a new directory."""
+    return write_bundle(directory, name, tiny_files(**options))  # type: ignore[arg-type]
