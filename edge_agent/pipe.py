@@ -7,7 +7,7 @@ restarts a line that does not beat.
 
 import socket
 import struct
-from typing import Final
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -124,7 +124,7 @@ class Pipe:
         except OSError as error:
             raise UnavailableError("pipe.closed", "The other process does not read.", got=error) from error
 
-    def receive(self, kind: type, timeout_s: float) -> ToLine | FromLine | None:
+    def receive(self, kind: object, timeout_s: float) -> ToLine | FromLine | None:
         """The next message, or None when none came in time.
 
         Args:
@@ -150,7 +150,7 @@ class Pipe:
                 raise UnavailableError("pipe.closed", "The other process is gone.", got="end of stream")
             self._buffer += data
 
-    def _take(self, kind: type) -> ToLine | FromLine | None:
+    def _take(self, kind: object) -> ToLine | FromLine | None:
         if len(self._buffer) < _HEADER.size:
             return None
         (size,) = _HEADER.unpack_from(self._buffer)
@@ -162,9 +162,10 @@ class Pipe:
         data = bytes(self._buffer[_HEADER.size : end])
         del self._buffer[:end]
         try:
-            return msgspec.msgpack.decode(data, type=kind)
+            message: ToLine | FromLine = msgspec.msgpack.Decoder(cast("Any", kind)).decode(data)
         except msgspec.MsgspecError as error:
             raise MessageError("pipe.malformed", "No message of ours.", expected=kind, got=error) from error
+        return message
 
     def close(self) -> None:
         """Closes this end."""

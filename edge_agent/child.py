@@ -1,0 +1,160 @@
+"""The processes a supervisor starts: the line, and the throw-away self-test. Both speak through its event queue."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_agent.line_config import LineConfig
+from edge_agent.pipe import FromLine, Load, Pipe, Ready
+from models.errors import SortlineError
+from models.files import write_atomically
+from models.messages import Fault
+
+log = logging.getLogger("sortline.child")
+Deliver = Callable[[Any], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class LineGone:
+    """A line process ended or its pipe broke."""
+
+    child: "LineChild"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTestDone:
+    """A self-test ended; `fault` is None when the bundle is fit."""
+
+    digest: str
+    fault: Fault | None
+    p99_ms: float = 0.0
+    rss_mb: float = 0.0
+
+
+class LineChild:
+    """One running line process.
+
+    Args:
+        config: What it runs.
+        root: The agent's state directory; gets `line.json`.
+        deliver: Gets (child, message) pairs and a `LineGone`.
+    """
+
+    def __init__(self, config: LineConfig, root: Path, deliver: Deliver) -> None:
+        path = root / "line.json"
+        write_atomically(path, msgspec.json.encode(config))
+        ours, theirs = socket.socketpair()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "edge_agent.line", "--config", str(path), "--pipe-fd", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            # One thread computes; more arenas and BLAS buffers would only cost memory (some 40 MB).
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
+        )
+        theirs.close()
+        self._pipe = Pipe(ours)
+        self._deliver = deliver
+        self.started_s = self.heard_s = time.monotonic()
+        self.ready = False
+        self._thread = threading.Thread(target=self._read, name=f"line-{self._process.pid}", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def _read(self) -> None:
+        reason = "the line process ended"
+        try:
+            while True:
+                message = self._pipe.receive(FromLine, 1.0)
+                if message is not None:
+                    self.heard_s = time.monotonic()
+                    self.ready = self.ready or isinstance(message, Ready)
+                    self._deliver((self, message))
+        except SortlineError as error:
+            reason = str(error)
+        except OSError as error:
+            reason = f"pipe failed: {error}"
+        status = self._reap()
+        self._deliver(LineGone(self, f"{reason} (exit status {status})"))
+
+    def _reap(self) -> int:
+        try:
+            return self._process.wait(2.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def load(self, digest: str, directory: Path) -> None:
+        """Asks the line to switch to this bundle.
+
+        Raises:
+            UnavailableError: The line does not read.
+        """
+        self._pipe.send(Load(digest=digest, directory=str(directory)))
+
+    def kill(self) -> None:
+        """Ends a line that does not answer; `LineGone` follows."""
+        self._process.kill()
+
+    def stop(self, timeout_s: float) -> None:
+        """Asks the line to end, then makes it."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._thread.join(1.0)
+        self._pipe.close()
+
+
+def start_selftest(
+    directory: Path, digest: str, *, budget_ms: float, timeout_s: float, deliver: Deliver
+) -> threading.Thread:
+    """Runs the self-test of a bundle in a process of its own; `SelfTestDone` comes through `deliver`."""
+
+    def run() -> None:
+        deliver(_selftest(directory, digest, budget_ms, timeout_s))
+
+    thread = threading.Thread(target=run, name="selftest", daemon=True)
+    thread.start()
+    return thread
+
+
+def _selftest(directory: Path, digest: str, budget_ms: float, timeout_s: float) -> SelfTestDone:
+    command = [sys.executable, "-m", "edge_agent.selftest", str(directory), "--digest", digest]
+    try:
+        done = subprocess.run(
+            [*command, "--budget-ms", str(budget_ms)],
+            capture_output=True,
+            timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        fault = Fault(code="selftest.timeout", message=f"The self-test took longer than {timeout_s:g} s.")
+        return SelfTestDone(digest, fault)
+    try:
+        report = msgspec.json.decode(done.stdout.strip().splitlines()[-1])
+        found = msgspec.convert(report["fault"], Fault | None)
+        if done.returncode == 0 or found is not None:
+            return SelfTestDone(digest, found, float(report["p99_ms"]), float(report["rss_mb"]))
+    except (IndexError, KeyError, TypeError, ValueError, msgspec.MsgspecError):
+        log.warning("self-test said: %s", done.stderr[-500:].decode(errors="replace"))
+    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+    return SelfTestDone(digest, Fault(code="selftest.crashed", message=f"The self-test process died by {how}."))

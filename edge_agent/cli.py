@@ -1,0 +1,222 @@
+"""The `sortline-agent` command. Data on standard output, everything else on standard error.
+
+Exit status: 0 ok, 1 failed, 2 wrong usage or configuration, 4 something is not reachable, 130 interrupted.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from models.errors import CameraError, ConfigError, SortlineError, UnavailableError
+
+_EPILOG = """examples:
+  sortline-agent run --id line-1 --broker 10.0.0.5:1883 --camera /dev/video0
+                                        join the fleet: receive bundles, sort, report
+  sortline-agent run --bundle DIR --camera video.mp4 --unpaced --json
+                                        judge a recording with one bundle, alone, every frame
+  sortline-agent run --bundle DIR --camera simulated --seconds 30
+                                        sort on the simulated line for 30 seconds
+  sortline-agent collect --output DIR --items 300
+                                        labelled training views from the simulated line
+  sortline-agent selftest DIR           would this machine accept this bundle?
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sortline-agent",
+        description="The box beside a sorting line: judges every item, fires ejectors, reports.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="sort: in a fleet (--broker), or alone with one bundle (--bundle)")
+    _line_options(run)
+    run.add_argument("--id", help="agent id in the fleet: lower-case letters, digits, dashes")
+    run.add_argument("--broker", metavar="HOST:PORT", help="MQTT broker of the control plane")
+    run.add_argument("--password-file", metavar="FILE", help="holds the agent's broker password")
+    run.add_argument("--state-dir", metavar="DIR", help="slots, spool and state (default: sortline-agent-state)")
+    run.add_argument("--bundle", type=Path, metavar="DIR", help="judge with this bundle, without a fleet")
+    run.add_argument("--seconds", type=float, default=0.0, help="with --bundle: stop after so much of the line's time")
+    run.add_argument("--verdicts", type=Path, metavar="FILE", help="with --bundle: one JSON line per item")
+    run.add_argument("--json", action="store_true", help="with --bundle: print the totals as JSON")
+    collect = commands.add_parser("collect", help="write views for training, from the line's own pipeline")
+    _line_options(collect)
+    collect.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
+    collect.add_argument("--items", type=int, default=300, help="how many items (default: 300)")
+    collect.add_argument("--json", action="store_true")
+    selftest = commands.add_parser("selftest", help="try a bundle as an agent would before it accepts it")
+    selftest.add_argument("directory", type=Path, metavar="BUNDLE")
+    selftest.add_argument("--budget-ms", type=float, default=50.0)
+    capacity = commands.add_parser("capacity", help="measure what one core of this machine carries")
+    _line_options(capacity)
+    capacity.add_argument("--bundle", type=Path, metavar="DIR")
+    capacity.add_argument("--json", action="store_true")
+    status = commands.add_parser("status", help="what an agent on this machine runs, from its state directory")
+    status.add_argument("--state-dir", type=Path, default=Path("sortline-agent-state"))
+    status.add_argument("--json", action="store_true")
+    config = commands.add_parser("config", help="check or show the configuration")
+    config.add_argument("action", choices=["check", "show"])
+    config.add_argument("--config", type=Path, metavar="FILE")
+    return parser
+
+
+def _line_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML; SORTLINE_AGENT__SECTION__KEY overrides it")
+    parser.add_argument("--camera", help="simulated, a video, a folder of frames, /dev/video0, rtsp://...")
+    parser.add_argument("--unpaced", action="store_true", help="recordings: as fast as possible, every frame")
+    parser.add_argument("--loop", action="store_true", help="recordings: again from the start at the end")
+    parser.add_argument("--lanes", type=int, help="lanes in the image (default: 2)")
+    parser.add_argument("--items-per-s", type=float, help="simulated: items per second and lane (default: 9)")
+    parser.add_argument("--seed", type=int, help="simulated: which world")
+    parser.add_argument("--photos", metavar="DIR", help="simulated: roll these real photographs")
+    parser.add_argument("--defect-share", type=float, help="simulated: share of defective items")
+    parser.add_argument("--trouble", metavar="SCHEDULE", help='simulated: such as "30s brightness=0.7; 60s clear"')
+
+
+_LINE_FLAGS = ("camera", "lanes", "items_per_s", "seed", "photos", "defect_share", "trouble")
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    from edge_agent.config import load_agent_config  # noqa: PLC0415
+
+    line = {name: getattr(arguments, name) for name in _LINE_FLAGS if getattr(arguments, name, None) is not None}
+    if getattr(arguments, "unpaced", False):
+        line["paced"] = False
+    if getattr(arguments, "loop", False):
+        line["loop"] = True
+    overrides: dict[str, Any] = {"line": line} if line else {}
+    for flag, key in (("id", "id"), ("state_dir", "state_dir")):
+        if getattr(arguments, flag, None) is not None:
+            overrides[key] = str(getattr(arguments, flag))
+    if getattr(arguments, "broker", None):
+        host, _, port = arguments.broker.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError("config.bad_value", "--broker is HOST:PORT.", expected="HOST:PORT", got=arguments.broker)
+        overrides["broker"] = {"host": host, "port": int(port)}
+    if getattr(arguments, "password_file", None):
+        overrides.setdefault("broker", {})["password_file"] = arguments.password_file
+    return load_agent_config(arguments.config, overrides)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    if arguments.bundle is None:
+        from edge_agent.supervisor import Supervisor  # noqa: PLC0415
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        return Supervisor(config).run()
+    from edge_agent.standalone import run_standalone  # noqa: PLC0415
+
+    def show(live: Any) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{live.items} items, {live.items_per_s:.1f}/s, p99 {live.p99_ms:.1f} ms   ")
+
+    stream = arguments.verdicts.open("w", encoding="utf-8") if arguments.verdicts else None
+    try:
+        facts = run_standalone(
+            config.line, bundle=arguments.bundle, seconds=arguments.seconds, on_live=show, verdicts=stream
+        )
+    finally:
+        if stream is not None:
+            stream.close()
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")
+    _print(facts, as_json=arguments.json)
+    return 0
+
+
+def _collect(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from edge_agent.collect import collect  # noqa: PLC0415
+
+    def progress(done: int, wanted: int) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\rcollecting {done}/{wanted} items ")
+
+    found = collect(_config(arguments).line, arguments.output, items=arguments.items, progress=progress)
+    if sys.stderr.isatty():
+        sys.stderr.write("\n")
+    _print(asdict(found), as_json=arguments.json)
+    return 0
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    from edge_agent.selftest import main as selftest  # noqa: PLC0415
+
+    return selftest([str(arguments.directory), "--budget-ms", str(arguments.budget_ms)])
+
+
+def _capacity(arguments: argparse.Namespace) -> int:
+    from edge_agent.standalone import capacity  # noqa: PLC0415
+
+    _print(capacity(_config(arguments).line, bundle=arguments.bundle), as_json=arguments.json)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from edge_agent.slots import StateFile  # noqa: PLC0415
+
+    if not (arguments.state_dir / "state.json").exists():
+        raise ConfigError(
+            "agent.no_state", f"{arguments.state_dir} holds no agent.", expected="state.json", got="nothing"
+        )
+    state = StateFile(arguments.state_dir).load()
+    _print(msgspec.to_builtins(state), as_json=arguments.json)
+    return 0
+
+
+def _show_config(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    if arguments.action == "show":
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(config)).decode() + "\n")
+    else:
+        sys.stderr.write("the configuration is good\n")
+    return 0
+
+
+def _print(facts: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(msgspec.json.encode(facts).decode() + "\n")
+        return
+    width = max(len(key) for key in facts)
+    for key, value in facts.items():
+        sys.stdout.write(f"{key.replace('_', ' '):<{width}}  {value}\n")
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "collect": _collect,
+    "selftest": _selftest,
+    "capacity": _capacity,
+    "status": _status,
+    "config": _show_config,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of the command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _COMMANDS[arguments.command](arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"{error.code}: {error}\n")
+        return 2
+    except (UnavailableError, CameraError) as error:
+        sys.stderr.write(f"{error.code}: {error}\n")
+        return 4
+    except SortlineError as error:
+        sys.stderr.write(f"{error.code}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

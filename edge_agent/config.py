@@ -1,0 +1,90 @@
+"""Configuration of the agent: identity, broker, line, budgets. Loaded once, passed down (`models.config`)."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from edge_agent.line_config import LineConfig
+from models.config import load_config
+from models.messages import AgentId
+
+PREFIX = "SORTLINE_AGENT"
+Seconds = Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the MQTT broker is and who we are there."""
+
+    host: str = "127.0.0.1"
+    port: Port = 1883
+    username: str = ""
+    """Empty = the agent's id."""
+    password_file: str = ""
+    """File that holds the password, readable by the agent alone."""
+    tls_ca: str = ""
+    """CA certificate (PEM) that the broker must prove; empty = no TLS."""
+    reconnect_min_s: Seconds = 1.0
+    reconnect_max_s: Seconds = 30.0
+    """Attempts are spread at random between these, so that a fleet does not come back in one moment."""
+
+
+class SpoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Records that wait for the control plane."""
+
+    max_bytes: Annotated[int, msgspec.Meta(ge=1024 * 1024)] = 256 * 1024 * 1024
+    """On disk; beyond it the oldest windows are dropped and counted."""
+    ballast_bytes: Annotated[int, msgspec.Meta(ge=0)] = 4 * 1024 * 1024
+    """Kept aside so that records can still be deleted on a full disk."""
+    retry_s: Seconds = 10.0
+    """A batch without acknowledgement is sent again after this time."""
+
+
+class DeliveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fetching bundles."""
+
+    window: Annotated[int, msgspec.Meta(ge=1, le=8)] = 8
+    """Chunks asked for at a time."""
+    reserve_bytes: Annotated[int, msgspec.Meta(ge=0)] = 64 * 1024 * 1024
+    """Disk space that stays free."""
+    stall_s: Seconds = 15.0
+    """Without a chunk for so long, everything is asked for again."""
+    selftest_budget_ms: Annotated[float, msgspec.Meta(gt=0.0)] = 50.0
+    """p99 of one run of a candidate model."""
+    selftest_timeout_s: Seconds = 60.0
+    max_tries: Annotated[int, msgspec.Meta(ge=1, le=10)] = 2
+    """Starts of a bundle on trial before it is rolled back."""
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One agent."""
+
+    id: AgentId = "agent-1"
+    state_dir: str = "sortline-agent-state"
+    """Slots, spool, state. Survives everything."""
+    labels: dict[str, str] = {}
+    """Such as site, line: rollouts select by them."""
+    broker: BrokerConfig = BrokerConfig()
+    line: LineConfig = LineConfig()
+    spool: SpoolConfig = SpoolConfig()
+    delivery: DeliveryConfig = DeliveryConfig()
+
+
+def load_agent_config(
+    path: Path | None, overrides: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> AgentConfig:
+    """Defaults < file < environment (`SORTLINE_AGENT__SECTION__KEY`) < command line.
+
+    Raises:
+        ConfigError: See `models.config.load_config`.
+    """
+    return load_config(
+        AgentConfig,
+        path,
+        environment=os.environ if environment is None else environment,
+        prefix=PREFIX,
+        overrides=overrides,
+    )
