@@ -1,0 +1,101 @@
+"""Judges a labelled folder with a bundle exactly as an agent would: same views, same graph, same fusion and recipe."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from control_plane.training.datasets import Dataset, load_dataset
+from control_plane.training.judging import items_of
+from control_plane.training.metrics import measure
+from models.bundle import read_bundle
+from models.classifier import OnnxClassifier
+from models.errors import InputError
+from models.recipe import Recipe
+
+
+def evaluate(
+    bundle_directory: Path,
+    data: Path,
+    *,
+    exclude_doubt: bool = False,
+    good_class: str = "",
+    progress: Callable[[float], None] = lambda _share: None,
+) -> dict[str, Any]:
+    """View and item figures of a bundle on a labelled folder.
+
+    Where the folder's classes are not the bundle's (one says `defect`, the other names defects), both are reduced to
+    good and `bad`.
+
+    Args:
+        bundle_directory: The bundle; verified, and its golden views are reproduced first.
+        data: See `datasets.load_dataset`.
+        exclude_doubt: Leave out views in doubt.
+        good_class: Of the folder.
+        progress: Called with 0..1.
+
+    Raises:
+        InputError: The folder cannot be used.
+        BundleError: The bundle cannot be used on this machine.
+    """
+    bundle = read_bundle(bundle_directory)
+    classifier = OnnxClassifier(bundle.model)
+    bundle.golden.check(classifier)
+    dataset = load_dataset(
+        data, bundle.preprocess, good_class=good_class, progress=lambda s: progress(0.4 * s), require_items=0
+    )
+    answers = []
+    for start in range(0, len(dataset.views), 32):
+        answers.append(classifier.classify(dataset.views[start : start + 32]).probabilities)
+        progress(0.4 + 0.6 * start / len(dataset.views))
+    probabilities = np.concatenate(answers).astype(np.float64)
+    labels, reduce, classes = _aligned(dataset, bundle.recipe)
+    kept = ~dataset.doubt if exclude_doubt else np.ones(len(labels), bool)
+    items = [item for item in items_of(dataset, bundle.preprocess.max_views) if kept[item.rows].any()]
+    fused = np.array([bundle.recipe.decide(probabilities[item.chosen]).probabilities for item in items])
+    every = np.array([bundle.recipe.decide(probabilities[item.rows]).probabilities for item in items])
+    truth = np.array([labels[_row_of(item.truth, item.rows, dataset)] if item.truth else 0 for item in items])
+    names = np.array([item.name for item in items])
+    threshold = bundle.recipe.threshold
+    progress(1.0)
+    return {
+        "bundle": bundle.digest,
+        "dataset": dataset.digest,
+        "exclude_doubt": exclude_doubt,
+        "views_per_item": bundle.preprocess.max_views,
+        "warnings": dataset.report.warnings,
+        "skipped": dataset.report.skipped,
+        "metrics": {
+            "view": measure(labels[kept], reduce(probabilities[kept]), dataset.items[kept], classes),
+            "item": measure(truth, reduce(fused), names, classes, threshold=threshold),
+            "item_all_views": measure(truth, reduce(every), names, classes, threshold=threshold),
+        },
+    }
+
+
+def _row_of(truth: int, rows: NDArray[np.intp], dataset: Dataset) -> int:
+    """A row of the item that has its class."""
+    return int(rows[np.flatnonzero(dataset.labels[rows] == truth)[0]])
+
+
+def _aligned(
+    dataset: Dataset, recipe: Recipe
+) -> tuple[NDArray[np.int64], Callable[[NDArray[np.floating]], NDArray[np.float64]], tuple[str, ...]]:
+    """Labels and probabilities in common classes, the good one first."""
+    good = recipe.good
+    order = [good, *(k for k in range(len(recipe.classes)) if k != good)]
+    names = tuple(recipe.classes[k] for k in order)
+    if set(dataset.classes) <= set(names) and dataset.classes[0] == recipe.good_class:
+        place = np.array([names.index(name) for name in dataset.classes], np.int64)
+        return place[dataset.labels], lambda p: np.asarray(p[:, order], np.float64), names
+    if dataset.classes[0] != recipe.good_class and recipe.good_class in dataset.classes:
+        raise InputError(
+            "evaluation.wrong_good_class",
+            "Folder and bundle disagree which class is good.",
+            expected=recipe.good_class,
+            got=dataset.classes[0],
+        )
+    labels = (dataset.labels > 0).astype(np.int64)
+    return labels, lambda p: np.column_stack((p[:, good], 1.0 - p[:, good])), (recipe.good_class, "bad")

@@ -1,0 +1,235 @@
+"""Features learnt from views, computed by an ONNX graph in training and on the line alike.
+
+A dictionary of small patches per scale: patches are normalised by their own contrast and whitened, clustered by
+k-means (Coates & Ng, "Learning Feature Representations with K-means", 2012), and applied as one convolution with a
+soft threshold, pooled over the item by mean and by maximum: a defect may be small, so the maximum must count. Two
+scales, because a worm hole is a few pixels and rot is half an apple. What is outside the item is filled with the
+item's mean colour and no patch that touches it is pooled, so belt and backdrop cannot matter; contrast normalisation
+takes out the lamp.
+
+`features_graph` is the only implementation; `FeatureExtractor.transform` runs it with ONNX Runtime.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from sklearn.cluster import MiniBatchKMeans
+
+from control_plane.training.nodes import GraphWriter, as_float32, floats, views_input
+
+Views = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+_CONTRAST_EPS = 10.0
+"""Added to a patch's variance, grey levels squared: flat skin is not blown up to noise (Coates & Ng, section 2.1)."""
+_WHITEN_EPS = 0.1
+_INSIDE = 0.999
+"""Share of a patch that must be item for its position to be pooled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """One dictionary: patches of `patch_px` on the view shrunk by `shrink`, every `stride` pixels."""
+
+    shrink: int
+    patch_px: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """Shape of the feature extractor."""
+
+    view_px: int = 64
+    filters: int = 192
+    """Per scale."""
+    scales: tuple[Scale, ...] = (Scale(1, 6, 2), Scale(2, 6, 1))
+    patches: int = 50_000
+    """Per scale, that the dictionary is learnt on."""
+    threshold: float = 1.0
+    """Of the soft threshold, in units of the whitened patch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dictionary:
+    """Kernels float32 (filters, 3, p, p), their sums and biases float32 (filters,)."""
+
+    kernels: Floats
+    sums: Floats
+    biases: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureExtractor:
+    """Fitted dictionaries, one per scale."""
+
+    spec: FeatureSpec
+    dictionaries: tuple[Dictionary, ...]
+
+    @classmethod
+    def fit(cls, views: Views, groups: NDArray[np.generic], spec: FeatureSpec, *, seed: int) -> "FeatureExtractor":
+        """Learns the dictionaries.
+
+        Args:
+            views: uint8 (N, S, S, 3) BGR, background zero.
+            groups: (N,) item of each view: each item gives about equally many patches.
+            spec: Shape.
+            seed: Decides patches and first centroids; the same seed and views give the same bytes.
+        """
+        rng = np.random.default_rng(seed)
+        found = tuple(_learn(views, groups, spec, scale, rng, seed) for scale in spec.scales)
+        return cls(spec, found)
+
+    def transform(self, views: Views, *, progress: Callable[[float], None] | None = None, batch: int = 64) -> Floats:
+        """float32 (N, F): the features of each view."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        graph = features_graph(self).SerializeToString()
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        parts = [np.zeros((0, feature_count(self.spec)), np.float32)]
+        for start in range(0, len(views), batch):
+            part = np.ascontiguousarray(views[start : start + batch])
+            parts.append(session.run(["features"], {"views": part})[0])
+            if progress is not None:
+                progress(min(1.0, (start + batch) / len(views)))
+        return np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def _learn(
+    views: Views, groups: NDArray[np.generic], spec: FeatureSpec, scale: Scale, rng: np.random.Generator, seed: int
+) -> Dictionary:
+    patches = normalised(_sample_patches(views, groups, spec, scale, rng))
+    mean = patches.mean(axis=0)
+    values, vectors = np.linalg.eigh(np.cov((patches - mean).T.astype(np.float64)))
+    whiten = vectors @ np.diag(1.0 / np.sqrt(np.maximum(values, 0.0) + _WHITEN_EPS)) @ vectors.T
+    white = ((patches - mean) @ whiten).astype(np.float32)
+    clusters = min(spec.filters, len(white))
+    means = MiniBatchKMeans(
+        n_clusters=clusters, random_state=seed, n_init=1, batch_size=4096, max_iter=12, reassignment_ratio=0.0
+    ).fit(white)
+    atoms = np.zeros((spec.filters, white.shape[1]))
+    atoms[:clusters] = means.cluster_centers_
+    atoms /= np.maximum(np.linalg.norm(atoms, axis=1, keepdims=True), 1e-9)
+    flat = atoms @ whiten.T
+    shaped = flat.reshape(spec.filters, scale.patch_px, scale.patch_px, 3).transpose(0, 3, 1, 2)
+    return Dictionary(as_float32(shaped), as_float32(flat.sum(axis=1)), as_float32(-(flat @ mean)))
+
+
+def normalised(patches: Floats) -> Floats:
+    """float32 (N, D): each patch minus its mean, divided by its own contrast."""
+    centred = patches - patches.mean(axis=1, keepdims=True)
+    return as_float32(centred / np.sqrt(patches.var(axis=1, keepdims=True) + _CONTRAST_EPS))
+
+
+def shrunk(views: Views, shrink: int) -> tuple[Floats, NDArray[np.bool_]]:
+    """The first step of the graph in numpy, for sampling patches and as the reference in tests.
+
+    Returns:
+        float32 (N, s, s, 3): mean colour of the item pixels of each block of `shrink` x `shrink`, the item's mean
+        colour where a block is not mostly item; bool (N, s, s): mostly item.
+    """
+    x = views.astype(np.float32)
+    inside = (x.max(axis=3, keepdims=True) > 0).astype(np.float32)
+    count = np.maximum(inside.sum(axis=(1, 2, 3)), 1.0)
+    mean = (x.sum(axis=(1, 2)) / count[:, None])[:, None, None, :]
+    side = x.shape[1] // shrink
+    blocks = x[:, : side * shrink, : side * shrink].reshape(len(x), side, shrink, side, shrink, 3).mean(axis=(2, 4))
+    share = inside[:, : side * shrink, : side * shrink].reshape(len(x), side, shrink, side, shrink, 1).mean(axis=(2, 4))
+    mostly = share > 0.5
+    return as_float32(np.where(mostly, blocks / np.maximum(share, 1e-3), mean)), mostly[..., 0]
+
+
+def _sample_patches(
+    views: Views, groups: NDArray[np.generic], spec: FeatureSpec, scale: Scale, rng: np.random.Generator
+) -> Floats:
+    """float32 (patches, p * p * 3), from inside the items, about equally many per item."""
+    size = scale.patch_px
+    names = np.unique(groups)
+    each = max(8, spec.patches // len(names))
+    found: list[Floats] = []
+    for name in names:
+        members = np.flatnonzero(groups == name)
+        chosen = rng.choice(members, size=min(len(members), max(1, each // 24)), replace=False)
+        colours, inside = shrunk(views[chosen], scale.shrink)
+        side = colours.shape[1]
+        per_view = -(-each // len(chosen))
+        for picture, mask in zip(colours, inside, strict=True):
+            for y, x in rng.integers(0, side - size + 1, size=(per_view, 2)):
+                if mask[y : y + size, x : x + size].all():
+                    found.append(picture[y : y + size, x : x + size].reshape(1, -1))
+    if not found:  # items too small to hold a patch: anything is better than nothing
+        colours, _ = shrunk(views, scale.shrink)
+        found = [picture[:size, :size].reshape(1, -1) for picture in colours]
+    return np.concatenate(found)
+
+
+def feature_count(spec: FeatureSpec) -> int:
+    """F."""
+    return 2 * spec.filters * len(spec.scales)
+
+
+def features_graph(extractor: FeatureExtractor) -> onnx.ModelProto:
+    """The feature part as a model of its own: `views` -> `features` float32 [N, F]."""
+    writer = GraphWriter()
+    write_features(writer, extractor, output="features")
+    return writer.model(
+        [views_input(extractor.spec.view_px)], [floats("features", feature_count(extractor.spec))], name="features"
+    )
+
+
+def write_features(writer: GraphWriter, extractor: FeatureExtractor, *, output: str) -> str:
+    """Adds the feature nodes; `views` must be an input of the graph."""
+    w = writer
+    x = w.op("Transpose", [w.op("Cast", ["views"], to=1)], perm=[0, 3, 1, 2])
+    inside = w.op("Cast", [w.op("Greater", [w.reduce("ReduceMax", x, [1]), w.constant(0.0)])], to=1)
+    count = w.op("Max", [w.reduce("ReduceSum", inside, [2, 3]), w.constant(1.0)])
+    mean = w.op("Div", [w.reduce("ReduceSum", x, [2, 3]), count])
+    parts: list[str] = []
+    for scale, dictionary in zip(extractor.spec.scales, extractor.dictionaries, strict=True):
+        picture, mostly = _shrink(w, x, inside, mean, scale.shrink)
+        parts += _pooled(w, picture, mostly, dictionary, scale, extractor.spec.threshold)
+    return w.op("Concat", parts, output=output, axis=1)
+
+
+def _shrink(w: GraphWriter, x: str, inside: str, mean: str, shrink: int) -> tuple[str, str]:
+    """`shrunk` as nodes: [N, 3, s, s] and [N, 1, s, s]."""
+    share = inside
+    if shrink > 1:
+        shape: dict[str, Any] = {"kernel_shape": [shrink] * 2, "strides": [shrink] * 2}
+        x, share = w.op("AveragePool", [x], **shape), w.op("AveragePool", [inside], **shape)
+    mostly = w.op("Greater", [share, w.constant(0.5)])
+    colour = w.op("Div", [x, w.op("Max", [share, w.constant(1e-3)])])
+    return w.op("Where", [mostly, colour, mean]), w.op("Cast", [mostly], to=1)
+
+
+def _pooled(
+    w: GraphWriter, picture: str, mostly: str, dictionary: Dictionary, scale: Scale, threshold: float
+) -> list[str]:
+    """Responses to contrast-normalised patches, soft-thresholded, pooled over the item by mean and maximum.
+
+    With patch mean m and contrast s, kernel k and bias b: k . (patch - m) / s + b = (conv(patch) - m * sum(k)) / s + b,
+    so that normalisation costs two small poolings instead of touching every patch.
+    """
+    window: dict[str, Any] = {"kernel_shape": [scale.patch_px] * 2, "strides": [scale.stride] * 2}
+    response = w.op("Conv", [picture, w.constant(dictionary.kernels)], **window)
+    m = w.op("AveragePool", [w.reduce("ReduceMean", picture, [1])], **window)
+    square = w.op("AveragePool", [w.reduce("ReduceMean", w.op("Mul", [picture, picture]), [1])], **window)
+    variance = w.op("Relu", [w.op("Sub", [square, w.op("Mul", [m, m])])])
+    contrast = w.op("Sqrt", [w.op("Add", [variance, w.constant(_CONTRAST_EPS)])])
+    shape = (1, -1, 1, 1)
+    centred = w.op("Sub", [response, w.op("Mul", [m, w.constant(dictionary.sums.reshape(shape))])])
+    shifted = w.op(
+        "Add", [w.op("Div", [centred, contrast]), w.constant((dictionary.biases - threshold).reshape(shape))]
+    )
+    covered = w.op("AveragePool", [mostly], **window)
+    pooled = w.op("Cast", [w.op("Greater", [covered, w.constant(_INSIDE)])], to=1)
+    active = w.op("Mul", [w.op("Relu", [shifted]), pooled])
+    count = w.op("Max", [w.reduce("ReduceSum", pooled, [2, 3]), w.constant(1.0)])
+    mean = w.op("Div", [w.reduce("ReduceSum", active, [2, 3]), count])
+    top = w.reduce("ReduceMax", active, [2, 3])
+    return [w.op("Flatten", [part], axis=1) for part in (w.op("Sqrt", [mean]), top)]

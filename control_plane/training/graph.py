@@ -1,0 +1,146 @@
+"""One ONNX graph from pixels to calibrated probabilities, and the proof that it computes what scikit-learn did."""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from skl2onnx import convert_sklearn
+from skl2onnx.common.data_types import FloatTensorType
+
+from control_plane.training.features import FeatureExtractor, feature_count, write_features
+from control_plane.training.head import EMBEDDING, Head
+from control_plane.training.nodes import ML_OPSET, OPSET, GraphWriter, as_float32, floats, views_input
+from models.classifier import EMBEDDING as EMBEDDING_OUTPUT
+from models.classifier import PROBABILITIES, SCALARS_INPUT, OnnxClassifier
+
+DIFFERENCE_LIMIT = 1e-3
+"""Largest difference of a probability that parity accepts: float32 against float64 through some 200 nodes."""
+
+
+class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
+    """scikit-learn against ONNX on the same views."""
+
+    views: int
+    max_difference: float
+    mean_difference: float
+    flips: int
+    """Labels that differ outside the tolerance band: the best two classes are closer than the band inside it."""
+    band: float
+    passed: bool
+
+
+def build_graph(extractor: FeatureExtractor, head: Head, *, name: str, metadata: dict[str, str]) -> bytes:
+    """The whole model: `views` (and `scalars`) -> `probabilities`, `embedding`.
+
+    Args:
+        extractor: Fitted features.
+        head: Fitted classifier, converted by skl2onnx.
+        name: Of the graph.
+        metadata: Stored as `metadata_props`.
+
+    Returns:
+        Serialised ONNX; the same parts give the same bytes.
+    """
+    w = GraphWriter()
+    width, scalars = feature_count(extractor.spec), len(head.medians)
+    features = write_features(w, extractor, output="features")
+    inputs = [views_input(extractor.spec.view_px)]
+    if scalars:
+        inputs.append(floats(SCALARS_INPUT, scalars))
+        unknown = w.op("IsNaN", [SCALARS_INPUT])
+        features = w.op("Concat", [features, w.op("Where", [unknown, w.constant(head.medians), SCALARS_INPUT])], axis=1)
+    raw, width = _graft(w, head, features, width + scalars), width + scalars
+    clipped = w.op("Clip", [raw, w.constant(1e-7), w.constant(1.0)])
+    scores = w.op("Mul", [w.op("Log", [clipped]), w.constant(head.temperature)])
+    w.op("Softmax", [w.op("Add", [scores, w.constant(head.bias)])], output=PROBABILITIES, axis=1)
+    _embed(w, head, features)
+    outputs = [floats(PROBABILITIES, len(head.bias)), floats(EMBEDDING_OUTPUT, EMBEDDING)]
+    model = w.model(inputs, outputs, name=name, metadata=metadata)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _graft(w: GraphWriter, head: Head, features: str, width: int) -> str:
+    """Takes the nodes of the converted pipeline over, under names of their own; returns the probabilities' name."""
+    options = {id(head.pipeline): {"zipmap": False}}
+    converted = convert_sklearn(
+        head.pipeline,
+        initial_types=[("head_input", FloatTensorType([None, width]))],
+        target_opset={"": OPSET, "ai.onnx.ml": ML_OPSET},
+        options=options,
+    )
+    names: dict[str, str] = {"head_input": features, "": ""}
+
+    def renamed(name: str) -> str:
+        return names.setdefault(name, f"head_{len(names)}")
+
+    for constant in converted.graph.initializer:
+        copy = onnx.TensorProto()
+        copy.CopyFrom(constant)
+        copy.name = renamed(constant.name)
+        w.constants.append(copy)
+    for node in converted.graph.node:
+        copy_node = onnx.NodeProto()
+        copy_node.CopyFrom(node)
+        copy_node.name = f"head_node_{len(w.nodes)}"
+        copy_node.input[:] = [renamed(name) for name in node.input]
+        copy_node.output[:] = [renamed(name) for name in node.output]
+        w.nodes.append(copy_node)
+    return names[converted.graph.output[1].name]
+
+
+def _embed(w: GraphWriter, head: Head, features: str) -> None:
+    """First principal components of the scaled features, each with unit variance on the training views."""
+    scale: Any = head.pipeline.named_steps["scale"]
+    project: Any = head.pipeline.named_steps["project"]
+    count = min(EMBEDDING, project.n_components_)
+    axes = np.zeros((len(scale.mean_), EMBEDDING))
+    axes[:, :count] = project.components_[:count].T / np.sqrt(np.maximum(project.explained_variance_[:count], 1e-12))
+    matrix = axes / scale.scale_[:, None]
+    offset = -(scale.mean_ / scale.scale_ + project.mean_) @ axes
+    product = w.op("MatMul", [features, w.constant(matrix)])
+    w.op("Add", [product, w.constant(offset)], output=EMBEDDING_OUTPUT)
+
+
+def parity(
+    extractor: FeatureExtractor,
+    head: Head,
+    graph: bytes,
+    views: NDArray[np.uint8],
+    scalars: NDArray[np.float32] | None,
+    *,
+    limit: float = DIFFERENCE_LIMIT,
+) -> ParityReport:
+    """Judges the same views with both.
+
+    Args:
+        extractor: Fitted features.
+        head: scikit-learn's side, in float64.
+        graph: ONNX's side.
+        views: uint8 (N, S, S, 3).
+        scalars: float32 (N, K) or None.
+        limit: Largest accepted difference of a probability; also the band in which a label may differ.
+    """
+    expected = head.predict_proba(extractor.transform(views), scalars)
+    classifier = OnnxClassifier(graph)
+    parts = [
+        classifier.classify(
+            views[s : s + 64], None if scalars is None else as_float32(scalars[s : s + 64])
+        ).probabilities
+        for s in range(0, len(views), 64)
+    ]
+    got = np.concatenate(parts).astype(np.float64)
+    difference = np.abs(got - expected)
+    ordered = np.sort(expected, axis=1)
+    decided = ordered[:, -1] - ordered[:, -2] > 2.0 * limit
+    flips = int(((got.argmax(axis=1) != expected.argmax(axis=1)) & decided).sum())
+    worst = float(difference.max())
+    return ParityReport(
+        views=len(views),
+        max_difference=worst,
+        mean_difference=float(difference.mean()),
+        flips=flips,
+        band=2.0 * limit,
+        passed=flips == 0 and worst <= limit,
+    )

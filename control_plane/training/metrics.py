@@ -1,0 +1,107 @@
+"""Figures with intervals over items. Views of one item are near-copies: only items tell how sure a figure is."""
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix, roc_auc_score
+
+DRAWS: Final = 400
+_MIN_ITEMS: Final = 5
+
+
+def auc(bad: NDArray[np.bool_], score: NDArray[np.floating]) -> float:
+    """Area under the ROC of "not good"; NaN when one side is empty."""
+    if bad.all() or not bad.any():
+        return float("nan")
+    return float(roc_auc_score(bad, score))
+
+
+def balanced_accuracy(truth: NDArray[np.integer], found: NDArray[np.integer]) -> float:
+    """Mean over the classes present of the share that was found."""
+    present = np.unique(truth)
+    return float(np.mean([(found[truth == k] == k).mean() for k in present])) if len(present) else float("nan")
+
+
+def calibration_error(bad: NDArray[np.bool_], score: NDArray[np.floating], bins: int = 10) -> float:
+    """Expected calibration error of the defect probability, equal-width bins (Naeini et al. 2015)."""
+    at = np.minimum((score * bins).astype(int), bins - 1)
+    gaps = [abs(score[at == k].mean() - bad[at == k].mean()) * (at == k).mean() for k in range(bins) if (at == k).any()]
+    return float(np.sum(gaps))
+
+
+def measure(
+    truth: NDArray[np.integer],
+    probabilities: NDArray[np.floating],
+    items: NDArray[np.generic],
+    classes: tuple[str, ...],
+    *,
+    threshold: float = 0.5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All figures of one level (views, or items with one row each).
+
+    Args:
+        truth: (N,) class, 0 = good.
+        probabilities: (N, C).
+        items: (N,) item of each row: the bootstrap draws items with replacement (Efron & Tibshirani 1993).
+        classes: Names.
+        threshold: Defect probability from which a row is called bad.
+        seed: Of the bootstrap.
+
+    Returns:
+        `auc` (good against the rest), `balanced_accuracy` (good against the rest at the threshold), each
+        `{value, low, high}` with a 95 % interval or a `reason` why there is none; `class_balanced_accuracy` where
+        there are more than two classes; `calibration_error`, `confusion`, counts.
+    """
+    score = 1.0 - probabilities[:, 0]
+    bad, called = truth > 0, score >= threshold
+    names, place = np.unique(items, return_inverse=True)
+    found = np.where(called, 1 + probabilities[:, 1:].argmax(axis=1), 0)
+    facts: dict[str, Any] = {
+        "rows": len(truth),
+        "items": len(names),
+        "auc": _with_interval(lambda rows: auc(bad[rows], score[rows]), place, len(names), seed),
+        "balanced_accuracy": _with_interval(
+            lambda rows: balanced_accuracy(bad[rows].astype(int), called[rows].astype(int)), place, len(names), seed
+        ),
+        "calibration_error": round(calibration_error(bad, score), 4),
+        "confusion": confusion_matrix(truth, found, labels=range(len(classes))).tolist(),
+        "classes": list(classes),
+        "threshold": threshold,
+    }
+    if len(classes) > 2:
+        facts["class_balanced_accuracy"] = _with_interval(
+            lambda rows: balanced_accuracy(truth[rows], found[rows]), place, len(names), seed
+        )
+    return facts
+
+
+def _with_interval(figure: Any, place: NDArray[np.intp], count: int, seed: int) -> dict[str, Any]:
+    value = figure(np.arange(len(place)))
+    if not np.isfinite(value):
+        return {"value": None, "low": None, "high": None, "reason": "only one class is present"}
+    if count < _MIN_ITEMS:
+        return {"value": round(value, 4), "low": None, "high": None, "reason": f"only {count} items"}
+    rows_of = [np.flatnonzero(place == k) for k in range(count)]
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(DRAWS if len(place) * count < 5_000_000 else DRAWS // 4):
+        drawn = figure(np.concatenate([rows_of[k] for k in rng.integers(0, count, count)]))
+        if np.isfinite(drawn):
+            draws.append(drawn)
+    if len(draws) < DRAWS // 8:
+        return {"value": round(value, 4), "low": None, "high": None, "reason": "too few items of one class"}
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return {"value": round(value, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def item_truth(labels: NDArray[np.integer], doubt: NDArray[np.bool_]) -> int:
+    """The class of an item from the labels of its views.
+
+    An item is bad when a view without doubt shows it (a defective apple shows sound sides); then it is what most of
+    those views say. Views in doubt decide only when there are no others.
+    """
+    sure = labels[~doubt] if (~doubt).any() else labels
+    defects = sure[sure > 0]
+    return int(np.bincount(defects).argmax()) if len(defects) else 0

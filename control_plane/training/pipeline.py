@@ -1,0 +1,333 @@
+"""Training, from a folder to a bundle.
+
+In this order: read, cross-validate by item, calibrate, fit on all, convert, prove parity, make the reference, write.
+
+Every figure comes from views of items the model at hand has not seen. The bundle holds no time and no host: the same
+data, seed and code give the same digest.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+from control_plane.training.augment import blemished, turned
+from control_plane.training.card import write_card
+from control_plane.training.datasets import Dataset, load_dataset
+from control_plane.training.features import FeatureExtractor, FeatureSpec
+from control_plane.training.graph import ParityReport, build_graph, parity
+from control_plane.training.head import Head, fit_head, view_weights
+from control_plane.training.judging import items_of, judge_item
+from control_plane.training.metrics import measure
+from control_plane.training.splits import item_folds
+from models.bundle import CARD, GOLDEN, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, Golden, write_bundle
+from models.classifier import OnnxClassifier
+from models.errors import InputError
+from models.fusion import FusionSpec, item_evidence
+from models.recipe import Recipe
+from models.view_spec import PreprocessSpec
+from models.windows import build_profile, feature_names
+
+GOLDEN_VIEWS: Final = 32
+GOLDEN_TOLERANCE: Final = 2e-3
+_MIN_CALIBRATION_ITEMS: Final = 20
+Progress = Callable[[str, float], None]
+
+
+class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a person decides about a training run."""
+
+    name: str
+    seed: int = 1
+    effort: Literal["quick", "standard"] = "standard"
+    """quick: smaller dictionary, no augmentation; for a first look and for the demo."""
+    folds: int = 5
+    good_class: str = ""
+
+    @property
+    def features(self) -> FeatureSpec:
+        """Of this effort."""
+        return FeatureSpec(filters=96, patches=30_000) if self.effort == "quick" else FeatureSpec()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    """A finished training run."""
+
+    bundle: Bundle
+    metrics: dict[str, Any]
+    parity: ParityReport
+    dataset: dict[str, Any]
+    seconds: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for the API and the command line."""
+        return {
+            "bundle": self.bundle.digest,
+            "name": self.bundle.manifest.name,
+            "size_bytes": self.bundle.manifest.size_bytes,
+            "metrics": self.metrics,
+            "parity": msgspec.to_builtins(self.parity),
+            "dataset": self.dataset,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    extractor: FeatureExtractor
+    head: Head
+    graph: bytes
+
+
+class _Clock:
+    """Durations of the stages, and progress over all of them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.seconds: dict[str, float] = {}
+        self._stage, self._since = "", time.perf_counter()
+
+    def stage(self, name: str, share: float) -> None:
+        now = time.perf_counter()
+        if self._stage:
+            self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + now - self._since, 2)
+        self._stage, self._since = name, now
+        self._progress(name, share)
+
+
+def train(
+    root: Path, settings: TrainSettings, output: Path, *, progress: Progress = lambda _stage, _share: None
+) -> TrainedModel:
+    """Trains from a labelled folder and writes the bundle.
+
+    Args:
+        root: See `datasets.load_dataset`.
+        settings: What a person decides.
+        output: New directory of the bundle.
+        progress: Called with (stage, 0..1); an exception raised in it ends the training.
+
+    Raises:
+        InputError: The data cannot be learnt from, or `training.parity_failed`.
+        BundleError: The bundle could not be written.
+    """
+    with threadpool_limits(1):
+        return _train(root, settings, output, _Clock(progress))
+
+
+def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock) -> TrainedModel:
+    spec = PreprocessSpec(view_px=settings.features.view_px)
+    clock.stage("reading photographs", 0.0)
+    dataset = load_dataset(
+        root, spec, good_class=settings.good_class, progress=lambda s: clock.stage("reading photographs", 0.05 * s)
+    )
+    probabilities, parities = _cross_validate(dataset, settings, clock)
+    clock.stage("calibrating items", 0.76)
+    recipe = _recipe(dataset, probabilities, spec)
+    metrics = _metrics(dataset, probabilities, recipe, spec)
+    clock.stage("fitting on everything", 0.8)
+    fitted = _fit(dataset, np.arange(len(dataset.views)), settings)
+    clock.stage("checking parity", 0.93)
+    report = _parity(parities, parity(fitted.extractor, fitted.head, fitted.graph, dataset.views, None))
+    clock.stage("making the reference", 0.96)
+    parts = _parts(dataset, probabilities, recipe, spec, fitted)
+    facts = _dataset_facts(dataset)
+    lineage = {
+        "dataset": facts,
+        "settings": msgspec.to_builtins(settings),
+        "versions": {name: version(name) for name in ("sortline", "numpy", "scikit-learn", "skl2onnx", "onnxruntime")},
+        "metrics": metrics,
+        "parity": msgspec.to_builtins(report),
+        "penalty": fitted.head.penalty,
+    }
+    parts |= {
+        MODEL: fitted.graph,
+        RECIPE: msgspec.json.encode(recipe),
+        PREPROCESS: msgspec.json.encode(spec),
+        LINEAGE: msgspec.json.encode(lineage, order="sorted"),
+        CARD: write_card(settings.name, facts, metrics, report, recipe).encode(),
+    }
+    bundle = write_bundle(output, settings.name, parts)
+    clock.stage("done", 1.0)
+    return TrainedModel(bundle, metrics, report, facts, clock.seconds)
+
+
+def _dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    report = dataset.report
+    return {
+        "digest": dataset.digest,
+        "views": report.views,
+        "items": report.items,
+        "classes": report.classes,
+        "items_per_class": report.items_per_class,
+        "skipped": len(report.skipped),
+        "warnings": report.warnings,
+    }
+
+
+def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _Fitted:
+    """Features and head on these rows only."""
+    views, labels, items = dataset.views[rows], dataset.labels[rows], dataset.items[rows]
+    rng = np.random.default_rng(settings.seed)
+    extractor = FeatureExtractor.fit(views, items, settings.features, seed=settings.seed)
+    weights = view_weights(labels, items)
+    batches = [(views, labels, items, weights)]
+    if settings.effort == "standard":
+        batches.append((turned(views, rng), labels, items, weights))
+        if len(dataset.classes) == 2:
+            sound = labels == 0
+            ill = np.ones(int(sound.sum()), np.int64)
+            drawn = (blemished(views[sound], rng), blemished(turned(views[sound], rng), rng))
+            batches += [(pictures, ill, items[sound], weights[sound]) for pictures in drawn]
+    features = np.concatenate([extractor.transform(batch[0]) for batch in batches])
+    count = len(features)
+    head = fit_head(
+        features,
+        np.concatenate([batch[1] for batch in batches]),
+        np.concatenate([batch[2] for batch in batches]),
+        np.concatenate([batch[3] for batch in batches]),
+        classes=len(dataset.classes),
+        seed=settings.seed,
+        calibrate_on=np.arange(count) < len(rows),
+    )
+    metadata = {"sortline.classes": ",".join(dataset.classes), "sortline.dataset": dataset.digest}
+    return _Fitted(extractor, head, build_graph(extractor, head, name=settings.name, metadata=metadata))
+
+
+def _cross_validate(
+    dataset: Dataset, settings: TrainSettings, clock: _Clock
+) -> tuple[NDArray[np.float64], list[ParityReport]]:
+    """Out-of-fold probabilities (N, C) by the ONNX graph of each fold, and its parity on the held-out views."""
+    found = np.zeros((len(dataset.views), len(dataset.classes)))
+    reports: list[ParityReport] = []
+    split = np.array([photo.split for photo in dataset.photos])
+    folds = list(item_folds(dataset.items, dataset.labels, folds=settings.folds, seed=settings.seed))
+    if (split == "test").any() and (split != "test").any():
+        # The data set says itself what is held out; the rest still gets out-of-fold answers.
+        rest = np.flatnonzero(split != "test")
+        inner = item_folds(dataset.items[rest], dataset.labels[rest], folds=settings.folds, seed=settings.seed)
+        folds = [(rest, np.flatnonzero(split == "test"))] + [(rest[a], rest[b]) for a, b in inner]
+    for number, (train_rows, test_rows) in enumerate(folds):
+        clock.stage(f"cross-validating by item {number + 1}/{len(folds)}", 0.05 + 0.7 * number / len(folds))
+        if len(np.unique(dataset.labels[train_rows])) < len(dataset.classes):
+            raise InputError(
+                "dataset.too_few_items",
+                "A class has too few items for this many folds.",
+                expected="every class in every training part",
+                got=f"fold {number + 1} of {len(folds)}",
+            )
+        fitted = _fit(dataset, train_rows, settings)
+        views = dataset.views[test_rows]
+        reports.append(parity(fitted.extractor, fitted.head, fitted.graph, views, None))
+        found[test_rows] = _answers(OnnxClassifier(fitted.graph), views)[0]
+    return found, reports
+
+
+def _answers(classifier: OnnxClassifier, views: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    answers = [classifier.classify(views[start : start + 64]) for start in range(0, len(views), 64)]
+    probabilities = np.concatenate([a.probabilities for a in answers]).astype(np.float64)
+    return probabilities, np.concatenate([a.embedding for a in answers])
+
+
+def _parity(folds: list[ParityReport], final: ParityReport) -> ParityReport:
+    """All parity checks as one.
+
+    Raises:
+        InputError: `training.parity_failed`: the model is not used.
+    """
+    every = [*folds, final]
+    views = sum(r.views for r in every)
+    whole = ParityReport(
+        views=views,
+        max_difference=max(r.max_difference for r in every),
+        mean_difference=sum(r.mean_difference * r.views for r in every) / views,
+        flips=sum(r.flips for r in every),
+        band=final.band,
+        passed=all(r.passed for r in every),
+    )
+    if not whole.passed:
+        raise InputError(
+            "training.parity_failed",
+            "The converted model does not compute what scikit-learn computed.",
+            expected=f"no flips, differences <= {final.band / 2:g}",
+            got=f"{whole.flips} flips, {whole.max_difference:g}",
+        )
+    return whole
+
+
+def _recipe(dataset: Dataset, probabilities: NDArray[np.float64], spec: PreprocessSpec) -> Recipe:
+    """Fusion calibrated on out-of-fold items (Platt), threshold 0.5 of a calibrated probability at equal costs."""
+    found = list(items_of(dataset, spec.max_views))
+    evidence = np.array([item_evidence(probabilities[item.chosen], 0, 2) for item in found])
+    bad = np.array([item.truth > 0 for item in found])
+    fusion = FusionSpec(top_k=2)
+    if len(found) >= _MIN_CALIBRATION_ITEMS and min(bad.sum(), (~bad).sum()) >= 4:
+        weights = np.where(bad, 0.5 / max(bad.mean(), 1e-9), 0.5 / max((~bad).mean(), 1e-9))
+        model = LogisticRegression(C=1.0).fit(evidence[:, None], bad, sample_weight=weights)
+        scale, offset = float(model.coef_[0, 0]), float(model.intercept_[0])
+        if scale > 0.05:
+            fusion = FusionSpec(top_k=2, scale=scale, offset=offset, calibration_items=len(found))
+    return Recipe(classes=dataset.classes, good_class=dataset.classes[0], fusion=fusion, threshold=0.5)
+
+
+def _metrics(
+    dataset: Dataset, probabilities: NDArray[np.float64], recipe: Recipe, spec: PreprocessSpec
+) -> dict[str, Any]:
+    """Out-of-fold figures of views and items; views in doubt left out as well."""
+    sure = ~dataset.doubt
+    found = list(items_of(dataset, spec.max_views))
+    fused = np.array([recipe.decide(probabilities[item.chosen]).probabilities for item in found])
+    truth = np.array([item.truth for item in found])
+    names = np.array([item.name for item in found])
+    metrics = {
+        "protocol": "cross-validation by item; intervals: bootstrap over items, 95 %",
+        "view": measure(dataset.labels, probabilities, dataset.items, dataset.classes),
+        "item": measure(truth, fused, names, dataset.classes, threshold=recipe.threshold),
+    }
+    if dataset.doubt.any():
+        metrics["view_without_doubt"] = measure(
+            dataset.labels[sure], probabilities[sure], dataset.items[sure], dataset.classes
+        )
+    return metrics
+
+
+def _parts(
+    dataset: Dataset, probabilities: NDArray[np.float64], recipe: Recipe, spec: PreprocessSpec, fitted: _Fitted
+) -> dict[str, bytes]:
+    """Reference profile (out-of-fold items) and golden views."""
+    classifier = OnnxClassifier(fitted.graph)
+    rows, names, counts = [], feature_names(classifier.embedding_size), dict.fromkeys(dataset.classes, 0)
+    for item in items_of(dataset, spec.max_views):
+        views = dataset.views[item.chosen]
+        embedding = classifier.classify(views).embedding
+        verdict, features = judge_item(recipe, views, probabilities[item.chosen], embedding)
+        rows.append(features)
+        counts[verdict.klass] += 1
+    golden = golden_views(classifier, dataset.views, dataset.labels)
+    return {PROFILE: msgspec.msgpack.encode(build_profile(np.stack(rows), names, counts)), GOLDEN: golden.encoded()}
+
+
+def golden_views(classifier: OnnxClassifier, views: NDArray[np.uint8], labels: NDArray[np.int64]) -> Golden:
+    """Some views of each class, and those closest to the decision: where a difference would matter first."""
+    probabilities, embedding = _answers(classifier, views)
+    near = np.argsort(np.abs(probabilities[:, 0] - 0.5), kind="stable")[: GOLDEN_VIEWS // 2]
+    each = max(1, GOLDEN_VIEWS // 2 // max(len(np.unique(labels)), 1))
+    spread = [
+        np.flatnonzero(labels == k)[:: max(1, int((labels == k).sum()) // each)][:each] for k in np.unique(labels)
+    ]
+    chosen = np.unique(np.concatenate([near, *spread]))
+    return Golden(
+        views=views[chosen],
+        scalars=np.zeros((len(chosen), classifier.scalars), np.float32),
+        probabilities=probabilities[chosen].astype(np.float32),
+        embedding=embedding[chosen],
+        tolerance=GOLDEN_TOLERANCE,
+    )

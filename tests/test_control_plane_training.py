@@ -1,0 +1,406 @@
+"""From photographs to a bundle: hostile folders, honest splits, one computation on both sides."""
+
+import csv
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from control_plane.training.augment import blemished, turned
+from control_plane.training.datasets import load_dataset
+from control_plane.training.evaluation import evaluate
+from control_plane.training.features import FeatureExtractor, FeatureSpec, normalised, shrunk
+from control_plane.training.graph import build_graph, parity
+from control_plane.training.head import fit_head, view_weights
+from control_plane.training.importing import ImportSettings, import_onnx
+from control_plane.training.metrics import item_truth, measure
+from control_plane.training.pipeline import TrainSettings, train
+from control_plane.training.splits import item_folds
+from models.bundle import read_bundle
+from models.classifier import OnnxClassifier
+from models.errors import InputError
+from models.view_spec import PreprocessSpec
+
+SPEC = PreprocessSpec()
+
+
+def photo(rng: np.random.Generator, *, bad: bool) -> np.ndarray:
+    """A textured disc on white; bad ones have a dark blot."""
+    image = np.full((80, 80, 3), 250, np.uint8)
+    disc = np.zeros((80, 80), np.uint8)
+    cv2.circle(disc, (40, 40), 32, 1, -1)
+    colour = rng.integers(90, 200, 3)
+    texture = np.clip(colour + rng.normal(0, 8, (80, 80, 3)), 1, 235).astype(np.uint8)
+    image[disc > 0] = texture[disc > 0]
+    if bad:
+        at = tuple(int(v) for v in rng.integers(28, 52, 2))
+        cv2.circle(image, at, int(rng.integers(6, 11)), (15, 25, 40), -1)
+    return image
+
+
+def folder(root: Path, *, items: int = 12, views: int = 4, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    rows = []
+    (root / "views").mkdir(parents=True)
+    for item in range(items):
+        for view in range(views):
+            bad = item % 2 == 1
+            path = f"views/{item}-{view}.png"
+            cv2.imwrite(str(root / path), photo(rng, bad=bad))
+            rows.append((path, "defect" if bad else "sound", f"item-{item}", view, int(view == 0)))
+    with (root / "labels.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("path", "label", "item", "frame", "doubt"))
+        writer.writerows(rows)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("data") / "photos", items=24)
+
+
+def refused(code: str, root: Path, **options: object) -> InputError:
+    with pytest.raises(InputError) as caught:
+        load_dataset(root, SPEC, **options)
+    assert caught.value.code == code
+    return caught.value
+
+
+def labels(root: Path, text: str) -> Path:
+    (root / "labels.csv").write_text(text)
+    return root
+
+
+def test_a_good_folder_is_read_with_the_good_class_first(data: Path) -> None:
+    found = load_dataset(data, SPEC)
+    assert found.classes == ("sound", "defect")
+    assert found.views.shape == (96, 64, 64, 3)
+    assert found.report.items == 24
+    assert found.doubt.sum() == 24
+    assert found.digest == load_dataset(data, SPEC).digest
+
+
+def test_the_digest_changes_with_a_label_or_a_byte(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", items=6)
+    before = load_dataset(root, SPEC).digest
+    text = (root / "labels.csv").read_text()
+    labels(root, text.replace("item-0,0,1", "item-0,0,0").replace("views/0-0.png,sound", "views/0-0.png,defect"))
+    assert load_dataset(root, SPEC).digest != before
+    labels(root, text)
+    cv2.imwrite(str(root / "views/0-0.png"), photo(np.random.default_rng(9), bad=False))
+    assert load_dataset(root, SPEC).digest != before
+
+
+def test_a_tree_with_one_folder_per_class_warns_when_items_are_unknown(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    for name in ("good", "bad"):
+        (tmp_path / name / "apple-1").mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / name / "apple-1" / "a.png"), photo(rng, bad=name == "bad"))
+        cv2.imwrite(str(tmp_path / name / "loose.png"), photo(rng, bad=name == "bad"))
+    found = load_dataset(tmp_path, SPEC)
+    assert found.classes == ("good", "bad")
+    assert sorted(set(found.items)) == ["bad/apple-1", "bad/loose.png", "good/apple-1", "good/loose.png"]
+    assert any("item of its own" in warning for warning in found.report.warnings)
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
+    refused("dataset.missing", tmp_path / "none")
+    refused("dataset.empty", tmp_path)
+
+
+def test_one_class_and_a_class_with_one_item_are_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", items=4)
+    rows = (root / "labels.csv").read_text().splitlines()
+    labels(root, "\n".join([rows[0], *(r for r in rows[1:] if "sound" in r)]))
+    refused("dataset.one_class", root)
+    labels(root, "\n".join([rows[0], *(r for r in rows[1:] if "item-3" not in r)]))
+    assert refused("dataset.too_few_items", root).got == 1
+
+
+def test_a_label_without_file_is_refused_and_a_file_without_label_is_told(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", items=4)
+    (root / "stray.jpg").write_bytes(b"x")
+    assert any("no label" in warning for warning in load_dataset(root, SPEC).report.warnings)
+    (root / "views/0-0.png").unlink()
+    refused("dataset.missing_files", root)
+
+
+def test_unreadable_images_are_skipped_while_few_and_refused_when_many(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", items=12)
+    (root / "views/0-0.png").write_bytes(b"")
+    found = load_dataset(root, SPEC)
+    assert found.report.skipped == {"views/0-0.png": "photo.unreadable"}
+    for number in range(6):
+        (root / f"views/{number}-1.png").write_bytes(b"\x89PNG rubbish")
+    refused("dataset.too_many_unreadable", root)
+
+
+@pytest.mark.parametrize("path", ["../outside.png", "/etc/passwd"])
+def test_a_label_that_names_a_file_outside_is_refused(tmp_path: Path, path: str) -> None:
+    refused("dataset.unsafe_path", labels(tmp_path, f"path,label\n{path},sound\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("pth,label\na,b\n", "dataset.missing_columns"),
+        ("", "dataset.missing_columns"),
+        ("path,label\na.png,\n", "dataset.empty"),
+        ('path,label\n"unclosed', "dataset.malformed_csv"),
+    ],
+)
+def test_a_broken_label_file_is_refused(tmp_path: Path, text: str, code: str) -> None:
+    refused(code, labels(tmp_path, text))
+
+
+def test_label_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes(b"path,label\n\xff\xfe,x\n")
+    refused("dataset.malformed_csv", tmp_path)
+
+
+def test_contradictions_are_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", items=4)
+    text = (root / "labels.csv").read_text()
+    labels(root, text + "views/0-0.png,defect,item-0,0,0\n")
+    refused("dataset.conflicting_labels", root)
+    lines = text.splitlines()
+    labels(root, "\n".join([lines[0] + ",split", lines[1] + ",test", *(line + ",train" for line in lines[2:])]))
+    refused("dataset.split_leaks", root)
+    labels(root, text.replace("sound", "fine"))
+    refused("dataset.no_good_class", root)
+    assert load_dataset(root, SPEC, good_class="fine").classes[0] == "fine"
+
+
+def test_all_views_of_an_item_are_on_one_side_and_each_view_is_tested_once() -> None:
+    rng = np.random.default_rng(0)
+    items = rng.integers(0, 23, 400).astype(str)
+    truth = (rng.random(400) < 0.4).astype(int)
+    tested = np.zeros(400, int)
+    for train_rows, test_rows in item_folds(items, truth, folds=5, seed=3):
+        assert not set(items[train_rows]) & set(items[test_rows])
+        tested[test_rows] += 1
+    assert (tested == 1).all()
+
+
+def test_an_item_is_bad_when_a_sure_view_shows_it() -> None:
+    none = np.zeros(3, bool)
+    assert item_truth(np.array([0, 0, 2]), none) == 2
+    assert item_truth(np.array([0, 0, 2]), np.array([False, False, True])) == 0
+    assert item_truth(np.array([1, 1]), np.ones(2, bool)) == 1
+
+
+def test_intervals_widen_when_views_are_copies() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.arange(40) % 2
+    score = np.clip(0.5 + 0.25 * (truth - 0.5) + rng.normal(0, 0.25, 40), 0.01, 0.99)
+    repeat = np.repeat(np.arange(40), 20)
+    probabilities = np.column_stack((1 - score, score))
+    single = measure(truth, probabilities, np.arange(40), ("sound", "bad"))["auc"]
+    copies = measure(truth[repeat], probabilities[repeat], repeat, ("sound", "bad"))["auc"]
+    assert copies["value"] == pytest.approx(single["value"], abs=1e-6)
+    assert copies["high"] - copies["low"] == pytest.approx(single["high"] - single["low"], abs=0.05)
+    few = measure(truth[:4], probabilities[:4], np.arange(4), ("sound", "bad"))["auc"]
+    assert few["low"] is None
+    assert "only 4 items" in few["reason"]
+
+
+def small_views(count: int = 24) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(4)
+    views = np.zeros((count, 64, 64, 3), np.uint8)
+    for row in range(count):
+        cv2.circle(disc := np.zeros((64, 64), np.uint8), (32, 32), 28, 1, -1)
+        pixels = np.clip(rng.normal(130, 25, (64, 64, 3)), 1, 255).astype(np.uint8)
+        if row % 2:
+            cv2.circle(pixels, (30, 30), 9, (20, 30, 50), -1)
+        views[row][disc > 0] = pixels[disc > 0]
+    return views, np.arange(count) % 2, np.array([f"i{row // 2 * 2 + row % 2}" for row in range(count)])
+
+
+def test_the_graph_computes_what_numpy_computes() -> None:
+    views, _, items = small_views(8)
+    spec = FeatureSpec(filters=6, patches=400)
+    extractor = FeatureExtractor.fit(views, items, spec, seed=1)
+    got = extractor.transform(views)
+    for row in range(4):
+        at = 0
+        for scale, dictionary in zip(spec.scales, extractor.dictionaries, strict=True):
+            colours, inside = shrunk(views[row : row + 1], scale.shrink)
+            size, codes = scale.patch_px, []
+            for y in range(0, inside.shape[1] - size + 1, scale.stride):
+                for x in range(0, inside.shape[1] - size + 1, scale.stride):
+                    if not inside[0, y : y + size, x : x + size].all():
+                        continue
+                    patch = normalised(colours[0, y : y + size, x : x + size].reshape(1, -1))[0]
+                    flat = dictionary.kernels.transpose(0, 2, 3, 1).reshape(len(dictionary.sums), -1)
+                    codes.append(np.maximum(flat @ patch + dictionary.biases - spec.threshold, 0))
+            expected = np.concatenate((np.sqrt(np.mean(codes, axis=0)), np.max(codes, axis=0)))
+            assert got[row, at : at + 2 * spec.filters] == pytest.approx(expected, rel=2e-3, abs=2e-3)
+            at += 2 * spec.filters
+
+
+def test_features_are_finite_for_empty_and_tiny_items_and_blind_to_the_background() -> None:
+    views, _, items = small_views(8)
+    extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=6, patches=400), seed=1)
+    odd = np.zeros((2, 64, 64, 3), np.uint8)
+    odd[1, 30, 30] = 9
+    assert np.isfinite(extractor.transform(odd)).all()
+    assert extractor.transform(np.zeros((0, 64, 64, 3), np.uint8)).shape == (0, 24)
+
+
+def test_the_same_data_and_seed_give_the_same_bytes() -> None:
+    views, truth, items = small_views()
+    graphs = []
+    for _ in range(2):
+        extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=6, patches=400), seed=1)
+        weights = view_weights(truth, items)
+        head = fit_head(extractor.transform(views), truth, items, weights, classes=2, seed=1)
+        graphs.append(build_graph(extractor, head, name="t", metadata={"b": "2", "a": "1"}))
+    assert graphs[0] == graphs[1]
+    assert OnnxClassifier(graphs[0]).metadata == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize("scalars", [0, 2])
+def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars: int) -> None:
+    views, truth, items = small_views()
+    extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=6, patches=400), seed=1)
+    known = np.random.default_rng(2).normal(100, 20, (len(views), scalars)).astype(np.float32) if scalars else None
+    if known is not None:
+        known[::5, 0] = np.nan
+    head = fit_head(
+        extractor.transform(views), truth, items, view_weights(truth, items), classes=2, seed=1, scalars=known
+    )
+    graph = build_graph(extractor, head, name="t", metadata={})
+    report = parity(extractor, head, graph, views, known)
+    assert report.passed
+    assert report.max_difference < 1e-4
+    wrong = build_graph(
+        extractor, head.__class__(head.pipeline, 2.5, head.bias, head.medians, 1.0), name="t", metadata={}
+    )
+    assert not parity(extractor, head, wrong, views, known).passed
+
+
+def test_augmentation_keeps_background_and_shape() -> None:
+    views, _, _ = small_views(8)
+    rng = np.random.default_rng(0)
+    for made in (turned(views, rng), blemished(views, rng)):
+        assert made.shape == views.shape
+        assert ((made.max(axis=3) > 0).sum(axis=(1, 2)) == (views.max(axis=3) > 0).sum(axis=(1, 2))).all()
+    assert (blemished(views, rng) != views).any(axis=(1, 2, 3)).all()
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("trained") / "bundle"
+    stages: list[tuple[str, float]] = []
+    settings = TrainSettings(name="discs", effort="quick", folds=3)
+    found = train(data, settings, output, progress=lambda name, share: stages.append((name, share)))
+    shares = [share for _, share in stages]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    return output, found.summary()
+
+
+def test_training_makes_a_bundle_that_works_and_tells_its_figures(trained: tuple[Path, dict]) -> None:
+    output, summary = trained
+    bundle = read_bundle(output)
+    bundle.golden.check(OnnxClassifier(bundle.model))
+    assert summary["metrics"]["view"]["auc"]["value"] > 0.9
+    assert summary["metrics"]["item"]["items"] == 24
+    assert summary["parity"]["passed"]
+    assert summary["parity"]["views"] == 2 * 96
+    assert bundle.profile.items == 24
+    assert bundle.recipe.fusion.calibration_items == 24
+    assert "0.5" in bundle.card
+    assert str(output) not in json.dumps(bundle.lineage)
+
+
+def test_evaluating_judges_a_folder_as_an_agent_would(trained: tuple[Path, dict], tmp_path: Path) -> None:
+    other = folder(tmp_path / "other", items=10, seed=77)
+    report = evaluate(trained[0], other)
+    assert report["metrics"]["view"]["auc"]["value"] > 0.9
+    assert report["metrics"]["item"]["rows"] == 10
+    less = evaluate(trained[0], other, exclude_doubt=True)
+    assert less["metrics"]["view"]["rows"] == 30
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_training_stops_when_told(data: Path, tmp_path: Path) -> None:
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def progress(_stage: str, share: float) -> None:
+        if share > 0.1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(data, TrainSettings(name="x", effort="quick", folds=3), tmp_path / "b", progress=progress)
+    assert not (tmp_path / "b").exists()
+
+
+def exported(path: Path, *, batch: int | str = 1, classes: int = 2, opset: int = 13) -> Path:
+    """What a PyTorch export looks like: float32 NCHW RGB, normalised, one batch size, logits."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(0, 0.2, (classes, 3)).astype(np.float32)
+    weights[0], weights[1] = [1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["input"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"], axis=1),
+        helper.make_node("Gemm", ["flat", "w"], ["logits"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "torch",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, 64, 64])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, classes])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    model.ir_version = 8
+    onnx.save(model, str(path))
+    return path
+
+
+def imported(data: Path, **options: object) -> ImportSettings:
+    values = {"name": "torch", "classes": ["sound", "defect"], "data": str(data), "mean": [0.5] * 3, "std": [0.2] * 3}
+    return ImportSettings(**(values | options))
+
+
+def test_a_model_from_elsewhere_becomes_a_bundle(data: Path, tmp_path: Path) -> None:
+    bundle = import_onnx(exported(tmp_path / "m.onnx"), imported(data), tmp_path / "b")
+    again = read_bundle(tmp_path / "b")
+    assert again.digest == bundle.digest
+    classifier = OnnxClassifier(again.model)
+    again.golden.check(classifier)
+    assert classifier.embedding_size == 0
+    assert classifier.classify(load_dataset(data, SPEC).views[:5]).probabilities.shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"classes": ["sound", "a", "b"]}, "import.wrong_classes"),
+        ({"classes": ["fine", "defect"]}, "import.wrong_classes"),
+        ({"view_px": 32}, "import.wrong_signature"),
+        ({"logits": False}, "import.wrong_signature"),
+        ({"layout": "sideways"}, "import.bad_settings"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(data: Path, tmp_path: Path, options: dict, code: str) -> None:
+    with pytest.raises(InputError) as caught:
+        import_onnx(exported(tmp_path / "m.onnx"), imported(data, **options), tmp_path / "b")
+    assert caught.value.code == code
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_is_no_model_is_refused(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    for content in (b"", b"rubbish", exported(tmp_path / "x.onnx").read_bytes()[:60]):
+        path.write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            import_onnx(path, imported(data), tmp_path / "b")
+        assert caught.value.code in {"import.unreadable", "import.wrong_signature"}
