@@ -1,0 +1,176 @@
+"""Routes of agents, windows, rollouts and the audit trail."""
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends, Query
+from sqlmodel import desc, select
+
+from control_plane.api.schemas import Act, NewLabels, NewRollout
+from control_plane.api.services import Services, services_of
+from control_plane.database import audit, broken_audit_entry, reading, writing
+from control_plane.monitoring import ORDER
+from control_plane.rollout_executor import act, create_rollout, describe
+from control_plane.tables import Agent, Audit, EventRow, Rollout, WindowRow, utc_now
+from models.errors import InputError
+from models.messages import decode_packed
+from models.windows import Window
+
+router = APIRouter(prefix="/api/v1")
+Given = Annotated[Services, Depends(services_of)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+
+
+@router.get("/agents", tags=["agents"])
+def list_agents(services: Given) -> list[dict[str, Any]]:
+    """All agents, worst state first, with the figures of their windows of the last five minutes."""
+    found = sorted(services.statuses(), key=lambda status: (ORDER[status.state], status.id))
+    return [msgspec.to_builtins(status) for status in found]
+
+
+@router.get("/agents/{agent_id}", tags=["agents"])
+def show_agent(agent_id: str, services: Given) -> dict[str, Any]:
+    """One agent: status, and what it reported last."""
+    status = next((s for s in services.statuses() if s.id == agent_id), None)
+    if status is None:
+        raise _unknown_agent(agent_id)
+    with reading(services.engine) as session:
+        agent = session.get(Agent, agent_id)
+        reported = agent.reported if agent else {}
+    return dict(msgspec.to_builtins(status)) | {"reported": reported}
+
+
+@router.put("/agents/{agent_id}/labels", tags=["agents"])
+def label_agent(agent_id: str, body: NewLabels, services: Given) -> dict[str, Any]:
+    """Replaces an agent's labels; rollouts select by them."""
+    with writing(services.engine) as session:
+        agent = session.get(Agent, agent_id)
+        if agent is None:
+            raise _unknown_agent(agent_id)
+        agent.labels = dict(body.labels)
+        session.add(agent)
+        audit(session, body.actor, "agent.labels", agent_id, dict(body.labels), utc_now())
+        session.commit()
+        return agent.model_dump(mode="json")
+
+
+@router.get("/agents/{agent_id}/windows", tags=["agents"])
+def list_windows(agent_id: str, services: Given, limit: Limit = 60) -> list[dict[str, Any]]:
+    """Newest first: what the agent counted, ten seconds each."""
+    with reading(services.engine) as session:
+        rows = session.exec(
+            select(WindowRow)
+            .where(WindowRow.agent_id == agent_id)
+            .order_by(desc(WindowRow.received_at), desc(WindowRow.seq))
+            .limit(limit)
+        ).all()
+    return [_window(row) for row in rows]
+
+
+@router.get("/windows", tags=["agents"])
+def query_windows(services: Given, bundle: str = "", limit: Limit = 60, offset: int = 0) -> list[dict[str, Any]]:
+    """Windows of the whole fleet, newest first; of one bundle where that is given."""
+    with reading(services.engine) as session:
+        query = select(WindowRow).order_by(desc(WindowRow.received_at), desc(WindowRow.seq))
+        if bundle:
+            query = query.where(WindowRow.bundle == bundle)
+        rows = session.exec(query.offset(max(offset, 0)).limit(limit)).all()
+    return [_window(row) for row in rows]
+
+
+def _window(row: WindowRow) -> dict[str, Any]:
+    facts = row.model_dump(mode="json", exclude={"payload"})
+    if row.refused:
+        return facts
+    window = decode_packed(row.payload, Window)
+    body: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(window, features=b""))
+    body["features"] = window.feature_counts().tolist()
+    body["p50_ms"] = _number(window.latency_ms.quantile(0.5))
+    body["p99_ms"] = _number(window.latency_ms.quantile(0.99))
+    return body | facts
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else round(value, 3)  # noqa: PLR0124  NaN is not equal to itself
+
+
+@router.get("/agents/{agent_id}/events", tags=["agents"])
+def list_events(agent_id: str, services: Given, limit: Limit = 100) -> list[dict[str, Any]]:
+    """Newest first: state changes and faults."""
+    with reading(services.engine) as session:
+        rows = session.exec(
+            select(EventRow)
+            .where(EventRow.agent_id == agent_id)
+            .order_by(desc(EventRow.received_at), desc(EventRow.seq))
+            .limit(limit)
+        ).all()
+        return [row.model_dump(mode="json") for row in rows]
+
+
+@router.post("/rollouts", status_code=201, tags=["rollouts"])
+def new_rollout(body: NewRollout, services: Given) -> dict[str, Any]:
+    """Starts a rollout to the agents whose labels match now."""
+    with writing(services.engine) as session:
+        rollout = create_rollout(
+            session,
+            reference=body.model,
+            selector=body.selector,
+            waves=body.waves,
+            trial_items=body.trial_items,
+            trial_s=body.trial_s,
+            abort_share=body.abort_share,
+            min_executed=body.min_executed,
+            actor=body.actor,
+            now=utc_now(),
+        )
+        session.commit()
+        return describe(session, rollout)
+
+
+@router.get("/rollouts", tags=["rollouts"])
+def list_rollouts(services: Given, limit: Limit = 50) -> list[dict[str, Any]]:
+    """Newest first, with the progress of every agent."""
+    with reading(services.engine) as session:
+        found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(limit)).all()
+        return [describe(session, rollout) for rollout in found]
+
+
+@router.get("/rollouts/{rollout_id}", tags=["rollouts"])
+def show_rollout(rollout_id: int, services: Given) -> dict[str, Any]:
+    """One rollout."""
+    with reading(services.engine) as session:
+        rollout = session.get(Rollout, rollout_id)
+        if rollout is None:
+            raise InputError("rollout.unknown", "There is no such rollout.", expected="a rollout id", got=rollout_id)
+        return describe(session, rollout)
+
+
+@router.post("/rollouts/{rollout_id}/{action}", tags=["rollouts"])
+def act_on_rollout(rollout_id: int, action: str, body: Act, services: Given) -> dict[str, Any]:
+    """`pause`, `resume`, `abort` or `rollback`."""
+    with writing(services.engine) as session:
+        rollout = act(session, rollout_id, action, actor=body.actor, reason=body.reason, now=utc_now())
+        session.commit()
+        facts = describe(session, rollout)
+        touched = [m["agent"] for m in facts["agents"]] if action == "rollback" else []
+        agents = [session.get(Agent, agent_id) for agent_id in touched]
+    for agent in agents:
+        if agent is not None and agent.desired_bundle:
+            services.fleet.publish_bundle(agent.desired_bundle)
+            services.fleet.publish_desired(agent)
+    return facts
+
+
+@router.get("/audit", tags=["audit"])
+def list_audit(services: Given, limit: Limit = 100) -> dict[str, Any]:
+    """Newest entries, and whether the chain of hashes is whole."""
+    with reading(services.engine) as session:
+        entries = session.exec(select(Audit).order_by(desc(Audit.id)).limit(limit)).all()
+        return {
+            "entries": [entry.model_dump(mode="json") for entry in entries],
+            "broken_entry": broken_audit_entry(session),
+        }
+
+
+def _unknown_agent(agent_id: str) -> InputError:
+    return InputError("agent.unknown", "There is no such agent.", expected="an agent id", got=agent_id[:80])

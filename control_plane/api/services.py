@@ -1,0 +1,104 @@
+"""What the routes share: configuration, database, store, fleet. Made once per process, handed to the application."""
+
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import lru_cache
+
+from fastapi import Request
+from sqlalchemy import Engine
+from sqlmodel import col, select
+
+from control_plane.config import ControlPlaneConfig
+from control_plane.database import open_database, reading
+from control_plane.fleet import FleetLink
+from control_plane.monitoring import AgentStatus, agent_status
+from control_plane.rollout_executor import RolloutExecutor
+from control_plane.store import Store
+from control_plane.tables import Agent, WindowRow, utc_now
+from models.bundle import PROFILE
+from models.errors import SortlineError
+from models.messages import Live, decode_packed
+from models.windows import Profile, Window, parse_profile
+
+_LIVE_S = 5.0
+RECENT_S = 300.0
+"""Windows of so many seconds make the figures of an agent."""
+
+
+@dataclass(slots=True)
+class Services:
+    """Everything a request may need."""
+
+    config: ControlPlaneConfig
+    engine: Engine
+    store: Store
+    fleet: FleetLink
+    rollouts: RolloutExecutor
+    token: str = ""
+    started_s: float = field(default_factory=time.monotonic)
+
+    def statuses(self) -> list[AgentStatus]:
+        """Every agent, with the figures of its recent windows."""
+        now = utc_now()
+        with reading(self.engine) as session:
+            agents = session.exec(select(Agent).order_by(col(Agent.id))).all()
+            rows = session.exec(
+                select(WindowRow)
+                .where(WindowRow.received_at > now - timedelta(seconds=RECENT_S), WindowRow.refused == "")
+                .order_by(col(WindowRow.agent_id), col(WindowRow.received_at), col(WindowRow.seq))
+            ).all()
+        by_agent: dict[str, list[WindowRow]] = {}
+        for row in rows:
+            by_agent.setdefault(row.agent_id, []).append(row)
+        return [self._status(agent, by_agent.get(agent.id, [])) for agent in agents]
+
+    def _status(self, agent: Agent, rows: list[WindowRow]) -> AgentStatus:
+        active = str(agent.reported.get("active", ""))
+        at_s, live = self.fleet.live.get(agent.id, (0.0, None))
+        fresh: Live | None = live if live is not None and time.monotonic() - at_s < _LIVE_S else None
+        return agent_status(
+            agent_id=agent.id,
+            labels=agent.labels,
+            online=agent.online,
+            seen_at=agent.seen_at,
+            reported=agent.reported,
+            reported_at=agent.reported_at,
+            desired_bundle=agent.desired_bundle,
+            generation=agent.generation,
+            windows=[decode_packed(row.payload, Window) for row in rows],
+            last_window_at=rows[-1].received_at if rows else None,
+            sequence=[(row.boot_id, row.seq) for row in rows],
+            profile=self.profile(active) if active else None,
+            live=fresh,
+            now=utc_now(),
+        )
+
+    def profile(self, digest: str) -> Profile | None:
+        """The reference profile of a stored bundle."""
+        try:
+            return _profile(self.store, digest)
+        except SortlineError:
+            return None
+
+
+@lru_cache(maxsize=64)
+def _profile(store: Store, digest: str) -> Profile:
+    return parse_profile(store.part(digest, PROFILE))
+
+
+def open_services(config: ControlPlaneConfig) -> Services:
+    """Opens database, store and fleet; connects nothing yet."""
+    engine = open_database(config.database_url)
+    store = Store(config.root / "store")
+    fleet = FleetLink(config.broker, engine, store)
+    rollouts = RolloutExecutor(engine, fleet, f"{socket.gethostname()}-{os.getpid()}")
+    return Services(config, engine, store, fleet, rollouts, token=config.token)
+
+
+def services_of(request: Request) -> Services:
+    """For routes: the services of this application."""
+    found: Services = request.app.state.services
+    return found

@@ -1,0 +1,68 @@
+"""The command line's side of the REST API: one call per command, errors as ours."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+
+from models.errors import ConflictError, InputError, UnavailableError
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+
+
+class Client:
+    """Calls a control plane.
+
+    Args:
+        url: Of the server; empty = `SORTLINE_URL`, else this machine.
+        token: For changes; empty = `SORTLINE_TOKEN`.
+    """
+
+    def __init__(self, url: str = "", token: str = "") -> None:
+        self.url = (url or os.environ.get("SORTLINE_URL", DEFAULT_URL)).rstrip("/")
+        token = token or os.environ.get("SORTLINE_TOKEN", "")
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx2.Client(base_url=self.url, headers=headers, timeout=30.0, trust_env=False)
+
+    def get(self, path: str) -> Any:
+        """Reads."""
+        return self._call("GET", path)
+
+    def post(self, path: str, body: dict[str, Any] | None = None, content: bytes | None = None) -> Any:
+        """Changes."""
+        return self._call("POST", path, json=body, content=content)
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            response = self._http.request(method, path, **{k: v for k, v in options.items() if v is not None})
+        except httpx2.HTTPError as error:
+            raise UnavailableError(
+                "server.unreachable",
+                f"No control plane answers at {self.url}; start one (`sortline serve`) or name it (--server).",
+                got=error,
+            ) from error
+        if response.is_success:
+            return response.json() if "json" in response.headers.get("content-type", "") else response.content
+        body = response.json() if "json" in response.headers.get("content-type", "") else {}
+        family = {409: ConflictError, 503: UnavailableError}.get(response.status_code, InputError)
+        raise family(
+            body.get("code", f"http.{response.status_code}"),
+            body.get("message", response.text[:300]),
+            expected=body.get("expected"),
+            got=body.get("got"),
+        )
+
+    def follow_job(self, job_id: int, on_change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Waits for the end of a job; calls back whenever it moved."""
+        last: tuple[Any, ...] = ()
+        while True:
+            job: dict[str, Any] = self.get(f"/api/v1/jobs/{job_id}")
+            now = (job["state"], job["stage"], job["progress"])
+            if now != last:
+                on_change(job)
+                last = now
+            if job["state"] not in {"queued", "running"}:
+                return job
+            time.sleep(0.5)

@@ -1,0 +1,112 @@
+"""Configuration of the control plane. Loaded once, passed down (`models.config`)."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from models.config import load_config
+from models.errors import ConfigError
+
+PREFIX = "SORTLINE"
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    root_path: str = ""
+    """Prefix behind a reverse proxy."""
+    token_file: str = ""
+    """Holds the token that changes must carry (`Authorization: Bearer ...`). Needed beyond this machine."""
+    allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]", "testserver")
+    """Names under which the server may be called; guards against DNS rebinding."""
+    max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 600 * 1024 * 1024
+
+
+class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The MQTT broker."""
+
+    host: str = "127.0.0.1"
+    port: Port = 1883
+    username: str = "control-plane"
+    password_file: str = ""
+    enabled: bool = True
+
+
+class JobsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Long work."""
+
+    workers: Annotated[int, msgspec.Meta(ge=0, le=64)] = 1
+    """Worker processes the server starts itself; 0 = they run elsewhere (`sortline worker`)."""
+    lease_s: Annotated[float, msgspec.Meta(gt=1.0)] = 15.0
+    max_attempts: Annotated[int, msgspec.Meta(ge=1)] = 2
+    niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 10
+    """Jobs give way to everything else on the machine."""
+
+
+class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One control plane."""
+
+    data_dir: str = "sortline-data"
+    database: str = ""
+    """SQLAlchemy URL; empty = SQLite in `data_dir`."""
+    server: ServerConfig = ServerConfig()
+    broker: BrokerConfig = BrokerConfig()
+    jobs: JobsConfig = JobsConfig()
+
+    @property
+    def root(self) -> Path:
+        """`data_dir` as a path."""
+        return Path(self.data_dir).resolve()
+
+    @property
+    def database_url(self) -> str:
+        """Where the tables are."""
+        return self.database or f"sqlite:///{self.root / 'sortline.sqlite'}"
+
+    @property
+    def token(self) -> str:
+        """The API token; empty when none is asked for.
+
+        Raises:
+            ConfigError: `server.no_token` when the server would be open to the network without one.
+        """
+        if not self.server.token_file:
+            if self.server.host not in LOOPBACK:
+                raise ConfigError(
+                    "server.no_token",
+                    "Beyond this machine the API needs a token: set server.token_file.",
+                    expected="server.token_file, or host 127.0.0.1",
+                    got=self.server.host,
+                )
+            return ""
+        try:
+            token = Path(self.server.token_file).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConfigError("server.no_token", f"{self.server.token_file} cannot be read.", got=error) from error
+        if len(token) < 16:
+            raise ConfigError("server.no_token", "The token is too short.", expected=">= 16 characters", got=len(token))
+        return token
+
+
+def load_control_plane_config(
+    path: Path | None, overrides: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
+) -> ControlPlaneConfig:
+    """Defaults < file < environment (`SORTLINE__SECTION__KEY`) < command line.
+
+    Raises:
+        ConfigError: See `models.config.load_config`.
+    """
+    return load_config(
+        ControlPlaneConfig,
+        path,
+        environment=os.environ if environment is None else environment,
+        prefix=PREFIX,
+        overrides=overrides or {},
+    )

@@ -1,0 +1,152 @@
+"""The database: engine, migrations, audit, leases. SQLite (WAL) by default, PostgreSQL by URL; one code for both."""
+
+import hashlib
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, event, make_url, text
+from sqlalchemy.exc import DBAPIError
+from sqlmodel import Session, create_engine, desc, select
+
+from control_plane.tables import Audit, Lease
+from models.errors import ConfigError, UnavailableError
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def open_database(url: str) -> Engine:
+    """An engine for this URL.
+
+    Raises:
+        ConfigError: `database.unsupported`.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        if parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(url, connect_args={"timeout": 10.0, "check_same_thread": False})
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_immediate)
+        return engine
+    if parsed.get_backend_name() == "postgresql":
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    raise ConfigError(
+        "database.unsupported",
+        "This database is not supported.",
+        expected="sqlite or postgresql",
+        got=parsed.get_backend_name(),
+    )
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    # The driver must not begin transactions of its own: ours start as writers, so two never deadlock on an upgrade.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=10000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_immediate(connection: Any) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
+
+
+def _alembic(url: str) -> AlembicConfig:
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["url"] = url
+    return config
+
+
+def migrate(url: str) -> None:
+    """Brings the tables to this program's version.
+
+    Raises:
+        UnavailableError: `database.unreachable`.
+    """
+    try:
+        open_database(url).dispose()
+        command.upgrade(_alembic(url), "head")
+    except DBAPIError as error:
+        raise UnavailableError(
+            "database.unreachable", "The database cannot be reached or migrated.", got=str(error.orig)[:300]
+        ) from error
+
+
+def migration_state(engine: Engine) -> tuple[str | None, str | None]:
+    """(version of the tables, version this program needs)."""
+    head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision(), head
+
+
+def writing(engine: Engine) -> Session:
+    """A session whose transaction may write from its first statement on."""
+    return Session(engine.execution_options(writes=True), expire_on_commit=False)
+
+
+def reading(engine: Engine) -> Session:
+    """A session that only reads."""
+    return Session(engine, expire_on_commit=False)
+
+
+def check_alive(engine: Engine) -> None:
+    """Raises when the database does not answer.
+
+    Raises:
+        UnavailableError: `database.unreachable`.
+    """
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+    except DBAPIError as error:
+        raise UnavailableError("database.unreachable", "The database does not answer.", got=error.orig) from error
+
+
+def audit(session: Session, actor: str, action: str, thing: str, details: dict[str, Any], now: datetime) -> None:
+    """Appends to the audit trail, in the caller's transaction; each entry seals the one before."""
+    last = session.exec(select(Audit).order_by(desc(Audit.id)).limit(1)).first()
+    previous = last.hash if last else "0" * 64
+    body = [now.isoformat(), actor, action, thing, details, previous]
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
+    session.add(
+        Audit(at=now, actor=actor, action=action, object=thing, details=details, previous=previous, hash=digest)
+    )
+
+
+def broken_audit_entry(session: Session) -> int | None:
+    """Id of the first entry that does not follow from the one before; None when the trail is whole."""
+    previous = "0" * 64
+    for entry in session.exec(select(Audit).order_by(Audit.id)):  # type: ignore[arg-type]
+        body = [entry.at.isoformat(), entry.actor, entry.action, entry.object, entry.details, previous]
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
+        if entry.previous != previous or entry.hash != digest:
+            return entry.id
+        previous = entry.hash
+    return None
+
+
+def take_lease(session: Session, name: str, holder: str, *, seconds: float, now: datetime) -> int | None:
+    """Takes or renews a lease, in the caller's writing transaction.
+
+    Returns:
+        The fencing number, or None while somebody else holds it.
+    """
+    lease = session.get(Lease, name)
+    until = now + timedelta(seconds=seconds)
+    if lease is None:
+        session.add(Lease(name=name, holder=holder, fence=1, until=until))
+        return 1
+    if lease.holder != holder:
+        if lease.until > now:
+            return None
+        lease.holder, lease.fence = holder, lease.fence + 1
+    lease.until = until
+    session.add(lease)
+    return lease.fence

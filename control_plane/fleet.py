@@ -1,0 +1,375 @@
+"""The control plane's MQTT side: takes in what agents say, publishes what they shall run.
+
+Two connections, so that telemetry never delays control: *bulk* carries batches and live figures, *control* carries
+presence, reports, desired states and chunks. Callbacks only enqueue into bounded queues; one thread writes to the
+database and acknowledges a batch after its commit, never before.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from sqlalchemy import Engine
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlmodel import Session, col, select
+
+from control_plane.config import BrokerConfig
+from control_plane.database import reading, writing
+from control_plane.store import Store
+from control_plane.tables import Agent, EventRow, WindowRow, utc_now
+from models.bundle import chunks_of
+from models.errors import ConfigError, MessageError, SortlineError
+from models.messages import (
+    KEEP_ALIVE_S,
+    MAX_LIVE_BYTES,
+    MAX_REPORTED_BYTES,
+    ROOT,
+    SENTINEL_TOPIC,
+    Ack,
+    Batch,
+    Channel,
+    Desired,
+    Event,
+    Live,
+    Presence,
+    Record,
+    RecordKind,
+    Reported,
+    agent_topic,
+    blob_topic,
+    decode,
+    decode_batch,
+    decode_packed,
+    encode,
+    parse_agent_topic,
+)
+from models.windows import Window
+
+log = logging.getLogger("sortline.fleet")
+_MAX_WAITING: Final = 5000
+_SENTINEL_WAIT_S: Final = 1.5
+
+
+class FleetLink:
+    """Speaks with all agents.
+
+    Args:
+        config: The broker.
+        engine: Database.
+        store: Where bundles are.
+        client_id: Prefix of the two MQTT client ids.
+    """
+
+    def __init__(self, config: BrokerConfig, engine: Engine, store: Store, *, client_id: str = "control-plane") -> None:
+        self._config, self._engine, self._store = config, engine, store
+        self.counters: Counter[str] = Counter()
+        self.live: dict[str, tuple[float, Live]] = {}
+        """Last live figures per agent with their monotonic time: lossy by contract, so they may stay in memory."""
+        self._incoming: queue.Queue[tuple[str, bytes]] = queue.Queue(_MAX_WAITING)
+        self._stopping = threading.Event()
+        self._published: set[str] = set()
+        self._sentinel_seen = threading.Event()
+        self._lock = threading.Lock()
+        self._control = self._client(f"{client_id}-control", ("presence", "reported"), sentinel=True)
+        self._bulk = self._client(f"{client_id}-bulk", ("batch", "live"), sentinel=False)
+        self._threads: list[threading.Thread] = []
+        self._republish_due = threading.Event()
+
+    # -- connections ------------------------------------------------------------------------------------------
+
+    def _client(self, client_id: str, channels: tuple[str, ...], *, sentinel: bool) -> mqtt.Client:
+        client = mqtt.Client(
+            CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True, protocol=mqtt.MQTTv311
+        )
+        client.username_pw_set(self._config.username, _password(self._config))
+        client.max_queued_messages_set(0)  # chunks of a large bundle are queued here; their number is bounded by it
+        client.max_inflight_messages_set(64)
+        client.reconnect_delay_set(1, 15)
+        topics = [(f"{ROOT}/agents/+/{channel}", 1) for channel in channels]
+
+        def connected(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+            if reason.is_failure:
+                self.counters["refused"] += 1
+                log.warning("the broker refused the control plane: %s", reason)
+                return
+            self.counters["connected"] += 1
+            client.subscribe(topics)
+            if sentinel:
+                self._sentinel_seen.clear()
+                client.subscribe(SENTINEL_TOPIC, 1)
+                self._republish_due.set()
+
+        client.on_connect = self._guarded(connected)
+        client.on_message = self._guarded(self._receive)
+        return client
+
+    def _guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """An exception in a callback would end paho's thread without a word."""
+
+        def guarded(*arguments: Any) -> None:
+            try:
+                callback(*arguments)
+            except Exception:
+                self.counters["callback_failed"] += 1
+                log.exception("an MQTT callback failed")
+
+        return guarded
+
+    def start(self) -> None:
+        """Connects in the background and starts taking in."""
+        for client in (self._control, self._bulk):
+            client.connect_async(self._config.host, self._config.port, keepalive=KEEP_ALIVE_S)
+            client.loop_start()
+        for body, name in ((self._ingest, "ingest"), (self._publish_after_connects, "publisher")):
+            thread = threading.Thread(target=body, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        """Disconnects and ends the threads within a few seconds."""
+        self._stopping.set()
+        for client in (self._bulk, self._control):
+            client.disconnect()
+            client.loop_stop()
+        for thread in self._threads:
+            thread.join(3.0)
+
+    @property
+    def connected(self) -> bool:
+        """Whether both connections stand."""
+        return bool(self._control.is_connected() and self._bulk.is_connected())
+
+    def _receive(self, _client: Any, _data: Any, message: Any) -> None:
+        if message.topic == SENTINEL_TOPIC:
+            self._sentinel_seen.set()
+            return
+        try:
+            self._incoming.put_nowait((message.topic, bytes(message.payload)))
+        except queue.Full:
+            # A dropped batch was not acknowledged, so its agent sends it again.
+            self.counters["incoming_dropped"] += 1
+
+    # -- taking in --------------------------------------------------------------------------------------------
+
+    def _ingest(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                topic, payload = self._incoming.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            try:
+                self.take(topic, payload)
+            except MessageError as error:
+                self.counters[f"refused_{error.code}"] += 1
+                log.warning("message on %s refused: %s", topic, error)
+            except Exception:
+                # The database may be away: nothing was acknowledged, so nothing is lost.
+                self.counters["ingest_failed"] += 1
+                log.exception("message on %s not taken in", topic)
+                self._stopping.wait(0.5)
+
+    def take(self, topic: str, payload: bytes) -> None:
+        """Takes in one message.
+
+        Raises:
+            MessageError: It is not acceptable; count it and go on.
+        """
+        agent_id, channel = parse_agent_topic(topic)
+        self.counters[f"received_{channel}"] += 1
+        match channel:
+            case Channel.LIVE:
+                self.live[agent_id] = (time.monotonic(), decode(payload, Live, limit=MAX_LIVE_BYTES))
+            case Channel.PRESENCE:
+                if payload:
+                    self._take_presence(agent_id, decode(payload, Presence))
+            case Channel.REPORTED:
+                if payload:
+                    self._take_report(agent_id, decode(payload, Reported, limit=MAX_REPORTED_BYTES))
+            case Channel.BATCH:
+                self._take_batch(agent_id, decode_batch(payload))
+            case _:
+                raise MessageError("topic.unknown", "Agents do not speak here.", expected="batch, ...", got=topic)
+
+    def _take_presence(self, agent_id: str, presence: Presence) -> None:
+        with writing(self._engine) as session:
+            agent = _agent(session, agent_id)
+            # The will of an older boot must not put a newer one offline.
+            if presence.online or presence.boot_id == agent.boot_id or not agent.boot_id:
+                agent.online, agent.boot_id = presence.online, presence.boot_id
+            if presence.online:
+                agent.seen_at = utc_now()
+            session.add(agent)
+            session.commit()
+
+    def _take_report(self, agent_id: str, reported: Reported) -> None:
+        with writing(self._engine) as session:
+            agent = _agent(session, agent_id)
+            agent.reported = msgspec.to_builtins(reported)
+            agent.reported_at = agent.seen_at = utc_now()
+            if reported.labels:
+                agent.labels = agent.labels | dict(reported.labels)
+            behind = bool(agent.desired_bundle) and reported.generation < agent.generation
+            session.add(agent)
+            session.commit()
+        if behind:
+            # It has not heard: whatever went wrong between commit and broker is made good here.
+            self.publish_bundle(agent.desired_bundle)
+            self.publish_desired(agent)
+
+    def _take_batch(self, agent_id: str, batch: Batch) -> None:
+        if not batch.records:
+            return
+        now = utc_now()
+        with writing(self._engine) as session:
+            agent = _agent(session, agent_id)
+            agent.seen_at = now
+            session.add(agent)
+            session.flush()
+            for record in batch.records:
+                self._store_record(session, agent_id, record, now)
+            session.commit()
+        through: dict[str, int] = {}
+        for record in batch.records:
+            through[record.boot_id] = max(through.get(record.boot_id, -1), record.seq)
+        for boot_id, seq in through.items():
+            ack = Ack(boot_id=boot_id, through_seq=seq)
+            self._bulk.publish(agent_topic(agent_id, Channel.ACK), encode(ack), qos=1)
+
+    def _store_record(self, session: Session, agent_id: str, record: Record, now: datetime) -> None:
+        """Stores a record once; one that is no good is kept as refused, so that it does not come again."""
+        key = {"agent_id": agent_id, "boot_id": record.boot_id, "seq": record.seq, "received_at": now}
+        try:
+            if record.kind is RecordKind.EVENT:
+                event = decode_packed(record.payload, Event)
+                facts = {"code": event.code, "message": event.message, "facts": dict(event.facts)}
+                self._insert(session, EventRow, key | facts | {"at": _time(event.at_ms)})
+                return
+            window = decode_packed(record.payload, Window)
+        except MessageError as error:
+            self.counters[f"refused_{error.code}"] += 1
+            facts = {"code": error.code, "message": str(error)[:600], "facts": {}}
+            self._insert(session, EventRow, key | facts | {"at": now})
+            return
+        refused = ""
+        try:
+            window.check()
+        except MessageError as error:
+            self.counters[f"refused_{error.code}"] += 1
+            refused = error.code
+        self._insert(
+            session,
+            WindowRow,
+            key
+            | {
+                "started_at": _time(window.started_ms),
+                "bundle": window.bundle,
+                "items": window.items,
+                "refused": refused,
+                "payload": record.payload,
+            },
+        )
+
+    def _insert(self, session: Session, table: Any, values: dict[str, Any]) -> None:
+        """Inserts unless the key is there: a repeated record changes nothing."""
+        insert: Any = postgresql_insert if self._engine.dialect.name == "postgresql" else sqlite_insert
+        statement = insert(table).values(**values).on_conflict_do_nothing().returning(table.seq)
+        new = session.execute(statement).first() is not None
+        self.counters["stored" if new else "duplicates"] += 1
+
+    # -- giving out -------------------------------------------------------------------------------------------
+
+    def _publish_after_connects(self) -> None:
+        """After every connect: when the broker has lost its store, everything is published again."""
+        while not self._stopping.is_set():
+            if not self._republish_due.wait(0.5):
+                continue
+            self._republish_due.clear()
+            if self._sentinel_seen.wait(_SENTINEL_WAIT_S):
+                continue
+            try:
+                self.republish()
+            except SortlineError:
+                log.exception("republishing failed; it is tried again")
+                self._republish_due.set()
+                self._stopping.wait(2.0)
+
+    def republish(self) -> None:
+        """Publishes every bundle some agent shall run, every desired state, and then the sentinel."""
+        with self._lock:
+            self._published.clear()
+        with reading(self._engine) as session:
+            agents = session.exec(select(Agent).where(col(Agent.desired_bundle) != "")).all()
+        for digest in sorted({agent.desired_bundle for agent in agents}):
+            self.publish_bundle(digest)
+        for agent in agents:
+            self.publish_desired(agent)
+        self._control.publish(SENTINEL_TOPIC, b"1", qos=1, retain=True)
+        self.counters["republished"] += 1
+        log.info("published %s desired states to a broker without store", len(agents))
+
+    def publish_bundle(self, digest: str) -> int:
+        """Publishes the chunks of a bundle, once per life of the broker's store; returns the bytes sent."""
+        with self._lock:
+            if digest in self._published:
+                return 0
+            manifest = self._store.manifest(digest)
+            data = manifest.encoded()
+            self._control.publish(blob_topic(digest, 0), data, qos=1, retain=True)
+            sent = len(data)
+            for entry in manifest.files:
+                if entry.sha256 in self._published:
+                    continue
+                for number, chunk in enumerate(chunks_of(self._store.get(entry.sha256))):
+                    self._control.publish(blob_topic(entry.sha256, number), chunk, qos=1, retain=True)
+                    sent += len(chunk)
+                self._published.add(entry.sha256)
+            self._published.add(digest)
+            self.counters["bundle_bytes_published"] += sent
+            return sent
+
+    def publish_desired(self, agent: Agent) -> None:
+        """Publishes what an agent shall run (retained)."""
+        if not agent.desired_bundle:
+            return
+        desired = Desired(
+            generation=agent.generation,
+            bundle=agent.desired_bundle,
+            rollout_id=str(agent.rollout_id or ""),
+            trial_items=agent.trial_items,
+            trial_s=agent.trial_s,
+        )
+        self._control.publish(agent_topic(agent.id, Channel.DESIRED), encode(desired), qos=1, retain=True)
+
+
+def _agent(session: Session, agent_id: str) -> Agent:
+    """The agent's row; a new agent is known from its first word (the broker has checked who it is)."""
+    agent = session.get(Agent, agent_id)
+    if agent is None:
+        agent = Agent(id=agent_id)
+        session.add(agent)
+        session.flush()
+    return agent
+
+
+def _time(at_ms: int) -> datetime:
+    """An agent's clock may be wrong, but not so wrong that it cannot be stored."""
+    return datetime.fromtimestamp(min(max(at_ms, 0), 4_102_444_800_000) / 1000.0, UTC)
+
+
+def _password(config: BrokerConfig) -> str | None:
+    if not config.password_file:
+        return None
+    try:
+        return Path(config.password_file).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError("broker.no_password", f"{config.password_file} cannot be read.", got=error) from error

@@ -1,0 +1,24 @@
+"""Alembic's environment: takes the URL from the caller, the tables from `control_plane.tables`."""
+
+from alembic import context
+from sqlmodel import SQLModel
+
+from control_plane import tables
+from control_plane.database import open_database
+
+assert tables.Agent.metadata is SQLModel.metadata  # noqa: S101  importing the tables is what fills the metadata
+
+
+def run() -> None:
+    """Runs the migrations in one transaction."""
+    engine = open_database(context.config.attributes["url"])
+    with engine.connect() as connection:
+        context.configure(
+            connection=connection, target_metadata=SQLModel.metadata, render_as_batch=True, compare_type=True
+        )
+        with context.begin_transaction():
+            context.run_migrations()
+    engine.dispose()
+
+
+run()

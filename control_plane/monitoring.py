@@ -1,0 +1,280 @@
+"""From windows to figures with an age. Pure functions: what they need comes in, also the time.
+
+Four independent axes (connection, health, model in sync, drift) and one derived worst state in the words of NAMUR
+NE 107. Nothing is called good without a fresh heartbeat, and every figure says how old it is.
+"""
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from models.errors import MessageError
+from models.messages import KEEP_ALIVE_S, Live, Phase
+from models.windows import Profile, Window, merge, stability_index
+
+LATE_S: Final = 2.0 * KEEP_ALIVE_S
+SILENT_S: Final = 3.0 * KEEP_ALIVE_S
+DRIFT_LIMIT: Final = 0.25
+"""Noise-corrected stability index from which a feature is shown as out of specification. An effect size for the eye
+until the monitoring with false-alarm control is in place."""
+DRIFT_MIN_ITEMS: Final = 200
+LATENCY_BUDGET_MS: Final = 50.0
+
+
+class State(StrEnum):
+    """NAMUR NE 107, worst first."""
+
+    FAILURE = "failure"
+    CHECK = "check"
+    OUT_OF_SPEC = "out-of-spec"
+    MAINTENANCE = "maintenance"
+    OFFLINE = "offline"
+    GOOD = "good"
+
+
+ORDER: Final = {
+    State.FAILURE: 0,
+    State.OFFLINE: 1,
+    State.CHECK: 2,
+    State.OUT_OF_SPEC: 3,
+    State.MAINTENANCE: 4,
+    State.GOOD: 5,
+}
+
+
+class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One agent as people and programs see it."""
+
+    id: str
+    labels: dict[str, Any]
+    state: State
+    reason: str
+    """Why it is in this state; empty when good."""
+    connection: str
+    """live, late, silent, offline, never."""
+    health: str
+    """good, or the code of what is wrong."""
+    in_sync: bool
+    """Runs what it shall run."""
+    drift: str
+    """calm, drifting, learning (too few items), unknown."""
+    phase: str
+    progress: float
+    active: str
+    desired: str
+    generation: int
+    fault: dict[str, Any] | None
+    seen_age_s: float | None
+    reported_age_s: float | None
+    window_age_s: float | None
+    items: int
+    """In the windows that were merged."""
+    items_per_s: float
+    views: int
+    p50_ms: float | None
+    p99_ms: float | None
+    classes: dict[str, int]
+    outlets: dict[str, int]
+    ejections: dict[str, int]
+    truth: dict[str, int]
+    escape_rate: float | None
+    """Where the truth is known: defective items that were let through / defective items."""
+    false_reject_rate: float | None
+    frames_dropped: int
+    items_unjudged: int
+    verdicts_late: int
+    drift_value: float | None
+    drift_feature: str
+    drift_by_feature: dict[str, float]
+    spool_records: int
+    rss_mb: float
+    live: dict[str, Any] | None
+    completeness: float | None
+    """Windows received / windows the agent numbered."""
+
+
+def merged_window(windows: Sequence[Window], bundle: str) -> Window | None:
+    """All windows of one bundle as one; None when there is none."""
+    whole: Window | None = None
+    for window in windows:
+        if window.bundle != bundle:
+            continue
+        try:
+            whole = window if whole is None else merge(whole, window)
+        except MessageError:
+            continue
+    return whole
+
+
+def drift_of(window: Window | None, profile: Profile | None) -> dict[str, float]:
+    """Stability index per monitored feature; empty when nothing can be said."""
+    if window is None or profile is None or window.items == 0:
+        return {}
+    counts = window.feature_counts()
+    reference = profile.count_array()
+    if counts.shape != reference.shape:
+        return {}
+    values = stability_index(reference, counts)
+    return {
+        name: round(float(value), 4)
+        for name, value in zip(profile.features, values, strict=True)
+        if math.isfinite(value)
+    }
+
+
+def rates(truth: dict[str, int], *, good: str = "sound") -> tuple[float | None, float | None]:
+    """(escape rate, false-reject rate) from `kind>outlet` counts; None where there is no such item."""
+    bad = escaped = fine = wasted = 0
+    for key, count in truth.items():
+        kind, _, outlet = key.partition(">")
+        if kind == good:
+            fine, wasted = fine + count, wasted + (count if outlet != "pass" else 0)
+        else:
+            bad, escaped = bad + count, escaped + (count if outlet == "pass" else 0)
+    return (escaped / bad if bad else None, wasted / fine if fine else None)
+
+
+def completeness_of(sequence: Sequence[tuple[str, int]]) -> float | None:
+    """Share of (boot, seq) numbers that arrived between the lowest and the highest of each boot."""
+    expected = received = 0
+    for boot in {b for b, _ in sequence}:
+        numbers = [n for b, n in sequence if b == boot]
+        expected, received = expected + max(numbers) - min(numbers) + 1, received + len(numbers)
+    return received / expected if expected else None
+
+
+def age_s(at: datetime | None, now: datetime) -> float | None:
+    """Seconds since then, not negative."""
+    return None if at is None else max(0.0, (now - at).total_seconds())
+
+
+def connection_of(seen_s: float | None, *, online: bool) -> str:
+    """What can be said of the connection by the age of the last sign of life."""
+    if seen_s is None:
+        return "never"
+    if not online or seen_s > SILENT_S * 4:
+        return "offline"
+    if seen_s > SILENT_S:
+        return "silent"
+    return "late" if seen_s > LATE_S else "live"
+
+
+def judge_state(
+    *, connection: str, reported: dict[str, Any], in_sync: bool, drifting: bool, p99_ms: float | None, late: int
+) -> tuple[State, str]:
+    """The worst of the four axes, and why."""
+    fault = reported.get("fault") or {}
+    phase = reported.get("phase", Phase.IDLE)
+    rules: list[tuple[State, bool, str]] = [
+        (State.OFFLINE, connection in {"offline", "never", "silent"}, f"no sign of life ({connection})"),
+        (State.FAILURE, bool(reported.get("camera_fault")), str(reported.get("camera_fault"))),
+        (State.FAILURE, not reported.get("line_running"), "the line process does not run"),
+    ]
+    checks = (
+        (phase == Phase.ROLLED_BACK, f"rolled back: {fault.get('code', 'unknown')}"),
+        (not reported.get("active"), "no bundle: items pass unjudged"),
+        (phase in {Phase.FETCHING, Phase.VERIFIED, Phase.SELF_TEST, Phase.TRIAL}, f"updating: {phase}"),
+        (bool(fault), str(fault.get("code", ""))),
+        (not in_sync, "does not run what it shall run"),
+    )
+    rules += [(State.CHECK, wrong, reason) for wrong, reason in checks]
+    rules += [
+        (State.OUT_OF_SPEC, drifting, "drifting from its reference"),
+        (State.OUT_OF_SPEC, p99_ms is not None and p99_ms > LATENCY_BUDGET_MS, f"p99 above {LATENCY_BUDGET_MS:g} ms"),
+        (State.OUT_OF_SPEC, late > 0, "late verdicts"),
+        (State.MAINTENANCE, connection == "late", "heartbeat is late"),
+        (State.MAINTENANCE, reported.get("spool_records", 0) > 50, "spool is filling"),
+    ]
+    return next(((state, reason) for state, wrong, reason in rules if wrong), (State.GOOD, ""))
+
+
+def agent_status(
+    *,
+    agent_id: str,
+    labels: dict[str, Any],
+    online: bool,
+    seen_at: datetime | None,
+    reported: dict[str, Any],
+    reported_at: datetime | None,
+    desired_bundle: str,
+    generation: int,
+    windows: Sequence[Window],
+    last_window_at: datetime | None,
+    sequence: Sequence[tuple[str, int]],
+    profile: Profile | None,
+    live: Live | None,
+    now: datetime,
+) -> AgentStatus:
+    """Everything about one agent."""
+    active = str(reported.get("active", ""))
+    window = merged_window(windows, active)
+    drift = drift_of(window, profile)
+    feature = max(drift, key=lambda name: drift[name], default="")
+    enough = window is not None and window.items >= DRIFT_MIN_ITEMS
+    drifting = enough and bool(drift) and drift[feature] > DRIFT_LIMIT
+    seen = age_s(seen_at, now)
+    connection = connection_of(seen, online=online)
+    in_sync = not desired_bundle or (active == desired_bundle and int(reported.get("generation", 0)) >= generation)
+    p99 = _quantile(window, 0.99)
+    state, reason = judge_state(
+        connection=connection,
+        reported=reported,
+        in_sync=in_sync,
+        drifting=drifting,
+        p99_ms=p99,
+        late=window.verdicts_late if window else 0,
+    )
+    escape, waste = rates(window.truth) if window else (None, None)
+    seconds = (window.duration_ms / 1000.0) if window else 0.0
+    return AgentStatus(
+        id=agent_id,
+        labels=labels,
+        state=state,
+        reason=reason,
+        connection=connection,
+        health=str((reported.get("fault") or {}).get("code", "")) or reported.get("camera_fault") or "good",
+        in_sync=in_sync,
+        drift="unknown" if not drift else ("learning" if not enough else ("drifting" if drifting else "calm")),
+        phase=str(reported.get("phase", "")),
+        progress=float(reported.get("progress", 0.0)),
+        active=active,
+        desired=desired_bundle,
+        generation=generation,
+        fault=reported.get("fault"),
+        seen_age_s=seen,
+        reported_age_s=age_s(reported_at, now),
+        window_age_s=age_s(last_window_at, now),
+        items=window.items if window else 0,
+        items_per_s=round(window.items / seconds, 2) if window and seconds else 0.0,
+        views=window.views if window else 0,
+        p50_ms=_quantile(window, 0.5),
+        p99_ms=p99,
+        classes=window.classes if window else {},
+        outlets=window.outlets if window else {},
+        ejections=window.ejections if window else {},
+        truth=window.truth if window else {},
+        escape_rate=escape,
+        false_reject_rate=waste,
+        frames_dropped=window.frames_dropped if window else 0,
+        items_unjudged=window.items_unjudged if window else 0,
+        verdicts_late=window.verdicts_late if window else 0,
+        drift_value=drift[feature] if feature else None,
+        drift_feature=feature,
+        drift_by_feature=drift,
+        spool_records=int(reported.get("spool_records", 0)),
+        rss_mb=float(reported.get("rss_mb", 0.0)),
+        live=msgspec.to_builtins(live) if live else None,
+        completeness=completeness_of(sequence),
+    )
+
+
+def _quantile(window: Window | None, q: float) -> float | None:
+    if window is None or window.latency_ms.count == 0:
+        return None
+    value = window.latency_ms.quantile(q)
+    return round(float(np.round(value, 2)), 2)

@@ -1,0 +1,194 @@
+"""The pages: Jinja2 on the server, one stream of changed rows, small modules of plain JavaScript, a strict CSP.
+
+A page shows what the API tells and does nothing the API cannot. Charts are SVG drawn here. Nothing is loaded from
+elsewhere.
+"""
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+from sqlmodel import desc, select
+
+from control_plane.api.services import Services, services_of
+from control_plane.database import reading
+from control_plane.monitoring import DRIFT_LIMIT, LATENCY_BUDGET_MS, ORDER, AgentStatus, State
+from control_plane.pages.charts import lines, meter, mix
+from control_plane.rollout_executor import describe
+from control_plane.tables import EventRow, Job, Model, ModelVersion, Rollout, WindowRow
+from models.errors import InputError
+from models.messages import decode_packed
+from models.windows import Window
+
+_HERE = Path(__file__).parent
+_TICK_S = 1.0
+_WORDS = {
+    State.GOOD: "Good",
+    State.MAINTENANCE: "Maintenance",
+    State.OUT_OF_SPEC: "Out of spec",
+    State.CHECK: "Check",
+    State.FAILURE: "Failure",
+    State.OFFLINE: "Offline",
+}
+router = APIRouter(include_in_schema=False)
+_environment = Environment(loader=FileSystemLoader(_HERE / "templates"), autoescape=select_autoescape())
+
+
+def class_order(classes: dict[str, int]) -> list[str]:
+    """The good class first, the rest by name: the same colour for the same class in every row."""
+    return sorted(classes, key=lambda name: (name not in {"sound", "good", "ok"}, name))
+
+
+_environment.globals.update(meter=meter, mix=mix, words=_WORDS, class_order=class_order)
+
+
+def mount_pages(app: FastAPI) -> None:
+    """Adds pages and their static files."""
+    app.mount("/static", StaticFiles(directory=_HERE / "static"), name="static")
+    app.include_router(router)
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((_HERE / "static").iterdir()))).hexdigest()
+    _environment.globals["version"] = digest[:8]
+
+
+def _page(request: Request, template: str, page: str, **facts: Any) -> HTMLResponse:
+    services = services_of(request)
+    text = _environment.get_template(template).render(
+        page=page,
+        root=request.scope.get("root_path", ""),
+        broker_connected=services.fleet.connected,
+        **facts,
+    )
+    policy = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    )
+    return HTMLResponse(text, headers={"content-security-policy": policy, "referrer-policy": "no-referrer"})
+
+
+def fleet_row(status: AgentStatus, now_ms: int) -> dict[str, Any]:
+    """What the fleet table shows of an agent; times as milliseconds, so that ages grow by themselves."""
+    live = status.live or {}
+
+    def at(age: float | None) -> int:
+        return 0 if age is None else int(now_ms - age * 1000)
+
+    total = sum(status.classes.values())
+    rejected = sum(count for outlet, count in status.outlets.items() if outlet != "pass")
+    return {
+        "id": status.id,
+        "status": status,
+        "word": _WORDS[status.state],
+        "order": f"{ORDER[status.state]}-{status.id}",
+        "items_per_s": live.get("items_per_s", 0.0) if status.connection == "live" else 0.0,
+        "reject_share": rejected / total if total else None,
+        "seen_ms": at(status.seen_age_s),
+        "window_ms": at(status.window_age_s),
+        "budget_ms": LATENCY_BUDGET_MS,
+        "drift_limit": DRIFT_LIMIT,
+    }
+
+
+def _rows(services: Services) -> list[dict[str, Any]]:
+    now_ms = time.time_ns() // 1_000_000
+    rows = [fleet_row(status, now_ms) for status in services.statuses()]
+    return sorted(rows, key=lambda row: str(row["order"]))
+
+
+@router.get("/", response_class=HTMLResponse)
+def fleet(request: Request) -> HTMLResponse:
+    """Fleet: worst first, live."""
+    rows = _rows(services_of(request))
+    counts = {state: sum(row["status"].state is state for row in rows) for state in State}
+    classes = class_order({name: 1 for row in rows for name in row["status"].classes})
+    return _page(request, "fleet.html", "Fleet", rows=rows, counts=counts, classes=classes)
+
+
+@router.get("/events")
+def events(request: Request) -> StreamingResponse:
+    """Changed rows, once a second."""
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(_stream(request), media_type="text/event-stream", headers=headers)
+
+
+async def _stream(request: Request) -> AsyncIterator[str]:
+    services = services_of(request)
+    template = _environment.get_template("_row.html")
+    sent: dict[str, str] = {}
+    root = request.scope.get("root_path", "")
+    while not await request.is_disconnected():
+        rows = await anyio.to_thread.run_sync(_rows, services)
+        html = {row["id"]: template.render(row=row, root=root).strip() for row in rows}
+        changed = [{"id": key, "html": text} for key, text in html.items() if sent.get(key) != text]
+        sent = html
+        if changed:
+            yield f"event: rows\ndata: {json.dumps(changed)}\n\n"
+        yield f"event: tick\ndata: {time.time_ns() // 1_000_000}\n\n"
+        await asyncio.sleep(_TICK_S)
+
+
+@router.get("/agents/{agent_id}", response_class=HTMLResponse)
+def agent(agent_id: str, request: Request) -> HTMLResponse:
+    """One agent: latency, verdict mix, drift by feature, events."""
+    services = services_of(request)
+    status = next((s for s in services.statuses() if s.id == agent_id), None)
+    if status is None:
+        raise InputError("agent.unknown", "There is no such agent.", expected="an agent id", got=agent_id[:80])
+    with reading(services.engine) as session:
+        query = select(WindowRow).where(WindowRow.agent_id == agent_id, WindowRow.refused == "")
+        rows = session.exec(query.order_by(desc(WindowRow.received_at), desc(WindowRow.seq)).limit(360)).all()
+        happened = session.exec(
+            select(EventRow).where(EventRow.agent_id == agent_id).order_by(desc(EventRow.received_at)).limit(30)
+        ).all()
+    windows = [(row.received_at, decode_packed(row.payload, Window)) for row in reversed(rows)]
+    latency = lines(
+        [
+            ("p50", [(at, w.latency_ms.quantile(0.5)) for at, w in windows]),
+            ("p99", [(at, w.latency_ms.quantile(0.99)) for at, w in windows]),
+        ],
+        budget=LATENCY_BUDGET_MS,
+        marks=[at for (at, w), (_, before) in zip(windows[1:], windows, strict=False) if w.bundle != before.bundle],
+    )
+    row = fleet_row(status, time.time_ns() // 1_000_000)
+    drift = sorted(status.drift_by_feature.items(), key=lambda pair: -pair[1])
+    return _page(request, "agent.html", "Fleet", row=row, status=status, latency=latency, drift=drift, events=happened)
+
+
+@router.get("/models", response_class=HTMLResponse)
+def models(request: Request) -> HTMLResponse:
+    """Models and their versions."""
+    with reading(services_of(request).engine) as session:
+        names = {model.id: model.name for model in session.exec(select(Model))}
+        versions = session.exec(select(ModelVersion).order_by(desc(ModelVersion.id)).limit(200)).all()
+    return _page(request, "models.html", "Models", versions=versions, names=names)
+
+
+@router.get("/rollouts", response_class=HTMLResponse)
+def rollouts(request: Request) -> HTMLResponse:
+    """Rollouts and the progress of their agents."""
+    with reading(services_of(request).engine) as session:
+        found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(50)).all()
+        described = [describe(session, rollout) for rollout in found]
+    return _page(request, "rollouts.html", "Rollouts", rollouts=described)
+
+
+@router.get("/training", response_class=HTMLResponse)
+def training(request: Request) -> HTMLResponse:
+    """Training runs."""
+    with reading(services_of(request).engine) as session:
+        jobs = session.exec(select(Job).order_by(desc(Job.id)).limit(50)).all()
+    return _page(request, "training.html", "Training", jobs=jobs)
+
+
+@router.get("/docs", response_class=HTMLResponse)
+def docs(request: Request) -> HTMLResponse:
+    """The API by tag, from its own OpenAPI document: no third-party viewer."""
+    return _page(request, "docs.html", "API", document=request.app.openapi())

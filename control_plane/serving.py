@@ -1,0 +1,88 @@
+"""Runs the control plane: migrations, worker processes, the HTTP server. One process group, stopped as one."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from typing import Any
+
+import uvicorn
+
+from control_plane.api.app import create_app
+from control_plane.api.services import open_services
+from control_plane.config import ControlPlaneConfig
+from control_plane.database import migrate
+from control_plane.worker import run_worker
+from models.errors import UnavailableError
+
+log = logging.getLogger("sortline.server")
+
+
+def serve(config: ControlPlaneConfig) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit status.
+
+    Raises:
+        UnavailableError: `server.port_in_use`, `database.unreachable`.
+        ConfigError: `server.no_token`.
+    """
+    config.root.mkdir(parents=True, exist_ok=True)
+    listener = _listen(config.server.host, config.server.port)
+    migrate(config.database_url)
+    services = open_services(config)
+    workers = [_start_worker(config, number) for number in range(config.jobs.workers)]
+    host, port = listener.getsockname()[:2]
+    log.info("control plane on http://%s:%s", host, port)
+    settings = uvicorn.Config(
+        create_app(services),
+        log_level="warning",
+        timeout_graceful_shutdown=3,  # an open event stream would keep the server for ever
+        proxy_headers=False,
+        server_header=False,
+    )
+    server = uvicorn.Server(settings)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join(8.0)
+            if worker.is_alive():
+                worker.kill()
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        # Two servers may bind with SO_REUSEADDR; listening is what only one can do.
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise UnavailableError(
+            "server.port_in_use",
+            f"Cannot listen on {host}:{port}: {error.strerror}. Stop what uses the port, or choose another (--port).",
+            expected="a free port",
+            got=f"{host}:{port}",
+        ) from error
+    return listener
+
+
+def _start_worker(config: ControlPlaneConfig, number: int) -> Any:
+    context = multiprocessing.get_context("spawn")
+    worker = context.Process(target=work, args=(config, os.getpid()), name=f"worker-{number}")
+    worker.start()
+    return worker
+
+
+def work(config: ControlPlaneConfig, parent: int = 0) -> None:
+    """Body of a worker process: ends on SIGTERM, and when its parent is gone."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    run_worker(config, lambda: stop.is_set() or (parent != 0 and os.getppid() != parent))

@@ -1,0 +1,107 @@
+"""A real browser on the real server: rows change by themselves, the policy holds, nothing is loaded from elsewhere."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import uvicorn
+from playwright.sync_api import Page, sync_playwright
+
+from control_plane.api.app import create_app
+from control_plane.api.services import Services
+from models.messages import Channel, Live, Phase, Presence, agent_topic, encode
+from tests.simulators.plane import make_services
+from tests.simulators.processes import free_port, wait_until
+from tests.test_control_plane_fleet import BOOT, batch, reported, window
+
+CHROMIUM = Path("/usr/bin/chromium")
+pytestmark = [
+    pytest.mark.chromium,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason="the program chromium is not installed"),
+    # The browser's driver closes its own sockets late.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+class Site(NamedTuple):
+    services: Services
+    url: str
+    server: uvicorn.Server
+
+
+def say(services: Services, agent: str, **facts: object) -> None:
+    values = {"active": "a" * 64, "phase": Phase.COMMITTED, "labels": {"site": "north", "line": "1"}}
+    services.fleet.take(agent_topic(agent, Channel.PRESENCE), encode(Presence(online=True, boot_id=BOOT)))
+    services.fleet.take(agent_topic(agent, Channel.REPORTED), encode(reported(**(values | facts))))
+    services.fleet.take(agent_topic(agent, Channel.LIVE), encode(Live(boot_id=BOOT, at_ms=1, items_per_s=17.5)))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    services = make_services(tmp_path / "plane")
+    say(services, "line-1")
+    services.fleet.take(agent_topic("line-1", Channel.BATCH), batch(window(), window(8)))
+    port = free_port()
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(services), port=port, log_level="error", timeout_graceful_shutdown=1)
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started, 10, "the server")
+    yield Site(services, f"http://127.0.0.1:{port}", server)
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def page(site: Site) -> Iterator[Page]:
+    with sync_playwright() as play:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        found = browser.new_page(viewport={"width": 1440, "height": 900})
+        found.set_default_timeout(10_000)
+        yield found
+        browser.close()
+
+
+def test_the_fleet_page_is_live_keyboard_friendly_and_loads_nothing_from_elsewhere(site: Site, page: Page) -> None:
+    services, url, _ = site
+    problems: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(url, wait_until="load")
+    page.wait_for_selector('tr[data-agent="line-1"][data-state="good"]')
+    say(services, "line-2", camera_fault="camera.frozen")
+    page.wait_for_selector('tr[data-agent="line-2"][data-state="failure"]')
+    assert page.locator("#rows tr").first.get_attribute("data-agent") == "line-2"
+    assert page.locator('.tile[data-state="failure"] b').inner_text() == "1"
+    page.keyboard.press("/")
+    page.keyboard.type("line-1")
+    assert page.locator("#rows tr:visible").count() == 1
+    page.locator("#theme").click()
+    assert page.evaluate("document.documentElement.dataset.theme") in {"dark", "light"}
+    assert problems == []
+    assert all(request.startswith(url) for request in asked)
+
+
+@pytest.mark.slow
+def test_a_page_whose_server_is_gone_says_so(site: Site, page: Page) -> None:
+    page.goto(site.url, wait_until="load")
+    page.wait_for_selector('tr[data-agent="line-1"]')
+    site.server.should_exit = True
+    page.wait_for_selector("#stale:not([hidden])", timeout=30_000)
+
+
+@pytest.mark.parametrize("path", ["/agents/line-1", "/models", "/rollouts", "/training", "/docs"])
+def test_every_page_opens_without_an_error(site: Site, page: Page, path: str) -> None:
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    answer = page.goto(site.url + path, wait_until="load")
+    assert answer is not None
+    assert answer.status == 200
+    assert problems == []

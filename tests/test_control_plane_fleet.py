@@ -1,0 +1,526 @@
+"""What agents say is taken in once, refused by name, and never hurts; rollouts are planned purely and resume."""
+
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
+from sqlmodel import select
+
+from control_plane.api.services import Services
+from control_plane.database import (
+    _alembic,
+    audit,
+    broken_audit_entry,
+    migration_state,
+    open_database,
+    reading,
+    take_lease,
+    writing,
+)
+from control_plane.jobs import cancel, claim, finish, get_job, heartbeat, submit
+from control_plane.monitoring import State, agent_status, completeness_of, connection_of, rates
+from control_plane.registry import find_version, register, set_stage
+from control_plane.rollout import Assign, Finish, Member, OpenWave, Progress, divide, next_state, plan, progress_of
+from control_plane.rollout_executor import act, create_rollout, describe
+from control_plane.tables import Agent, EventRow, JobKind, JobState, Rollout, RolloutState, Stage, WindowRow, utc_now
+from models.bundle import read_bundle
+from models.errors import ConflictError, InputError, MessageError, UnavailableError
+from models.messages import (
+    Batch,
+    Channel,
+    Event,
+    Live,
+    Phase,
+    Presence,
+    Record,
+    RecordKind,
+    Reported,
+    agent_topic,
+    encode,
+    encode_batch,
+)
+from models.windows import FeatureCounter, Window
+from tests.simulators.plane import make_services
+from tests.simulators.processes import free_port, wait_until
+from tests.simulators.tiny_bundle import tiny_bundle
+
+BOOT = "0123456789abcdef"
+A, B = "a" * 64, "b" * 64
+
+
+def _postgres(root: Path) -> Iterator[str]:
+    """A private PostgreSQL server; it refuses to run as root, so another user starts it there."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("the PostgreSQL server programs are not installed")
+    bin_, port, folder = programs[-1].parent, free_port(), root / "pg"
+    user: list[str] = []
+    if os.geteuid() == 0:
+        name = "postgres" if "postgres" in {p.pw_name for p in pwd.getpwall()} else "nobody"
+        user = ["setpriv", f"--reuid={name}", f"--regid={pwd.getpwnam(name).pw_gid}", "--clear-groups"]
+        folder = Path(subprocess.check_output(["mktemp", "-d", "/tmp/sortline-pg-XXXXXX"], text=True).strip())
+        shutil.chown(folder, name)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True, "cwd": "/"}
+    subprocess.run(  # noqa: PLW1510  in `quiet`
+        [*user, str(bin_ / "initdb"), "-D", f"{folder}/d", "-U", "sortline", "-A", "trust"], **quiet
+    )
+    server = subprocess.Popen(
+        [*user, str(bin_ / "postgres"), "-D", f"{folder}/d", "-p", str(port), "-k", str(folder), "-c", "fsync=off"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+    )
+    url = f"postgresql://sortline@127.0.0.1:{port}/postgres"
+
+    def answers() -> bool:
+        engine = open_database(url)
+        try:
+            with engine.connect():
+                return True
+        except OperationalError:
+            return False
+        finally:
+            engine.dispose()
+
+    try:
+        wait_until(answers, 20, "PostgreSQL")
+        yield url
+    finally:
+        server.terminate()
+        server.wait(10)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    yield from _postgres(tmp_path_factory.mktemp("postgres"))
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+def services(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Services]:
+    url = ""
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres")
+        engine = open_database(url)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+            connection.exec_driver_sql("CREATE SCHEMA public")
+        engine.dispose()
+    found = make_services(tmp_path / "plane", database=url)
+    yield found
+    found.engine.dispose()
+
+
+def window(items: int = 10, bundle: str = A, **changes: object) -> Window:
+    fields = {
+        "started_ms": 1_700_000_000_000,
+        "duration_ms": 10_000,
+        "bundle": bundle,
+        "items": items,
+        "classes": {"sound": items},
+        "outlets": {"pass": items},
+        "lanes": (items,),
+    }
+    return Window(**(fields | changes))
+
+
+def batch(*payloads: object, first: int = 0) -> bytes:
+    records = []
+    for at, value in enumerate(payloads):
+        kind = RecordKind.EVENT if isinstance(value, Event) else RecordKind.WINDOW
+        payload = value if isinstance(value, bytes) else msgspec.msgpack.encode(value)
+        records.append(Record(boot_id=BOOT, seq=first + at, kind=kind, payload=payload))
+    return encode_batch(Batch(records=tuple(records)))
+
+
+def say(services: Services, channel: Channel, payload: bytes, agent: str = "line-1") -> None:
+    services.fleet.take(agent_topic(agent, channel), payload)
+
+
+def reported(**changes: object) -> Reported:
+    return Reported(**({"boot_id": BOOT, "at_ms": 1, "line_running": True} | changes))
+
+
+def test_the_migration_makes_the_tables_of_this_program(services: Services) -> None:
+    current, needed = migration_state(services.engine)
+    assert current == needed
+    if services.engine.dialect.name == "sqlite":
+        from alembic import command
+
+        command.check(_alembic(services.config.database_url))
+
+
+def test_a_batch_is_stored_once_however_often_it_comes(services: Services) -> None:
+    data = batch(window(), Event(at_ms=5, code="x.y", facts={"a": "b"}), window(3))
+    for _ in range(3):
+        say(services, Channel.BATCH, data)
+    with reading(services.engine) as session:
+        assert [row.items for row in session.exec(select(WindowRow).order_by(WindowRow.seq))] == [10, 3]
+        assert [row.code for row in session.exec(select(EventRow))] == ["x.y"]
+    assert services.fleet.counters["duplicates"] == 6
+
+
+def test_a_record_that_is_no_good_is_kept_as_refused_and_does_not_block(services: Services) -> None:
+    say(services, Channel.BATCH, batch(b"rubbish", window(items=4, classes={"sound": 1}), window(7)))
+    with reading(services.engine) as session:
+        rows = session.exec(select(WindowRow).order_by(WindowRow.seq)).all()
+        assert [(row.items, row.refused) for row in rows] == [(4, "window.inconsistent"), (7, "")]
+        assert session.exec(select(EventRow)).one().code == "message.malformed"
+    status = services.statuses()[0]
+    assert status.completeness is not None
+
+
+@pytest.mark.parametrize(
+    ("topic", "payload"),
+    [
+        ("sortline/v1/agents/line-1/batch", b"rubbish"),
+        ("sortline/v1/agents/line-1/reported", b"{}"),
+        ("sortline/v1/agents/line-1/live", b"[1]"),
+        ("sortline/v1/agents/line-1/presence", b"x" * 10_000),
+        ("sortline/v1/agents/line-1/desired", b"{}"),
+        ("sortline/v1/agents/LINE/batch", b""),
+        ("other", b""),
+    ],
+)
+def test_hostile_messages_are_refused_by_name(services: Services, topic: str, payload: bytes) -> None:
+    with pytest.raises(MessageError):
+        services.fleet.take(topic, payload)
+
+
+def test_the_will_of_an_older_boot_does_not_put_an_agent_offline(services: Services) -> None:
+    say(services, Channel.PRESENCE, encode(Presence(online=True, boot_id=BOOT)))
+    say(services, Channel.PRESENCE, encode(Presence(online=False, boot_id="f" * 16)))
+    with reading(services.engine) as session:
+        assert session.get(Agent, "line-1").online
+    say(services, Channel.PRESENCE, encode(Presence(online=False, boot_id=BOOT)))
+    with reading(services.engine) as session:
+        assert not session.get(Agent, "line-1").online
+
+
+def register_tiny(services: Services, root: Path, **options: object) -> str:
+    tiny_bundle(root, **options)
+    with writing(services.engine) as session:
+        version = register(session, services.store, root, actor="t", now=utc_now())
+        session.commit()
+        return version.bundle
+
+
+def test_a_bundle_is_registered_once_and_found_by_name_number_and_digest(services: Services, tmp_path: Path) -> None:
+    first = register_tiny(services, tmp_path / "1")
+    second = register_tiny(services, tmp_path / "2", bias=1.0)
+    with writing(services.engine) as session:
+        assert register(session, services.store, tmp_path / "1", actor="t", now=utc_now()).number == 1
+        for reference, digest in (("tiny", second), ("tiny:1", first), ("tiny:2", second), (first, first)):
+            assert find_version(session, reference)[1].bundle == digest
+        for reference in ("none", "tiny:9", "tiny:x", "0" * 64):
+            with pytest.raises(InputError):
+                find_version(session, reference)
+        for number in ("1", "2"):
+            set_stage(session, f"tiny:{number}", Stage.PRODUCTION, actor="t", reason="r", now=utc_now())
+        assert find_version(session, "tiny:1")[1].stage == Stage.ARCHIVED
+        session.commit()
+    directory = services.store.write_directory(first, tmp_path / "again")
+    assert read_bundle(directory, digest=first).digest == first
+    path = services.store._path(first)
+    path.write_bytes(b"changed")
+    with pytest.raises(UnavailableError) as caught:
+        services.store.get(first)
+    assert caught.value.code == "store.corrupt"
+
+
+def test_the_audit_trail_notices_a_change(services: Services) -> None:
+    with writing(services.engine) as session:
+        for number in range(4):
+            audit(session, "t", "did", str(number), {"n": number}, utc_now())
+            session.flush()
+        session.commit()
+    with writing(services.engine) as session:
+        assert broken_audit_entry(session) is None
+        from control_plane.tables import Audit
+
+        entry = session.exec(select(Audit).where(Audit.object == "2")).one()
+        entry.actor = "somebody else"
+        session.add(entry)
+        session.flush()
+        assert broken_audit_entry(session) == entry.id
+        session.rollback()
+
+
+def test_one_holder_has_the_lease_and_a_new_one_gets_a_higher_fence(services: Services) -> None:
+    now = utc_now()
+    with writing(services.engine) as session:
+        assert take_lease(session, "x", "one", seconds=10, now=now) == 1
+        assert take_lease(session, "x", "two", seconds=10, now=now) is None
+        assert take_lease(session, "x", "one", seconds=10, now=now + timedelta(seconds=9)) == 1
+        assert take_lease(session, "x", "two", seconds=10, now=now + timedelta(seconds=30)) == 2
+        assert take_lease(session, "x", "one", seconds=10, now=now + timedelta(seconds=31)) is None
+        session.commit()
+
+
+def test_a_job_whose_worker_died_is_taken_over_and_the_dead_one_writes_no_more(services: Services) -> None:
+    engine, now = services.engine, utc_now()
+    with writing(engine) as session:
+        job_id = submit(session, JobKind.TRAIN, {"name": "x"}, actor="t", now=now).id
+        session.commit()
+    first = claim(engine, "w1", lease_s=5, max_attempts=2, now=now)
+    assert first
+    assert claim(engine, "w2", lease_s=5, max_attempts=2, now=now) is None
+    second = claim(engine, "w2", lease_s=5, max_attempts=2, now=now + timedelta(seconds=6))
+    assert second
+    assert second.fence == first.fence + 1
+    assert not heartbeat(engine, first, stage="s", progress=0.5, lines=["no"], lease_s=5)
+    assert not finish(engine, first, JobState.SUCCEEDED)
+    assert heartbeat(engine, second, stage="s", progress=0.5, lines=["yes"], lease_s=5)
+    assert get_job(engine, job_id).log == "yes\n"
+    with writing(engine) as session:
+        cancel(session, job_id, actor="t", now=now)
+        session.commit()
+    assert not heartbeat(engine, second, stage="s", progress=0.6, lines=[], lease_s=5)
+    assert finish(engine, second, JobState.CANCELLED)
+    with writing(engine) as session, pytest.raises(ConflictError):
+        cancel(session, job_id, actor="t", now=now)
+
+
+def test_a_job_that_kills_its_workers_ends_as_failed(services: Services) -> None:
+    engine, now = services.engine, utc_now()
+    with writing(engine) as session:
+        job_id = submit(session, JobKind.TRAIN, {}, actor="t", now=now).id
+        session.commit()
+    for attempt in range(2):
+        assert claim(engine, "w", lease_s=1, max_attempts=2, now=now + timedelta(seconds=10 * attempt))
+    assert claim(engine, "w", lease_s=1, max_attempts=2, now=now + timedelta(seconds=60)) is None
+    assert get_job(engine, job_id).error["code"] == "job.too_many_attempts"
+
+
+def fleet_of(services: Services, count: int) -> None:
+    for number in range(count):
+        labels = {"site": "north" if number % 2 else "south"}
+        say(services, Channel.REPORTED, encode(reported(labels=labels)), f"line-{number}")
+
+
+def report_done(services: Services, agent_id: str, bundle: str, **changes: object) -> None:
+    with reading(services.engine) as session:
+        generation = session.get(Agent, agent_id).generation
+    facts = {"generation": generation, "active": bundle, "phase": Phase.COMMITTED, "items_on_active": 60}
+    say(services, Channel.REPORTED, encode(reported(**(facts | changes))), agent_id)
+
+
+def start_rollout(services: Services, **changes: object) -> int:
+    values = {
+        "reference": "tiny",
+        "selector": {},
+        "waves": [1, "100%"],
+        "trial_items": 10,
+        "trial_s": 30.0,
+        "abort_share": 0.2,
+        "min_executed": 1,
+        "actor": "t",
+        "now": utc_now(),
+    }
+    with writing(services.engine) as session:
+        rollout = create_rollout(session, **(values | changes))
+        session.commit()
+        return rollout.id
+
+
+def state_of(services: Services, rollout_id: int) -> Rollout:
+    with reading(services.engine) as session:
+        return session.get(Rollout, rollout_id)
+
+
+def test_a_rollout_goes_wave_by_wave_and_only_what_agents_report_counts(services: Services, tmp_path: Path) -> None:
+    bundle = register_tiny(services, tmp_path / "1")
+    fleet_of(services, 3)
+    rollout_id = start_rollout(services)
+    step = services.rollouts.step
+    assert step(utc_now()) == 1
+    assert step(utc_now()) == 0
+    with reading(services.engine) as session:
+        desired = {agent.id: agent.desired_bundle for agent in session.exec(select(Agent))}
+    assert desired == {"line-0": bundle, "line-1": "", "line-2": ""}
+    report_done(services, "line-0", bundle, items_on_active=0)
+    assert step(utc_now()) == 0
+    report_done(services, "line-0", bundle)
+    assert step(utc_now()) == 1
+    assert step(utc_now()) == 2
+    for agent_id in ("line-1", "line-2"):
+        report_done(services, agent_id, bundle)
+    step(utc_now())
+    assert state_of(services, rollout_id).state == RolloutState.COMPLETED
+    with reading(services.engine) as session:
+        assert describe(session, session.get(Rollout, rollout_id))["counts"]["committed"] == 3
+
+
+def test_a_rollout_that_fails_stops_itself_and_can_be_rolled_back(services: Services, tmp_path: Path) -> None:
+    old = register_tiny(services, tmp_path / "1")
+    fleet_of(services, 2)
+    first = start_rollout(services, waves=["100%"])
+    services.rollouts.step(utc_now())
+    for agent_id in ("line-0", "line-1"):
+        report_done(services, agent_id, old)
+    services.rollouts.step(utc_now())
+    assert state_of(services, first).state == RolloutState.COMPLETED
+    new = register_tiny(services, tmp_path / "2", bias=1.0)
+    second = start_rollout(services, waves=["100%"])
+    services.rollouts.step(utc_now())
+    report_done(services, "line-0", new)
+    report_done(services, "line-1", old, blocked=(new,), phase=Phase.ROLLED_BACK)
+    services.rollouts.step(utc_now())
+    assert state_of(services, second).state == RolloutState.ABORTED
+    with writing(services.engine) as session:
+        act(session, second, "rollback", actor="t", reason="bad", now=utc_now())
+        session.commit()
+        assert {a.desired_bundle for a in session.exec(select(Agent))} == {old}
+        with pytest.raises(ConflictError):
+            act(session, second, "resume", actor="t", reason="", now=utc_now())
+
+
+def test_a_rollout_without_agents_or_model_is_refused(services: Services, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        start_rollout(services)
+    assert caught.value.code == "registry.unknown_version"
+    register_tiny(services, tmp_path / "1")
+    fleet_of(services, 2)
+    with pytest.raises(InputError) as caught:
+        start_rollout(services, selector={"site": "west"})
+    assert caught.value.code == "rollout.no_agents"
+    with pytest.raises(InputError) as caught:
+        start_rollout(services, waves=["2", "1"])
+    assert caught.value.code == "rollout.bad_waves"
+
+
+def member(agent: str, wave: int, generation: int, progress: Progress, bundle: str = A) -> Member:
+    facts: dict[str, object] = {"generation": generation if progress is not Progress.ASSIGNED else 0}
+    if progress is Progress.COMMITTED:
+        facts |= {"active": bundle, "phase": "committed", "items_on_active": 5}
+    if progress is Progress.FAILED:
+        facts |= {"blocked": [bundle]}
+    return Member(agent, wave, generation, generation, facts)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from(list(Progress))), min_size=1, max_size=12), st.integers(0, 3)
+)
+def test_the_planner_never_opens_a_wave_over_unfinished_ones(parts, wave: int) -> None:
+    members = [member(f"a{k}", w, 0 if p is Progress.WAITING else 3, p) for k, (w, p) in enumerate(parts)]
+    steps = plan(state=RolloutState.RUNNING, bundle=A, wave=wave, members=members, abort_share=0.5, min_executed=2)
+    for step in steps:
+        if isinstance(step, OpenWave):
+            behind = [m for m in members if m.wave <= wave]
+            assert all(progress_of(m, A) in {Progress.COMMITTED, Progress.FAILED} for m in behind)
+        if isinstance(step, Assign):
+            target = next(m for m in members if m.agent_id == step.agent_id)
+            assert target.generation == 0
+            assert target.wave <= wave
+        if isinstance(step, Finish) and step.state is RolloutState.COMPLETED:
+            assert all(progress_of(m, A) in {Progress.COMMITTED, Progress.FAILED} for m in members)
+    paused = plan(state=RolloutState.PAUSED, bundle=A, wave=wave, members=members, abort_share=0.5, min_executed=2)
+    assert paused == []
+
+
+@given(st.integers(1, 300), st.lists(st.integers(1, 100), max_size=5))
+def test_every_agent_is_in_one_wave_and_waves_are_in_order(total: int, percents: list[int]) -> None:
+    agents = [f"a{k:03d}" for k in range(total)]
+    found = divide(agents, [f"{p}%" for p in sorted(percents)])
+    assert list(found) == agents
+    assert list(found.values()) == sorted(found.values())
+
+
+def test_what_a_person_may_do_is_a_table() -> None:
+    assert next_state(RolloutState.RUNNING, "pause") is RolloutState.PAUSED
+    with pytest.raises(ConflictError):
+        next_state(RolloutState.COMPLETED, "resume")
+
+
+def status(**changes: object):
+    now = utc_now()
+    values = {
+        "agent_id": "line-1",
+        "labels": {},
+        "online": True,
+        "seen_at": now - timedelta(seconds=3),
+        "reported": msgspec.to_builtins(reported(active=A, phase=Phase.COMMITTED, generation=2)),
+        "reported_at": now,
+        "desired_bundle": A,
+        "generation": 2,
+        "windows": [window()],
+        "last_window_at": now,
+        "sequence": [(BOOT, 1)],
+        "profile": None,
+        "live": None,
+        "now": now,
+    }
+    return agent_status(**(values | changes))
+
+
+def test_nothing_is_good_without_a_fresh_sign_of_life() -> None:
+    assert status().state is State.GOOD
+    old = utc_now() - timedelta(seconds=60)
+    assert status(seen_at=old).state is State.OFFLINE
+    assert status(seen_at=None).state is State.OFFLINE
+    assert status(online=False).state is State.OFFLINE
+    assert status(seen_at=utc_now() - timedelta(seconds=35)).state is State.MAINTENANCE
+    assert connection_of(None, online=True) == "never"
+
+
+@pytest.mark.parametrize(
+    ("facts", "state"),
+    [
+        ({"camera_fault": "camera.frozen"}, State.FAILURE),
+        ({"line_running": False}, State.FAILURE),
+        ({"phase": "rolled-back"}, State.CHECK),
+        ({"phase": "trial"}, State.CHECK),
+        ({"active": B}, State.CHECK),
+        ({"active": ""}, State.CHECK),
+        ({"spool_records": 100}, State.MAINTENANCE),
+    ],
+)
+def test_the_worst_axis_decides(facts: dict[str, object], state: State) -> None:
+    base = msgspec.to_builtins(reported(active=A, phase=Phase.COMMITTED, generation=2))
+    found = status(reported=base | facts)
+    assert found.state is state
+    assert found.reason
+
+
+def test_drift_shows_as_out_of_spec_only_with_enough_items(tmp_path: Path) -> None:
+    profile = tiny_bundle(tmp_path / "b").profile
+    rng = np.random.default_rng(3)
+
+    def drifted(items: int, shift: float) -> Window:
+        counter = FeatureCounter(profile)
+        for row in rng.normal(shift, 1.0, (items, len(profile.features))).astype(np.float32):
+            counter.add(row)
+        features, nulls = counter.take()
+        return window(items, features=features, nulls=nulls)
+
+    calm = status(profile=profile, windows=[drifted(400, 0.0)])
+    assert (calm.state, calm.drift) == (State.GOOD, "calm")
+    moved = status(profile=profile, windows=[drifted(200, 1.0), drifted(200, 1.0)])
+    assert (moved.state, moved.drift, moved.items) == (State.OUT_OF_SPEC, "drifting", 400)
+    assert status(profile=profile, windows=[drifted(50, 1.0)]).drift == "learning"
+
+
+def test_rates_and_completeness_say_nothing_when_nothing_is_known() -> None:
+    assert rates({}) == (None, None)
+    assert rates({"sound>pass": 9, "sound>reject": 1, "rot>pass": 1, "rot>reject": 3}) == (0.25, 0.1)
+    assert completeness_of([]) is None
+    assert completeness_of([(BOOT, 1), (BOOT, 4), ("x", 0)]) == pytest.approx(3 / 5)
+
+
+def test_live_figures_are_shown_while_they_are_fresh(services: Services) -> None:
+    say(services, Channel.REPORTED, encode(reported(active=A, phase=Phase.COMMITTED)))
+    say(services, Channel.LIVE, encode(Live(boot_id=BOOT, at_ms=1, items_per_s=17.0)))
+    assert services.statuses()[0].live["items_per_s"] == 17.0
+    at_s, live = services.fleet.live["line-1"]
+    services.fleet.live["line-1"] = (at_s - 60.0, live)
+    assert services.statuses()[0].live is None
