@@ -1,0 +1,325 @@
+"""Real processes: broker, control plane, agents; power cuts at bad moments; the demo as a person runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import paho.mqtt.client as mqtt
+import pytest
+from paho.mqtt.enums import CallbackAPIVersion
+
+from models.bundle import chunks_of, read_bundle
+from models.messages import (
+    MAX_REPORTED_BYTES,
+    SENTINEL_TOPIC,
+    Ack,
+    Channel,
+    Desired,
+    Phase,
+    Reported,
+    agent_topic,
+    blob_topic,
+    decode,
+    decode_batch,
+    encode,
+)
+from tests.simulators.processes import embedded_broker, free_port, mosquitto_broker, running, wait_until
+from tests.simulators.tiny_bundle import tiny_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+BROKERS = [
+    pytest.param(embedded_broker, id="embedded"),
+    pytest.param(mosquitto_broker, id="mosquitto", marks=pytest.mark.mosquitto),
+]
+
+
+@dataclass
+class Plane:
+    """The control plane's end of the wire, small: publishes bundles and wishes, stores and acknowledges batches."""
+
+    port: int
+    reported: Reported | None = None
+    stored: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    repeats: int = 0
+    holes: set[int] = field(default_factory=set)
+
+    def __enter__(self) -> Self:
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="plane", protocol=mqtt.MQTTv311)
+        self.client.username_pw_set("plane", "x")
+        self.client.on_message = self._take
+        self.client.on_connect = lambda *_: self.client.subscribe("sortline/v1/agents/#", 1)
+        self.client.connect("127.0.0.1", self.port)
+        self.client.loop_start()
+        self.client.publish(SENTINEL_TOPIC, b"1", 1, True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.disconnect()
+        self.client.loop_stop()
+
+    def _take(self, _client: object, _data: object, message: mqtt.MQTTMessage) -> None:
+        if message.topic.endswith("/reported"):
+            self.reported = decode(message.payload, Reported, limit=MAX_REPORTED_BYTES)
+        elif message.topic.endswith("/batch"):
+            records = decode_batch(message.payload).records
+            for record in records:
+                self.repeats += (record.boot_id, record.seq) in self.stored
+                self.stored[record.boot_id, record.seq] = record.payload
+            ack = Ack(boot_id=records[-1].boot_id, through_seq=records[-1].seq)
+            self.client.publish(agent_topic("line-1", Channel.ACK), encode(ack), 1)
+
+    def offer(self, directory: Path, *, poison: bool = False) -> str:
+        bundle = read_bundle(directory)
+        self.client.publish(blob_topic(bundle.digest, 0), bundle.manifest.encoded(), 1, True)
+        for entry in bundle.manifest.files:
+            for number, chunk in enumerate(chunks_of((directory / entry.path).read_bytes())):
+                data = b"poison" if poison and entry.path == "model.onnx" else chunk
+                self.client.publish(blob_topic(entry.sha256, number), data, 1, True)
+        return bundle.digest
+
+    def wish(self, digest: str, generation: int, **options: object) -> None:
+        desired = Desired(generation=generation, bundle=digest, **({"trial_items": 10} | options))
+        self.client.publish(agent_topic("line-1", Channel.DESIRED), encode(desired), 1, True)
+
+    def phase(self, phase: Phase, digest: str) -> bool:
+        found = self.reported
+        return found is not None and found.phase is phase and digest in {found.active, found.target}
+
+
+@pytest.fixture(params=BROKERS)
+def plane(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Plane]:
+    opened: Callable = request.param
+    with opened(tmp_path) as port, Plane(port) as found:
+        yield found
+
+
+def agent(plane: Plane, state: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "edge_agent", "run", "--id", "line-1", "--broker", f"127.0.0.1:{plane.port}"]
+    environment = os.environ | {"SORTLINE_AGENT__BROKER__RECONNECT_MAX_S": "1.5", "SORTLINE_AGENT__LINE__WINDOW_S": "1"}
+    with (state.parent / "log").open("ab") as log:
+        return subprocess.Popen([*command, "--state-dir", str(state), *flags], cwd=ROOT, env=environment, stderr=log)
+
+
+def end(process: subprocess.Popen) -> int:
+    process.terminate()
+    return process.wait(15)
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_bundle_is_fetched_tested_tried_and_committed_and_windows_arrive_once(plane: Plane, tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "b", padding=400_000)
+    process = agent(plane, tmp_path / "state")
+    try:
+        digest = plane.offer(tmp_path / "b")
+        plane.wish(digest, 1)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, digest), 40, "the commit")
+        wait_until(lambda: len(plane.stored) >= 6, 20, "windows")
+    finally:
+        assert end(process) == 0
+    seqs = sorted(seq for _, seq in plane.stored)
+    assert seqs == list(range(len(seqs)))
+    assert plane.repeats == 0
+
+
+def test_a_second_agent_on_the_same_state_is_refused(plane: Plane, tmp_path: Path) -> None:
+    first = agent(plane, tmp_path / "state")
+    try:
+        wait_until(lambda: plane.reported is not None, 20, "the first agent")
+        second = subprocess.run(
+            [sys.executable, "-m", "edge_agent", "run", "--state-dir", str(tmp_path / "state")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert second.returncode == 1
+        assert "agent.already_running" in second.stderr
+        assert str(first.pid) in second.stderr
+    finally:
+        end(first)
+
+
+@pytest.mark.parametrize("poison", ["nan", "golden"])
+def test_a_bundle_that_fails_its_self_test_never_reaches_the_line(plane: Plane, tmp_path: Path, poison: str) -> None:
+    tiny_bundle(tmp_path / "good")
+    tiny_bundle(tmp_path / "bad", poison=poison)
+    process = agent(plane, tmp_path / "state")
+    try:
+        good = plane.offer(tmp_path / "good")
+        plane.wish(good, 1)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, good), 40, "the first commit")
+        bad = plane.offer(tmp_path / "bad")
+        plane.wish(bad, 2)
+        wait_until(lambda: bad in plane.reported.blocked, 30, "the refusal")
+        assert plane.reported.active == good
+        assert plane.reported.fault is not None
+        assert plane.reported.fault.code in {"model.not_finite", "golden.mismatch"}
+        plane.wish(bad, 3)
+        wait_until(lambda: plane.reported.generation == 3, 10, "the third wish")
+        assert plane.reported.active == good
+        assert plane.reported.fault.code == "agent.digest_blocked"
+    finally:
+        end(process)
+
+
+def test_a_trial_that_judges_too_little_goes_back(plane: Plane, tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "a")
+    tiny_bundle(tmp_path / "b", bias=1.0)
+    process = agent(plane, tmp_path / "state")
+    try:
+        first, second = plane.offer(tmp_path / "a"), plane.offer(tmp_path / "b")
+        plane.wish(first, 1)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, first), 40, "the first commit")
+        plane.wish(second, 2, trial_items=100_000, trial_s=2.0)
+        wait_until(lambda: plane.phase(Phase.ROLLED_BACK, first), 30, "the rollback")
+        assert plane.reported.blocked == (second,)
+    finally:
+        end(process)
+
+
+def test_a_line_that_is_killed_comes_back_with_the_same_bundle(plane: Plane, tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "a")
+    process = agent(plane, tmp_path / "state")
+    try:
+        digest = plane.offer(tmp_path / "a")
+        plane.wish(digest, 1)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, digest), 40, "the commit")
+        before = plane.reported.items_on_active
+        (line,) = children(process.pid)
+        os.kill(line, signal.SIGKILL)
+        wait_until(lambda: children(process.pid) not in ([], [line]), 15, "a new line")
+        wait_until(lambda: 0 < plane.reported.items_on_active < before + 10_000, 20, "items again")
+        assert plane.reported.active == digest
+    finally:
+        end(process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", [Phase.FETCHING, Phase.SELF_TEST, Phase.TRIAL])
+def test_a_power_cut_in_any_phase_ends_in_the_right_bundle(plane: Plane, tmp_path: Path, phase: Phase) -> None:
+    tiny_bundle(tmp_path / "a", padding=3_000_000)
+    process = agent(plane, tmp_path / "state")
+    try:
+        digest = plane.offer(tmp_path / "a")
+        plane.wish(digest, 1, trial_items=30)
+        wait_until(lambda: plane.reported and plane.reported.phase in {phase, Phase.COMMITTED}, 40, phase)
+        killed = children(process.pid)
+        process.kill()
+        process.wait()
+        process = agent(plane, tmp_path / "state")
+        wait_until(lambda: plane.phase(Phase.COMMITTED, digest), 60, "the commit after the power cut")
+        for pid in killed:
+            wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists() or _zombie(pid), 40, "the old line's end")
+    finally:
+        end(process)
+
+
+def _zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_poisoned_chunks_are_reported_and_never_committed(plane: Plane, tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "a")
+    process = agent(plane, tmp_path / "state")
+    try:
+        digest = plane.offer(tmp_path / "a", poison=True)
+        plane.wish(digest, 1)
+        wait_until(
+            lambda: plane.reported and plane.reported.fault and plane.reported.fault.code == "delivery.poisoned_chunk",
+            20,
+            "the report",
+        )
+        assert plane.reported.active == ""
+        plane.offer(tmp_path / "a")
+        wait_until(lambda: plane.phase(Phase.COMMITTED, digest), 60, "the commit after the repair")
+    finally:
+        end(process)
+
+
+def test_a_broker_that_loses_its_store_is_filled_again(tmp_path: Path) -> None:
+    """The real control plane and the sentinel: after a broker restart everything retained is there again."""
+    from control_plane.database import writing
+    from control_plane.registry import register
+    from control_plane.tables import Agent, utc_now
+    from tests.simulators.plane import make_services
+
+    tiny_bundle(tmp_path / "b")
+    port = free_port()
+    command = [sys.executable, "-m", "control_plane.broker", "--anonymous", "--port", str(port)]
+    services = make_services(tmp_path / "plane", port=port)
+    with writing(services.engine) as session:
+        digest = register(session, services.store, tmp_path / "b", actor="t", now=utc_now()).bundle
+        session.add(Agent(id="line-1", generation=4, desired_bundle=digest))
+        session.commit()
+    services.fleet.start()
+    try:
+        for life in (1, 2):
+            with running(command, stdout=subprocess.DEVNULL):
+                wait_until(lambda: services.fleet.connected, 25, "the connection")
+                wait_until(lambda life=life: services.fleet.counters["republished"] >= life, 15, "the republication")
+                with Plane(port) as watcher:
+                    _hears_desired(watcher)
+    finally:
+        services.fleet.stop()
+        services.engine.dispose()
+
+
+def _hears_desired(watcher: Plane) -> None:
+    seen = threading.Event()
+    watcher.client.on_message = lambda _c, _d, m: seen.set() if m.topic.endswith("/desired") else None
+    watcher.client.subscribe(agent_topic("line-1", Channel.DESIRED), 1)
+    assert seen.wait(5)
+
+
+def test_a_port_in_use_is_said_with_what_to_do(tmp_path: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "control_plane", "serve", "--port", str(port), "--data-dir", str(tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 4
+    assert "server.port_in_use" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_does_the_whole_loop_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "control_plane", "demo", "--seconds", "20", "--report", str(report), "--port", "0"]
+    done = subprocess.run(
+        [*command, "--items", "160", "--agents", "2", "--data-dir", str(tmp_path / "demo")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads(report.read_text())
+    assert facts["ok"]
+    assert facts["rollout"]["state"] == "completed"
+    for found in facts["agents"]:
+        assert found["active"] == facts["training"]["bundle"]
+        assert found["items"] > 100
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "demo")], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
