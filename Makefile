@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 DEMO ?=
 TESTS ?=
+DATA ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench lock clean
@@ -27,8 +28,8 @@ format: $(VENV)/.dev ## Rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.dev ## Benchmarks, quick form
-	@$(BIN)/python -m benchmarks.apples --quick
+bench: $(VENV)/.dev ## Benchmarks, quick form (DATA=folder adds the cross-validation of a labelled folder)
+	@test -z "$(DATA)" || $(BIN)/python -m benchmarks.apples --quick --data "$(DATA)"
 	@$(BIN)/python -m benchmarks.broker --quick
 
 # Each lock lists every package with the hashes of its files and names no index.
