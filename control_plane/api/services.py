@@ -17,7 +17,7 @@ from control_plane.fleet import FleetLink
 from control_plane.monitoring import AgentStatus, agent_status
 from control_plane.rollout_executor import RolloutExecutor
 from control_plane.store import Store
-from control_plane.tables import Agent, WindowRow, utc_now
+from control_plane.tables import Agent, EventRow, WindowRow, utc_now
 from models.bundle import PROFILE
 from models.errors import SortlineError
 from models.messages import Live, decode_packed
@@ -50,12 +50,23 @@ class Services:
                 .where(WindowRow.received_at > now - timedelta(seconds=RECENT_S), WindowRow.refused == "")
                 .order_by(col(WindowRow.agent_id), col(WindowRow.received_at), col(WindowRow.seq))
             ).all()
+            since = now - timedelta(seconds=RECENT_S)
+            # Windows and events share one sequence: a gap in it is a record that is missing.
+            numbers: list[tuple[str, str, int]] = []
+            for query in (
+                select(WindowRow.agent_id, WindowRow.boot_id, WindowRow.seq).where(col(WindowRow.received_at) > since),
+                select(EventRow.agent_id, EventRow.boot_id, EventRow.seq).where(col(EventRow.received_at) > since),
+            ):
+                numbers.extend((agent_id, boot_id, seq) for agent_id, boot_id, seq in session.exec(query))
         by_agent: dict[str, list[WindowRow]] = {}
         for row in rows:
             by_agent.setdefault(row.agent_id, []).append(row)
-        return [self._status(agent, by_agent.get(agent.id, [])) for agent in agents]
+        sequences: dict[str, list[tuple[str, int]]] = {}
+        for agent_id, boot_id, seq in numbers:
+            sequences.setdefault(agent_id, []).append((boot_id, seq))
+        return [self._status(a, by_agent.get(a.id, []), sequences.get(a.id, [])) for a in agents]
 
-    def _status(self, agent: Agent, rows: list[WindowRow]) -> AgentStatus:
+    def _status(self, agent: Agent, rows: list[WindowRow], sequence: list[tuple[str, int]]) -> AgentStatus:
         active = str(agent.reported.get("active", ""))
         at_s, live = self.fleet.live.get(agent.id, (0.0, None))
         fresh: Live | None = live if live is not None and time.monotonic() - at_s < _LIVE_S else None
@@ -70,7 +81,7 @@ class Services:
             generation=agent.generation,
             windows=[decode_packed(row.payload, Window) for row in rows],
             last_window_at=rows[-1].received_at if rows else None,
-            sequence=[(row.boot_id, row.seq) for row in rows],
+            sequence=sequence,
             profile=self.profile(active) if active else None,
             live=fresh,
             now=utc_now(),

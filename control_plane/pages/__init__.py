@@ -48,7 +48,12 @@ def class_order(classes: dict[str, int]) -> list[str]:
     return sorted(classes, key=lambda name: (name not in {"sound", "good", "ok"}, name))
 
 
-_environment.globals.update(meter=meter, mix=mix, words=_WORDS, class_order=class_order)
+def counts(table: dict[str, object]) -> str:
+    """`sound 428, rot 66`: a table in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.items())
+
+
+_environment.globals.update(meter=meter, mix=mix, words=_WORDS, class_order=class_order, counts=counts)
 
 
 def mount_pages(app: FastAPI) -> None:
