@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.seams import Image, LineGeometry, Mask
+from models.preprocess import largest_channel
 
 SHRINK: Final = 4
 _DELTA: Final = 26.0
@@ -72,18 +73,16 @@ class Locator:
         """255 where there is an item; learns the belt elsewhere."""
         background = self._background
         assert background is not None  # noqa: S101  set by the only caller
-        current = small.astype(np.float32)
         # Belt pixels are the majority or at least stay near their old value: the median ratio is the lamp's gain.
-        sample, known = current[::4, ::4].mean(axis=2), background[::4, ::4].mean(axis=2)
+        sample, known = small[::4, ::4, 1].astype(np.float32), background[::4, ::4, 1]
         near = np.abs(sample - known) < _DELTA
         gain = float(np.median(sample[near] / np.maximum(known[near], 1.0))) if near.sum() > 32 else 1.0
-        gain = min(max(gain, 0.5), 2.0)
-        difference = np.abs(current - background * gain).max(axis=2)
-        foreground = np.where(difference > _DELTA, np.uint8(255), np.uint8(0))
+        expected = cv2.convertScaleAbs(background, alpha=min(max(gain, 0.5), 2.0))
+        foreground = cv2.threshold(largest_channel(cv2.absdiff(small, expected)), _DELTA, 255, cv2.THRESH_BINARY)[1]
         foreground = cv2.morphologyEx(foreground, cv2.MORPH_CLOSE, self._kernel)
-        belt = cv2.dilate(foreground, self._kernel) == 0
-        self.coverage = float(np.count_nonzero(foreground)) / foreground.size
-        background[belt] += _LEARN * (current[belt] - background[belt])
+        belt = cv2.bitwise_not(cv2.dilate(foreground, self._kernel))
+        self.coverage = cv2.countNonZero(foreground) / foreground.size
+        cv2.accumulateWeighted(small, background, _LEARN, mask=belt)
         return np.asarray(foreground, np.uint8)
 
     def _in_lane(self, part: NDArray[np.uint8], lane: int, top: int) -> list[Located]:
@@ -136,10 +135,10 @@ class Locator:
         crop = image[y0:y1, x0:x1]
         background = self._background
         assert background is not None  # noqa: S101  an item was found, so there is one
-        belt = background[y0 // SHRINK : -(-y1 // SHRINK), x0 // SHRINK : -(-x1 // SHRINK)].mean(axis=(0, 1))
-        difference = cv2.absdiff(crop, np.broadcast_to(belt.astype(np.uint8), crop.shape))
-        inside = (difference.max(axis=2) > _DELTA).astype(np.uint8)
-        return crop, _largest_filled(inside)
+        belt = cv2.mean(background[y0 // SHRINK : -(-y1 // SHRINK), x0 // SHRINK : -(-x1 // SHRINK)])
+        levels = tuple(float(int(level)) for level in belt)
+        difference = largest_channel(cv2.absdiff(crop, levels))  # type: ignore[call-overload]  # the stubs lack scalars
+        return crop, _largest_filled(cv2.threshold(difference, _DELTA, 1, cv2.THRESH_BINARY)[1])
 
 
 def _first_background(small: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.float32]:
@@ -171,7 +170,7 @@ def _cuts(shape: NDArray[np.bool_], lane_height: int) -> list[int]:
     return cuts
 
 
-def _largest_filled(inside: NDArray[np.uint8]) -> Mask:
+def _largest_filled(inside: NDArray[np.uint8] | cv2.typing.MatLike) -> Mask:
     """The largest connected part with its holes filled; a dark hole in an apple belongs to the apple."""
     contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     mask = np.zeros(inside.shape, np.uint8)
