@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_agent.ejection import EjectionQueue
 from edge_agent.judging import Judge, Judged
 from edge_agent.simulation import SimulatedTruth
 from models.messages import Live
@@ -51,7 +52,13 @@ class LineCounter:
         self._last_truth = truth() if truth else None
         self._bundle = ""
         self._features: FeatureCounter | None = None
+        self._queue: EjectionQueue | None = None
+        self._last_ejectors: dict[str, int] = {}
         self._restart()
+
+    def follow(self, queue: EjectionQueue) -> None:
+        """Its ejections belong into the windows."""
+        self._queue = queue
 
     def _restart(self) -> None:
         self._started_ms, self._started_s = self._wall_ms(), self._clock()
@@ -127,6 +134,8 @@ class LineCounter:
                 features=features,
                 nulls=nulls,
                 ejections=self._since(truth, "ejections"),
+                ejectors=self._ejectors(),
+                jitter_ms=self._jitter(),
                 truth=self._since(truth, "outcomes"),
                 lifetime_items=self.lifetime_items,
                 **tallies,
@@ -134,6 +143,18 @@ class LineCounter:
             self._last_truth = truth
             self._restart()
         return window
+
+    def _ejectors(self) -> dict[str, int]:
+        ledger = self._queue.ledger if self._queue else None
+        now = ledger.counts() if ledger else {}
+        before, self._last_ejectors = self._last_ejectors, now
+        return {key: value - before.get(key, 0) for key, value in now.items() if value > before.get(key, 0)}
+
+    def _jitter(self) -> Histogram:
+        if self._queue is None:
+            return Histogram()
+        taken, self._queue.jitter_ms = self._queue.jitter_ms, Histogram()
+        return taken
 
     def _since(self, truth: SimulatedTruth | None, name: str) -> dict[str, int]:
         if truth is None or self._last_truth is None:

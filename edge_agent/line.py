@@ -25,7 +25,6 @@ import cv2
 
 from edge_agent.camera import FrozenGuard
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue
 from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
 from edge_agent.pipe import (
@@ -95,7 +94,7 @@ class Line:
             lifetime_items=config.lifetime_items,
             truth=simulation.truth if simulation else None,
         )
-        self._queue = EjectionQueue(self._world.encoder, self._world.ejector, lead_ms=config.lead_ms)
+        self._queue = self._world.ejection_queue(config, time.monotonic)
         self._core: LineCore | None = None
         self._orphaned_s: float | None = None
 
@@ -191,7 +190,19 @@ class Line:
             queue=self._queue,
             clock=time.monotonic,
             on_model_failure=lambda judge, error: self._say(ModelFailed(digest=judge.digest, fault=_fault(error))),
+            confirmation=self._world.confirmation,
+            on_ejector=self._ejector_trouble,
         )
+
+    def _ejector_trouble(self, lane: int, outlet: str, trouble: str) -> None:
+        what = {
+            "weak": "misses more items than a good valve; check air pressure, nozzle and valve.",
+            "slow": "takes effect later than it did; the lead follows, but the valve is wearing.",
+            "": "works as it did.",
+        }[trouble]
+        code = f"ejector.{trouble or 'recovered'}"
+        message = f"Ejector {outlet} of lane {lane} {what}"
+        self._say(Faulted(fault=Fault(code=code, message=message, at_ms=time.time_ns() // 1_000_000)))
 
     def _switch(self, core: LineCore) -> None:
         """Takes over the bundle the loader has ready: one assignment between two frames."""

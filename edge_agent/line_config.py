@@ -1,6 +1,6 @@
 """Configuration of the line process: what the camera is, where lanes and outlets are, how it runs."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -28,7 +28,15 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     outlets_mm: dict[str, Positive] = msgspec.field(default_factory=lambda: {"reject": 700.0})
     """Distance of each outlet from column 0 of the image; an outlet that is not listed needs no ejection."""
     lead_ms: Annotated[float, msgspec.Meta(ge=0.0, le=1000.0)] = 0.0
-    """From command to effect of the valves."""
+    """From command to effect of the valves, until a photo-eye has taught each ejector's own."""
+    fire_window_mm: Positive = 20.0
+    """A shot that could only be fired so far behind its place is dropped: it would hit the next item."""
+    ejector_pitch_mm: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
+    """Closest distance of two shots of one ejector; 0 = no limit."""
+    close_items: Literal["hold", "skip"] = "hold"
+    """Two items closer than that: `hold` the valve open over both, or `skip` the second one (late outlet)."""
+    valve_delay_ms: Annotated[float, msgspec.Meta(ge=0.0, le=200.0)] = 0.0
+    """Of the simulated valves: what their photo-eyes should find out."""
     window_s: Annotated[float, msgspec.Meta(gt=0.05, le=600.0)] = 10.0
     """Length of a statistics window."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1

@@ -66,6 +66,18 @@ class Shot:
     item_id: int
     target_mm: float
     """Belt position at which the item's centre is in front of the outlet."""
+    joined: bool = False
+    """Closer to the shot before than the ejector's pitch: the driver keeps the valve open instead of opening it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """The photo-eye behind an ejector saw an item leave."""
+
+    lane: int
+    outlet: str
+    belt_mm: float
+    """Belt position when it was seen."""
 
 
 class FrameSource(Protocol):
@@ -98,3 +110,10 @@ class Ejector(Protocol):
 
     def fire(self, shot: Shot, at_s: float) -> None:
         """Fires at the monotonic time `at_s`, which is now; returns at once."""
+
+
+class Confirmation(Protocol):
+    """Photo-eyes or a second camera behind the ejectors. Called by the sorting thread once per frame."""
+
+    def sightings(self, until_s: float) -> list[Sighting]:
+        """What was seen since the last call and not after the monotonic time `until_s`; never blocks."""

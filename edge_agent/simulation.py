@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.rendering import VARIETIES, Kind, RollingItem, Sprite, load_photos, render_library
-from edge_agent.seams import Frame, Lane, LineGeometry, Shot
+from edge_agent.seams import Frame, Lane, LineGeometry, Shot, Sighting
 from edge_agent.trouble import CALM, ScheduledTrouble, Trouble, parse_trouble_schedule
 from models.errors import CameraError, ConfigError
 
@@ -54,6 +54,8 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Distance of the reject outlet from column 0."""
     nozzle_mm: Positive = 25.0
     """An item is hit when its centre is this close to the nozzle."""
+    valve_delay_ms: Annotated[float, msgspec.Meta(ge=0.0, le=200.0)] = 0.0
+    """From command to effect of the valves; it varies by a tenth from shot to shot."""
     noise: Annotated[float, msgspec.Meta(ge=0.0, le=30.0)] = 2.0
     """Camera noise, standard deviation in grey levels."""
 
@@ -101,7 +103,7 @@ class SimulatedTruth:
     outcomes: dict[str, int]
     """`kind>outlet` of the items that have passed the last outlet."""
     ejections: dict[str, int]
-    """`on_time`, `late`, `wrong`, `gap`."""
+    """`on_time`, `late`, `wrong`, `gap`, `dead` (a valve without effect)."""
     frames_dropped: int
 
 
@@ -170,6 +172,8 @@ class SimulatedLine:
             _LaneState(np.random.default_rng((config.seed, lane)), 200.0 + 37.0 * lane) for lane in range(config.lanes)
         ]
         self._effects = np.random.default_rng((config.seed, 99))
+        self._valves = np.random.default_rng((config.seed, 98))
+        self._sightings: deque[tuple[float, Sighting]] = deque(maxlen=4096)
         self._trouble = CALM
         self._start_s = 0.0 if virtual else clock()
         self._now_s = self._start_s
@@ -362,9 +366,16 @@ class SimulatedLine:
 
     def fire(self, shot: Shot, at_s: float) -> None:
         """One valve opens; see `Ejector`. What it hits is decided by where the items are."""
-        belt_mm = self.position_mm(at_s)
         outlet_mm = self.geometry.outlets_mm[shot.outlet]
         with self._lock:
+            trouble = self._trouble if self._trouble.valve_lane == shot.lane else CALM
+            delay_ms = self.config.valve_delay_ms * self._valves.normal(1.0, 0.1) + trouble.valve_slow_ms
+            dead = trouble.valve_miss > 0.0 and self._valves.random() < trouble.valve_miss
+            effect_s = at_s + max(delay_ms, 0.0) / 1000.0
+            belt_mm = self.position_mm(effect_s)
+            if dead:
+                self._ejections["dead"] += 1
+                return
             standing = [i for i in self._lanes[shot.lane].items if not i.ejected_to]
             aimed_mm = shot.target_mm - outlet_mm
             hit = min(standing, key=lambda i: abs(belt_mm - i.item_mm - outlet_mm), default=None)
@@ -375,7 +386,16 @@ class SimulatedLine:
                 aimed = None
             if hit is not None:
                 hit.ejected_to = shot.outlet
+                self._sightings.append((effect_s, Sighting(shot.lane, shot.outlet, belt_mm)))
             self._ejections[_judge_shot(hit, aimed)] += 1
+
+    def sightings(self, until_s: float) -> list[Sighting]:
+        """The photo-eyes right behind the valves; see `Confirmation`."""
+        found: list[Sighting] = []
+        with self._lock:
+            while self._sightings and self._sightings[0][0] <= until_s:
+                found.append(self._sightings.popleft()[1])
+        return found
 
     def view_truth(self, belt_mm: float, lane: int, item_mm: float, tolerance_mm: float = 25.0) -> ViewTruth | None:
         """Truth of the view of the item at this place, taken at this belt position; None where there is none."""
@@ -394,6 +414,11 @@ class SimulatedLine:
             weight_g=item.weight_g,
             apple=item.apple.name,
         )
+
+    def items(self) -> list[SimulatedItem]:
+        """What is on the belt and has not been ejected, by lane."""
+        with self._lock:
+            return [item for lane in self._lanes for item in lane.items if not item.ejected_to]
 
     def truth(self) -> SimulatedTruth:
         """Counters since the start."""

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Final
 
 from edge_agent.camera import open_camera
+from edge_agent.confirmation import ConfirmationLedger
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue
+from edge_agent.ejection import EjectionQueue, EjectionRules
 from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import LineConfig
 from edge_agent.locate import Located, Locator
-from edge_agent.seams import Ejector, Encoder, Frame, FrameSource, Lane, LineGeometry, Shot
+from edge_agent.seams import Confirmation, Ejector, Encoder, Frame, FrameSource, Lane, LineGeometry, Shot
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.tracking import Track, Tracker, ViewPicker
 from models.errors import BundleError, CameraError
@@ -44,6 +45,18 @@ class World:
     ejector: Ejector
     simulation: SimulatedLine | None = None
     description: str = ""
+    confirmation: Confirmation | None = None
+
+    def ejection_queue(self, config: LineConfig, clock: Callable[[], float]) -> EjectionQueue:
+        """The queue that fires this world's ejectors by the configuration's rules."""
+        rules = EjectionRules(
+            lead_ms=config.lead_ms,
+            window_mm=config.fire_window_mm,
+            pitch_mm=config.ejector_pitch_mm,
+            close=config.close_items,
+        )
+        ledger = ConfirmationLedger() if self.confirmation else None
+        return EjectionQueue(self.encoder, self.ejector, clock=clock, rules=rules, ledger=ledger)
 
 
 def open_world(config: LineConfig, *, virtual: bool = False) -> World:
@@ -56,7 +69,7 @@ def open_world(config: LineConfig, *, virtual: bool = False) -> World:
     if config.camera == "simulated":
         line = SimulatedLine(simulation_config(config), schedule=config.trouble, virtual=virtual)
         rolling = "photographs" if config.photos else "apples"
-        return World(line, line, line, line, f"simulated, {config.lanes} lanes of {rolling}")
+        return World(line, line, line, line, f"simulated, {config.lanes} lanes of {rolling}", line)
     camera = open_camera(
         config.camera,
         belt_mm_s=config.belt_mm_s,
@@ -79,6 +92,7 @@ def simulation_config(config: LineConfig) -> SimulationConfig:
         defect_share=config.defect_share,
         photos=config.photos,
         reject_mm=config.outlets_mm.get("reject", 700.0),
+        valve_delay_ms=config.valve_delay_ms,
     )
 
 
@@ -105,6 +119,8 @@ class LineCore:
         clock: The encoder's clock, monotonic seconds.
         on_model_failure: Called with the judge and its error when a bundle breaks while it works.
         on_verdict: Called with each verdict and its outlet.
+        confirmation: Photo-eyes behind the ejectors, where there are any.
+        on_ejector: Called with lane, outlet and `weak`, `slow` or `` (well again) when an ejector's trouble changes.
     """
 
     geometry: LineGeometry
@@ -113,6 +129,8 @@ class LineCore:
     clock: Callable[[], float]
     on_model_failure: Callable[[Judge, BundleError], None] = lambda _judge, _error: None
     on_verdict: Callable[[Judged, str], None] | None = None
+    confirmation: Confirmation | None = None
+    on_ejector: Callable[[int, str, str], None] = lambda _lane, _outlet, _trouble: None
     judge: Judge | None = None
     items_on_bundle: int = 0
     _ids: int = 0
@@ -125,6 +143,7 @@ class LineCore:
         self._locator = Locator(self.geometry)
         self._tracker = Tracker(self.geometry, self._next_id)
         self._picker = ViewPicker(self.geometry, 6)
+        self.counter.follow(self.queue)
 
     def _next_id(self) -> int:
         self._ids += 1
@@ -153,6 +172,10 @@ class LineCore:
         self._take_views(frame, seen)
         for track in closed:
             self._finish(track, frame.captured_s)
+        if self.confirmation is not None:
+            sightings = self.confirmation.sightings(frame.captured_s)
+            for (lane, outlet), trouble in self.queue.learn(sightings, frame.belt_mm, until_s=frame.captured_s):
+                self.on_ejector(lane, outlet, trouble)
 
     def _check_size(self, frame: Frame) -> None:
         expected = (self.geometry.height_px, self.geometry.width_px, 3)

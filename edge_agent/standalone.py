@@ -63,7 +63,7 @@ def run_standalone(
         truth=simulation.truth if simulation else None,
         clock=clock,
     )
-    queue = EjectionQueue(world.encoder, world.ejector, lead_ms=config.lead_ms, clock=clock)
+    queue = world.ejection_queue(config, clock)
     if config.paced:
         queue.start()
     started = time.perf_counter()
@@ -83,6 +83,7 @@ def run_standalone(
                     counter=counter,
                     queue=queue,
                     clock=clock,
+                    confirmation=world.confirmation,
                     on_verdict=_verdict_writer(verdicts) if verdicts else None,
                 )
                 core.use(judge)

@@ -37,6 +37,12 @@ class Trouble(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Of the items that enter from now on; negative = as configured."""
     variety: str = ""
     """All items that enter from now on are of this variety."""
+    valve_lane: Annotated[int, msgspec.Meta(ge=0, le=7)] = 0
+    """Whose valve has the trouble below."""
+    valve_miss: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    """Share of its shots that have no effect."""
+    valve_slow_ms: Annotated[float, msgspec.Meta(ge=0.0, le=200.0)] = 0.0
+    """Its effect comes later by so much."""
 
 
 CALM: Final = Trouble()

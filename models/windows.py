@@ -229,6 +229,10 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     """Per feature, items for which it is not known."""
     ejections: dict[Label, Count] = {}
     """Fired, and where the truth or a confirmation sensor is known: on_time, late, wrong, gap."""
+    ejectors: dict[Label, Count] = {}
+    """Per ejector, `lane/outlet/what`: fired, and with a photo-eye confirmed, missed, double, unexpected."""
+    jitter_ms: Histogram = msgspec.field(default_factory=Histogram)
+    """How late after its place each ejection was commanded."""
     truth: dict[Label, Count] = {}
     """Where the truth is known (simulation, challenge items): `kind>outlet` -> items."""
     lifetime_items: Count = 0
@@ -263,13 +267,16 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if total != self.items:
                 raise _window_error(f"{self.items} items in {name}", total)
-        for histogram in (self.latency_ms, self.inference_ms):
+        for histogram in (self.latency_ms, self.inference_ms, self.jitter_ms):
             if len(histogram.buckets) > MAX_BUCKETS:
                 raise _window_error(f"<= {MAX_BUCKETS} buckets", len(histogram.buckets))
 
 
 def _window_error(expected: object, got: object) -> MessageError:
     return MessageError("window.inconsistent", "A window's counts contradict each other.", expected=expected, got=got)
+
+
+_TABLES: Final = ("classes", "outlets", "ejections", "ejectors", "truth")
 
 
 def merge(a: Window, b: Window) -> Window:
@@ -298,7 +305,7 @@ def merge(a: Window, b: Window) -> Window:
             "views",
         )
     }
-    tables = {name: _add(getattr(a, name), getattr(b, name)) for name in ("classes", "outlets", "ejections", "truth")}
+    tables = {name: _add(getattr(a, name), getattr(b, name)) for name in _TABLES}
     counts_a, counts_b = a.feature_counts(), b.feature_counts()
     counts = counts_a + counts_b if len(counts_a) and len(counts_b) else (counts_a if len(counts_a) else counts_b)
     return msgspec.structs.replace(
@@ -310,6 +317,7 @@ def merge(a: Window, b: Window) -> Window:
         nulls=_add_rows(a.nulls, b.nulls),
         latency_ms=a.latency_ms.merged(b.latency_ms),
         inference_ms=a.inference_ms.merged(b.inference_ms),
+        jitter_ms=a.jitter_ms.merged(b.jitter_ms),
         features=counts.astype("<u4").tobytes(),
         simulated=a.simulated or b.simulated,
         lifetime_items=max(a.lifetime_items, b.lifetime_items),

@@ -324,40 +324,6 @@ def test_a_device_that_blocks_for_ever_is_given_up_and_reopened() -> None:
     assert camera.counters.frames == 3 * (len(opened) - 1) or len(opened) >= 2
 
 
-def test_a_late_shot_is_refused_and_a_standing_belt_fires_nothing() -> None:
-    class Belt:
-        position, speed = 100.0, 1000.0
-
-        def position_mm(self, _at_s: float) -> float:
-            return self.position
-
-        def speed_mm_s(self) -> float:
-            return self.speed
-
-    class Valve:
-        def __init__(self) -> None:
-            self.shots: list[Shot] = []
-
-        def fire(self, shot: Shot, _at_s: float) -> None:
-            self.shots.append(shot)
-
-    belt, valve = Belt(), Valve()
-    queue = EjectionQueue(belt, valve, lead_ms=0.0, clock=lambda: 0.0)
-    assert not queue.schedule(Shot(0, "reject", 1, 99.0))
-    assert queue.late == 1
-    assert queue.schedule(Shot(0, "reject", 3, 300.0))
-    assert queue.schedule(Shot(0, "reject", 2, 200.0))
-    belt.speed = 0.0
-    queue.fire_due()
-    assert valve.shots == []
-    belt.position = 250.0
-    queue.fire_due()
-    assert [shot.item_id for shot in valve.shots] == [2]
-    belt.position = 301.0
-    queue.fire_due()
-    assert [shot.item_id for shot in valve.shots] == [2, 3]
-
-
 def test_an_ejector_that_fails_does_not_stop_the_queue() -> None:
     line = SimulatedLine(SMALL, virtual=True)
 
