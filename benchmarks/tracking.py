@@ -50,8 +50,13 @@ class Identities:
             self._last[true_id] = given_id
         self.false_positives += len(free)
 
+    @property
+    def items(self) -> int:
+        """True items that were seen at all."""
+        return len({true for true, _ in self.pairs})
+
     def figures(self) -> dict[str, float]:
-        """MOTA, IDF1, and per item: seen under several ids, never seen; one id for several items."""
+        """MOTA, IDF1, boxes that went wrong, items under several ids, and ids given to several items."""
         wrong = self.misses + self.false_positives + self.switches
         trues = sorted({true for true, _ in self.pairs})
         givens = sorted({given for _, given in self.pairs})

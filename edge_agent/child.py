@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -43,6 +43,18 @@ class SelfTestDone:
     rss_mb: float = 0.0
 
 
+LINE_ENVIRONMENT: Final = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": "400000",
+    "MALLOC_TRIM_THRESHOLD_": "1000000",
+}
+"""Of the line process: one thread computes, so more BLAS buffers and arenas would only cost memory; and with fixed
+thresholds glibc gives frames back instead of keeping the largest sum it ever held (a line of four lanes: 143 MB
+resident instead of 200)."""
+
+
 class LineChild:
     """One running line process.
 
@@ -60,8 +72,7 @@ class LineChild:
             [sys.executable, "-m", "edge_agent.line", "--config", str(path), "--pipe-fd", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            # One thread computes; more arenas and BLAS buffers would only cost memory (some 40 MB).
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
+            env=os.environ | LINE_ENVIRONMENT,
         )
         theirs.close()
         self._pipe = Pipe(ours)

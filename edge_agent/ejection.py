@@ -8,6 +8,7 @@ Two items closer than the ejector's pitch are taken by one long opening, or the 
 
 import heapq
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -24,6 +25,19 @@ _NEAR_S: Final = 0.002
 _LONGEST_NAP_S: Final = 0.05
 _MAX_WAITING: Final = 1024
 """Per ejector."""
+
+
+def _become_urgent() -> bool:
+    """Puts the calling thread before all that compute; needs root or a limit (`LimitRTPRIO=10` in the unit).
+
+    The thread sleeps but for microseconds, so nothing starves. Without it, a line that shares one core with its own
+    inference fires up to a scheduler's slice late: p99 3 ms instead of 1 ms, measured.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(10))
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +86,8 @@ class EjectionQueue:
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self.real_time = False
+        """Whether the thread that fires has a real-time priority."""
         self.jitter_ms = Histogram()
         """How late after its place each shot was commanded; replaced by whoever takes it over."""
         self.fired = 0
@@ -181,6 +197,7 @@ class EjectionQueue:
         self._thread.start()
 
     def _run(self) -> None:
+        self.real_time = _become_urgent()
         while True:
             wait_s = self.fire_due()
             with self._wake:

@@ -16,6 +16,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -51,6 +52,8 @@ log = logging.getLogger("sortline.line")
 _READ_S = 0.25
 _REOPEN_S = 1.0
 _MAX_REPORTS = 256
+_SWITCH_S = 0.0005
+"""A thread that is due (ejection) waits at most so long for one that computes in Python; the default is 5 ms."""
 
 
 def _return_memory() -> None:
@@ -103,6 +106,7 @@ class Line:
     def run(self) -> int:
         """Sorts until told to stop; returns the exit status."""
         cv2.setNumThreads(1)
+        sys.setswitchinterval(_SWITCH_S)
         judge = self._first_judge()
         threads = [
             threading.Thread(target=body, name=name, daemon=True)

@@ -180,6 +180,7 @@ class SimulatedLine:
         self._segments = deque([_Segment(self._start_s, 0.0, config.belt_mm_s, config.belt_mm_s, 0.0)], maxlen=64)
         self._number = -1
         self._frozen: NDArray[np.uint8] | None = None
+        self._drawing_s = 0.0
         self._entered = 0
         self._outcomes: Counter[str] = Counter()
         self._ejections: Counter[str] = Counter()
@@ -201,22 +202,27 @@ class SimulatedLine:
     def read(self, timeout_s: float) -> Frame | None:
         """The freshest due exposure; see `FrameSource.read`."""
         period = 1.0 / self.config.frames_per_s
-        if self._virtual:
-            number = self._number + 1
-            self._now_s = self._start_s + number * period
-        else:
-            due_s = self._start_s + (self._number + 1) * period
-            wait_s = due_s - self._clock()
+        number = self._number + 1
+        if not self._virtual:
+            wait_s = self._start_s + number * period - self._clock() - self._drawing_s
+            self._sleep(min(max(wait_s, 0.0), timeout_s))
             if wait_s > timeout_s:
-                self._sleep(timeout_s)
                 return None
-            if wait_s > 0.0:
-                self._sleep(wait_s)
-            number = max(self._number + 1, int((self._clock() - self._start_s) / period))
+            number = max(number, int((self._clock() - self._start_s) / period))
+        at_s = self._start_s + number * period
+        self._now_s = at_s
         with self._lock:
             self._dropped += number - self._number - 1
         self._number = number
-        return self._expose(number, self._start_s + number * period)
+        if self._virtual:
+            return self._expose(number, at_s)
+        # A camera needs no processor to expose: the frame is drawn just before it is due, not after.
+        started = self._clock()
+        frame = self._expose(number, at_s)
+        ended = self._clock()
+        self._drawing_s += 0.2 * (min(1.5 * (ended - started), period / 2.0) - self._drawing_s)
+        self._sleep(max(at_s - ended, 0.0))
+        return frame
 
     def _expose(self, number: int, at_s: float) -> Frame | None:
         self._follow_schedule(at_s - self._start_s)

@@ -169,9 +169,15 @@ class LineCore:
             self.counter.count("frames_bad")
             places = []
         seen, closed = self._tracker.update(places, frame.number, frame.captured_s, frame.belt_mm)
+        # Items that are no longer seen have all their views: their verdicts do not wait for the others' inference.
+        last = {track.item_id for track, _ in seen}
+        for track in closed:
+            if track.item_id not in last:
+                self._finish(track, frame.captured_s)
         self._take_views(frame, seen)
         for track in closed:
-            self._finish(track, frame.captured_s)
+            if track.item_id in last:
+                self._finish(track, frame.captured_s)
         if self.confirmation is not None:
             sightings = self.confirmation.sightings(frame.captured_s)
             for (lane, outlet), trouble in self.queue.learn(sightings, frame.belt_mm, until_s=frame.captured_s):
