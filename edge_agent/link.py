@@ -50,7 +50,7 @@ class Link:
     Args:
         config: The broker.
         client_id: The agent's id; also the user name unless the configuration says otherwise.
-        will: Topic and payload the broker publishes (retained) when we vanish.
+        will: Topic and payload the broker publishes (retained) when we vanish; None = nothing.
         deliver: Gets every `Incoming` and `LinkChanged`; must not block.
         rng: Spreads reconnects.
     """
@@ -60,7 +60,7 @@ class Link:
         config: BrokerConfig,
         client_id: str,
         *,
-        will: tuple[str, bytes],
+        will: tuple[str, bytes] | None,
         deliver: Callable[[Incoming | LinkChanged], bool],
         rng: random.Random | None = None,
     ) -> None:
@@ -73,7 +73,8 @@ class Link:
             CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True, protocol=mqtt.MQTTv311
         )
         client.username_pw_set(config.username or client_id, _password(config))
-        client.will_set(*will, qos=1, retain=True)
+        if will is not None:
+            client.will_set(*will, qos=1, retain=True)
         client.max_queued_messages_set(256)
         client.on_connect = self._guard(self._on_connect)
         client.on_disconnect = self._guard(self._on_disconnect)
