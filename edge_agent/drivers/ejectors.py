@@ -17,11 +17,11 @@ from typing import Annotated, Final, Protocol
 import msgspec
 
 from edge_agent.drivers.address import Milliseconds, Options, Positive, numbered, parse_address
-from edge_agent.drivers.encoder import PulseBelt
 from edge_agent.drivers.gpio import GpiodPins, GpioEjector
 from edge_agent.drivers.handover import Announced, HandOver
 from edge_agent.drivers.modbus import MAX_WRITE, ModbusPort, Registers
 from edge_agent.drivers.mqtt import TopicOut
+from edge_agent.drivers.pulses import PulseBelt
 from edge_agent.seams import Ejector, Shot
 from models.errors import ConfigError, UnavailableError
 
