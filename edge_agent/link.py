@@ -79,6 +79,7 @@ class Link:
         client.on_connect = self._guard(self._on_connect)
         client.on_disconnect = self._guard(self._on_disconnect)
         client.on_message = self._guard(self._on_message)
+        client.on_subscribe = self._guard(self._on_subscribe)
         if config.tls_ca:
             client.tls_set_context(ssl.create_default_context(cafile=config.tls_ca))
         self._client = client
@@ -144,6 +145,11 @@ class Link:
             self.counters["oversize"] += 1
             return
         self._offer(Incoming(message.topic, bytes(message.payload)))
+
+    def _on_subscribe(self, _client: object, _data: object, _mid: object, reasons: Any, _props: object) -> None:
+        if any(reason.is_failure for reason in reasons):
+            self.counters["subscribe_refused"] += 1
+            log.warning("the broker refused a subscription")
 
     def _offer(self, event: Incoming | LinkChanged) -> None:
         if not self._deliver(event):

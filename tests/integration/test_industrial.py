@@ -123,10 +123,16 @@ def test_weights_are_read_once_per_sequence_and_joined(plc: int, program: Modbus
         assert sensor.join.value_for(-152.0) == pytest.approx(182.5)
 
 
+def test_a_refused_topic_is_counted(broker: int) -> None:
+    with closing(open_encoder(f"mqtt://127.0.0.1:{broker}/foreign/encoder?mm_per_pulse=0.1")) as encoder:
+        wait_until(lambda: encoder.feeder.link.counters["subscribe_refused"], what="the refusal")  # type: ignore[union-attr]
+        assert encoder.stale
+
+
 def test_encoder_weights_and_shots_over_mqtt(broker: int) -> None:
     plant = Probe(broker, "plant", {"user": "plant", "password": "x"})
-    plant.subscribe(("line1/shots", 1))
-    base = f"mqtt://127.0.0.1:{broker}/line1"
+    plant.subscribe(("sortline/line1/shots", 1))
+    base = f"mqtt://127.0.0.1:{broker}/sortline/line1"
     with ExitStack() as stack:
         encoder = stack.enter_context(
             closing(open_encoder(f"{base}/encoder?mm_per_pulse=0.1&stale_ms=60000&client=enc"))
@@ -135,9 +141,9 @@ def test_encoder_weights_and_shots_over_mqtt(broker: int) -> None:
 
         def publish_counts() -> bool:
             # Until the subscription stands, nothing arrives: a hostile message and a count, again and again.
-            plant.publish("line1/encoder", b'{"pulses": NaN}')
+            plant.publish("sortline/line1/encoder", b'{"pulses": NaN}')
             count = {"pulses": 0xFFFFFFFF, "at_ms": time.time_ns() // 1_000_000}
-            plant.publish("line1/encoder", json.dumps(count).encode())
+            plant.publish("sortline/line1/encoder", json.dumps(count).encode())
             return not encoder.stale
 
         wait_until(publish_counts, what="a reading")
@@ -147,8 +153,8 @@ def test_encoder_weights_and_shots_over_mqtt(broker: int) -> None:
         )
 
         def publish_weights() -> bool:
-            plant.publish("line1/weight", b'{"value": "heavy"}')
-            plant.publish("line1/weight", b'{"value": 182.5, "pulses": 9}')
+            plant.publish("sortline/line1/weight", b'{"value": "heavy"}')
+            plant.publish("sortline/line1/weight", b'{"value": 182.5, "pulses": 9}')
             return weights.join.remembered > 0
 
         wait_until(publish_weights, what="a weight")
@@ -156,7 +162,7 @@ def test_encoder_weights_and_shots_over_mqtt(broker: int) -> None:
         ejector = stack.enter_context(closing(open_ejector(f"{base}/shots?client=shots&ahead_mm=300", encoder)))
         ejector.fire(Shot(1, "reject", 7, 10.0), time.monotonic())  # waits until there is a connection
         ((topic, payload, *_),) = plant.messages(1, timeout=10.0)
-    assert topic == "line1/shots"
+    assert topic == "sortline/line1/shots"
     assert json.loads(payload) == {
         "sequence": 1,
         "lane": 1,
