@@ -50,7 +50,7 @@ class Link:
     Args:
         config: The broker.
         client_id: The agent's id; also the user name unless the configuration says otherwise.
-        will: Topic and payload the broker publishes (retained) when we vanish.
+        will: Topic and payload the broker publishes (retained) when we vanish; None = nothing.
         deliver: Gets every `Incoming` and `LinkChanged`; must not block.
         rng: Spreads reconnects.
     """
@@ -60,7 +60,7 @@ class Link:
         config: BrokerConfig,
         client_id: str,
         *,
-        will: tuple[str, bytes],
+        will: tuple[str, bytes] | None,
         deliver: Callable[[Incoming | LinkChanged], bool],
         rng: random.Random | None = None,
     ) -> None:
@@ -73,11 +73,13 @@ class Link:
             CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True, protocol=mqtt.MQTTv311
         )
         client.username_pw_set(config.username or client_id, _password(config))
-        client.will_set(*will, qos=1, retain=True)
+        if will is not None:
+            client.will_set(*will, qos=1, retain=True)
         client.max_queued_messages_set(256)
         client.on_connect = self._guard(self._on_connect)
         client.on_disconnect = self._guard(self._on_disconnect)
         client.on_message = self._guard(self._on_message)
+        client.on_subscribe = self._guard(self._on_subscribe)
         if config.tls_ca:
             client.tls_set_context(ssl.create_default_context(cafile=config.tls_ca))
         self._client = client
@@ -143,6 +145,11 @@ class Link:
             self.counters["oversize"] += 1
             return
         self._offer(Incoming(message.topic, bytes(message.payload)))
+
+    def _on_subscribe(self, _client: object, _data: object, _mid: object, reasons: Any, _props: object) -> None:
+        if any(reason.is_failure for reason in reasons):
+            self.counters["subscribe_refused"] += 1
+            log.warning("the broker refused a subscription")
 
     def _offer(self, event: Incoming | LinkChanged) -> None:
         if not self._deliver(event):

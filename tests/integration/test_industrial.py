@@ -1,0 +1,175 @@
+"""Drivers against real processes: pymodbus' server as the PLC, the embedded broker for MQTT."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from edge_agent.drivers.ejectors import open_ejector
+from edge_agent.drivers.encoder import open_encoder
+from edge_agent.drivers.modbus import ModbusPort
+from edge_agent.drivers.pulses import PulseEncoder
+from edge_agent.drivers.scalars import open_scalar
+from edge_agent.seams import Shot
+from tests.simulators.mqtt_probe import Probe, close_probes
+from tests.simulators.plc import plc_process
+from tests.simulators.processes import embedded_broker, free_port, running, wait_until
+
+
+@pytest.fixture
+def plc() -> Iterator[int]:
+    port = free_port()
+    with plc_process(port):
+        yield port
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[int]:
+    with embedded_broker(tmp_path) as port:
+        yield port
+    close_probes()
+
+
+@pytest.fixture
+def program(plc: int) -> Iterator[ModbusPort]:
+    """Stands for the PLC's own program: changes and reads its registers."""
+    with closing(ModbusPort("127.0.0.1", plc, timeout_s=5.0)) as port:
+        yield port
+
+
+def standing_belt(pulses: int) -> PulseEncoder:
+    belt = PulseEncoder(mm_per_pulse=0.1)
+    belt.feed(pulses, time.monotonic())
+    return belt
+
+
+def test_a_counter_is_polled_across_its_end(plc: int, program: ModbusPort) -> None:
+    program.write(100, [0xFFFF, 0xFF00])
+    where = f"modbus://127.0.0.1:{plc}/holding/100"
+    url = f"{where}?mm_per_pulse=0.1&poll_ms=5&stale_ms=5000&timeout_ms=5000&max_mm_s=1e6"
+    with closing(open_encoder(url)) as encoder:
+        wait_until(lambda: not encoder.stale, what="the first reading")
+        program.write(100, [0, 0x0100])
+        wait_until(lambda: encoder.position_mm(time.monotonic()) > 50.0, what="the counter's wrap")
+        wait_until(lambda: encoder.speed_mm_s() == 0.0, what="the belt to stand")
+        assert encoder.position_mm(time.monotonic()) == pytest.approx(51.2)
+        assert encoder.counters["lost_track"] == 0
+
+
+def test_a_plc_that_dies_makes_the_encoder_stale_and_its_return_is_noticed() -> None:
+    port = free_port()
+    url = f"modbus://127.0.0.1:{port}/input/100?mm_per_pulse=0.1&poll_ms=5&stale_ms=500"
+    with closing(open_encoder(url)) as encoder:
+        with plc_process(port) as process:
+            wait_until(lambda: not encoder.stale, what="the first reading")
+            process.kill()
+            wait_until(lambda: encoder.stale, what="the encoder to notice")
+            assert encoder.speed_mm_s() == 0.0
+        with plc_process(port):
+            wait_until(lambda: not encoder.stale, 20, "the encoder to come back")
+        assert encoder.stale_count >= 1
+        assert encoder.poller.counters["no_answer"] > 0
+
+
+def test_registers_that_do_not_exist_are_refused_and_the_poll_goes_on(plc: int) -> None:
+    with closing(open_encoder(f"modbus://127.0.0.1:{plc}/input/5000?mm_per_pulse=0.1")) as encoder:
+        wait_until(lambda: encoder.poller.counters["no_answer"] >= 3, what="refusals")
+        assert encoder.stale
+
+
+def test_a_device_that_speaks_something_else_never_gives_a_reading(tmp_path: Path) -> None:
+    script = (
+        "import os,socket,sys\n"
+        "s=socket.create_server(('127.0.0.1',0)); print(s.getsockname()[1],flush=True)\n"
+        "while True:\n"
+        " c,_=s.accept()\n"
+        " try: c.recv(99); c.sendall(os.urandom(300)); c.close()\n"
+        " except OSError: pass\n"
+    )
+    ready = tmp_path / "port"
+    with ready.open("w") as out, running([sys.executable, "-c", script], stdout=out):
+        wait_until(lambda: ready.read_text().endswith("\n"), what="the impostor")
+        port = int(ready.read_text())
+        url = f"modbus://127.0.0.1:{port}/input/100?mm_per_pulse=0.1&timeout_ms=100"
+        with closing(open_encoder(url)) as encoder:
+            wait_until(lambda: encoder.poller.counters["no_answer"] >= 4, 20, "failures")
+            assert encoder.stale
+
+
+def test_shots_reach_the_ring_of_the_plc(plc: int, program: ModbusPort) -> None:
+    program.write(200, [9] * 24)
+    url = f"modbus://127.0.0.1:{plc}/holding/200?outlet=reject:1&outlet=juice:2&slots=4&timeout_ms=5000&ahead_mm=90"
+    with closing(open_ejector(url, standing_belt(100_000))) as ejector:
+        assert ejector.ahead_mm == 90.0
+        assert ejector.announce(Shot(1, "juice", 7, 50.0), 0.0)  # type: ignore[union-attr]
+        assert ejector.announce(Shot(0, "reject", 8, 60.0), 0.0)  # type: ignore[union-attr]
+        wait_until(lambda: ejector.queue.counters["sent"] == 2, what="the writes")  # type: ignore[union-attr]
+        assert ejector.queue.write_ms.count == 2  # type: ignore[union-attr]
+    target, other = divmod(100_500, 1 << 16), divmod(100_600, 1 << 16)
+    expected = [1, 1, 2, *target, 1, 2, 0, 1, *other, 2, *[0] * 12]
+    assert program.read("holding", 200, 24) == expected
+
+
+def test_weights_are_read_once_per_sequence_and_joined(plc: int, program: ModbusPort) -> None:
+    url = f"modbus://127.0.0.1:{plc}/holding/300?value=uint16&scale=0.1&pulses=true&poll_ms=5&timeout_ms=5000"
+    with closing(open_scalar(url, standing_belt(1000), sensor_mm=100.0, tolerance_mm=10.0)) as sensor:
+        wait_until(lambda: sensor._sequence is not None, what="first contact")  # type: ignore[union-attr]
+        program.write(300, [1, 1825, 0, 500])
+        wait_until(lambda: sensor.join.remembered, what="the reading")
+        assert sensor.join.value_for(-152.0) == pytest.approx(182.5)
+
+
+def test_a_refused_topic_is_counted(broker: int) -> None:
+    with closing(open_encoder(f"mqtt://127.0.0.1:{broker}/foreign/encoder?mm_per_pulse=0.1")) as encoder:
+        wait_until(lambda: encoder.feeder.link.counters["subscribe_refused"], what="the refusal")  # type: ignore[union-attr]
+        assert encoder.stale
+
+
+def test_encoder_weights_and_shots_over_mqtt(broker: int) -> None:
+    plant = Probe(broker, "plant", {"user": "plant", "password": "x"})
+    plant.subscribe(("sortline/line1/shots", 1))
+    base = f"mqtt://127.0.0.1:{broker}/sortline/line1"
+    with ExitStack() as stack:
+        encoder = stack.enter_context(
+            closing(open_encoder(f"{base}/encoder?mm_per_pulse=0.1&stale_ms=60000&client=enc"))
+        )
+        wait_until(lambda: encoder.feeder.link.connected, what="the encoder's connection")  # type: ignore[union-attr]
+
+        def publish_counts() -> bool:
+            # Until the subscription stands, nothing arrives: a hostile message and a count, again and again.
+            plant.publish("sortline/line1/encoder", b'{"pulses": NaN}')
+            count = {"pulses": 0xFFFFFFFF, "at_ms": time.time_ns() // 1_000_000}
+            plant.publish("sortline/line1/encoder", json.dumps(count).encode())
+            return not encoder.stale
+
+        wait_until(publish_counts, what="a reading")
+        assert encoder.position_mm(time.monotonic()) == 0.0
+        weights = stack.enter_context(
+            closing(open_scalar(f"{base}/weight?client=weight", encoder, sensor_mm=0.0, tolerance_mm=5.0))
+        )
+
+        def publish_weights() -> bool:
+            plant.publish("sortline/line1/weight", b'{"value": "heavy"}')
+            plant.publish("sortline/line1/weight", b'{"value": 182.5, "pulses": 9}')
+            return weights.join.remembered > 0
+
+        wait_until(publish_weights, what="a weight")
+        assert weights.join.value_for(1.0) == 182.5
+        ejector = stack.enter_context(closing(open_ejector(f"{base}/shots?client=shots&ahead_mm=300", encoder)))
+        ejector.fire(Shot(1, "reject", 7, 10.0), time.monotonic())  # waits until there is a connection
+        ((topic, payload, *_),) = plant.messages(1, timeout=10.0)
+    assert topic == "sortline/line1/shots"
+    assert json.loads(payload) == {
+        "sequence": 1,
+        "lane": 1,
+        "outlet": "reject",
+        "item_id": 7,
+        "target_mm": 10.0,
+        "position_mm": 0.0,
+        "target_pulses": 99,
+    }
+    assert encoder.feeder.counters["malformed"] > 0  # type: ignore[union-attr]
