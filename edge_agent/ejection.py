@@ -14,10 +14,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from edge_agent.confirmation import ConfirmationLedger
-from edge_agent.seams import Ejector, Encoder, Shot, Sighting
+from edge_agent.seams import AheadEjector, Ejector, Encoder, Shot, Sighting
 from models.windows import Histogram
 
 log = logging.getLogger("sortline.ejection")
@@ -83,6 +83,9 @@ class EjectionQueue:
         self._heaps: dict[tuple[int, str], list[tuple[float, int, Shot]]] = {}
         self._last_mm: dict[tuple[int, str], float] = {}
         self._fired: deque[tuple[Shot, float, float, float]] = deque(maxlen=_MAX_WAITING)
+        ahead_mm = getattr(ejector, "ahead_mm", 0.0)
+        self._ahead: AheadEjector | None = cast("AheadEjector", ejector) if ahead_mm > 0.0 else None
+        self._announced: dict[int, None] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -153,11 +156,30 @@ class EjectionQueue:
     def fire_due(self, at_s: float | None = None) -> float:
         """Fires everything whose position has come; returns seconds until the next may be due (bounded)."""
         wait_s = _LONGEST_NAP_S
+        if self._ahead is not None:
+            self._announce(self._ahead, self._clock() if at_s is None else at_s)
         for key in tuple(self._heaps):
             while (missing_s := self._fire_first(key, at_s)) <= 0.0:
                 pass
             wait_s = min(wait_s, missing_s)
         return wait_s
+
+    def _announce(self, ejector: AheadEjector, now: float) -> None:
+        """Hands shots to a device that does the last millimetres itself, as soon as they are near enough."""
+        position_mm = self._encoder.position_mm(now)
+        with self._wake:
+            near = [
+                shot
+                for heap in self._heaps.values()
+                for target_mm, _, shot in heap
+                if target_mm - position_mm <= ejector.ahead_mm and shot.item_id not in self._announced
+            ]
+        for shot in sorted(near, key=lambda shot: shot.target_mm):
+            # A refused shot is tried again by `fire`, which counts it as failed when it is refused once more.
+            self._announced[shot.item_id] = None
+            ejector.announce(shot, position_mm)
+        while len(self._announced) > _MAX_WAITING:
+            self._announced.pop(next(iter(self._announced)))
 
     def _fire_first(self, key: tuple[int, str], at_s: float | None) -> float:
         """Fires or drops the first shot of one ejector if its place has come; returns seconds until then."""

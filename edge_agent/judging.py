@@ -69,8 +69,17 @@ class Judge:
             return False
         return True
 
-    def infer(self, tracks: list[Track]) -> float:
+    @property
+    def wants_weight(self) -> bool:
+        """Whether the graph takes a scalar per item; the first one is `weight_g`."""
+        return self.classifier.scalars > 0
+
+    def infer(self, tracks: list[Track], weights_g: list[float | None] | None = None) -> float:
         """Judges the newest view of each track in one batch.
+
+        Args:
+            tracks: Each with a view that is not judged yet.
+            weights_g: Grams per track where the graph wants them; None = not known.
 
         Returns:
             Milliseconds the model took.
@@ -80,7 +89,11 @@ class Judge:
         """
         views = [track.views[-1] for track in tracks]
         started = self._clock()
-        answer = self.classifier.classify(views)
+        scalars = None
+        if weights_g is not None:
+            scalars = np.full((len(tracks), self.classifier.scalars), np.nan, np.float32)
+            scalars[:, 0] = [np.nan if weight is None else weight for weight in weights_g]
+        answer = self.classifier.classify(views, scalars)
         elapsed_ms = (self._clock() - started) * 1000.0
         for row, track in enumerate(tracks):
             track.probabilities.append(answer.probabilities[row])

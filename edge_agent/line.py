@@ -130,7 +130,7 @@ class Line:
         finally:
             self._stop.set()
             self._queue.stop()
-            self._world.source.close()
+            self._world.close()
             threads[-1].join(1.5)
             self._pipe.close()
         return 0
@@ -195,6 +195,7 @@ class Line:
             clock=time.monotonic,
             on_model_failure=lambda judge, error: self._say(ModelFailed(digest=judge.digest, fault=_fault(error))),
             confirmation=self._world.confirmation,
+            weights=self._world.weights,
             on_ejector=self._ejector_trouble,
         )
 

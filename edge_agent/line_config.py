@@ -20,6 +20,15 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Of a folder of frames, and of a video that does not say."""
     belt_mm_s: Positive = 1000.0
     """Nominal belt speed where there is no encoder."""
+    encoder: str = ""
+    """Where belt pulses come from (`modbus://...`, `mqtt://...`, see `edge_agent.drivers.encoder`); empty = nominal
+    speed, or the simulation's own encoder."""
+    ejector: str = ""
+    """What fires (`modbus://...`, `mqtt://...`, `gpio://...`, see `edge_agent.drivers.ejectors`); needs an encoder."""
+    weights: Annotated[tuple[str, ...], msgspec.Meta(max_length=8)] = ()
+    """Per lane, where the weight of an item comes from (`modbus://...`, `mqtt://...`); empty = not known."""
+    weight_mm: float = -200.0
+    """Distance of the load cells behind column 0 of the image; negative = in front of the camera."""
     lanes: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
     """Equal strips of the image from top to bottom, unless `lane_rows` says where they are."""
     lane_rows: tuple[tuple[int, int], ...] = ()

@@ -112,6 +112,23 @@ class Ejector(Protocol):
         """Fires at the monotonic time `at_s`, which is now; returns at once."""
 
 
+class AheadEjector(Ejector, Protocol):
+    """A device that does the last millimetres itself and therefore wants shots ahead of time."""
+
+    ahead_mm: float
+    """How far before its target a shot should be announced."""
+
+    def announce(self, shot: Shot, position_mm: float) -> bool:
+        """Takes a shot while the belt is at `position_mm`; False when it will not be fired. Never blocks."""
+
+
+class ItemScalars(Protocol):
+    """A sensor beside the belt that gives one number per item, such as a load cell. Never blocks."""
+
+    def value_for(self, item_mm: float) -> float | None:
+        """The value of the item with this belt coordinate; None when it is not known."""
+
+
 class Confirmation(Protocol):
     """Photo-eyes or a second camera behind the ejectors. Called by the sorting thread once per frame."""
 

@@ -395,6 +395,10 @@ class SimulatedLine:
                 self._sightings.append((effect_s, Sighting(shot.lane, shot.outlet, belt_mm)))
             self._ejections[_judge_shot(hit, aimed)] += 1
 
+    def load_cell(self, lane: int) -> "LoadCell":
+        """What weighs the items of a lane before they are seen."""
+        return LoadCell(self, lane)
+
     def sightings(self, until_s: float) -> list[Sighting]:
         """The photo-eyes right behind the valves; see `Confirmation`."""
         found: list[Sighting] = []
@@ -430,6 +434,19 @@ class SimulatedLine:
         """Counters since the start."""
         with self._lock:
             return SimulatedTruth(self._entered, dict(self._outcomes), dict(self._ejections), self._dropped)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCell:
+    """See `ItemScalars`."""
+
+    line: SimulatedLine
+    lane: int
+
+    def value_for(self, item_mm: float) -> float | None:
+        """Grams."""
+        near = [i for i in self.line.items() if i.lane == self.lane and abs(i.item_mm - item_mm) <= 30.0]
+        return min(near, key=lambda i: abs(i.item_mm - item_mm)).weight_g if near else None
 
 
 def _judge_shot(hit: SimulatedItem | None, aimed: SimulatedItem | None) -> str:

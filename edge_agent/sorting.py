@@ -5,9 +5,9 @@ process, the unpaced replay, `collect` and the benchmarks all call it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from edge_agent.camera import open_camera
 from edge_agent.confirmation import ConfirmationLedger
@@ -16,10 +16,20 @@ from edge_agent.ejection import EjectionQueue, EjectionRules
 from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import LineConfig
 from edge_agent.locate import Located, Locator
-from edge_agent.seams import Confirmation, Ejector, Encoder, Frame, FrameSource, Lane, LineGeometry, Shot
+from edge_agent.seams import (
+    Confirmation,
+    Ejector,
+    Encoder,
+    Frame,
+    FrameSource,
+    ItemScalars,
+    Lane,
+    LineGeometry,
+    Shot,
+)
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.tracking import Track, Tracker, ViewPicker
-from models.errors import BundleError, CameraError
+from models.errors import BundleError, CameraError, ConfigError
 
 _BLIND: Final = 0.85
 _MIN_OBSERVATIONS: Final = 2
@@ -36,6 +46,30 @@ class NoEjector:
         self.fired += 1
 
 
+class Closing(Protocol):
+    """A device that can be let go of."""
+
+    def close(self) -> None:
+        """May be called twice."""
+
+
+@dataclass(slots=True)
+class Stamped:
+    """A camera whose frames carry the belt position of a real encoder."""
+
+    source: FrameSource
+    encoder: Encoder
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """See `FrameSource`."""
+        frame = self.source.read(timeout_s)
+        return None if frame is None else replace(frame, belt_mm=self.encoder.position_mm(frame.captured_s))
+
+    def close(self) -> None:
+        """See `FrameSource`."""
+        self.source.close()
+
+
 @dataclass(slots=True)
 class World:
     """What the line is connected to."""
@@ -46,6 +80,16 @@ class World:
     simulation: SimulatedLine | None = None
     description: str = ""
     confirmation: Confirmation | None = None
+    weights: tuple[ItemScalars, ...] = ()
+    """Per lane, what weighs its items; empty = nothing does."""
+    devices: tuple[Closing, ...] = ()
+    """Opened with the world, closed with it."""
+
+    def close(self) -> None:
+        """Lets go of camera and devices. May be called twice."""
+        self.source.close()
+        for device in self.devices:
+            device.close()
 
     def ejection_queue(self, config: LineConfig, clock: Callable[[], float]) -> EjectionQueue:
         """The queue that fires this world's ejectors by the configuration's rules."""
@@ -69,7 +113,8 @@ def open_world(config: LineConfig, *, virtual: bool = False) -> World:
     if config.camera == "simulated":
         line = SimulatedLine(simulation_config(config), schedule=config.trouble, virtual=virtual)
         rolling = "photographs" if config.photos else "apples"
-        return World(line, line, line, line, f"simulated, {config.lanes} lanes of {rolling}", line)
+        cells = tuple(line.load_cell(lane) for lane in range(config.lanes))
+        return World(line, line, line, line, f"simulated, {config.lanes} lanes of {rolling}", line, cells)
     camera = open_camera(
         config.camera,
         belt_mm_s=config.belt_mm_s,
@@ -77,7 +122,38 @@ def open_world(config: LineConfig, *, virtual: bool = False) -> World:
         paced=config.paced,
         loop=config.loop,
     )
+    if config.encoder:
+        return _with_devices(config, camera)
+    if config.ejector or config.weights:
+        raise ConfigError(
+            "line.no_encoder", "Ejectors and load cells need a belt position.", expected="line.encoder", got="none"
+        )
     return World(camera, camera.encoder, NoEjector(), None, config.camera)  # type: ignore[attr-defined]
+
+
+def _with_devices(config: LineConfig, camera: FrameSource) -> World:
+    """A camera with the encoder, ejector and load cells of a real line."""
+    # The drivers' libraries are extras: whoever has no such device need not have them.
+    from edge_agent.drivers.ejectors import open_ejector  # noqa: PLC0415
+    from edge_agent.drivers.encoder import open_encoder  # noqa: PLC0415
+    from edge_agent.drivers.scalars import open_scalar  # noqa: PLC0415
+
+    encoder = open_encoder(config.encoder)
+    devices: list[Closing] = [encoder]
+    ejector: Ejector = NoEjector()
+    if config.ejector:
+        devices.append(driven := open_ejector(config.ejector, encoder))
+        ejector = driven
+    cells = [open_scalar(url, encoder, sensor_mm=config.weight_mm, tolerance_mm=30.0) for url in config.weights]
+    return World(
+        Stamped(camera, encoder),
+        encoder,
+        ejector,
+        None,
+        config.camera,
+        weights=tuple(cell.join for cell in cells),
+        devices=(*devices, *cells),
+    )
 
 
 def simulation_config(config: LineConfig) -> SimulationConfig:
@@ -120,6 +196,7 @@ class LineCore:
         on_model_failure: Called with the judge and its error when a bundle breaks while it works.
         on_verdict: Called with each verdict and its outlet.
         confirmation: Photo-eyes behind the ejectors, where there are any.
+        weights: Per lane, what weighs its items.
         on_ejector: Called with lane, outlet and `weak`, `slow` or `` (well again) when an ejector's trouble changes.
     """
 
@@ -130,6 +207,7 @@ class LineCore:
     on_model_failure: Callable[[Judge, BundleError], None] = lambda _judge, _error: None
     on_verdict: Callable[[Judged, str], None] | None = None
     confirmation: Confirmation | None = None
+    weights: tuple[ItemScalars, ...] = ()
     on_ejector: Callable[[int, str, str], None] = lambda _lane, _outlet, _trouble: None
     judge: Judge | None = None
     items_on_bundle: int = 0
@@ -204,11 +282,17 @@ class LineCore:
                 batches.setdefault(id(judge), (judge, []))[1].append(track)
         for judge, tracks in batches.values():
             try:
-                elapsed_ms = judge.infer(tracks)
+                elapsed_ms = judge.infer(tracks, self._weights_of(tracks) if judge.wants_weight else None)
             except BundleError as error:
                 self._fail(judge, tracks, error)
             else:
                 self.counter.inference(elapsed_ms, len(tracks))
+
+    def _weights_of(self, tracks: list[Track]) -> list[float | None]:
+        return [
+            self.weights[track.lane].value_for(track.item_mm) if track.lane < len(self.weights) else None
+            for track in tracks
+        ]
 
     def _fail(self, judge: Judge, tracks: list[Track], error: BundleError) -> None:
         for track in tracks:

@@ -84,6 +84,7 @@ def run_standalone(
                     queue=queue,
                     clock=clock,
                     confirmation=world.confirmation,
+                    weights=world.weights,
                     on_verdict=_verdict_writer(verdicts) if verdicts else None,
                 )
                 core.use(judge)
@@ -100,7 +101,7 @@ def run_standalone(
             raise
     finally:
         queue.stop()
-        world.source.close()
+        world.close()
     if core is not None:
         core.flush()
     return _summary(counter, world, time.perf_counter() - started)

@@ -225,3 +225,37 @@ def test_on_the_line_photo_eyes_teach_the_lead_and_find_the_dying_valve(tmp_path
     assert window.ejectors["1/reject/missed"] >= line.truth().ejections["dead"] - 2
     assert window.jitter_ms.count == queue.fired
     assert window.ejectors["0/reject/confirmed"] + window.ejectors["1/reject/confirmed"] > 150
+
+
+def test_a_device_that_does_the_last_millimetres_gets_each_shot_once_and_ahead_of_time() -> None:
+    class Plc(Valve):
+        ahead_mm = 150.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.announced: list[tuple[int, float]] = []
+
+        def announce(self, shot: Shot, position_mm: float) -> bool:
+            self.announced.append((shot.item_id, position_mm))
+            return True
+
+    belt, plc = Belt(), Plc()
+    belt.speed = 0.0
+    queue = EjectionQueue(belt, plc, clock=lambda: 0.0)
+    for item, place in ((1, 300.0), (2, 330.0), (3, 900.0)):
+        assert queue.schedule(Shot(item % 2, "reject", item, place))
+    for position in range(100, 400, 10):
+        belt.position = float(position)
+        queue.fire_due(0.0)
+    assert plc.announced == [(1, 150.0), (2, 180.0)]
+    assert plc.items == [1, 2]
+
+
+def test_load_cells_of_the_simulated_line_weigh_the_right_item() -> None:
+    line = open_world(LineConfig(lanes=2), virtual=True).simulation
+    assert line is not None
+    for _ in range(60):
+        line.read(1.0)
+    for item in line.items():
+        assert line.load_cell(item.lane).value_for(item.item_mm + 5.0) == item.weight_g
+    assert line.load_cell(0).value_for(-1e6) is None

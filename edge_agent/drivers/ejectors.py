@@ -12,7 +12,7 @@ the target and fires. `fire` hands over what was not announced; for an announced
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sized
-from typing import Annotated, Final, Protocol
+from typing import Annotated, Final
 
 import msgspec
 
@@ -22,23 +22,13 @@ from edge_agent.drivers.handover import Announced, HandOver
 from edge_agent.drivers.modbus import MAX_WRITE, ModbusPort, Registers
 from edge_agent.drivers.mqtt import TopicOut
 from edge_agent.drivers.pulses import PulseBelt
-from edge_agent.seams import Ejector, Shot
+from edge_agent.seams import Shot
 from models.errors import ConfigError, UnavailableError
 
 SLOT_WORDS: Final = 6
 """Sequence, lane, outlet, target (high, low), sequence again."""
 _MAX_SEQUENCE: Final = 0xFFFF
 _CLEAR_MM: Final = 10.0
-
-
-class AheadEjector(Ejector, Protocol):
-    """An ejector that wants shots ahead of time."""
-
-    ahead_mm: float
-    """How far before its target a shot should be announced; 0 = it only fires."""
-
-    def announce(self, shot: Shot, position_mm: float) -> bool:
-        """Takes a shot while the belt is at `position_mm`; False when it will not be fired. Never blocks."""
 
 
 class ModbusPlcEjector:
@@ -55,7 +45,7 @@ class ModbusPlcEjector:
         slots: Slots in it.
         outlets: Number of each outlet in the PLC.
         belt: The encoder whose counts the PLC compares.
-        ahead_mm: See `AheadEjector`.
+        ahead_mm: See `edge_agent.seams.AheadEjector`.
         late_mm: A shot whose item has passed by more is not written.
         clock: Monotonic seconds, the belt's clock.
     """
@@ -84,7 +74,7 @@ class ModbusPlcEjector:
         self.queue = HandOver(self._write, belt, late_mm=late_mm, clock=clock)
 
     def announce(self, shot: Shot, position_mm: float) -> bool:
-        """See `AheadEjector`."""
+        """See `edge_agent.seams.AheadEjector`."""
         if shot.outlet not in self._outlets:
             self.counters["unknown_outlet"] += 1
             return False
@@ -172,7 +162,7 @@ class MqttEjector:
     Args:
         out: The topic.
         belt: The encoder.
-        ahead_mm: See `AheadEjector`.
+        ahead_mm: See `edge_agent.seams.AheadEjector`.
         late_mm: A shot whose item has passed by more is not published.
         clock: Monotonic seconds, the belt's clock.
     """
@@ -191,7 +181,7 @@ class MqttEjector:
         self.queue = HandOver(self._publish, belt, late_mm=late_mm, clock=clock)
 
     def announce(self, shot: Shot, position_mm: float) -> bool:
-        """See `AheadEjector`."""
+        """See `edge_agent.seams.AheadEjector`."""
         return self.queue.offer(shot, position_mm)
 
     def fire(self, shot: Shot, at_s: float) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from edge_agent.drivers.ejectors import open_ejector
@@ -14,7 +16,10 @@ from edge_agent.drivers.encoder import open_encoder
 from edge_agent.drivers.modbus import ModbusPort
 from edge_agent.drivers.pulses import PulseEncoder
 from edge_agent.drivers.scalars import open_scalar
+from edge_agent.line_config import LineConfig
 from edge_agent.seams import Shot
+from edge_agent.sorting import open_world
+from models.errors import ConfigError
 from tests.simulators.mqtt_probe import Probe, close_probes
 from tests.simulators.plc import plc_process
 from tests.simulators.processes import embedded_broker, free_port, running, wait_until
@@ -173,3 +178,42 @@ def test_encoder_weights_and_shots_over_mqtt(broker: int) -> None:
         "target_pulses": 99,
     }
     assert encoder.feeder.counters["malformed"] > 0  # type: ignore[union-attr]
+
+
+def test_a_line_takes_its_belt_from_the_plc_and_hands_it_shots_ahead_of_time(
+    plc: int, program: ModbusPort, tmp_path: Path
+) -> None:
+    cv2.imwrite(str(tmp_path / "0.png"), np.zeros((100, 200, 3), np.uint8))
+    base = f"modbus://127.0.0.1:{plc}"
+    config = LineConfig(
+        camera=str(tmp_path),
+        paced=False,
+        lanes=1,
+        encoder=f"{base}/holding/100?mm_per_pulse=0.1&poll_ms=5&stale_ms=5000&timeout_ms=5000&max_mm_s=1e6",
+        ejector=f"{base}/holding/200?outlet=reject:7&slots=4&ahead_mm=150&timeout_ms=5000",
+    )
+    program.write(100, [0, 1000])
+    with closing(open_world(config)) as world:
+        wait_until(lambda: not getattr(world.encoder, "stale", True), what="the first reading")
+        queue = world.ejection_queue(config, time.monotonic)
+        start_mm = world.encoder.position_mm(time.monotonic())
+        frame = world.source.read(1.0)
+        assert frame is not None
+        assert frame.belt_mm == start_mm
+        assert queue.schedule(Shot(0, "reject", 1, start_mm + 400.0))
+        queue.fire_due()
+        assert queue.waiting == 1
+        program.write(100, [0, 4000])
+        wait_until(lambda: world.encoder.position_mm(time.monotonic()) >= start_mm + 300.0, what="the belt to move")
+        wait_until(lambda: queue.fire_due() >= 0.0 and program.read("holding", 200, 6)[0] != 0, what="the hand-over")
+        sequence, lane, outlet, high, low, again = program.read("holding", 200, 6)
+        assert (sequence, lane, outlet) == (again, 0, 7)
+        assert (high << 16) + low == 1000 + 4000
+        assert queue.waiting == 1, "the shot stays until its place has come, and is then not handed over again"
+
+
+def test_devices_without_an_encoder_are_refused(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "0.png"), np.zeros((100, 200, 3), np.uint8))
+    with pytest.raises(ConfigError) as caught:
+        open_world(LineConfig(camera=str(tmp_path), ejector="modbus://127.0.0.1:1/holding/0?outlet=reject:1"))
+    assert caught.value.code == "line.no_encoder"
