@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from edge_agent.judging import Judge, Judged
 from edge_agent.simulation import SimulatedTruth
 from models.messages import Live
 from models.windows import FeatureCounter, Histogram, Window
+
+if TYPE_CHECKING:
+    from edge_agent.shadow import Shadow
 
 _TALLIES = ("frames", "frames_dropped", "frames_bad", "items", "items_unjudged", "verdicts_late", "views")
 
@@ -54,6 +57,9 @@ class LineCounter:
         self._features: FeatureCounter | None = None
         self._queue: EjectionQueue | None = None
         self._last_ejectors: dict[str, int] = {}
+        self.shadow: Shadow | None = None
+        """A challenger whose counts belong into the windows."""
+        self._last_shadow: dict[str, int] = {}
         self._restart()
 
     def follow(self, queue: EjectionQueue) -> None:
@@ -136,6 +142,8 @@ class LineCounter:
                 ejections=self._since(truth, "ejections"),
                 ejectors=self._ejectors(),
                 jitter_ms=self._jitter(),
+                shadow=self._shadow(),
+                shadow_bundle=self.shadow.judge.digest if self.shadow else "",
                 truth=self._since(truth, "outcomes"),
                 lifetime_items=self.lifetime_items,
                 **tallies,
@@ -148,7 +156,12 @@ class LineCounter:
         ledger = self._queue.ledger if self._queue else None
         now = ledger.counts() if ledger else {}
         before, self._last_ejectors = self._last_ejectors, now
-        return {key: value - before.get(key, 0) for key, value in now.items() if value > before.get(key, 0)}
+        return _grown(now, before)
+
+    def _shadow(self) -> dict[str, int]:
+        now = dict(self.shadow.counts) if self.shadow else {}
+        before, self._last_shadow = self._last_shadow, now
+        return _grown(now, before)
 
     def _jitter(self) -> Histogram:
         if self._queue is None:
@@ -159,8 +172,7 @@ class LineCounter:
     def _since(self, truth: SimulatedTruth | None, name: str) -> dict[str, int]:
         if truth is None or self._last_truth is None:
             return {}
-        now, before = getattr(truth, name), getattr(self._last_truth, name)
-        return {key: value - before.get(key, 0) for key, value in now.items() if value > before.get(key, 0)}
+        return _grown(getattr(truth, name), getattr(self._last_truth, name))
 
     def live(self, boot_id: str, belt_mm_s: float) -> Live:
         """Figures of the last five seconds, totals since the start."""
@@ -192,3 +204,8 @@ class LineCounter:
 
     def _first_s(self) -> float:
         return self._frames_at[0] if self._frames_at else self._clock()
+
+
+def _grown(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    """What was added since."""
+    return {key: value - before.get(key, 0) for key, value in now.items() if value > before.get(key, 0)}

@@ -74,12 +74,8 @@ class Judge:
         """Whether the graph takes a scalar per item; the first one is `weight_g`."""
         return self.classifier.scalars > 0
 
-    def infer(self, tracks: list[Track], weights_g: list[float | None] | None = None) -> float:
-        """Judges the newest view of each track in one batch.
-
-        Args:
-            tracks: Each with a view that is not judged yet.
-            weights_g: Grams per track where the graph wants them; None = not known.
+    def infer(self, tracks: list[Track]) -> float:
+        """Judges the newest view of each track, and its weight where the graph wants one, in one batch.
 
         Returns:
             Milliseconds the model took.
@@ -90,9 +86,9 @@ class Judge:
         views = [track.views[-1] for track in tracks]
         started = self._clock()
         scalars = None
-        if weights_g is not None:
+        if self.wants_weight:
             scalars = np.full((len(tracks), self.classifier.scalars), np.nan, np.float32)
-            scalars[:, 0] = [np.nan if weight is None else weight for weight in weights_g]
+            scalars[:, 0] = [np.nan if track.weight_g is None else track.weight_g for track in tracks]
         answer = self.classifier.classify(views, scalars)
         elapsed_ms = (self._clock() - started) * 1000.0
         for row, track in enumerate(tracks):

@@ -44,7 +44,8 @@ from edge_agent.pipe import (
     WindowClosed,
 )
 from edge_agent.seams import Frame
-from edge_agent.sorting import LineCore, World, geometry_of, load_judge, open_world
+from edge_agent.shadow import Shadow
+from edge_agent.sorting import LineCore, World, geometry_of, load_judge, load_shadow, open_world
 from models.errors import BundleError, CameraError, SortlineError
 from models.messages import Fault
 
@@ -88,6 +89,7 @@ class Line:
         self._camera_fault = ""
         self._next_judge: Judge | None = None
         self._next_load_ms = 0.0
+        self._next_since_s = 0.0
         self._loads: queue.Queue[Load] = queue.Queue(4)
         simulation = self._world.simulation
         self._counter = LineCounter(
@@ -108,6 +110,7 @@ class Line:
         cv2.setNumThreads(1)
         sys.setswitchinterval(_SWITCH_S)
         judge = self._first_judge()
+        self._counter.shadow = self._first_shadow(judge)
         threads = [
             threading.Thread(target=body, name=name, daemon=True)
             for name, body in (
@@ -140,6 +143,13 @@ class Line:
             return load_judge(self._config)
         except BundleError as error:
             self._say(LoadFailed(digest=self._config.digest, fault=_fault(error)))
+            return None
+
+    def _first_shadow(self, champion: Judge | None) -> Shadow | None:
+        try:
+            return load_shadow(self._config, champion)
+        except BundleError as error:
+            self._say(LoadFailed(digest="", fault=_fault(error)))
             return None
 
     def stop(self) -> None:
@@ -196,6 +206,7 @@ class Line:
             on_model_failure=lambda judge, error: self._say(ModelFailed(digest=judge.digest, fault=_fault(error))),
             confirmation=self._world.confirmation,
             weights=self._world.weights,
+            shadow=self._counter.shadow,
             on_ejector=self._ejector_trouble,
         )
 
@@ -210,9 +221,9 @@ class Line:
         self._say(Faulted(fault=Fault(code=code, message=message, at_ms=time.time_ns() // 1_000_000)))
 
     def _switch(self, core: LineCore) -> None:
-        """Takes over the bundle the loader has ready: one assignment between two frames."""
+        """Takes over the bundle the loader has ready: one assignment between two frames, at a gap on the belt."""
         judge = self._next_judge
-        if judge is None:
+        if judge is None or not self._may_switch(core):
             return
         started = time.perf_counter()
         self._next_judge = None
@@ -223,6 +234,15 @@ class Line:
             self._say(WindowClosed(window=window))
         self._say(Swapped(digest=judge.digest, load_ms=self._next_load_ms, gap_ms=gap_ms))
         log.info("bundle %s judges from now on", judge.digest[:12])
+
+    def _may_switch(self, core: LineCore) -> bool:
+        """At a gap, where there is nothing to keep running, or when the wait is over.
+
+        Items in sight keep the bundle that took their first view either way: the gap only spares them two models.
+        """
+        if core.judge is None or core.tracker.open == 0:
+            return True
+        return time.monotonic() - self._next_since_s > self._config.swap_within_s
 
     # -- camera thread ----------------------------------------------------------------------------------------
 
@@ -311,6 +331,7 @@ class Line:
                 self._say(LoadFailed(digest=load.digest, fault=_fault(error)))
                 continue
             self._next_load_ms = (time.perf_counter() - started) * 1000.0
+            self._next_since_s = time.monotonic()
             self._next_judge = judge
             _return_memory()
 

@@ -67,6 +67,12 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Directory of the bundle to start with: the last good one."""
     digest: str = ""
     """Which bundle that must be."""
+    shadow: str = ""
+    """Directory of a challenger's bundle that judges the same items without moving anything."""
+    samples: str = ""
+    """Folder for items that champion and challenger judge differently; empty = they are only counted."""
+    swap_within_s: Annotated[float, msgspec.Meta(ge=0.0, le=60.0)] = 2.0
+    """A new bundle waits so long for a gap on the belt before it is switched in between two frames anyway."""
     boot_id: str = "0000000000000000"
     """Of the supervisor; live figures carry it."""
     orphan_s: Annotated[float, msgspec.Meta(ge=0.0)] = 20.0

@@ -27,6 +27,7 @@ from edge_agent.seams import (
     LineGeometry,
     Shot,
 )
+from edge_agent.shadow import SampleFolder, Shadow
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.tracking import Track, Tracker, ViewPicker
 from models.errors import BundleError, CameraError, ConfigError
@@ -197,6 +198,7 @@ class LineCore:
         on_verdict: Called with each verdict and its outlet.
         confirmation: Photo-eyes behind the ejectors, where there are any.
         weights: Per lane, what weighs its items.
+        shadow: A challenger that gets each judged item; replaced between two frames.
         on_ejector: Called with lane, outlet and `weak`, `slow` or `` (well again) when an ejector's trouble changes.
     """
 
@@ -209,6 +211,7 @@ class LineCore:
     confirmation: Confirmation | None = None
     weights: tuple[ItemScalars, ...] = ()
     on_ejector: Callable[[int, str, str], None] = lambda _lane, _outlet, _trouble: None
+    shadow: Shadow | None = None
     judge: Judge | None = None
     items_on_bundle: int = 0
     _ids: int = 0
@@ -282,17 +285,18 @@ class LineCore:
                 batches.setdefault(id(judge), (judge, []))[1].append(track)
         for judge, tracks in batches.values():
             try:
-                elapsed_ms = judge.infer(tracks, self._weights_of(tracks) if judge.wants_weight else None)
+                if judge.wants_weight:
+                    self._weigh(tracks)
+                elapsed_ms = judge.infer(tracks)
             except BundleError as error:
                 self._fail(judge, tracks, error)
             else:
                 self.counter.inference(elapsed_ms, len(tracks))
 
-    def _weights_of(self, tracks: list[Track]) -> list[float | None]:
-        return [
-            self.weights[track.lane].value_for(track.item_mm) if track.lane < len(self.weights) else None
-            for track in tracks
-        ]
+    def _weigh(self, tracks: list[Track]) -> None:
+        for track in tracks:
+            if track.weight_g is None and track.lane < len(self.weights):
+                track.weight_g = self.weights[track.lane].value_for(track.item_mm)
 
     def _fail(self, judge: Judge, tracks: list[Track], error: BundleError) -> None:
         for track in tracks:
@@ -321,6 +325,8 @@ class LineCore:
         self.counter.verdict(judged, outlet, (self.clock() - captured_s) * 1000.0, own_bundle=own)
         if self.on_verdict is not None:
             self.on_verdict(judged, outlet)
+        if self.shadow is not None:
+            self.shadow.offer(judged, judged.verdict.outlet, self.counter.variety)
 
     def flush(self) -> None:
         """Finishes the items in sight (the camera ended)."""
@@ -336,6 +342,22 @@ class LineCore:
     def tracker(self) -> Tracker:
         """As above."""
         return self._tracker
+
+
+def load_shadow(config: LineConfig, champion: Judge | None) -> Shadow | None:
+    """The challenger of a configuration, started, or None.
+
+    Raises:
+        BundleError: It is not usable, or wants other views than the champion.
+    """
+    if not config.shadow:
+        return None
+    keep = SampleFolder(Path(config.samples)) if config.samples else lambda _found: None
+    shadow = Shadow(Judge(Path(config.shadow), threads=1), keep)
+    if champion is not None:
+        shadow.check(champion)
+    shadow.start()
+    return shadow
 
 
 def load_judge(config: LineConfig) -> Judge | None:

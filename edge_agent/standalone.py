@@ -19,7 +19,7 @@ from edge_agent.ejection import EjectionQueue
 from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import LineConfig
 from edge_agent.seams import Frame
-from edge_agent.sorting import LineCore, World, geometry_of, open_world
+from edge_agent.sorting import LineCore, World, geometry_of, load_shadow, open_world
 from models.errors import CameraError
 from models.messages import Live
 from models.preprocess import make_view
@@ -64,6 +64,7 @@ def run_standalone(
         clock=clock,
     )
     queue = world.ejection_queue(config, clock)
+    shadow = counter.shadow = load_shadow(config, judge)
     if config.paced:
         queue.start()
     started = time.perf_counter()
@@ -85,6 +86,7 @@ def run_standalone(
                     clock=clock,
                     confirmation=world.confirmation,
                     weights=world.weights,
+                    shadow=shadow,
                     on_verdict=_verdict_writer(verdicts) if verdicts else None,
                 )
                 core.use(judge)
@@ -104,6 +106,8 @@ def run_standalone(
         world.close()
     if core is not None:
         core.flush()
+    if shadow is not None:
+        shadow.stop()
     return _summary(counter, world, time.perf_counter() - started)
 
 
@@ -130,6 +134,7 @@ def _summary(counter: LineCounter, world: World, elapsed_s: float) -> dict[str, 
         "views": window.views,
         "classes": window.classes,
         "outlets": window.outlets,
+        "shadow": window.shadow,
         "latency_p50_ms": round(window.latency_ms.quantile(0.5), 2) if window.items else None,
         "latency_p99_ms": round(window.latency_ms.quantile(0.99), 2) if window.items else None,
         "inference_p50_ms": round(window.inference_ms.quantile(0.5), 2) if window.views else None,

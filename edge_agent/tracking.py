@@ -39,6 +39,8 @@ class Track:
     probabilities: list[NDArray[np.float32]] = field(default_factory=list)
     embeddings: list[NDArray[np.float32]] = field(default_factory=list)
     features: list[NDArray[np.float32]] = field(default_factory=list)
+    weight_g: float | None = None
+    """From a load cell, where there is one."""
     judge: object = None
     """The judge that took the item's first view; it finishes the item, also across a swap."""
 

@@ -235,6 +235,10 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     """How late after its place each ejection was commanded."""
     truth: dict[Label, Count] = {}
     """Where the truth is known (simulation, challenge items): `kind>outlet` -> items."""
+    shadow: dict[Label, Count] = {}
+    """Outlets `champion>challenger` of items a challenger judged too; `skipped` and `failed` beside them."""
+    shadow_bundle: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """Digest of the challenger."""
     lifetime_items: Count = 0
     """Items judged since the agent was installed: survives lost windows."""
 
@@ -276,7 +280,7 @@ def _window_error(expected: object, got: object) -> MessageError:
     return MessageError("window.inconsistent", "A window's counts contradict each other.", expected=expected, got=got)
 
 
-_TABLES: Final = ("classes", "outlets", "ejections", "ejectors", "truth")
+_TABLES: Final = ("classes", "outlets", "ejections", "ejectors", "shadow", "truth")
 
 
 def merge(a: Window, b: Window) -> Window:

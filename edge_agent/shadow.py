@@ -1,0 +1,179 @@
+"""A challenger judges the champion's views on spare milliseconds; its verdicts move nothing.
+
+Own thread, lowest priority, bounded queue: a busy line skips the challenger, never the other way round. What the two
+say is counted as `champion>challenger` outlets, and items they disagree on are kept for people, newest first.
+
+Law: every offered item is compared, skipped or failed, exactly one of them.
+"""
+
+import logging
+import os
+import queue
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.judging import Judge, Judged
+from models.errors import BundleError, SortlineError
+from models.files import write_atomically
+from models.recipe import Verdict
+
+log = logging.getLogger("sortline.shadow")
+_WAITING: Final = 32
+_NICENESS: Final = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """One item the two judge differently."""
+
+    item_id: int
+    views: NDArray[np.uint8]
+    """uint8 (V, S, S, 3) BGR."""
+    champion: Verdict
+    challenger: Verdict
+
+
+class SampleFolder:
+    """Keeps the newest disagreements as `.npz` files: views and both probabilities.
+
+    Args:
+        folder: Made when the first sample comes.
+        limit: Files kept; the oldest goes first.
+    """
+
+    def __init__(self, folder: Path, *, limit: int = 200) -> None:
+        self._folder, self._limit = folder, limit
+        self._names: deque[Path] = deque(sorted(folder.glob("*.npz")) if folder.is_dir() else [])
+        self._number = int(self._names[-1].stem) + 1 if self._names and self._names[-1].stem.isdigit() else 0
+        self.failed = 0
+
+    def __call__(self, found: Disagreement) -> None:
+        """Keeps one; a full disk is counted, not raised."""
+        path = self._folder / f"{self._number:09d}.npz"
+        self._number += 1
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, _packed(found))
+            self._names.append(path)
+            while len(self._names) > self._limit:
+                self._names.popleft().unlink(missing_ok=True)
+        except OSError as error:
+            self.failed += 1
+            log.warning("sample not kept: %s", error)
+
+
+def _packed(found: Disagreement) -> bytes:
+    import io  # noqa: PLC0415  only when the two disagree
+
+    stream = io.BytesIO()
+    np.savez_compressed(
+        stream,
+        views=found.views,
+        champion=np.array(found.champion.probabilities, np.float32),
+        challenger=np.array(found.challenger.probabilities, np.float32),
+    )
+    return stream.getvalue()
+
+
+@dataclass(slots=True)
+class Shadow:
+    """A loaded challenger.
+
+    Attributes:
+        judge: The challenger.
+        keep: Called with each disagreement, on the shadow's thread.
+    """
+
+    judge: Judge
+    keep: Callable[[Disagreement], None] = lambda _found: None
+    waiting: int = _WAITING
+    counts: Counter[str] = field(default_factory=Counter)
+    """`champion>challenger` outlets, and `skipped`, `failed`."""
+    _queue: "queue.Queue[tuple[Judged, str, str] | None]" = field(init=False)
+    _thread: threading.Thread | None = None
+
+    def __post_init__(self) -> None:
+        self._queue = queue.Queue(self.waiting)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finishes what waits, within two seconds."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(2.0)
+
+    def check(self, champion: Judge) -> None:
+        """Refuses a challenger that wants other views than the champion takes.
+
+        Raises:
+            BundleError: `shadow.other_views`.
+        """
+        ours, theirs = self.judge.preprocess, champion.preprocess
+        if (ours.view_px, ours.margin, ours.channels) != (theirs.view_px, theirs.margin, theirs.channels):
+            raise BundleError(
+                "shadow.other_views",
+                "The challenger wants other views than the champion takes.",
+                expected=f"{theirs.view_px} px, margin {theirs.margin}",
+                got=f"{ours.view_px} px, margin {ours.margin}",
+            )
+
+    def offer(self, judged: Judged, outlet: str, variety: str) -> None:
+        """Takes an item that has its verdict. Never waits."""
+        try:
+            self._queue.put_nowait((judged, outlet, variety))
+        except queue.Full:
+            self.counts["skipped"] += 1
+
+    def _run(self) -> None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        except OSError as error:
+            log.warning("shadow runs at normal priority: %s", error)
+        while (offered := self._queue.get()) is not None:
+            self.compare(*offered)
+
+    def compare(self, judged: Judged, outlet: str, variety: str) -> None:
+        """Judges one item's views and counts what came of it."""
+        views = np.stack(judged.track.views)
+        weight = judged.track.weight_g
+        try:
+            self.check_size(views)
+            scalars = None
+            if self.judge.wants_weight:
+                scalars = np.full((len(views), self.judge.classifier.scalars), np.nan, np.float32)
+                scalars[:, 0] = np.nan if weight is None else weight
+            answer = self.judge.classifier.classify(views, scalars)
+            verdict = self.judge.recipe.decide(answer.probabilities, variety)
+        except SortlineError as error:
+            self.counts["failed"] += 1
+            log.warning("challenger failed: %s", error)
+            return
+        self.counts[f"{outlet}>{verdict.outlet}"] += 1
+        if outlet != verdict.outlet:
+            self.keep(Disagreement(judged.track.item_id, views, judged.verdict, verdict))
+
+    def check_size(self, views: NDArray[np.uint8]) -> None:
+        """Views of another size come from another champion than the one `check` saw.
+
+        Raises:
+            BundleError: `shadow.other_views`.
+        """
+        side = self.judge.preprocess.view_px
+        if views.shape[1:] != (side, side, 3):
+            raise BundleError(
+                "shadow.other_views",
+                "The champion's views are not the challenger's.",
+                expected=f"{side} px",
+                got=views.shape,
+            )
