@@ -191,11 +191,16 @@ class Line:
             self._core.flush()
 
     def _newest_frame(self) -> Frame | None:
+        shadow = self._counter.shadow
+        if shadow is not None:
+            shadow.idle.set()
         with self._mailbox:
             if self._frame is None and not self._ended:
                 self._mailbox.wait(_READ_S)
             frame, self._frame = self._frame, None
-            return frame
+        if shadow is not None:
+            shadow.idle.clear()
+        return frame
 
     def _make_core(self, frame: Frame) -> LineCore:
         return LineCore(

@@ -94,6 +94,8 @@ class Shadow:
     judge: Judge
     keep: Callable[[Disagreement], None] = lambda _found: None
     waiting: int = _WAITING
+    idle: threading.Event = field(default_factory=threading.Event)
+    """Set while the line waits for a frame: only then an item is begun."""
     counts: Counter[str] = field(default_factory=Counter)
     """`champion>challenger` outlets, and `skipped`, `failed`."""
     _queue: "queue.Queue[tuple[Judged, str, str] | None]" = field(init=False)
@@ -101,6 +103,7 @@ class Shadow:
 
     def __post_init__(self) -> None:
         self._queue = queue.Queue(self.waiting)
+        self.idle.set()
 
     def start(self) -> None:
         """Starts the thread."""
@@ -141,6 +144,7 @@ class Shadow:
         except OSError as error:
             log.warning("shadow runs at normal priority: %s", error)
         while (offered := self._queue.get()) is not None:
+            self.idle.wait(1.0)
             self.compare(*offered)
 
     def compare(self, judged: Judged, outlet: str, variety: str) -> None:

@@ -24,6 +24,8 @@ View: TypeAlias = NDArray[np.uint8]
 MAX_PHOTO_BYTES: Final = 32 * 1024 * 1024
 MAX_PHOTO_PIXELS: Final = 50_000_000
 _LEVELS: Final = np.arange(256, dtype=np.float64)
+_SQUARES: Final = _LEVELS**2
+_CORE: Final = np.ones((5, 5), np.uint8)
 _DARK: Final = 40
 """Grey levels below this count as dark."""
 
@@ -72,14 +74,14 @@ def _resize_masked(square: NDArray[np.uint8], mask: NDArray[np.uint8], side: int
     """Resizes colour and coverage together, so that the item's rim keeps its colour instead of fading to black."""
     shrinking = square.shape[0] > side
     how = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
-    colour = cv2.resize(square, (side, side), interpolation=how).astype(np.float32)
+    colour = cv2.resize(square, (side, side), interpolation=how)
     coverage = cv2.resize(mask, (side, side), interpolation=how)
-    inside = coverage >= 128
-    scale = np.where(inside, np.float32(255.0) / np.maximum(coverage, 1), np.float32(0.0))
-    view = np.rint(np.minimum(colour * scale[:, :, None], 255.0)).astype(np.uint8)
+    view = cv2.divide(colour, cv2.merge((coverage, coverage, coverage)), scale=255.0)
     # An item pixel is never exactly black: zero means background.
-    np.maximum(view, inside[:, :, None].view(np.uint8), out=view)
-    return view
+    view = np.maximum(view, 1)
+    return np.asarray(
+        cv2.bitwise_and(view, view, mask=cv2.threshold(coverage, 127, 255, cv2.THRESH_BINARY)[1]), np.uint8
+    )
 
 
 def segment_photo(image: NDArray[np.uint8], backdrop_delta: int = 28) -> NDArray[np.uint8]:
@@ -189,20 +191,20 @@ def view_features(view: View) -> NDArray[np.float32]:
         that is item, height / width of the item, centre of mass x and y (0-1). NaN everywhere when the view is
         empty.
     """
-    inside = largest_channel(view) > 0
-    count = int(np.count_nonzero(inside))
+    inside = cv2.threshold(largest_channel(view), 0, 1, cv2.THRESH_BINARY)[1]
+    count = cv2.countNonZero(inside)
     if count == 0:
         return np.full(len(VIEW_FEATURES), np.nan, np.float32)
     grey = cv2.cvtColor(view, cv2.COLOR_BGR2GRAY)
-    levels = cv2.calcHist([grey], [0], inside.view(np.uint8), [256], [0, 256]).ravel().astype(np.float64)
+    levels = cv2.calcHist([grey], [0], inside, [256], [0, 256]).ravel().astype(np.float64)
     mean = float(levels @ _LEVELS) / count
-    spread = float(np.sqrt(max(float(levels @ _LEVELS**2) / count - mean * mean, 0.0)))
-    core = np.asarray(cv2.erode(inside.astype(np.uint8), np.ones((5, 5), np.uint8))) > 0
-    laplacian = cv2.Laplacian(grey, cv2.CV_16S)[core]
-    sharpness = float(np.log1p(laplacian.astype(np.float32).var())) if laplacian.size else 0.0
-    rows = np.flatnonzero(inside.any(axis=1))
-    columns = np.flatnonzero(inside.any(axis=0))
-    per_row, per_column = inside.sum(axis=1), inside.sum(axis=0)
+    spread = float(np.sqrt(max(float(levels @ _SQUARES) / count - mean * mean, 0.0)))
+    core = cv2.erode(inside, _CORE)
+    _, deviation = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S), mask=core)
+    sharpness = float(np.log1p(deviation.item() ** 2))
+    per_row = cv2.reduce(inside, 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()
+    per_column = cv2.reduce(inside, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()
+    rows, columns = np.flatnonzero(per_row), np.flatnonzero(per_column)
     side = view.shape[0]
     highlight = float(np.searchsorted(np.cumsum(levels), int(0.95 * (count - 1)), side="right"))
     return np.array(
