@@ -52,6 +52,15 @@ class Locator:
         self.coverage = 0.0
         """Share of the last frame that is not belt: near 1 the frame shows no belt at all (black, torn, blinded)."""
 
+    @property
+    def background(self) -> NDArray[np.float32] | None:
+        """The belt as learnt so far: float32 (h, w, 3) at a quarter of the size; None before the first frame."""
+        return self._background
+
+    def restore(self, background: NDArray[np.float32] | None) -> None:
+        """Goes on from a belt learnt before (a copy of `background`)."""
+        self._background = None if background is None else background.copy()
+
     def find(self, image: Image) -> list[Located]:
         """All items of a frame, by lane and then from right (front) to left.
 
