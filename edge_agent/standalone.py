@@ -90,6 +90,8 @@ def run_standalone(
             if recorder is not None:
                 recorder.offer(core, frame)
             core.process(frame)
+            if recorder is not None:
+                recorder.processed()
             if frame.captured_s >= next_live_s:
                 next_live_s = frame.captured_s + 1.0
                 on_live(counter.live("0" * 16, world.encoder.speed_mm_s()))
