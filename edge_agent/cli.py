@@ -21,6 +21,10 @@ _EPILOG = """examples:
                                         judge a recording with one bundle, alone, every frame
   sortline-agent run --bundle DIR --camera simulated --seconds 30
                                         sort on the simulated line for 30 seconds
+  sortline-agent run --bundle DIR --camera /dev/video0 --record REC --record-quota-mb 8000
+                                        sort and record: for a bug report, or for tomorrow's model
+  sortline-agent replay REC             was it the same, bit by bit? with the bundle that judged
+  sortline-agent replay REC --bundle B  what would bundle B have done with that fruit?
   sortline-agent collect --output DIR --items 300
                                         labelled training views from the simulated line
   sortline-agent selftest DIR           would this machine accept this bundle?
@@ -45,6 +49,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seconds", type=float, default=0.0, help="with --bundle: stop after so much of the line's time")
     run.add_argument("--verdicts", type=Path, metavar="FILE", help="with --bundle: one JSON line per item")
     run.add_argument("--json", action="store_true", help="with --bundle: print the totals as JSON")
+    run.add_argument(
+        "--record", type=Path, metavar="DIR", help="with --bundle: record frames and decisions there (see replay)"
+    )
+    run.add_argument(
+        "--record-quota-mb",
+        type=int,
+        default=4000,
+        metavar="N",
+        help="with --record: never more than so much; the oldest goes first, faults go last (default: 4000; two lanes "
+        "at 30 frames/s take about 10 MB/s)",
+    )
+    _replay_options(commands)
     collect = commands.add_parser("collect", help="write views for training, from the line's own pipeline")
     _line_options(collect)
     collect.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
@@ -64,6 +80,37 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("action", choices=["check", "show"])
     config.add_argument("--config", type=Path, metavar="FILE")
     return parser
+
+
+_REPLAY = """Runs a recording (run --record DIR) through the line again, as fast as it goes, and compares all decisions.
+
+With the bundle that judged then, everything must be equal to the last bit: item, position on the belt, class,
+outlet, probabilities. If it is not, the differences are listed and the exit status is 1: report that as a bug, with
+the recording. With another bundle the answer is a table: what the old one said against what the new one says, on
+the same fruit; the exit status is 0.
+
+A recording that was torn by a power cut is replayed up to the tear, and the tear is named. Recordings whose oldest
+part was evicted, or that lost frames, replay exactly too: each segment begins with the state of the line.
+"""
+_REPLAY_EPILOG = """examples:
+  sortline-agent replay REC                        with the bundle it was recorded with, if it is still there
+  sortline-agent replay REC --bundle old-bundle    the same, the bundle is elsewhere now
+  sortline-agent replay REC --bundle new-bundle    a new model on yesterday's fruit
+  sortline-agent replay REC --json | jq .exact     for a script
+"""
+
+
+def _replay_options(commands: Any) -> None:
+    replay = commands.add_parser(
+        "replay",
+        help="judge a recording again: bit-exact with its bundle, a comparison with another",
+        description=_REPLAY,
+        epilog=_REPLAY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    replay.add_argument("folder", type=Path, metavar="DIR", help="the recording")
+    replay.add_argument("--bundle", type=Path, metavar="B", help="judges (default: the recorded bundle, where it was)")
+    replay.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _line_options(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +154,8 @@ def _config(arguments: argparse.Namespace) -> Any:
 def _run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if arguments.bundle is None:
+        if arguments.record is not None:
+            raise ConfigError("config.bad_value", "--record needs --bundle.", expected="--bundle DIR", got="none")
         from edge_agent.supervisor import Supervisor  # noqa: PLC0415
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -117,18 +166,60 @@ def _run(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{live.items} items, {live.items_per_s:.1f}/s, p99 {live.p99_ms:.1f} ms   ")
 
+    recorder = _recorder(arguments, config)
     stream = arguments.verdicts.open("w", encoding="utf-8") if arguments.verdicts else None
     try:
         facts = run_standalone(
-            config.line, bundle=arguments.bundle, seconds=arguments.seconds, on_live=show, verdicts=stream
+            config.line,
+            bundle=arguments.bundle,
+            seconds=arguments.seconds,
+            on_live=show,
+            verdicts=stream,
+            recorder=recorder,
         )
     finally:
+        if recorder is not None:
+            recorder.close()
         if stream is not None:
             stream.close()
         if sys.stderr.isatty():
             sys.stderr.write("\n")
     _print(facts, as_json=arguments.json)
     return 0
+
+
+def _recorder(arguments: argparse.Namespace, config: Any) -> Any:
+    if arguments.record is None:
+        return None
+    from edge_agent.recording import Recorder  # noqa: PLC0415
+
+    about = {"bundle": str(arguments.bundle.resolve()), "threads": str(config.line.threads)}
+    return Recorder(
+        arguments.record, quota_bytes=arguments.record_quota_mb * 1_000_000, about=about, patient=not config.line.paced
+    )
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from edge_agent.replay import Replay, replay  # noqa: PLC0415
+
+    bundle = arguments.bundle or Replay(arguments.folder).bundle_directory()
+
+    def progress(done: int, wanted: int) -> None:
+        if sys.stderr.isatty() and (done % 10 == 0 or done == wanted):
+            sys.stderr.write(f"\rreplaying {done}/{wanted} frames ")
+
+    report = replay(arguments.folder, bundle, progress=progress)
+    if sys.stderr.isatty():
+        sys.stderr.write("\n")
+    for torn in report.torn:
+        sys.stderr.write(f"torn tail: {torn}\n")
+    if arguments.json:
+        _print(asdict(report), as_json=True)
+    else:
+        sys.stdout.write("\n".join(report.lines()) + "\n")
+    return 1 if report.exact is False else 0
 
 
 def _collect(arguments: argparse.Namespace) -> int:
@@ -192,6 +283,7 @@ def _print(facts: dict[str, Any], *, as_json: bool) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
+    "replay": _replay,
     "collect": _collect,
     "selftest": _selftest,
     "capacity": _capacity,

@@ -53,6 +53,15 @@ class Locator:
         self.coverage = 0.0
         """Share of the last frame that is not belt: near 1 the frame shows no belt at all (black, torn, blinded)."""
 
+    @property
+    def background(self) -> NDArray[np.float32] | None:
+        """The belt as learnt so far: float32 (h, w, 3) at a quarter of the size; None before the first frame."""
+        return self._background
+
+    def restore(self, background: NDArray[np.float32] | None) -> None:
+        """Goes on from a belt learnt before (a copy of `background`)."""
+        self._background = None if background is None else background.copy()
+
     def find(self, image: Image) -> list[Located]:
         """All items of a frame, by lane and then from right (front) to left.
 
@@ -74,7 +83,7 @@ class Locator:
         background = self._background
         assert background is not None  # noqa: S101  set by the only caller
         # Belt pixels are the majority or at least stay near their old value: the median ratio is the lamp's gain.
-        sample, known = small[::4, ::4, 1].astype(np.float32), background[::4, ::4, 1]
+        sample, known = small[::8, ::8, 1].astype(np.float32), background[::8, ::8, 1]
         near = np.abs(sample - known) < _DELTA
         gain = float(np.median(sample[near] / np.maximum(known[near], 1.0))) if near.sum() > 32 else 1.0
         expected = cv2.convertScaleAbs(background, alpha=min(max(gain, 0.5), 2.0))

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_agent.camera import open_camera
 from edge_agent.confirmation import ConfirmationLedger
 from edge_agent.counting import LineCounter
@@ -185,6 +188,17 @@ def geometry_of(config: LineConfig, world: World, frame: Frame) -> LineGeometry:
     return LineGeometry(width, height, config.mm_per_px, lanes, config.outlets_mm)
 
 
+@dataclass(frozen=True, slots=True)
+class CoreState:
+    """What a core knows between two frames: with it and the frames that follow, it does the same again."""
+
+    ids: int
+    """Item ids given so far."""
+    last_number: int
+    background: NDArray[np.float32] | None
+    tracks: tuple[Track, ...]
+
+
 @dataclass(slots=True)
 class LineCore:
     """The path from frame to ejector.
@@ -332,6 +346,27 @@ class LineCore:
         """Finishes the items in sight (the camera ended)."""
         for track in self._tracker.close_all():
             self._finish(track, track.last_captured_s)
+
+    def snapshot(self) -> CoreState:
+        """A copy of the state between two frames (some 50 microseconds); the arrays of the tracks are shared."""
+        background = self._locator.background
+        tracks = tuple(
+            replace(
+                track,
+                views=list(track.views),
+                probabilities=list(track.probabilities),
+                embeddings=list(track.embeddings),
+                features=list(track.features),
+            )
+            for track in self._tracker.tracks
+        )
+        return CoreState(self._ids, self._last_number, None if background is None else background.copy(), tracks)
+
+    def restore(self, state: CoreState) -> None:
+        """Goes on from a snapshot; its tracks are taken over."""
+        self._ids, self._last_number = state.ids, state.last_number
+        self._locator.restore(state.background)
+        self._tracker.restore(state.tracks)
 
     @property
     def locator(self) -> Locator:

@@ -5,7 +5,7 @@ what this machine can carry.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,9 +18,11 @@ from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
 from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import LineConfig
+from edge_agent.recording import Recorder
 from edge_agent.seams import Frame
+from edge_agent.shadow import Shadow
 from edge_agent.sorting import LineCore, World, geometry_of, load_shadow, open_world
-from models.errors import CameraError
+from models.errors import CameraError, SortlineError
 from models.messages import Live
 from models.preprocess import make_view
 from models.view_spec import PreprocessSpec
@@ -33,6 +35,7 @@ def run_standalone(
     seconds: float = 0.0,
     on_live: Callable[[Live], None] = lambda _live: None,
     verdicts: TextIO | None = None,
+    recorder: Recorder | None = None,
 ) -> dict[str, Any]:
     """Sorts until the camera ends or `seconds` of its time are over.
 
@@ -42,9 +45,11 @@ def run_standalone(
         seconds: 0 = until the camera ends.
         on_live: Called about once a second of the line's time.
         verdicts: Gets one JSON line per item.
+        recorder: Gets every frame and decision, and is closed at the end; an error marks its segment. The caller
+            closes it when this raises.
 
     Returns:
-        Totals: frames, items, classes, outlets, latency quantiles, truth where it is known.
+        Totals: frames, items, classes, outlets, latency quantiles, truth where it is known, the recording's counters.
 
     Raises:
         BundleError: The bundle is not usable.
@@ -69,15 +74,10 @@ def run_standalone(
         queue.start()
     started = time.perf_counter()
     core: LineCore | None = None
-    first_s: float | None = None
     next_live_s = 0.0
     try:
-        while True:
-            frame = world.source.read(0.25)
-            if frame is None:
-                continue
+        for frame in _frames(world, seconds):
             before_s, now_s[0] = now_s[0], frame.captured_s
-            first_s = frame.captured_s if first_s is None else first_s
             if core is None:
                 core = LineCore(
                     geometry=geometry_of(config, world, frame),
@@ -87,28 +87,68 @@ def run_standalone(
                     confirmation=world.confirmation,
                     weights=world.weights,
                     shadow=shadow,
-                    on_verdict=_verdict_writer(verdicts) if verdicts else None,
+                    on_verdict=_verdict_takers(verdicts, recorder),
                 )
                 core.use(judge)
             if not config.paced:
                 queue.run_to(before_s, now_s[0])
+            if recorder is not None:
+                recorder.offer(core, frame)
             core.process(frame)
+            if recorder is not None:
+                recorder.processed()
             if frame.captured_s >= next_live_s:
                 next_live_s = frame.captured_s + 1.0
                 on_live(counter.live("0" * 16, world.encoder.speed_mm_s()))
-            if seconds and frame.captured_s - first_s >= seconds:
-                break
-    except CameraError as error:
-        if error.code != "camera.ended":
-            raise
+        if core is not None:
+            core.flush()
+    except SortlineError as error:
+        if recorder is not None:
+            recorder.keep(error.code)
+        raise
     finally:
-        queue.stop()
-        world.close()
-    if core is not None:
-        core.flush()
+        _close(queue, world, shadow)
+    facts = _summary(counter, world, time.perf_counter() - started)
+    if recorder is not None:
+        recorder.ended()
+        recorder.close()
+        facts["recording"] = recorder.facts()
+    return facts
+
+
+def _close(queue: EjectionQueue, world: World, shadow: Shadow | None) -> None:
+    queue.stop()
+    world.close()
     if shadow is not None:
         shadow.stop()
-    return _summary(counter, world, time.perf_counter() - started)
+
+
+def _frames(world: World, seconds: float) -> Iterator[Frame]:
+    """Frames until the camera ends or `seconds` of its time are over (0 = no limit)."""
+    first_s: float | None = None
+    while True:
+        try:
+            frame = world.source.read(0.25)
+        except CameraError as error:
+            if error.code == "camera.ended":
+                return
+            raise
+        if frame is None:
+            continue
+        first_s = frame.captured_s if first_s is None else first_s
+        yield frame
+        if seconds and frame.captured_s - first_s >= seconds:
+            return
+
+
+def _verdict_takers(stream: TextIO | None, recorder: Recorder | None) -> Callable[[Judged, str], None] | None:
+    takers = ([_verdict_writer(stream)] if stream else []) + ([recorder.decided] if recorder else [])
+
+    def give(judged: Judged, outlet: str) -> None:
+        for take in takers:
+            take(judged, outlet)
+
+    return give if takers else None
 
 
 def _verdict_writer(stream: TextIO) -> Callable[[Judged, str], None]:

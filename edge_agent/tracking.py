@@ -6,7 +6,7 @@ item. Each track is closed exactly once, and says along the way which observatio
 only, at most K, spaced evenly by travel, which is spaced by roll.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -121,6 +121,17 @@ class Tracker:
         for lane in self._tracks:
             lane.clear()
         return left
+
+    @property
+    def tracks(self) -> list[Track]:
+        """Items in sight, by lane, in the order they came."""
+        return [track for lane in self._tracks for track in lane]
+
+    def restore(self, tracks: Iterable[Track]) -> None:
+        """Goes on from what `tracks` gave before; the tracks are taken over."""
+        self._tracks = [[] for _ in self._geometry.lanes]
+        for track in tracks:
+            self._tracks[track.lane].append(track)
 
     @property
     def open(self) -> int:

@@ -1,0 +1,558 @@
+"""Replays a recording: the same frames, the same belt, and with the same bundle the same verdicts, bit by bit.
+
+A recording is a row of *stretches*: frames without a loss between them, each beginning with a checkpoint. A fresh core
+takes over the checkpoint and goes through the stretch in virtual time. Time is the one thing that is not computed
+again: which verdicts came too late belongs to the recorded machine, so the replay takes it from the recording.
+
+With the bundle that judged, every decision must be equal in every bit: item, `item_mm`, class, outlets, and
+probabilities of the item and of each view. Where the recording also holds decisions of other bundles, their items are
+judged by a second judge, so that the model sees the same batches as it did then (which holds as long as the bundles
+of one recording take the same number of views per item). With another bundle the answer is a
+table of agreements; items that were half judged at the start of a stretch are not compared.
+
+What cannot be compared, and is counted: decisions of frames that were not recorded, and those of the last frame
+before a loss or a torn tail, which may have been lost with it.
+"""
+
+import struct
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import cv2
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.counting import LineCounter
+from edge_agent.ejection import EjectionQueue
+from edge_agent.judging import Judge, Judged
+from edge_agent.locate import SHRINK
+from edge_agent.recording import decision_of, versions
+from edge_agent.seams import Frame, Lane, LineGeometry, Shot
+from edge_agent.segments import (
+    Checkpoint,
+    Decision,
+    End,
+    Entry,
+    FrameHead,
+    Kept,
+    TrackState,
+    floats,
+    malformed,
+    read_segment,
+    segment_files,
+    unreadable,
+)
+from edge_agent.sorting import CoreState, LineCore, NoEjector
+from edge_agent.tracking import Track
+from models.errors import CameraError, InputError
+from models.view_spec import VIEW_FEATURES
+
+_SHOWN: Final = 20
+_PNG_SIZE: Final = struct.Struct(">II")
+
+
+@dataclass(slots=True)
+class Stretch:
+    """Frames without a loss between them."""
+
+    start: Entry
+    checkpoint: Checkpoint
+    frames: list[tuple[FrameHead, Entry]] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    checkpoints: dict[int, Entry] = field(default_factory=dict)
+    """Further checkpoints, by the frame before which they were taken."""
+    ended: bool = False
+    """The run ended here in order."""
+
+    @property
+    def geometry(self) -> LineGeometry:
+        """Of the recorded line."""
+        point = self.checkpoint
+        lanes = tuple(Lane(top, bottom) for top, bottom in point.lanes)
+        return LineGeometry(point.width_px, point.height_px, point.mm_per_px, lanes, point.outlets_mm)
+
+
+class Replay:
+    """A recording as camera and encoder, in virtual time: a frame for each `read`.
+
+    Args:
+        folder: Of the recorder.
+
+    Raises:
+        InputError: `recording.absent`, `recording.corrupt`, `recording.wrong_version`, `recording.oversize`,
+            `recording.malformed`, `recording.unreadable`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.stretches: list[Stretch] = []
+        self.torn: list[str] = []
+        """Segments whose tail a power cut tore off; the rest of them is replayed."""
+        self.kept: list[str] = []
+        """Reasons of segments that were marked."""
+        self._open: Stretch | None = None
+        self._last_index = -1
+        for path in _paths(folder):
+            segment = read_segment(path)
+            for entry in segment.entries:
+                self._take(entry)
+            if segment.torn:
+                self.torn.append(segment.torn)
+                self._open = None
+        self._queue = [(stretch, at) for stretch in self.stretches for at in range(len(stretch.frames))]
+        self._next = 0
+        self._stretch: Stretch | None = None
+        self._times: list[float] = []
+        self._now_s = 0.0
+
+    def _take(self, entry: Entry) -> None:
+        head, current = entry.head, self._open
+        match head:
+            case Checkpoint():
+                follows = head.continuous and current is not None and current.checkpoint.run == head.run
+                if current is not None and follows and head.index == self._last_index + 1:
+                    current.checkpoints[head.index] = entry
+                else:
+                    self._open = Stretch(entry, head)
+                    self.stretches.append(self._open)
+                    self._last_index = head.index - 1
+            case FrameHead():
+                if current is None or head.index != self._last_index + 1:
+                    raise malformed(entry.path, f"frame {self._last_index + 1}", f"frame {head.index}")
+                current.frames.append((head, entry))
+                self._last_index = head.index
+            case Decision():
+                if current is not None:
+                    current.decisions.append(head)
+            case Kept():
+                self.kept.append(head.reason)
+            case End():
+                if current is not None:
+                    current.ended = True
+                self._open = None
+
+    # -- camera -------------------------------------------------------------------------------------------------
+
+    def read(self, timeout_s: float) -> Frame | None:  # noqa: ARG002  a recording never waits
+        """The next frame; see `FrameSource.read`.
+
+        Raises:
+            CameraError: `camera.ended`, `camera.corrupt`, `camera.wrong_size`.
+            InputError: The file changed since it was indexed.
+        """
+        if self._next >= len(self._queue):
+            raise CameraError("camera.ended", "The recording is over.", expected="a frame", got=self._next)
+        stretch, at = self._queue[self._next]
+        head, entry = stretch.frames[at]
+        frame = _frame(stretch.checkpoint, head, entry)
+        if stretch is not self._stretch:
+            self._stretch = stretch
+            self._times = [head.captured_s for head, _ in stretch.frames]
+        self._next += 1
+        self._now_s = head.captured_s
+        return frame
+
+    @property
+    def frames(self) -> int:
+        """Frames of the whole recording."""
+        return len(self._queue)
+
+    @property
+    def decisions(self) -> int:
+        """Decisions of the whole recording."""
+        return sum(len(stretch.decisions) for stretch in self.stretches)
+
+    @property
+    def bundles(self) -> dict[str, int]:
+        """Bundles that judged, by digest, and their decisions."""
+        counts: Counter[str] = Counter()
+        for stretch in self.stretches:
+            counts.update({head.digest: 0 for head, _ in stretch.frames if head.digest})
+            counts.update(decision.digest for decision in stretch.decisions)
+        return dict(counts)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Facts of the recording machine, as of the newest stretch."""
+        return self.stretches[-1].checkpoint.about if self.stretches else {}
+
+    def bundle_directory(self) -> Path:
+        """Where the bundle of the recording was, on the machine that recorded.
+
+        Raises:
+            InputError: `recording.no_bundle` when it is not there (any more).
+        """
+        directory = self.about.get("bundle", "")
+        if not directory or not Path(directory).is_dir():
+            raise InputError(
+                "recording.no_bundle",
+                "The bundle of the recording is not here; name a directory with --bundle.",
+                expected=f"bundle {' or '.join(sorted(self.bundles)) or '(none judged)'}",
+                got=directory or "no directory",
+            )
+        return Path(directory)
+
+    def close(self) -> None:
+        """No further frame comes."""
+        self._next = len(self._queue)
+
+    # -- encoder ------------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """The recording's clock: exposure of the frame read last."""
+        return self._now_s
+
+    def position_mm(self, at_s: float) -> float:
+        """Exactly what was recorded at a frame's time, straight between frames, on at the same speed outside."""
+        if self._stretch is None:
+            return 0.0
+        frames, at = self._stretch.frames, bisect_right(self._times, at_s) - 1
+        if at >= 0 and self._times[at] == at_s:
+            return frames[at][0].belt_mm
+        head = frames[max(at, 0)][0]
+        return head.belt_mm + (at_s - head.captured_s) * self._speed(max(at, 0))
+
+    def speed_mm_s(self) -> float:
+        """Mean speed from the present frame to the next, millimetres per second."""
+        return self._speed(bisect_right(self._times, self._now_s) - 1) if self._stretch else 0.0
+
+    def _speed(self, at: int) -> float:
+        stretch = self._stretch
+        if stretch is None or len(stretch.frames) < 2:
+            return 0.0
+        at = min(max(at, 0), len(stretch.frames) - 2)
+        first, second = stretch.frames[at][0], stretch.frames[at + 1][0]
+        elapsed_s = second.captured_s - first.captured_s
+        return (second.belt_mm - first.belt_mm) / elapsed_s if elapsed_s > 0.0 else 0.0
+
+
+def _paths(folder: Path) -> list[Path]:
+    try:
+        paths = [path for _, path, _ in segment_files(folder)]
+    except FileNotFoundError:
+        paths = []
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    if not paths:
+        raise InputError(
+            "recording.absent", f"{folder} holds no recording.", expected="files such as 00000000.slr", got="none"
+        )
+    return paths
+
+
+def _frame(point: Checkpoint, head: FrameHead, entry: Entry) -> Frame:
+    data = entry.payload()
+    # The size stands in the first bytes of a PNG: a small file must not unfold into a huge image.
+    size = _PNG_SIZE.unpack_from(data, 16) if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24 else None
+    if size is not None and size != (point.width_px, point.height_px):
+        raise CameraError(
+            "camera.wrong_size",
+            f"Frame {head.number} of {entry.path.name} has another size than its line.",
+            expected=(point.width_px, point.height_px),
+            got=size,
+        )
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if size is not None else None
+    except cv2.error:
+        image = None
+    if image is None or image.shape != (point.height_px, point.width_px, 3):
+        raise CameraError(
+            "camera.corrupt", f"Frame {head.number} of {entry.path.name} is no image.", expected="a PNG", got="none"
+        )
+    return Frame(np.asarray(image, np.uint8), head.number, head.captured_s, head.belt_mm)
+
+
+class _RecordedTiming(EjectionQueue):
+    """Answers what the recorded line answered: which verdicts came too late. Fires nothing."""
+
+    def __init__(self, replay: Replay, late: set[int]) -> None:
+        super().__init__(replay, NoEjector(), lead_ms=0.0, clock=replay.now)
+        self._late = late
+
+    def schedule(self, shot: Shot) -> bool:
+        """See `EjectionQueue.schedule`."""
+        return shot.item_id not in self._late
+
+
+@dataclass(slots=True)
+class Report:
+    """What a replay found."""
+
+    bundle: str
+    recorded_bundles: dict[str, int]
+    same_bundle: bool
+    exact: bool | None = None
+    """With the same bundle: whether every bit was the same. None with another bundle."""
+    frames: int = 0
+    stretches: int = 0
+    decisions: int = 0
+    compared: int = 0
+    equal: int = 0
+    """Of those compared bit by bit."""
+    differing: int = 0
+    missing: int = 0
+    """Recorded, but not decided by the replay."""
+    extra: int = 0
+    """Decided by the replay, but not recorded."""
+    not_comparable: int = 0
+    late: int = 0
+    """Recorded verdicts that came too late for their outlet."""
+    belts_compared: int = 0
+    """Checkpoints at which the learnt belt was compared."""
+    belts_differing: int = 0
+    agreed: int = 0
+    """Items with the same class and outlet."""
+    classes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Class then -> class now -> items."""
+    outlets: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Outlet then -> outlet now -> items."""
+    differences: list[str] = field(default_factory=list)
+    """The first of them, in words."""
+    torn: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report for a person."""
+        head = f"{self.frames} frames, {self.stretches} stretches, {self.decisions} decisions recorded"
+        lines = [head, *(f"torn tail: {torn}" for torn in self.torn), *(f"note: {note}" for note in self.notes)]
+        if self.same_bundle:
+            lines.append(f"bit-exact: {'yes' if self.exact else 'NO'}: {self.equal} of {self.compared} items equal")
+            lines.append(f"missing {self.missing}, extra {self.extra}, not comparable {self.not_comparable}")
+            lines.append(f"learnt belt: {self.belts_differing} of {self.belts_compared} checkpoints differ")
+        else:
+            recorded = ", ".join(digest[:12] for digest in self.recorded_bundles) or "no bundle"
+            share = f" ({self.agreed / self.compared:.1%})" if self.compared else ""
+            lines.append(f"recorded with {recorded}, judged now with {self.bundle[:12]}")
+            lines.append(f"agreed on {self.agreed} of {self.compared} items{share}")
+            for name, table in (("class", self.classes), ("outlet", self.outlets)):
+                lines += ["", *_table(name, table)]
+        return lines + [f"  {difference}" for difference in self.differences]
+
+
+def _table(name: str, counts: dict[str, dict[str, int]]) -> list[str]:
+    """Rows: then; columns: now."""
+    columns = sorted({after for row in counts.values() for after in row})
+    first = max(len(text) for text in (f"{name} then", *counts))
+    widths = [max(len(column), 7) for column in columns]
+    cells = [f"{column:>{width}}" for column, width in zip(columns, widths, strict=True)]
+    lines = ["  ".join([f"{name} then".ljust(first), *cells]) + "   (now)"]
+    for before, row in sorted(counts.items()):
+        cells = [f"{row.get(column, 0):>{width}}" for column, width in zip(columns, widths, strict=True)]
+        lines.append("  ".join([before.ljust(first), *cells]))
+    return lines
+
+
+def replay(
+    folder: Path,
+    bundle: Path,
+    *,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> Report:
+    """Runs the line over a recording and compares every decision.
+
+    Args:
+        folder: The recording.
+        bundle: Judges; the one of the recording, or one to be tried on the same fruit.
+        progress: Called with (frames so far, frames in all).
+
+    Raises:
+        InputError: The recording is not usable: see `Replay`.
+        BundleError: The bundle is not usable.
+        CameraError: A frame cannot be decoded.
+    """
+    cv2.setNumThreads(1)
+    source = Replay(folder)
+    return _Comparison(source, bundle).run(progress)
+
+
+class _Comparison:
+    """One bundle over one recording."""
+
+    def __init__(self, source: Replay, bundle: Path) -> None:
+        self._source = source
+        threads = source.about.get("threads", "1")
+        self._threads = int(threads) if threads.isdecimal() and 1 <= int(threads) <= 64 else 1
+        self._judge = self._standin = Judge(bundle, threads=self._threads)
+        bundles = source.bundles
+        same = self._judge.digest in bundles
+        if same and len(bundles) > 1:
+            self._standin = Judge(bundle, threads=self._threads)
+        self._report = Report(self._judge.digest, bundles, same, torn=source.torn, kept=source.kept)
+        self._replayed: dict[int, tuple[Decision, bool]] = {}
+        self._index = 0
+        self._skipped: set[int] = set()
+
+    def run(self, progress: Callable[[int, int], None]) -> Report:
+        report, source = self._report, self._source
+        report.frames, report.decisions, report.stretches = source.frames, source.decisions, len(source.stretches)
+        done = 0
+        for stretch in source.stretches:
+            core = self._core(stretch)
+            in_force: str | None = None
+            for head, _ in stretch.frames:
+                frame = source.read(0.0)
+                assert frame is not None  # noqa: S101  a recording gives a frame or raises
+                if head.digest != in_force:
+                    in_force = head.digest
+                    core.use(self._judge_for(head.digest))
+                core.counter.variety = head.variety
+                self._index = head.index
+                self._compare_belt(core, stretch.checkpoints.get(head.index))
+                core.process(frame)
+                done += 1
+                progress(done, source.frames)
+            if stretch.ended:
+                core.flush()
+            self._compare(stretch)
+        if report.same_bundle:
+            wrong = report.differing + report.missing + report.extra + report.belts_differing
+            report.exact = wrong == 0
+        here = versions()
+        report.notes = [
+            f"recorded with {name} {then}, replayed with {here[name]}: bits may differ"
+            for name, then in source.about.items()
+            if here.get(name, then) != then
+        ]
+        return report
+
+    def _judge_for(self, digest: str) -> Judge | None:
+        if digest == self._judge.digest:
+            return self._judge
+        # Without a bundle items passed; a replay with the same bundle does so too, a trial of another one judges.
+        return self._standin if digest or not self._report.same_bundle else None
+
+    def _core(self, stretch: Stretch) -> LineCore:
+        late = {decision.item_id for decision in stretch.decisions if decision.outlet != decision.wanted}
+        self._report.late += len(late)
+        self._replayed.clear()
+        self._skipped.clear()
+        geometry = stretch.geometry
+        core = LineCore(
+            geometry=geometry,
+            counter=LineCounter(len(geometry.lanes), clock=self._source.now),
+            queue=_RecordedTiming(self._source, late),
+            clock=self._source.now,
+            on_verdict=self._decided,
+        )
+        point = stretch.checkpoint
+        tracks = tuple(self._track(state) for state in point.tracks)
+        core.restore(CoreState(point.ids, point.last_number, _background(stretch.start, point), tracks))
+        return core
+
+    def _track(self, state: TrackState) -> Track:
+        """An item in sight; what another bundle had judged of it is left behind."""
+        track = Track(
+            state.item_id,
+            state.lane,
+            state.item_mm,
+            state.length_mm,
+            state.last_x_px,
+            state.last_frame,
+            state.last_captured_s,
+            state.last_belt_mm,
+            state.observations,
+            state.next_view_px,
+        )
+        if state.digest == self._judge.digest:
+            classifier = self._judge.classifier
+            track.judge = self._judge
+            track.probabilities = floats(state.probabilities, classifier.classes, state.views)
+            track.embeddings = floats(state.embeddings, classifier.embedding_size, state.views)
+            track.features = floats(state.features, len(VIEW_FEATURES), state.views)
+            # Of views already judged only their number matters.
+            track.views = [np.zeros((0, 0, 3), np.uint8)] * state.views
+        elif state.digest or not self._report.same_bundle:
+            track.judge = self._standin
+            self._skipped.add(state.item_id)
+        return track
+
+    def _decided(self, judged: Judged, outlet: str) -> None:
+        own = judged.track.judge is self._judge
+        self._replayed[judged.track.item_id] = (decision_of(judged, outlet, self._index), own)
+
+    def _compare_belt(self, core: LineCore, entry: Entry | None) -> None:
+        if entry is None:
+            return
+        background = core.locator.background
+        self._report.belts_compared += 1
+        if (b"" if background is None else background.tobytes()) != entry.payload():
+            self._report.belts_differing += 1
+            self._say(f"the learnt belt differs before frame {self._index}")
+
+    def _compare(self, stretch: Stretch) -> None:
+        report = self._report
+        first = stretch.checkpoint.index
+        last = stretch.frames[-1][0].index if stretch.frames else first - 1
+        recorded = {decision.item_id: decision for decision in stretch.decisions}
+        for item_id, then in recorded.items():
+            now, _ = self._replayed.get(item_id, (None, False))
+            certain = first <= then.index <= last and (then.index < last or stretch.ended)
+            if item_id in self._skipped or (now is None and not certain):
+                report.not_comparable += 1
+            elif then.digest == report.bundle:
+                self._compare_bits(then, now)
+            elif now is None:
+                # Half an item of another bundle is no fault where this bundle is checked bit by bit.
+                report.not_comparable += report.same_bundle
+                report.missing += not report.same_bundle
+            if now is not None and item_id not in self._skipped:
+                self._tabulate(then, now)
+        for item_id, (now, own) in self._replayed.items():
+            certain = now.index < last or stretch.ended
+            if item_id not in recorded and item_id not in self._skipped and own and certain:
+                report.extra += 1
+                self._say(f"item {item_id}: decided now ({now.klass} to {now.outlet}), not in the recording")
+
+    def _compare_bits(self, then: Decision, now: Decision | None) -> None:
+        report = self._report
+        if now is None:
+            report.missing += 1
+            self._say(f"item {then.item_id}: recorded as {then.klass} to {then.outlet}, not decided now")
+            return
+        report.compared += 1
+        if now == then:
+            report.equal += 1
+            return
+        report.differing += 1
+        before, after = msgspec.structs.asdict(then), msgspec.structs.asdict(now)
+        names = [name for name, value in before.items() if after[name] != value]
+        changes = [f"{name} {_shown(before[name])} -> {_shown(after[name])}" for name in names]
+        self._say(f"item {then.item_id}: " + "; ".join(changes))
+
+    def _tabulate(self, then: Decision, now: Decision) -> None:
+        report = self._report
+        if not report.same_bundle:
+            report.compared += 1
+        report.agreed += (then.klass, then.outlet) == (now.klass, now.outlet)
+        for table, before, after in (
+            (report.classes, then.klass, now.klass),
+            (report.outlets, then.outlet, now.outlet),
+        ):
+            row = table.setdefault(before, {})
+            row[after] = row.get(after, 0) + 1
+
+    def _say(self, difference: str) -> None:
+        if len(self._report.differences) < _SHOWN:
+            self._report.differences.append(difference)
+
+
+def _background(entry: Entry, point: Checkpoint) -> NDArray[np.float32] | None:
+    data = entry.payload()
+    if not data:
+        return None
+    height, width = point.height_px // SHRINK, point.width_px // SHRINK
+    rows = floats(data, width * 3, height)
+    background = np.stack(rows).reshape(height, width, 3)
+    if not np.isfinite(background).all():
+        raise malformed(entry.path, "a finite belt", "nan or infinity")
+    return background
+
+
+def _shown(value: object) -> object:
+    whole = isinstance(value, bytes) and len(value) % 4 == 0
+    return [float(number) for number in np.frombuffer(value, np.float32)] if whole else value  # type: ignore[call-overload]

@@ -1,0 +1,539 @@
+"""Recordings: bit-exact replay from any moment, torn tails, quota, full disks, hostile files."""
+
+import errno
+import io
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent.cli import main
+from edge_agent.counting import LineCounter
+from edge_agent.ejection import EjectionQueue
+from edge_agent.judging import Judge
+from edge_agent.line_config import LineConfig
+from edge_agent.recording import Recorder, encode_image
+from edge_agent.replay import Replay, replay
+from edge_agent.seams import Frame
+from edge_agent.segments import MAX_PAYLOAD, Checkpoint, FrameHead, framed, opening, read_segment, segment_files
+from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.sorting import LineCore
+from edge_agent.standalone import run_standalone
+from models.errors import CameraError, ConfigError, InputError
+from tests.simulators.tiny_bundle import tiny_bundle
+
+SMALL = SimulationConfig(apples=8, varieties=("golden",))
+ROOMY = 10**10
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundle") / "tiny"
+    tiny_bundle(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Frame]:
+    line = SimulatedLine(SMALL, virtual=True, schedule="1.5s speed_factor=0.7; 3s brightness=0.8; 5s clear")
+    return [frame for frame in (line.read(1.0) for _ in range(180)) if frame is not None]
+
+
+class World:
+    """One core over given frames, in virtual time; the recorder's queue is emptied before each frame."""
+
+    def __init__(self, recorder: Recorder | None, judge: Judge | None) -> None:
+        self.line = SimulatedLine(SMALL, virtual=True)
+        self.recorder = recorder
+        self.core = LineCore(
+            geometry=self.line.geometry,
+            counter=LineCounter(2, clock=lambda: 0.0),
+            queue=EjectionQueue(self.line, self.line, lead_ms=0.0, clock=lambda: 0.0),
+            clock=lambda: 0.0,
+            on_verdict=recorder.decided if recorder else None,
+        )
+        self.core.use(judge)
+
+    def run(self, frames: list[Frame], *, drain: bool = True) -> None:
+        for frame in frames:
+            if self.recorder:
+                self.recorder.offer(self.core, frame)
+            self.core.process(frame)
+            if self.recorder:
+                self.recorder.processed()
+            if drain and self.recorder:
+                drained(self.recorder)
+
+    def end(self) -> None:
+        self.core.flush()
+        self.recorder.ended()
+        self.recorder.close()
+
+
+def drained(recorder: Recorder) -> None:
+    """Waits until the writer has taken everything, frames included."""
+    passed = threading.Event()
+    while recorder._thread.is_alive() and (recorder._queue or recorder._frames_waiting):
+        passed.wait(0.0005)
+
+
+def record(folder: Path, bundle: Path, frames: list[Frame], **options: object) -> Recorder:
+    recorder = Recorder(folder, **({"quota_bytes": ROOMY} | options))
+    world = World(recorder, Judge(bundle))
+    world.run(frames)
+    world.end()
+    return recorder
+
+
+def test_a_replay_is_equal_in_every_bit_across_segments(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
+    recorder = record(tmp_path / "rec", bundle, frames, segment_s=1.0)
+    assert recorder.counters.frames == len(frames)
+    assert recorder.counters.segments >= 5
+    source = Replay(tmp_path / "rec")
+    assert len(source.stretches) == 1
+    assert source.stretches[0].ended
+    for frame in frames:
+        again = source.read(1.0)
+        assert again is not None
+        assert np.array_equal(again.image, frame.image)
+        assert (again.number, again.captured_s, again.belt_mm) == (frame.number, frame.captured_s, frame.belt_mm)
+        assert source.position_mm(frame.captured_s) == frame.belt_mm
+        assert source.now() == frame.captured_s
+    with pytest.raises(CameraError) as caught:
+        source.read(1.0)
+    assert caught.value.code == "camera.ended"
+    report = replay(tmp_path / "rec", bundle)
+    assert report.exact is True
+    assert report.equal == report.compared == report.decisions > 45
+    assert (report.missing, report.extra, report.not_comparable) == (0, 0, 0)
+    assert report.belts_compared == recorder.counters.segments - 1
+    assert report.notes == []
+
+
+def test_the_encoder_of_a_recording_is_straight_between_frames(
+    bundle: Path, tmp_path: Path, frames: list[Frame]
+) -> None:
+    record(tmp_path / "rec", bundle, frames[:4])
+    source = Replay(tmp_path / "rec")
+    assert source.position_mm(1.0) == 0.0
+    first, second = frames[0], frames[1]
+    source.read(0.0)
+    between = source.position_mm((first.captured_s + second.captured_s) / 2)
+    assert between == pytest.approx((first.belt_mm + second.belt_mm) / 2)
+    assert source.speed_mm_s() == pytest.approx(1000.0)
+    assert source.position_mm(first.captured_s - 0.01) == pytest.approx(first.belt_mm - 10.0)
+    assert source.position_mm(frames[3].captured_s + 0.01) == pytest.approx(frames[3].belt_mm + 10.0)
+
+
+def test_a_recording_that_starts_in_the_middle_of_a_run_replays_exactly(
+    bundle: Path, tmp_path: Path, frames: list[Frame]
+) -> None:
+    recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY)
+    world = World(None, Judge(bundle))
+    world.run(frames[:100])
+    world.recorder, world.core.on_verdict = recorder, recorder.decided
+    assert world.core.tracker.open > 3
+    world.run(frames[100:])
+    world.end()
+    report = replay(tmp_path / "rec", bundle)
+    assert report.exact is True
+    assert report.equal > 20
+    first = Replay(tmp_path / "rec").stretches[0].checkpoint
+    assert any(track.views for track in first.tracks)
+
+
+def test_a_bundle_swapped_in_the_middle_is_compared_for_its_own_items(
+    bundle: Path, tmp_path: Path, frames: list[Frame]
+) -> None:
+    tiny_bundle(tmp_path / "other", bias=3.0)
+    recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY, segment_s=1.0)
+    world = World(recorder, None)
+    world.run(frames[:40])
+    world.core.use(Judge(bundle))
+    world.run(frames[40:120])
+    world.core.use(Judge(tmp_path / "other"))
+    world.run(frames[120:])
+    world.end()
+    for directory in (bundle, tmp_path / "other"):
+        report = replay(tmp_path / "rec", directory)
+        assert report.exact is True, report.differences
+        assert len(report.recorded_bundles) == 2
+        assert report.equal > 20
+
+
+def test_another_bundle_gives_a_table(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
+    record(tmp_path / "rec", bundle, frames)
+    tiny_bundle(tmp_path / "mild", bias=-2.0)
+    report = replay(tmp_path / "rec", tmp_path / "mild")
+    assert report.exact is None
+    assert report.compared == report.decisions > 45
+    assert sum(sum(row.values()) for row in report.classes.values()) == report.compared
+    assert report.agreed < report.compared
+    assert report.outlets["reject"]["pass"] > 0
+    assert report.classes["defect"]["sound"] == report.outlets["reject"]["pass"]
+    text = "\n".join(report.lines())
+    assert "outlet then" in text
+    assert "agreed on" in text
+
+
+def test_an_item_that_was_late_is_late_again(bundle: Path, tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY, patient=True)
+    config = LineConfig(camera="simulated", paced=False, outlets_mm={"reject": 300.0}, lead_ms=100.0, defect_share=0.9)
+    facts = run_standalone(config, bundle=bundle, seconds=4.0, recorder=recorder)
+    assert facts["verdicts_late"] > 3
+    report = replay(tmp_path / "rec", bundle)
+    assert report.exact is True
+    assert report.late > 0
+
+
+def test_a_changed_verdict_is_found_and_named(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
+    record(tmp_path / "rec", bundle, frames[:120])
+    path = segment_files(tmp_path / "rec")[0][1]
+    segment = read_segment(path)
+    decisions = [entry for entry in segment.entries if type(entry.head).__name__ == "Decision"]
+    changed = msgspec.structs.replace(decisions[3].head, item_mm=float(np.nextafter(decisions[3].head.item_mm, 1e9)))
+    parts = [
+        framed(changed if entry is decisions[3] else entry.head, entry.payload())
+        for entry in segment.entries
+        if entry is not decisions[5]
+    ]
+    path.write_bytes(opening() + b"".join(parts))
+    report = replay(tmp_path / "rec", bundle)
+    assert report.exact is False
+    assert (report.differing, report.extra) == (1, 1)
+    assert any("item_mm" in difference for difference in report.differences)
+
+
+# -- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_loses_frames_and_no_exactness(
+    bundle: Path, tmp_path: Path, frames: list[Frame], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    gate.set()
+
+    def slow(image: np.ndarray) -> bytes:
+        gate.wait(30.0)
+        return encode_image(image)
+
+    monkeypatch.setattr("edge_agent.recording.encode_image", slow)
+    recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY, queue_frames=8)
+    world = World(recorder, Judge(bundle))
+    world.run(frames[:90])
+    gate.clear()
+    world.run(frames[90:130], drain=False)
+    gate.set()
+    drained(recorder)
+    world.run(frames[130:])
+    world.end()
+    assert recorder.counters.frames_lost == 40 - 8
+    assert recorder.counters.frames == len(frames) - 32
+    report = replay(tmp_path / "rec", bundle)
+    assert report.stretches == 2
+    assert report.exact is True, report.differences
+    assert recorder.counters.decisions_lost > 0, "what was decided on lost frames cannot be decided again"
+    assert report.equal > 40
+
+
+class SmallDisk(io.RawIOBase):
+    """A file on a disk that is full after some bytes, in the middle of a record."""
+
+    def __init__(self, path: Path, room: list[int]) -> None:
+        self._file = path.open("xb", buffering=0)
+        self._room = room
+
+    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+        if self._room[0] <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self._file.write(data[: self._room[0]])
+        self._room[0] -= written
+        return written
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def test_a_full_disk_pauses_the_recording_and_the_line_goes_on(
+    bundle: Path, tmp_path: Path, frames: list[Frame]
+) -> None:
+    room, now = [25_000_000], [0.0]
+    recorder = Recorder(
+        tmp_path / "rec",
+        quota_bytes=ROOMY,
+        retry_s=10.0,
+        clock=lambda: now[0],
+        opener=lambda path: SmallDisk(path, room),  # type: ignore[arg-type, return-value]
+    )
+    world = World(recorder, Judge(bundle))
+    world.run(frames[:120])
+    assert recorder.counters.disk_errors == 1
+    assert recorder.counters.frames_lost > 10
+    assert world.core.counter.total["items"] > 20
+    room[0], now[0] = 10**9, 11.0
+    world.run(frames[120:])
+    world.end()
+    assert recorder.counters.frames + recorder.counters.frames_lost == len(frames)
+    report = replay(tmp_path / "rec", bundle)
+    assert len(report.torn) == 1
+    assert report.stretches == 2
+    assert report.exact is True, report.differences
+
+
+def test_the_quota_holds_and_the_oldest_go_first(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
+    folder, quota = tmp_path / "rec", 20_000_000
+    recorder = Recorder(folder, quota_bytes=quota)
+    world = World(recorder, Judge(bundle))
+    for frame in frames:
+        world.run([frame])
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= quota
+    world.end()
+    sequences = [sequence for sequence, _, _ in segment_files(folder)]
+    assert sequences == list(range(sequences[0], sequences[-1] + 1))
+    assert sequences[0] == recorder.counters.segments_evicted > 3
+    assert recorder.counters.frames_lost == 0
+    report = replay(folder, bundle)
+    assert report.exact is True
+    assert 0 < report.frames < len(frames)
+
+
+def test_kept_segments_go_last_and_only_when_nothing_else_is_left(
+    bundle: Path, tmp_path: Path, frames: list[Frame]
+) -> None:
+    folder = tmp_path / "rec"
+    recorder = Recorder(folder, quota_bytes=16_000_000)
+    world = World(recorder, Judge(bundle))
+    world.run(frames[:12])
+    recorder.keep("camera.stalled")
+    world.run(frames[12:])
+    world.end()
+    kept = [sequence for sequence, _, kept in segment_files(folder) if kept]
+    assert kept
+    assert kept[0] <= 1
+    assert recorder.counters.kept_evicted == 0
+    assert "camera.stalled" in Replay(folder).kept
+    assert replay(folder, bundle).exact is True
+    again = Recorder(folder, quota_bytes=4_000_000)
+    again.close()
+    left = segment_files(folder)
+    assert all(flag for _, _, flag in left)
+    assert sum(path.stat().st_size for _, path, _ in left) <= 4_000_000
+    Recorder(folder, quota_bytes=1000).close()
+    assert segment_files(folder) == []
+
+
+def test_a_quota_too_small_for_a_frame_records_nothing_and_says_so(
+    bundle: Path, tmp_path: Path, frames: list[Frame]
+) -> None:
+    recorder = record(tmp_path / "rec", bundle, frames[:10], quota_bytes=1000)
+    assert (recorder.counters.frames, recorder.counters.frames_lost) == (0, 10)
+    with pytest.raises(ConfigError) as caught:
+        Recorder(tmp_path / "rec", quota_bytes=0)
+    assert caught.value.code == "recording.bad_quota"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError) as refused:
+        Recorder(tmp_path / "file", quota_bytes=1)
+    assert refused.value.code == "recording.unwritable"
+
+
+def test_a_second_start_continues_the_folder_as_a_new_run(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
+    record(tmp_path / "rec", bundle, frames[:120])
+    record(tmp_path / "rec", bundle, frames[:120])
+    report = replay(tmp_path / "rec", bundle)
+    assert report.stretches == 2
+    assert report.exact is True
+    assert report.equal == report.decisions
+
+
+# -- damage ---------------------------------------------------------------------------------------------------------
+
+
+def mini(count: int = 3) -> tuple[bytes, list[int]]:
+    """A recording of tiny frames and the offsets at which its records end."""
+    image = np.arange(16 * 24 * 3, dtype=np.uint32).astype(np.uint8).reshape(16, 24, 3)
+    point = Checkpoint(
+        run="r", index=0, continuous=False, width_px=24, height_px=16, mm_per_px=0.5, lanes=((0, 16),), outlets_mm={},
+        ids=0, last_number=-1, tracks=(), about={},
+    )  # fmt: skip
+    data, ends = opening(), []
+    for index in range(-1, count):
+        head = FrameHead(index=index, number=index, captured_s=index / 30, belt_mm=index * 33.0, digest="", variety="")
+        data += framed(point) if index < 0 else framed(head, encode_image(image))
+        ends.append(len(data))
+    return data, ends
+
+
+MINI, ENDS = mini()
+
+
+@settings(max_examples=300, deadline=None)
+@given(cut=st.integers(0, len(MINI)))
+def test_a_truncation_anywhere_costs_at_most_the_last_record(
+    cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "00000000.slr").write_bytes(MINI[:cut])
+    source = Replay(folder)
+    assert source.frames == max(0, sum(end <= cut for end in ENDS) - 1)
+    assert bool(source.torn) == (cut not in {len(opening()), *ENDS})
+    for _ in range(source.frames):
+        assert source.read(0.0) is not None
+    with pytest.raises(CameraError):
+        source.read(0.0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(at=st.integers(0, len(MINI) - 1), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_never_believed(at: int, bit: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("flip")
+    data = bytearray(MINI)
+    data[at] ^= 1 << bit
+    (folder / "00000000.slr").write_bytes(data)
+    if at >= ENDS[-2]:
+        source = Replay(folder)
+        assert source.torn
+        assert source.frames == 2
+        return
+    with pytest.raises(InputError) as caught:
+        Replay(folder)
+    assert caught.value.code in {"recording.corrupt", "recording.wrong_version", "recording.malformed"}
+    assert caught.value.expected is not None
+    assert caught.value.got is not None
+
+
+@settings(max_examples=100, deadline=None)
+@given(tail=st.binary(min_size=1, max_size=4000) | st.integers(1, 5000).map(bytes))
+def test_rubbish_behind_the_last_record_is_a_torn_tail(tail: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("tail")
+    (folder / "00000000.slr").write_bytes(MINI + tail)
+    source = Replay(folder)
+    assert source.frames == 3
+    assert len(source.torn) == 1
+
+
+def test_an_unknown_version_and_an_oversize_record_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "00000000.slr"
+    path.write_bytes(MINI[:8] + struct.pack("<I", 7) + MINI[12:])
+    with pytest.raises(InputError) as caught:
+        Replay(tmp_path)
+    assert (caught.value.code, caught.value.expected, caught.value.got) == ("recording.wrong_version", 1, 7)
+    prefix = struct.pack("<4sIII", b"SLr1", 10, MAX_PAYLOAD + 1, 0)
+    path.write_bytes(MINI + prefix + struct.pack("<I", zlib.crc32(prefix)) + bytes(100))
+    with pytest.raises(InputError) as caught:
+        Replay(tmp_path)
+    assert caught.value.code == "recording.oversize"
+    assert str(MAX_PAYLOAD) in str(caught.value)
+
+
+POINT = msgspec.structs.asdict(
+    Checkpoint(
+        run="r", index=0, continuous=False, width_px=24, height_px=16, mm_per_px=0.5, lanes=((0, 16),), outlets_mm={},
+        ids=0, last_number=-1, tracks=(), about={},
+    )
+)  # fmt: skip
+
+
+def head_of(index: int, **changes: object) -> FrameHead:
+    plain = {"index": index, "number": 0, "captured_s": 0.0, "belt_mm": 0.0, "digest": "", "variety": ""}
+    return FrameHead(**(plain | changes))
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        framed(head_of(0), b""),
+        framed(Checkpoint(**POINT)) + framed(head_of(4), b""),
+        framed(Checkpoint(**POINT)) + framed(head_of(0, belt_mm=float("nan")), b""),
+        framed(Checkpoint(**(POINT | {"lanes": ((0, 99),)}))),
+        framed(Checkpoint(**(POINT | {"lanes": ((5, 6),)}))),
+        framed(Checkpoint(**(POINT | {"width_px": 0}))),
+        framed(Checkpoint(**(POINT | {"width_px": 16_384, "height_px": 16_384}))),
+        framed({"type": "frame", "index": -1}),  # type: ignore[arg-type]
+        framed([1, 2, 3]),  # type: ignore[arg-type]
+    ],
+)
+def test_good_sums_around_nonsense_are_refused(records: bytes, tmp_path: Path) -> None:
+    (tmp_path / "00000000.slr").write_bytes(opening() + records)
+    with pytest.raises(InputError) as caught:
+        Replay(tmp_path)
+    assert caught.value.code == "recording.malformed"
+
+
+def test_a_frame_that_is_no_image_or_of_another_size_is_a_camera_fault(tmp_path: Path) -> None:
+    big = encode_image(np.zeros((64, 64, 3), np.uint8))
+    good = encode_image(np.zeros((16, 24, 3), np.uint8))
+    for payload, code in (
+        (b"no image", "camera.corrupt"),
+        (b"", "camera.corrupt"),
+        (good[:40], "camera.corrupt"),
+        (big, "camera.wrong_size"),
+    ):
+        data = opening() + framed(Checkpoint(**POINT)) + framed(head_of(0), payload)
+        (tmp_path / "00000000.slr").write_bytes(data)
+        with pytest.raises(CameraError) as caught:
+            Replay(tmp_path).read(0.0)
+        assert caught.value.code == code
+
+
+def test_a_file_that_changes_under_the_replay_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "00000000.slr"
+    path.write_bytes(MINI)
+    source = Replay(tmp_path)
+    path.write_bytes(MINI[: ENDS[0]] + bytes(len(MINI) - ENDS[0]))
+    with pytest.raises(InputError) as caught:
+        source.read(0.0)
+    assert caught.value.code == "recording.corrupt"
+    path.unlink()
+    with pytest.raises(InputError) as caught:
+        source.read(0.0)
+    assert caught.value.code == "recording.unreadable"
+    with pytest.raises(InputError) as caught:
+        Replay(tmp_path)
+    assert caught.value.code == "recording.absent"
+
+
+# -- command --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_records_replays_and_compares(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "rec")
+    simulated = ["--camera", "simulated", "--unpaced", "--seconds", "3"]
+    recording = ["--record", folder, "--record-quota-mb", "200"]
+    assert main(["run", "--bundle", str(bundle), *simulated, *recording, "--json"]) == 0
+    facts = msgspec.json.decode(capsys.readouterr().out)["recording"]
+    assert (facts["frames"], facts["frames_lost"]) == (91, 0)
+    assert facts["used_bytes"] == sum(path.stat().st_size for path in Path(folder).iterdir())
+    assert main(["replay", folder, "--json"]) == 0
+    report = msgspec.json.decode(capsys.readouterr().out)
+    assert report["exact"] is True
+    tiny_bundle(tmp_path / "other", bias=9.0)
+    assert main(["replay", folder, "--bundle", str(tmp_path / "other")]) == 0
+    assert "class then" in capsys.readouterr().out
+    assert main(["run", "--record", folder]) == 2
+    assert main(["replay", str(tmp_path / "nothing")]) == 1
+    assert "recording.absent" in capsys.readouterr().err
+
+
+def test_a_replay_that_is_not_exact_fails_the_command(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
+    record(tmp_path / "rec", bundle, frames[:90])
+    path = segment_files(tmp_path / "rec")[0][1]
+    parts = []
+    for entry in read_segment(path).entries:
+        head = entry.head
+        if isinstance(head, FrameHead):
+            head = msgspec.structs.replace(head, belt_mm=head.belt_mm + 0.25)
+        parts.append(framed(head, entry.payload()))
+    path.write_bytes(opening() + b"".join(parts))
+    assert main(["replay", str(tmp_path / "rec"), "--bundle", str(bundle)]) == 1
+    assert main(["replay", str(tmp_path / "rec")]) == 1
