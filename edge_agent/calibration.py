@@ -217,11 +217,15 @@ def geometry_toml(found: Calibration) -> str:
     """The `[line]` section that the agent's configuration takes; what it has no field for stands as comment."""
     about = [
         f"Geometry of {found.camera}, calibrated {found.date} from {found.frames} frames with {found.items} items.",
-        f"Picture {found.width_px} x {found.height_px} px; items travel {found.direction},"
-        f" {found.px_per_frame:g} px per frame, spread {found.speed_spread:.1%}.",
-        f"Scale from {found.scale_seen} {'items' if found.scale_from == 'items' else 'pictures of a checkerboard'}:"
-        f" {found.mm_per_px_low:g} to {found.mm_per_px_high:g} mm per px,"
-        f" residual {found.residual_px:g} px, anisotropy {found.anisotropy:+.2%}.",
+        (
+            f"Picture {found.width_px} x {found.height_px} px; items travel {found.direction},"
+            f" {found.px_per_frame:g} px per frame, spread {found.speed_spread:.1%}."
+        ),
+        (
+            f"Scale from {found.scale_seen} {'items' if found.scale_from == 'items' else 'pictures of a checkerboard'}:"
+            f" {found.mm_per_px_low:g} to {found.mm_per_px_high:g} mm per px,"
+            f" residual {found.residual_px:g} px, anisotropy {found.anisotropy:+.2%}."
+        ),
         f"Items per lane: {', '.join(map(str, found.lane_items))}; outside: {found.stray_items}.",
         *(f"NOTE: {note}" for note in found.notes),
     ]
@@ -263,7 +267,8 @@ def write_calibration(found: Calibration, picture: Image, geometry: Path, overla
             write_atomically(path, content)
         except OSError as error:
             raise InputError(
-                "calibration.not_written", f"{path} cannot be written.", expected="a writable folder", got=error.strerror
+                "calibration.not_written",
+                f"{path} cannot be written.",
+                expected="a writable place",
+                got=error.strerror,
             ) from error
-
-

@@ -1,9 +1,11 @@
 """Where are the lanes? The rows of the items' centres fall into heaps, one per lane."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_agent.seams import Lane
 from models.errors import InputError
@@ -67,7 +69,7 @@ def find_lanes(centres: list[float], widths: list[float], height_px: int, expect
     )
 
 
-def _check(heaps: list[np.ndarray[tuple[int], np.dtype[np.float64]]], middles: list[float], width: float, expected: int | None) -> None:
+def _check(heaps: list[NDArray[np.float64]], middles: list[float], width: float, expected: int | None) -> None:
     told = ", ".join(f"{len(heap)} items around row {middle:.0f}" for heap, middle in zip(heaps, middles, strict=True))
     wide = [float(np.quantile(heap, 0.95) - np.quantile(heap, 0.05)) for heap in heaps]
     # Items side by side are a width apart: centres that fill more than that without a gap are several lanes.
@@ -94,7 +96,7 @@ def _bounds(middles: list[float], width: float, height_px: int) -> list[tuple[in
         outer = _LANE_ITEMS * width / 2.0
         edges = [middles[0] - outer, middles[0] + outer]
     else:
-        between = [(above + below) / 2.0 for above, below in zip(middles[:-1], middles[1:], strict=True)]
+        between = [(above + below) / 2.0 for above, below in pairwise(middles)]
         edges = [2.0 * middles[0] - between[0], *between, 2.0 * middles[-1] - between[-1]]
     whole = [min(max(round(edge), 0), height_px) for edge in edges]
-    return list(zip(whole[:-1], whole[1:], strict=True))
+    return list(pairwise(whole))

@@ -68,7 +68,7 @@ def learn_belt(looks: Sequence[Floats]) -> Floats:
         mean = (stack * alike[..., None]).sum(axis=0) / np.maximum(count, 1)[..., None]
         belt[better] = mean[better]
         best = np.maximum(best, count)
-    return belt
+    return np.asarray(belt, np.float32)
 
 
 class BeltView:
@@ -237,7 +237,8 @@ class ImageEncoder:
         else:
             self._blind_s = 0.0
             speed = (position - before.position_mm) / elapsed_s
-            self._motion = _Motion(frame.captured_s, position, _smoothed(before.speed_mm_s, speed, elapsed_s, column_mm))
+            speed = _smoothed(before.speed_mm_s, speed, elapsed_s, column_mm)
+            self._motion = _Motion(frame.captured_s, position, speed)
         self._renew(seen, self._motion.position_mm, column_mm, measured=position is not None)
         return self._motion.position_mm
 

@@ -1,4 +1,4 @@
-"""A picture that shows a person what was calibrated: lanes, centre lines, sizes, direction and a ruler in millimetres."""
+"""A picture that shows what was calibrated: lanes, centre lines, sizes, direction and a ruler in millimetres."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,10 +55,13 @@ def draw(image: Image, sketch: Sketch) -> Image:
     return np.vstack((_headline(width, sketch), picture, _ruler(width, sketch.mm_per_px / zoom)))
 
 
-def _text(image: Image, text: str, at: tuple[int, int], colour: Colour, *, size: float = 0.55, bold: int = 1) -> None:
-    """Light letters on a dark rim, legible on every ground."""
-    cv2.putText(image, text, at, _FONT, size, _PAPER, bold + 3, cv2.LINE_AA)
-    cv2.putText(image, text, at, _FONT, size, colour, bold, cv2.LINE_AA)
+def _text(image: Image, text: str, at: tuple[int, int], colour: Colour) -> None:
+    """Letters on a dark plate, legible on every ground."""
+    (wide, tall), below = cv2.getTextSize(text, _FONT, 0.55, 1)
+    left, right = max(at[0] - 5, 0), at[0] + wide + 5
+    plate = image[max(at[1] - tall - 5, 0) : at[1] + below + 3, left:right]
+    cv2.addWeighted(plate, 0.25, np.full_like(plate, _PAPER), 0.75, 0.0, dst=plate)
+    cv2.putText(image, text, at, _FONT, 0.55, colour, 1, cv2.LINE_AA)
 
 
 def _shade_outside(picture: Image, lanes: Sequence[Lane], zoom: int) -> None:

@@ -11,7 +11,6 @@ from typing import Final
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_agent.motion import MOVED_SHARE, BeltView, Floats, best_shift, learn_belt, mismatch, moved, shrink_of, shrunk
 from edge_agent.seams import Frame, FrameSource, Image
@@ -344,8 +343,8 @@ def _speed(items: list[SeenItem]) -> tuple[float, float, float]:
     if not travelled:
         return 0.0, 0.0, 0.0
     ways = np.array([item.last_x - item.first_x for item in travelled])
-    per_frame: NDArray[np.float64] = ways / np.array([item.last - item.first for item in travelled])
-    per_s: NDArray[np.float64] = ways / np.array([item.last_s - item.first_s for item in travelled])
+    per_frame = ways / np.array([item.last - item.first for item in travelled])
+    per_s = ways / np.array([item.last_s - item.first_s for item in travelled])
     middle = float(np.median(per_s))
     low, high = np.quantile(per_s, (0.1, 0.9))
     spread = float(high - low) / 2.0 / abs(middle) if middle else 0.0
