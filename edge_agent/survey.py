@@ -12,7 +12,18 @@ from typing import Final
 import cv2
 import numpy as np
 
-from edge_agent.motion import MOVED_SHARE, BeltView, Floats, best_shift, learn_belt, mismatch, moved, shrink_of, shrunk
+from edge_agent.motion import (
+    MOVED_SHARE,
+    BeltView,
+    Floats,
+    best_shift,
+    largest_change,
+    learn_belt,
+    mismatch,
+    moved,
+    shrink_of,
+    shrunk,
+)
 from edge_agent.seams import Frame, FrameSource, Image
 from models.errors import CameraError, InputError
 
@@ -160,7 +171,7 @@ def _belt(looks: list[Floats]) -> Floats:
     if len(lively) >= _LEAST_FRAMES // 2:
         return learn_belt(lively)
     rows = np.median(looks[0], axis=1, keepdims=True)
-    if float((np.abs(looks[0] - rows).max(axis=2) > 26.0).mean()) > MOVED_SHARE:
+    if float((largest_change(looks[0], np.asarray(rows, np.float32)) > 26.0).mean()) > MOVED_SHARE:
         raise InputError(
             "calibration.belt_stands",
             "There are things in the picture and they do not move; run the belt while you calibrate.",
@@ -279,8 +290,8 @@ class _Follower:
         crop = image[y0 : rows.stop * shrink, x0 : columns.stop * shrink]
         size = (crop.shape[1], crop.shape[0])
         belt = cv2.resize(self._view.belt[rows, columns], size, interpolation=cv2.INTER_LINEAR)
-        smooth = cv2.GaussianBlur(crop, (3, 3), 0).astype(np.float32)
-        rim = (np.abs(smooth - belt).max(axis=2) > _STEEP).astype(np.uint8)
+        smooth = np.asarray(cv2.GaussianBlur(crop, (3, 3), 0), np.float32)
+        rim = (largest_change(smooth, np.asarray(belt, np.float32)) > _STEEP).astype(np.uint8)
         contours, _ = cv2.findContours(rim, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         if not contours:
             return None
