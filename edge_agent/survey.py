@@ -31,8 +31,9 @@ Opener = Callable[[], FrameSource]
 Progress = Callable[[int, int], None]
 
 _FIRST_LOOK: Final = 240
-_PAIRS: Final = 48
+_PAIRS: Final = 32
 _LEAST_FRAMES: Final = 12
+_LEAST_TRAVELLED: Final = 3
 _STEEP: Final = 18.0
 """Grey levels (largest channel, slightly smoothed) at which an item's rim is drawn at full size."""
 _SILENT_READS: Final = 10
@@ -134,7 +135,7 @@ def survey(opener: Opener, *, frames: int, progress: Progress = lambda _done, _a
     Raises:
         CameraError: The camera is not there or fails.
         InputError: `calibration.too_few_frames`, `calibration.belt_stands`, `calibration.no_items`,
-            `calibration.vertical_travel`.
+            `calibration.vertical_travel`, `calibration.too_few_items`.
     """
     looked = min(_FIRST_LOOK, frames)
     numbers: list[int] = []
@@ -153,7 +154,7 @@ def survey(opener: Opener, *, frames: int, progress: Progress = lambda _done, _a
             got=len(looks),
         )
     belt = _belt(looks)
-    step = _direction([BeltView(belt).silhouettes(look) for look in looks], numbers)
+    step = _direction(looks, belt, numbers)
     follower = _Follower(belt, shape[1], step)
     for done, frame in enumerate(frames_of(opener, frames), start=looked + 1):
         follower.take(frame)
@@ -190,14 +191,19 @@ def _no_items(frames: int, items: int) -> InputError:
     )
 
 
-def _direction(masks: list[Floats], numbers: list[int]) -> float:
+def _direction(looks: list[Floats], belt: Floats, numbers: list[int]) -> float:
     """Shift per frame along the rows, shrunk columns.
 
     The curves of many pairs are added: chance fits of one item with the next fall out, the true shift stays.
     """
+    view = BeltView(belt)
+    masks = [view.silhouettes(look) for look in looks]
     pairs = [at for at in range(1, len(masks)) if numbers[at] == numbers[at - 1] + 1 and masks[at].mean() > 0.002]
     if not pairs:
         raise _no_items(len(masks), 0)
+    # A belt that stood for a while counts only while it ran; a slow one hardly differs from frame to frame.
+    lively = [at for at in pairs if moved(looks[at - 1], looks[at])]
+    pairs = lively if len(lively) >= _LEAST_FRAMES // 2 else pairs
     chosen = [pairs[at] for at in np.linspace(0, len(pairs) - 1, min(len(pairs), _PAIRS)).astype(int)]
     along, fit_along = _common_shift([(masks[at - 1], masks[at]) for at in chosen])
     upright = [(np.ascontiguousarray(masks[at - 1].T), np.ascontiguousarray(masks[at].T)) for at in chosen]
@@ -349,10 +355,18 @@ def _speed(items: list[SeenItem]) -> tuple[float, float, float]:
     """Pixels per frame and per second over each item's whole way, and their spread.
 
     The middle of all items counts: a stop of the belt in between touches only those in sight.
+
+    Raises:
+        InputError: `calibration.too_few_items`.
     """
     travelled = [item for item in items if item.last > item.first and item.last_s > item.first_s]
-    if not travelled:
-        return 0.0, 0.0, 0.0
+    if len(travelled) < _LEAST_TRAVELLED:
+        raise InputError(
+            "calibration.too_few_items",
+            "Too few single items could be followed; let them run with gaps between, or record longer.",
+            expected=f">= {_LEAST_TRAVELLED}",
+            got=len(travelled),
+        )
     ways = np.array([item.last_x - item.first_x for item in travelled])
     per_frame = ways / np.array([item.last - item.first for item in travelled])
     per_s = ways / np.array([item.last_s - item.first_s for item in travelled])

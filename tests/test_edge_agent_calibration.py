@@ -13,15 +13,20 @@ import pytest
 from edge_agent.calibration import Calibration, Target, calibrate, geometry_toml, write_calibration
 from edge_agent.cli import main
 from edge_agent.config import load_agent_config
+from edge_agent.counting import LineCounter
+from edge_agent.ejection import EjectionQueue
+from edge_agent.judging import Judge
 from edge_agent.lanes import find_lanes
 from edge_agent.line_config import LineConfig
-from edge_agent.motion import ImageEncoder, best_shift, learn_belt
+from edge_agent.motion import ImageEncodedCamera, ImageEncoder, best_shift, learn_belt
 from edge_agent.overlay import Sketch, draw
 from edge_agent.scale import parse_pattern, scale_from_board, scale_from_items
-from edge_agent.seams import Encoder, Frame, Lane
+from edge_agent.seams import Encoder, Frame, FrameSource, Lane
 from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.sorting import LineCore
 from edge_agent.survey import Blob, frames_of
 from models.errors import CameraError, ConfigError, InputError
+from tests.simulators.tiny_bundle import tiny_bundle
 
 DATE = "2027-01-31"
 WORLD = SimulationConfig(
@@ -114,7 +119,7 @@ def test_scale_lanes_direction_and_speed_of_the_simulated_line_are_recovered(
 def test_another_look_of_the_line_gives_the_same_measures(
     frames: list[Frame], true_item_mm: float, change: Callable[[np.ndarray], np.ndarray], request: pytest.FixtureRequest
 ) -> None:
-    found = learn(frames, Target(item_mm=true_item_mm, lanes=2), change)
+    found = learn(frames[:140], Target(item_mm=true_item_mm, lanes=2), change)
     looks = request.node.callspec.id
     assert found.mm_per_px == pytest.approx(WORLD.mm_per_px, rel=0.025)
     assert found.px_per_frame == pytest.approx(TRUE_PX, rel=0.005)
@@ -128,7 +133,7 @@ def test_another_look_of_the_line_gives_the_same_measures(
 def test_travel_along_the_columns_is_refused_with_what_to_do(frames: list[Frame]) -> None:
     for change in (lambda image: image.transpose(1, 0, 2), lambda image: image.transpose(1, 0, 2)[::-1]):
         with pytest.raises(InputError, match="transpose") as caught:
-            learn(frames[:60], Target(item_mm=75.0), change)
+            learn(frames[20:60], Target(item_mm=75.0), change)
         assert caught.value.code == "calibration.vertical_travel"
 
 
@@ -164,11 +169,11 @@ def test_an_empty_lane_is_noticed_or_refused_when_two_are_expected(frames: list[
         return image
 
     with pytest.raises(InputError) as caught:
-        learn(frames, Target(item_mm=75.0, lanes=2), emptied)
+        learn(frames[:90], Target(item_mm=75.0, lanes=2), emptied)
     assert caught.value.code == "calibration.wrong_lanes"
     assert "2" in str(caught.value.expected)
     assert "around row 6" in str(caught.value.got)
-    found = learn(frames, Target(item_mm=75.0), emptied)
+    found = learn(frames[:150], Target(item_mm=75.0), emptied)
     assert len(found.lane_rows) == 1
     assert any("room for another lane" in note for note in found.notes)
 
@@ -373,6 +378,27 @@ def test_the_image_encoder_keeps_to_the_belt_through_a_speed_change_and_a_stop()
     assert encoder.frames == 300
 
 
+def test_ejections_hit_by_the_image_encoder_alone(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "bundle")
+    line = SimulatedLine(WORLD, virtual=True, schedule="5s speed_factor=0.7; 7s stopped; 8s clear")
+    encoder = ImageEncoder(WORLD.mm_per_px, nominal_mm_s=WORLD.belt_mm_s)
+    camera: FrameSource = ImageEncodedCamera(line, encoder)
+    queue = EjectionQueue(encoder, line, lead_ms=0.0, clock=line.now)
+    counter = LineCounter(WORLD.lanes, truth=line.truth, clock=line.now)
+    core = LineCore(geometry=line.geometry, counter=counter, queue=queue, clock=line.now)
+    core.use(Judge(tmp_path / "bundle"))
+    for _ in range(300):
+        before_s = line.now()
+        frame = camera.read(1.0)
+        queue.run_to(before_s, line.now())
+        core.process(frame)
+    shots = line.truth().ejections
+
+    assert shots["on_time"] > 20
+    assert shots.get("wrong", 0) + shots.get("gap", 0) + shots.get("late", 0) <= 0.05 * shots["on_time"]
+    camera.close()
+
+
 def test_the_image_encoder_reads_a_belt_that_runs_to_the_left(frames: list[Frame]) -> None:
     encoder = ImageEncoder(WORLD.mm_per_px, nominal_mm_s=WORLD.belt_mm_s, right_to_left=True)
     errors = drift(SimulatedLine(WORLD, virtual=True), encoder, 120, mirror=True)
@@ -425,6 +451,20 @@ def test_a_shift_is_read_between_pixels() -> None:
         assert match is not None
         assert match[0] == pytest.approx(true, abs=0.12)
     assert best_shift(a * 0.0, b * 0.0, -5, 5) is None
+
+
+def test_items_that_all_touch_are_too_few_single_ones() -> None:
+    crowd = record(msgspec.structs.replace(WORLD, items_per_s=12.5, touching_share=0.99), 90)
+    with pytest.raises(InputError) as caught:
+        learn(crowd, Target(item_mm=75.0))
+    assert caught.value.code in {"calibration.too_few_items", "calibration.no_items"}
+
+
+def test_a_belt_that_stood_for_half_of_the_time_is_measured_while_it_ran() -> None:
+    scene = record(msgspec.structs.replace(WORLD, items_per_s=9.0), 210, "1s stopped; 4s clear")
+    found = learn(scene, Target(item_mm=75.0))
+    assert found.px_per_frame == pytest.approx(TRUE_PX, rel=0.01)
+    assert found.direction == "left-right"
 
 
 def test_a_silent_camera_is_named_and_a_failing_one_is_closed() -> None:
