@@ -165,10 +165,11 @@ class ImageEncoder:
 
     Measured on the simulated line (two lanes, 1000 mm/s, 0.625 mm/px, 30 frames/s) against the true belt, over
     57 m with a ramp to 60 %, a stop of 4 s, 120 % and back, five worlds: with 9 items per second and lane the error
-    at the end is 7 to 12 mm (0.01 to 0.02 %), and over any 700 mm, the way from camera to outlet, below 0.9 mm for
-    99 % of the frames; ejections by it alone, through a slower belt and a stop, hit all of 101. It lives from items in sight: with 3 items per second and lane 11 mm over 700 mm, with 1 (40 %
-    of the frames show none) 20 mm, 0.2 % at the end; the speed is read to 0.1 %, 6 % within a ramp. Frames dropped
-    (20 %) and torn (5 %) cost 27 mm once in 30 s. A frame of 640 x 340 px takes 2 to 3 ms.
+    at the end is 7 to 12 mm (0.01 to 0.02 %), and over 0.7 s, the way from camera to outlet, below 0.9 mm for 99 %
+    of the frames. It lives from items in sight: with 3 items per second and lane 8 to 11 mm over 0.7 s, with 1 (40 %
+    of the frames show none) 11 to 20 mm, and 0.1 to 0.2 % at the end. The speed is read to 0.1 %, within a ramp to
+    6 %. Frames dropped (20 %) and torn (5 %) cost 27 mm once in 30 s. Ejections by it alone, through a slower belt
+    and a stop, hit all of 101 (0.9 mm/px). A frame of 640 x 340 px takes about 1.5 ms.
 
     Args:
         mm_per_px: Of the camera.

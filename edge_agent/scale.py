@@ -133,6 +133,9 @@ def _measure(corners: NDArray[np.float64], pattern: tuple[int, int], square_mm: 
 def scale_from_items(lengths_px: list[float], item_mm: float, *, seed: int = 1) -> Scale:
     """The median length of the items is the size they are known to have.
 
+    On the simulated line (four worlds of about 100 items, in full and in dim light) the median comes out 0 to 1 %
+    too long, and the scale as much too small; the interval holds the choice of items, not that.
+
     Args:
         lengths_px: One per item.
         item_mm: Their mean diameter.

@@ -34,8 +34,10 @@ _FIRST_LOOK: Final = 240
 _PAIRS: Final = 32
 _LEAST_FRAMES: Final = 12
 _LEAST_TRAVELLED: Final = 3
-_STEEP: Final = 18.0
-"""Grey levels (largest channel, slightly smoothed) at which an item's rim is drawn at full size."""
+_RIM: Final = 0.15
+"""Share of an item's contrast to the belt at which its rim is drawn at full size."""
+_LEAST_RIM: Final = 9.0
+"""In grey levels (largest channel, slightly smoothed): above noise."""
 _SILENT_READS: Final = 10
 """Seconds without a frame after which a camera counts as silent."""
 
@@ -297,7 +299,9 @@ class _Follower:
         size = (crop.shape[1], crop.shape[0])
         belt = cv2.resize(self._view.belt[rows, columns], size, interpolation=cv2.INTER_LINEAR)
         smooth = np.asarray(cv2.GaussianBlur(crop, (3, 3), 0), np.float32)
-        rim = (largest_change(smooth, np.asarray(belt, np.float32)) > _STEEP).astype(np.uint8)
+        change = largest_change(smooth, np.asarray(belt, np.float32))
+        # Relative to the item's own contrast, so that dim light does not make items smaller.
+        rim = (change > max(_LEAST_RIM, _RIM * float(np.quantile(change, 0.75)))).astype(np.uint8)
         contours, _ = cv2.findContours(rim, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         if not contours:
             return None
