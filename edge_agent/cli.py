@@ -27,6 +27,8 @@ _EPILOG = """examples:
   sortline-agent replay REC --bundle B  what would bundle B have done with that fruit?
   sortline-agent collect --output DIR --items 300
                                         labelled training views from the simulated line
+  sortline-agent calibrate --camera line.mp4 --item-mm 75
+                                        learn scale, lanes, direction and speed; writes geometry.toml
   sortline-agent selftest DIR           would this machine accept this bundle?
 """
 
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
     collect.add_argument("--items", type=int, default=300, help="how many items (default: 300)")
     collect.add_argument("--json", action="store_true")
+    _calibrate_options(commands.add_parser("calibrate", help="learn scale, lanes, direction and speed from the camera"))
     selftest = commands.add_parser("selftest", help="try a bundle as an agent would before it accepts it")
     selftest.add_argument("directory", type=Path, metavar="BUNDLE")
     selftest.add_argument("--budget-ms", type=float, default=50.0)
@@ -111,6 +114,21 @@ def _replay_options(commands: Any) -> None:
     replay.add_argument("folder", type=Path, metavar="DIR", help="the recording")
     replay.add_argument("--bundle", type=Path, metavar="B", help="judges (default: the recorded bundle, where it was)")
     replay.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _calibrate_options(parser: argparse.ArgumentParser) -> None:
+    _line_options(parser)
+    parser.add_argument("--checkerboard", metavar="CxR", help="scale from a board with so many inner corners: 9x6")
+    parser.add_argument("--square-mm", type=float, default=0.0, metavar="MM", help="edge of one square of the board")
+    parser.add_argument("--board-camera", metavar="SOURCE", help="the board is in this picture, folder or video")
+    parser.add_argument(
+        "--item-mm", type=float, default=0.0, metavar="MM", help="scale from items of this mean diameter"
+    )
+    parser.add_argument("--frames", type=int, default=450, help="how many frames to watch (default: 450)")
+    parser.add_argument("--date", metavar="YYYY-MM-DD", help="of the calibration (default: today, UTC)")
+    parser.add_argument("--output", type=Path, default=Path("geometry.toml"), metavar="FILE", help="for --config")
+    parser.add_argument("--overlay", type=Path, metavar="FILE", help="picture to look at (default: beside the output)")
+    parser.add_argument("--json", action="store_true")
 
 
 def _line_options(parser: argparse.ArgumentParser) -> None:
@@ -238,6 +256,46 @@ def _collect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate(arguments: argparse.Namespace) -> int:
+    import datetime as dt  # noqa: PLC0415
+
+    from edge_agent.calibration import Target, calibrate, camera_opener, write_calibration  # noqa: PLC0415
+    from edge_agent.scale import parse_pattern  # noqa: PLC0415
+
+    def progress(done: int, wanted: int) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\rwatching the line: {done}/{wanted} frames ")
+
+    line = _config(arguments).line
+    target = Target(
+        pattern=parse_pattern(arguments.checkerboard) if arguments.checkerboard else None,
+        square_mm=arguments.square_mm,
+        item_mm=arguments.item_mm,
+        lanes=arguments.lanes,
+    )
+    board = arguments.board_camera and msgspec.structs.replace(line, camera=arguments.board_camera)
+    date = arguments.date or dt.datetime.now(dt.UTC).date().isoformat()
+    try:
+        found, picture = calibrate(
+            line,
+            target,
+            date=date,
+            frames=arguments.frames,
+            board_opener=camera_opener(board) if board else None,
+            progress=progress,
+        )
+    finally:
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")
+    overlay = arguments.overlay or arguments.output.with_suffix(".png")
+    write_calibration(found, picture, arguments.output, overlay)
+    for note in found.notes:
+        sys.stderr.write(f"note: {note}\n")
+    facts = msgspec.to_builtins(found) | {"geometry": str(arguments.output), "overlay": str(overlay)}
+    _print(facts, as_json=arguments.json)
+    return 0
+
+
 def _selftest(arguments: argparse.Namespace) -> int:
     from edge_agent.selftest import main as selftest  # noqa: PLC0415
 
@@ -285,6 +343,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "replay": _replay,
     "collect": _collect,
+    "calibrate": _calibrate,
     "selftest": _selftest,
     "capacity": _capacity,
     "status": _status,

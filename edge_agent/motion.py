@@ -1,0 +1,342 @@
+"""How far did the belt run between two pictures? Silhouettes of items slid over each other, and an encoder made of it.
+
+Only silhouettes count: an item rolls, so its skin moves otherwise than the belt, its outline does not. The belt is
+what is seen most often at each pixel, so neither a dark belt nor gaps between the items are taken for granted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.seams import Frame, FrameSource, Image
+from models.errors import CameraError, InputError
+
+Floats = NDArray[np.float32]
+
+_WORK_PX: Final = 160
+"""Width at which belt and silhouettes are looked at."""
+_ALIKE: Final = 8.0
+"""Grey levels within which two looks at a pixel show the same thing."""
+_FAINT: Final = 10.0
+_CLEAR: Final = 30.0
+"""From faint to clear (grey levels of the largest channel) a pixel turns from belt to item."""
+_LEARN: Final = 0.02
+MOVED_SHARE: Final = 0.004
+"""Share of pixels that must change before two pictures differ by more than noise."""
+_BELT_LOOKS: Final = 32
+_OVERLAP: Final = 0.4
+"""Least share of the picture that two silhouettes must have in common."""
+_MISFIT: Final = 0.3
+"""Largest mismatch of a good match: 0 is equal, about 1 is unrelated."""
+_LEAST_SEEN: Final = 0.01
+"""Share of the picture that must be item before a shift can be read."""
+
+
+def shrink_of(width_px: int) -> int:
+    """By how much a picture of this width is shrunk before it is looked at."""
+    return max(1, round(width_px / _WORK_PX))
+
+
+def shrunk(image: Image, shrink: int) -> Floats:
+    """float32 (H // shrink, W // shrink, 3); each pixel is the mean of those it replaces."""
+    size = (image.shape[1] // shrink, image.shape[0] // shrink)
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.float32)
+
+
+def largest_change(first: Floats, second: Floats) -> Floats:
+    """Distance of each pixel in its most different channel; (..., 3) becomes (...)."""
+    change = np.abs(first - second)
+    # Much faster than `max(axis=-1)` over three values.
+    return np.asarray(np.maximum(np.maximum(change[..., 0], change[..., 1]), change[..., 2]), np.float32)
+
+
+def moved(first: Floats, second: Floats) -> bool:
+    """Whether two shrunk pictures differ by more than noise."""
+    return float((largest_change(first, second) > _CLEAR).mean()) > MOVED_SHARE
+
+
+def learn_belt(looks: Sequence[Floats]) -> Floats:
+    """The empty belt: at each pixel the colour that came most often, float32 (h, w, 3).
+
+    Args:
+        looks: Shrunk pictures of the moving belt. Items may cover a pixel most of the time, if they differ.
+    """
+    stack = np.stack([looks[at] for at in np.linspace(0, len(looks) - 1, min(len(looks), _BELT_LOOKS)).astype(int)])
+    best = np.full(stack.shape[1:3], -1)
+    belt = stack[0].copy()
+    for look in stack:
+        alike = largest_change(stack, look) < _ALIKE
+        count = alike.sum(axis=0)
+        better = count > best
+        mean = (stack * alike[..., None]).sum(axis=0) / np.maximum(count, 1)[..., None]
+        belt[better] = mean[better]
+        best = np.maximum(best, count)
+    return np.asarray(belt, np.float32)
+
+
+class BeltView:
+    """Tells items from belt in shrunk pictures; follows slow changes of light.
+
+    Args:
+        belt: From `learn_belt`.
+    """
+
+    def __init__(self, belt: Floats) -> None:
+        self.belt = belt.copy()
+
+    def difference(self, small: Floats) -> Floats:
+        """Grey levels (largest channel) by which each pixel differs from the belt, float32 (h, w)."""
+        now, known = small[::2, ::2].mean(axis=2), self.belt[::2, ::2].mean(axis=2)
+        near = np.abs(now - known) < _CLEAR
+        # Below some pixels of belt the gain would be that of the items.
+        gain = float(np.median(now[near] / np.maximum(known[near], 1.0))) if near.sum() > 32 else 1.0
+        return largest_change(small, self.belt * np.float32(min(max(gain, 0.5), 2.0)))
+
+    def silhouettes(self, small: Floats) -> Floats:
+        """Float32 (h, w): 1 on an item, 0 on the belt, between the two on its rim."""
+        difference = self.difference(small)
+        soft = np.clip((difference - _FAINT) / (_CLEAR - _FAINT), 0.0, 1.0)
+        soft = cv2.morphologyEx(soft, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+        belt = cv2.dilate(np.asarray(soft, np.float32), np.ones((3, 3), np.uint8)) < 0.5
+        self.belt[belt] += _LEARN * (small[belt] - self.belt[belt])
+        return np.asarray(soft, np.float32)
+
+
+def mismatch(first: Floats, second: Floats, shifts: Sequence[int]) -> NDArray[np.float64]:
+    """How badly `second` fits `first` moved right by each of `shifts` columns: 0 equal, about 1 unrelated.
+
+    Infinite where the two have too little in common.
+    """
+    width = first.shape[1]
+    found = np.full(len(shifts), np.inf)
+    for at, shift in enumerate(shifts):
+        if width - abs(shift) < _OVERLAP * width:
+            continue
+        a = first[:, max(0, -shift) : width - max(0, shift)]
+        b = second[:, max(0, shift) : width - max(0, -shift)]
+        energy = float(np.vdot(a, a) + np.vdot(b, b))
+        if energy > _LEAST_SEEN * a.size:
+            found[at] = 1.0 - 2.0 * float(np.vdot(a, b)) / energy
+    return found
+
+
+def best_shift(first: Floats, second: Floats, low: int, high: int) -> tuple[float, float] | None:
+    """The shift to the right between `low` and `high` columns at which `second` fits `first` best.
+
+    Returns:
+        Shift (columns, with a fraction) and its mismatch; None when there is nothing to compare.
+    """
+    shifts = range(low, high + 1)
+    fits = mismatch(first, second, shifts)
+    at = int(fits.argmin())
+    if not np.isfinite(fits[at]):
+        return None
+    return low + at + vertex(fits, at), float(fits[at])
+
+
+def vertex(values: NDArray[np.float64], at: int) -> float:
+    """Offset (-0.5..0.5) of the minimum from sample `at`, by the parabola through it and its neighbours."""
+    if not 0 < at < len(values) - 1 or not np.isfinite(values[at - 1 : at + 2]).all():
+        return 0.0
+    before, here, after = (float(v) for v in values[at - 1 : at + 2])
+    bend = before - 2.0 * here + after
+    return 0.0 if bend <= 0.0 else min(max(0.5 * (before - after) / bend, -0.5), 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class _Motion:
+    """What is known of the belt at one moment; replaced as a whole, so that any thread may read it."""
+
+    at_s: float
+    position_mm: float
+    speed_mm_s: float
+
+
+class ImageEncoder:
+    """Belt position from the pictures of a line without encoder; feed it every frame, in order.
+
+    Each picture is slid over a reference picture (not over the last one: errors then add up per reference, not per
+    frame) near where the speed predicts it, and over the last one when it is not found there. While there is
+    nothing to see it runs on at its last speed, for `hold_s` at most, and counts that.
+
+    Measured on the simulated line (two lanes, 1000 mm/s, 0.625 mm/px, 30 frames/s) against the true belt, over
+    57 m with a ramp to 60 %, a stop of 4 s, 120 % and back, five worlds: with 9 items per second and lane the error
+    at the end is 7 to 12 mm (0.01 to 0.02 %), and over 0.7 s, the way from camera to outlet, below 0.9 mm for 99 %
+    of the frames. It lives from items in sight: with 3 items per second and lane 8 to 11 mm over 0.7 s, with 1 (40 %
+    of the frames show none) 11 to 20 mm, and 0.1 to 0.2 % at the end. The speed is read to 0.1 %, within a ramp to
+    6 %. Frames dropped (20 %) and torn (5 %) cost 27 mm once in 30 s. Ejections by it alone, through a slower belt
+    and a stop, hit all of 101 (0.9 mm/px). A frame of 640 x 340 px takes about 1.5 ms.
+
+    Args:
+        mm_per_px: Of the camera.
+        nominal_mm_s: Speed until the belt is known and the first step is measured.
+        right_to_left: Items travel towards column 0; the position still grows.
+        hold_s: How long it believes its last speed without seeing an item; then it says that the belt stands.
+        belt: The empty belt (`learn_belt`); without it the first moving pictures are used to learn it.
+    """
+
+    def __init__(
+        self,
+        mm_per_px: float,
+        *,
+        nominal_mm_s: float = 0.0,
+        right_to_left: bool = False,
+        hold_s: float = 3.0,
+        belt: Floats | None = None,
+    ) -> None:
+        if not (mm_per_px > 0.0 and hold_s >= 0.0 and nominal_mm_s >= 0.0):
+            raise InputError(
+                "encoder.bad_setting",
+                "The image encoder cannot work like this.",
+                expected="mm_per_px > 0, hold_s >= 0, nominal_mm_s >= 0",
+                got=(mm_per_px, hold_s, nominal_mm_s),
+            )
+        self._mm_per_px, self._mirror, self._hold_s = mm_per_px, right_to_left, hold_s
+        self._view = None if belt is None else BeltView(belt)
+        self._looks: list[Floats] = []
+        self._motion: _Motion | None = None
+        self._nominal_mm_s = nominal_mm_s
+        self._shape: tuple[int, ...] = ()
+        self._reference: tuple[Floats, float] | None = None
+        self._last: Floats | None = None
+        self._blind_s = 0.0
+        self.frames = 0
+        self.blind_frames = 0
+        """Frames whose motion could not be read; the last speed was kept, or the bound was reached."""
+        self.held_mm = 0.0
+        """Distance that was assumed, not seen."""
+
+    def position_mm(self, at_s: float) -> float:
+        """See `Encoder`; 0 at the first frame. Extrapolates by the last speed, for `hold_s` at most."""
+        motion = self._motion
+        if motion is None:
+            return 0.0
+        return motion.position_mm + motion.speed_mm_s * min(max(at_s - motion.at_s, -self._hold_s), self._hold_s)
+
+    def speed_mm_s(self) -> float:
+        """See `Encoder`."""
+        return 0.0 if self._motion is None else self._motion.speed_mm_s
+
+    def feed(self, frame: Frame) -> float:
+        """Takes the next frame and returns the belt position at its exposure, millimetres.
+
+        Raises:
+            CameraError: `camera.wrong_size` when the frame has another size than the first.
+        """
+        if self._shape and frame.image.shape != self._shape:
+            raise CameraError(
+                "camera.wrong_size", "A frame changed its size.", expected=self._shape, got=frame.image.shape
+            )
+        self._shape = frame.image.shape
+        self.frames += 1
+        shrink = shrink_of(frame.image.shape[1])
+        column_mm = self._mm_per_px * shrink
+        seen = self._silhouettes(shrunk(frame.image, shrink))
+        before = self._motion
+        if before is None:
+            self._motion = _Motion(frame.captured_s, 0.0, self._nominal_mm_s)
+            self._refer(seen, 0.0)
+            return 0.0
+        elapsed_s = max(frame.captured_s - before.at_s, 0.0)
+        position = None
+        if seen is not None and elapsed_s > 0.0:
+            position = self._measure(seen, before, before.speed_mm_s * elapsed_s, column_mm)
+        if position is None:
+            self._motion = self._held(before, frame.captured_s, elapsed_s)
+        else:
+            self._blind_s = 0.0
+            speed = (position - before.position_mm) / elapsed_s
+            speed = _smoothed(before.speed_mm_s, speed, elapsed_s, column_mm)
+            self._motion = _Motion(frame.captured_s, position, speed)
+        self._renew(seen, self._motion.position_mm, column_mm, measured=position is not None)
+        return self._motion.position_mm
+
+    def _silhouettes(self, small: Floats) -> Floats | None:
+        """None until the belt is known."""
+        if self._mirror:
+            small = np.ascontiguousarray(small[:, ::-1])
+        if self._view is None:
+            if not self._looks or moved(self._looks[-1], small):
+                self._looks.append(small)
+            if len(self._looks) < _BELT_LOOKS:
+                return None
+            self._view = BeltView(learn_belt(self._looks))
+            self._looks.clear()
+        return self._view.silhouettes(small)
+
+    def _measure(self, seen: Floats, before: _Motion, step_mm: float, column_mm: float) -> float | None:
+        """Belt position of these silhouettes, or None."""
+        if self._reference is not None:
+            reference, at_mm = self._reference
+            expected = (before.position_mm + step_mm - at_mm) / column_mm
+            reach = 3.0 + 0.3 * step_mm / column_mm
+            match = best_shift(reference, seen, int(expected - reach), int(np.ceil(expected + reach)))
+            if match is not None and match[1] < _MISFIT and abs(match[0] - expected) < reach:
+                return max(at_mm + match[0] * column_mm, before.position_mm)
+        if self._last is not None:
+            match = best_shift(self._last, seen, -1, int((1.0 - _OVERLAP) * seen.shape[1]))
+            if match is not None and match[1] < _MISFIT:
+                return before.position_mm + max(match[0], 0.0) * column_mm
+        return None
+
+    def _held(self, before: _Motion, at_s: float, elapsed_s: float) -> _Motion:
+        self.blind_frames += 1
+        left_s = min(max(self._hold_s - self._blind_s, 0.0), elapsed_s)
+        self._blind_s += elapsed_s
+        ran_mm = before.speed_mm_s * left_s
+        self.held_mm += ran_mm
+        return _Motion(at_s, before.position_mm + ran_mm, before.speed_mm_s if left_s > 0.0 else 0.0)
+
+    def _renew(self, seen: Floats | None, position_mm: float, column_mm: float, *, measured: bool) -> None:
+        """A new reference once the old one has left half of the picture, or nothing fits it any more."""
+        if self._reference is not None:
+            gone = (position_mm - self._reference[1]) / column_mm
+            if gone > 0.5 * self._reference[0].shape[1] or (not measured and self._blind_s > 0.2):
+                self._reference = None
+        self._last = seen
+        if self._reference is None:
+            self._refer(seen, position_mm)
+
+    def _refer(self, seen: Floats | None, position_mm: float) -> None:
+        if seen is not None and float(seen.mean()) > _LEAST_SEEN:
+            self._reference = (seen, position_mm)
+        self._last = seen
+
+
+class ImageEncodedCamera:
+    """A camera whose frames carry the belt position that its own pictures tell.
+
+    Args:
+        source: The camera; its own belt positions are replaced.
+        encoder: Gets every frame that is read, and answers for the belt in between.
+    """
+
+    def __init__(self, source: FrameSource, encoder: ImageEncoder) -> None:
+        self.source, self.encoder = source, encoder
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """See `FrameSource.read`."""
+        frame = self.source.read(timeout_s)
+        return None if frame is None else replace(frame, belt_mm=self.encoder.feed(frame))
+
+    @property
+    def frames_dropped(self) -> int:
+        """Of the camera."""
+        return int(getattr(self.source, "frames_dropped", 0))
+
+    def close(self) -> None:
+        """Closes the camera."""
+        self.source.close()
+
+
+def _smoothed(before_mm_s: float, now_mm_s: float, elapsed_s: float, column_mm: float) -> float:
+    """Slow for what may be reading noise, quick for a ramp, at once for a stop."""
+    if now_mm_s * elapsed_s < 0.02 * column_mm:
+        return 0.0
+    change = now_mm_s - before_mm_s
+    noise = max(0.1 * column_mm / elapsed_s, 0.02 * before_mm_s)
+    return before_mm_s + (0.15 if abs(change) < noise else 0.6) * change
