@@ -1,0 +1,264 @@
+"""Drives the update's life cycle on the box: fetch, self-test, trial, commit or rollback (`slots` has the table).
+
+Every step persists its state before its effect, so a crash or a power cut at any line is continued or undone at the
+next start (`recover`). It knows neither the broker nor the line process: it asks its `Host` for both. The commit is
+local and final; a lost report never changes what runs.
+"""
+
+import logging
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+from edge_agent.child import Deliver, SelfTestDone, start_selftest
+from edge_agent.config import DeliveryConfig
+from edge_agent.delivery import collect_garbage
+from edge_agent.pipe import Beat, LoadFailed, ModelFailed
+from edge_agent.slots import SlotState, StateFile, Trigger, advance, already_running
+from edge_agent.transfer import Transfer
+from models.bundle import read_bundle
+from models.errors import BundleError, ConflictError, SortlineError
+from models.messages import Desired, Fault, Phase
+
+log = logging.getLogger("sortline.updating")
+_SHORTEST_TRIAL_S: Final = 1.0
+
+
+class Host(Protocol):
+    """What the life cycle needs from the supervisor."""
+
+    fault: Fault | None
+    """What is wrong now, as it is reported."""
+
+    def event(self, code: str, message: str, **facts: str) -> None:
+        """Stores an event."""
+
+    def blame(self, error: SortlineError) -> None:
+        """Makes an error the reported fault."""
+
+    def set_fault(self, fault: Fault) -> None:
+        """Makes this the reported fault."""
+
+    def report(self) -> None:
+        """Tells the control plane how things are."""
+
+    def load_active(self) -> None:
+        """Makes the line use `state.active`."""
+
+    def enqueue(self, event: object) -> bool:
+        """Hands an event to the loop, from any thread."""
+
+
+class Updater:
+    """The bundles of one agent.
+
+    Args:
+        root: The agent's state directory.
+        config: Of delivery.
+        file: Where the state is kept.
+        transfer: Fetches bundles.
+        host: The supervisor.
+    """
+
+    def __init__(self, root: Path, config: DeliveryConfig, file: StateFile, transfer: Transfer, host: Host) -> None:
+        self._root, self._config, self._file, self._host = root, config, file, host
+        self.transfer = transfer
+        self.state: SlotState = file.load()
+        self._testing = False
+        self._trial_running_s = 0.0
+
+    def slot(self, digest: str) -> Path:
+        """Where this bundle is."""
+        return self._root / "slots" / digest
+
+    def progress(self, beat: Beat | None) -> float:
+        """0..1 of the phase."""
+        if self.state.phase is Phase.FETCHING:
+            return self.transfer.progress
+        if self.state.phase is Phase.TRIAL and beat is not None:
+            return min(1.0, beat.items_on_bundle / max(self.state.trial_items, 1))
+        return 1.0 if self.state.phase is Phase.COMMITTED else 0.0
+
+    def _save(self, state: SlotState) -> None:
+        """Persists before any effect, then tells the world."""
+        self._file.save(state)
+        self.state = state
+        self._host.report()
+
+    # -- start ------------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """After a start: whatever phase the power failed in is continued or undone."""
+        phase = self.state.phase
+        if self.state.active and not self._usable(self.state.active):
+            self._host.event("slots.active_broken", f"{self.state.active} does not verify; going back.")
+            fallback = self.state.previous if self._usable(self.state.previous) else ""
+            self._save(msgspec.structs.replace(self.state, active=fallback, previous="", phase=Phase.ROLLED_BACK))
+        elif phase is Phase.TRIAL:
+            self._start_trial()
+        elif phase in {Phase.FETCHING, Phase.VERIFIED, Phase.SELF_TEST}:
+            self._save(msgspec.structs.replace(self.state, phase=Phase.FETCHING))
+
+    def _usable(self, digest: str) -> bool:
+        try:
+            read_bundle(self.slot(digest), digest=digest)
+        except BundleError as error:
+            log.warning("%s", error)
+            return False
+        return bool(digest)
+
+    # -- what is asked ----------------------------------------------------------------------------------------
+
+    def desire(self, desired: Desired) -> None:
+        """Takes up a newer desired state; an older one changes nothing."""
+        state = self.state
+        if desired.generation <= state.generation:
+            return
+        facts = {"generation": desired.generation, "rollout_id": desired.rollout_id}
+        log.info("desired generation %s bundle %s", desired.generation, desired.bundle[:12])
+        if desired.bundle in state.blocked:
+            self._host.blame(
+                ConflictError(
+                    "agent.digest_blocked",
+                    "This bundle failed here before and is not tried again.",
+                    expected="a bundle that was not blocked",
+                    got=desired.bundle,
+                )
+            )
+            self._save(msgspec.structs.replace(state, **facts))
+            return
+        self._host.fault = None
+        self.transfer.drop()
+        if desired.bundle == state.active and state.phase is not Phase.TRIAL:
+            self._save(already_running(state, **facts))
+            return
+        was_trial = state.phase is Phase.TRIAL
+        self._save(
+            advance(
+                state,
+                Trigger.DESIRED,
+                target=desired.bundle,
+                trial_items=desired.trial_items,
+                trial_s=desired.trial_s,
+                **facts,
+            )
+        )
+        if was_trial:
+            self._host.load_active()
+
+    # -- what happens -----------------------------------------------------------------------------------------
+
+    def tick(self, elapsed_s: float, beat: Beat | None) -> None:
+        """One turn: whatever the phase is waiting for.
+
+        Args:
+            elapsed_s: Since the last turn.
+            beat: The line's last sign of life.
+
+        Raises:
+            CapacityError: The disk is full; tried again by itself.
+            OSError: The state could not be saved; tried again by itself.
+        """
+        phase = self.state.phase
+        if phase is Phase.FETCHING:
+            if self.transfer.tick(self.state.target):
+                self._host.fault = None
+                self._save(advance(self.state, Trigger.FETCHED))
+        elif phase is Phase.VERIFIED and not self._testing:
+            self._start_selftest()
+        elif phase is Phase.TRIAL:
+            self._tick_trial(elapsed_s, beat)
+
+    def chunk(self, topic: str, payload: bytes) -> None:
+        """A chunk came."""
+        try:
+            error = self.transfer.take(topic, payload)
+        except BundleError as found:
+            self._host.blame(found)
+            self.transfer.drop()
+            self._save(advance(self.state, Trigger.TEST_FAILED))
+            return
+        if error is not None:
+            self._host.blame(error)
+
+    # -- self-test and trial ----------------------------------------------------------------------------------
+
+    def _start_selftest(self) -> None:
+        self._save(advance(self.state, Trigger.TEST_STARTED))
+        deliver: Deliver = self._host.enqueue
+        self._testing = True
+        start_selftest(
+            self.slot(self.state.target),
+            self.state.target,
+            budget_ms=self._config.selftest_budget_ms,
+            timeout_s=self._config.selftest_timeout_s,
+            deliver=deliver,
+        )
+
+    def tested(self, done: SelfTestDone) -> None:
+        """The self-test ended."""
+        self._testing = False
+        if self.state.phase is not Phase.SELF_TEST or done.digest != self.state.target:
+            return  # overtaken by a newer wish
+        if done.fault is not None:
+            self._host.set_fault(done.fault)
+            self._host.event(done.fault.code, done.fault.message, bundle=done.digest)
+            self._save(advance(self.state, Trigger.TEST_FAILED))
+            return
+        self._host.event("selftest.passed", "", bundle=done.digest, p99_ms=str(done.p99_ms), rss_mb=str(done.rss_mb))
+        self._save(advance(self.state, Trigger.TEST_PASSED))
+        self._start_trial()
+
+    def _start_trial(self) -> None:
+        """Counts the try before the bundle is loaded: a crash cannot forget it."""
+        if self.state.tries >= self._config.max_tries:
+            self._roll_back(Fault(code="trial.too_many_tries", message="The bundle did not survive its trial."))
+            return
+        self._save(advance(self.state, Trigger.TRIAL_STARTED))
+        self._trial_running_s = 0.0
+        self._host.load_active()
+
+    def _roll_back(self, fault: Fault) -> None:
+        self._host.set_fault(fault)
+        self._host.event(fault.code, fault.message, bundle=self.state.active)
+        self._save(advance(self.state, Trigger.TRIAL_FAILED))
+        log.warning("rolled back: %s", fault.message)
+        self._host.load_active()
+
+    def _tick_trial(self, elapsed_s: float, beat: Beat | None) -> None:
+        if beat is None or beat.digest != self.state.active:
+            return
+        if beat.items_on_bundle >= self.state.trial_items:
+            self._save(advance(self.state, Trigger.TRIAL_PASSED))
+            self._host.event("bundle.committed", "", bundle=self.state.active, items=str(beat.items_on_bundle))
+            collect_garbage(self._root, {self.state.active, self.state.previous})
+            return
+        if beat.belt_running:
+            self._trial_running_s += elapsed_s
+        if self._trial_running_s > max(self.state.trial_s, _SHORTEST_TRIAL_S):
+            message = (
+                f"{beat.items_on_bundle} of {self.state.trial_items} items in {self.state.trial_s:g} s of running belt."
+            )
+            self._roll_back(Fault(code="trial.timeout", message=message))
+
+    def line_died(self, reason: str) -> None:
+        """The line process ended; during a trial that counts against the bundle."""
+        if self.state.phase is not Phase.TRIAL:
+            return
+        if self.state.tries >= self._config.max_tries:
+            self._roll_back(Fault(code="trial.line_died", message=reason))
+        else:
+            self._start_trial()
+
+    def bundle_failed(self, message: LoadFailed | ModelFailed) -> None:
+        """The line could not load or run a bundle."""
+        self._host.event(message.fault.code, message.fault.message, bundle=message.digest)
+        if message.digest != self.state.active:
+            return
+        if self.state.phase is Phase.TRIAL:
+            self._roll_back(message.fault)
+        elif isinstance(message, ModelFailed):
+            # The committed model broke on one input: load it again rather than stop judging.
+            self._host.set_fault(message.fault)
+            self._host.load_active()
