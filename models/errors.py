@@ -68,6 +68,10 @@ class BundleError(SortlineError):
     """The bundle must not be used: keep the one that runs, block this digest, report."""
 
 
+class TrustError(SortlineError):
+    """What was offered is not proven: change nothing, keep what runs, report; somebody must sign or set the clock."""
+
+
 class MessageError(SortlineError):
     """Drop this message, count it, go on."""
 

@@ -15,6 +15,7 @@ from models.errors import InputError, MessageError
 
 ROOT: Final = "sortline/v1"
 SENTINEL_TOPIC: Final = f"{ROOT}/sentinel"
+TRUST_TOPIC: Final = f"{ROOT}/tuf"
 MAX_CONTROL_BYTES: Final = 8 * 1024
 MAX_REPORTED_BYTES: Final = 16 * 1024
 MAX_LIVE_BYTES: Final = 64 * 1024

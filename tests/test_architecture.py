@@ -24,10 +24,11 @@ HEAVY = (
     "pydantic",
     "typer",
 )
-MODELS_MAY_IMPORT = {"models", "numpy", "msgspec", "cv2", "onnxruntime"}
+MODELS_MAY_IMPORT = {"models", "numpy", "msgspec", "cv2", "onnxruntime", "tuf"}
 ONLY_IN = {
     "cv2": {"models/preprocess.py"},
     "onnxruntime": {"models/classifier.py"},
+    "tuf": {"models/trust.py"},
 }
 
 
@@ -78,6 +79,7 @@ def test_a_fresh_agent_loads_nothing_heavy(module: str) -> None:
     assert not set(loaded) & set(HEAVY)
     if module != "edge_agent.line":
         assert not set(loaded) & {"cv2", "onnxruntime"}, "the supervisor only moves bundles"
+    assert not set(loaded) & {"tuf", "securesystemslib", "cryptography"}, "signatures are verified in another process"
 
 
 def test_no_file_outgrows_its_purpose() -> None:

@@ -1,0 +1,7 @@
+"""The signing side of trust: keys, metadata, ceremonies, and the assignments the control plane signs itself.
+
+Two kinds of keys never meet. *Offline*: root (2 of 3, on media in safes) and release (with whoever answers for
+models); their ceremonies (`ceremony`) work on a folder and need no control plane. *Online*: timestamp, snapshot and
+assign (`assignments`), on the control plane's disk, signing every hour and with every assignment. Who steals the
+online keys can choose among released bundles until the root revokes them; nobody can release one with them.
+"""

@@ -1,0 +1,242 @@
+"""TUF metadata as pure functions: what each role says, who signs it, whether a new one may follow an old one.
+
+Times and versions are arguments. Every signed part carries `issued_at`, because TUF has no issue date and agents take
+their clock's floor from it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+from tuf.api.serialization.json import JSONSerializer
+
+from control_plane.trust.keys import PublicKey, Signer
+from models.errors import InputError
+from models.trust import ASSIGN, issued_at
+
+LIFE: Final[dict[str, timedelta]] = {
+    "root": timedelta(days=3 * 365),
+    "targets": timedelta(days=365),
+    ASSIGN: timedelta(days=30),
+    "snapshot": timedelta(days=7),
+    "timestamp": timedelta(days=7),
+}
+"""From signing to expiry."""
+ALARM_SHARE: Final = 2 / 3
+"""Of its life after which metadata ought to have been signed again."""
+TOP_ROLES: Final = ("root", "targets", "snapshot", "timestamp")
+
+
+def encode(metadata: Metadata[Any]) -> bytes:
+    """Compact JSON, as it is hashed and sent."""
+    return metadata.to_bytes(JSONSerializer(compact=True))
+
+
+def _dates(role: str, now: datetime) -> tuple[datetime, dict[str, Any]]:
+    now = now.astimezone(UTC).replace(microsecond=0)
+    return now + LIFE[role], {"issued_at": now.isoformat()}
+
+
+def sign(metadata: Metadata[Any], signers: Iterable[Signer], *, append: bool = False) -> bytes:
+    """Signs with each of these keys and encodes."""
+    for at, signer in enumerate(signers):
+        metadata.sign(signer, append=append or at > 0)
+    return encode(metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class RoleKeys:
+    """Keys of a role, and how many of them must sign."""
+
+    keys: tuple[PublicKey, ...]
+    threshold: int = 1
+
+
+def new_root(version: int, roles: dict[str, RoleKeys], now: datetime, *, development: bool) -> Metadata[Root]:
+    """A root that names the keys of the four top roles."""
+    expires, extra = _dates("root", now)
+    root = Root(version=version, expires=expires, consistent_snapshot=False, unrecognized_fields=extra)
+    if development:
+        root.unrecognized_fields["development"] = True
+    for role, wanted in roles.items():
+        for key in wanted.keys:
+            root.add_key(key, role)
+        root.roles[role].threshold = wanted.threshold
+    return Metadata(root)
+
+
+def roles_of(root: Root) -> dict[str, RoleKeys]:
+    """Whom a root names for the four top roles, as `new_root` takes it."""
+    return {
+        name: RoleKeys(tuple(root.keys[k] for k in role.keyids), role.threshold)  # type: ignore[misc]
+        for name, role in root.roles.items()
+    }
+
+
+def new_targets(version: int, bundles: dict[str, TargetFile], assign: RoleKeys, now: datetime) -> Metadata[Targets]:
+    """What the release key says: the released bundles, and who may assign them."""
+    expires, extra = _dates("targets", now)
+    role = DelegatedRole(ASSIGN, [k.keyid for k in assign.keys], assign.threshold, True, paths=[f"{ASSIGN}/*"])
+    delegations = Delegations({k.keyid: k for k in assign.keys}, {ASSIGN: role})
+    return Metadata(Targets(version, None, expires, dict(bundles), delegations, unrecognized_fields=extra))
+
+
+def assign_keys_of(targets: Targets) -> RoleKeys:
+    """The keys `targets` delegates assignments to.
+
+    Raises:
+        InputError: `trust.no_delegation`.
+    """
+    delegations = targets.delegations
+    role = (delegations.roles or {}).get(ASSIGN) if delegations else None
+    if delegations is None or role is None:
+        raise InputError("trust.no_delegation", "The targets metadata delegates no assignments.", expected=ASSIGN)
+    return RoleKeys(tuple(delegations.keys[k] for k in role.keyids), role.threshold)  # type: ignore[misc]
+
+
+def bundle_target(digest: str, manifest: bytes, custom: dict[str, Any]) -> TargetFile:
+    """The entry of a released bundle: its content is the manifest, so its sha256 is the bundle's digest."""
+    target = TargetFile.from_data(f"bundles/{digest}", manifest, ["sha256"])
+    target.unrecognized_fields["custom"] = custom
+    return target
+
+
+def new_assign(version: int, documents: dict[str, bytes], now: datetime) -> Metadata[Targets]:
+    """One entry per agent."""
+    expires, extra = _dates(ASSIGN, now)
+    targets = {}
+    for agent_id, document in documents.items():
+        target = TargetFile.from_data(f"{ASSIGN}/{agent_id}.json", document, ["sha256"])
+        targets[target.path] = target
+    return Metadata(Targets(version, None, expires, targets, unrecognized_fields=extra))
+
+
+def new_snapshot(version: int, targets: bytes, assign: bytes, now: datetime) -> Metadata[Snapshot]:
+    """What belongs together: versions and hashes of targets and assign."""
+    expires, extra = _dates("snapshot", now)
+    meta = {f"{role}.json": _meta(data) for role, data in (("targets", targets), (ASSIGN, assign))}
+    return Metadata(Snapshot(version, None, expires, meta, unrecognized_fields=extra))
+
+
+def new_timestamp(version: int, snapshot: bytes, now: datetime) -> Metadata[Timestamp]:
+    """What is current."""
+    expires, extra = _dates("timestamp", now)
+    return Metadata(Timestamp(version, None, expires, _meta(snapshot), unrecognized_fields=extra))
+
+
+def _meta(data: bytes) -> MetaFile:
+    return MetaFile.from_data(Metadata.from_bytes(data).signed.version, data, ["sha256"])
+
+
+def read_root(data: bytes) -> Metadata[Root]:
+    """Parses a root.
+
+    Raises:
+        InputError: `trust.no_metadata`.
+    """
+    return _read(data, Root)  # type: ignore[no-any-return]
+
+
+def read_targets(data: bytes) -> Metadata[Targets]:
+    """Parses targets or assign.
+
+    Raises:
+        InputError: `trust.no_metadata`.
+    """
+    return _read(data, Targets)  # type: ignore[no-any-return]
+
+
+def _read(data: bytes, kind: Any) -> Any:
+    try:
+        found: Metadata[Any] = Metadata.from_bytes(data)
+    except (RepositoryError, ValueError) as error:
+        raise InputError("trust.no_metadata", "This is no TUF metadata.", got=str(error)[:200]) from error
+    if not isinstance(found.signed, kind):
+        raise InputError(
+            "trust.no_metadata", "This is metadata of another role.", expected=kind.type, got=found.signed.type
+        )
+    return found
+
+
+def check_next_root(new: bytes, old: bytes | None) -> Metadata[Root]:
+    """A root may follow another when a threshold of both sets of keys signed it and its version is one more.
+
+    Raises:
+        InputError: `trust.not_next`, `trust.not_enough_signatures`, `trust.no_metadata`.
+    """
+    found = read_root(new)
+    if old is not None:
+        before = read_root(old).signed
+        _check_version(found.signed.version, before.version + 1, "root", exact=True)
+        _check_signed(found, before, "root", "the keys of the root before")
+    _check_signed(found, found.signed, "root", "its own keys")
+    return found
+
+
+def check_next_targets(new: bytes, old: bytes | None, root: bytes) -> Metadata[Targets]:
+    """Targets may follow others when the root's release keys signed them and the version is higher.
+
+    Raises:
+        InputError: `trust.not_next`, `trust.not_enough_signatures`, `trust.no_metadata`, `trust.no_delegation`.
+    """
+    found = read_targets(new)
+    if old is not None:
+        _check_version(found.signed.version, read_targets(old).signed.version + 1, "targets", exact=False)
+    _check_signed(found, read_root(root).signed, "targets", "the release keys of the root")
+    assign_keys_of(found.signed)
+    return found
+
+
+def _check_version(got: int, wanted: int, role: str, *, exact: bool) -> None:
+    if got != wanted if exact else got < wanted:
+        raise InputError(
+            "trust.not_next",
+            f"This {role} metadata does not follow the newest one.",
+            expected=f"version {wanted}",
+            got=f"version {got}",
+        )
+
+
+def _check_signed(metadata: Metadata[Any], by: Root, role: str, whose: str) -> None:
+    result = by.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
+    if not result.verified:
+        raise InputError(
+            "trust.not_enough_signatures",
+            f"The {role} metadata is not signed by enough of {whose}.",
+            expected=f"{result.threshold} of {len(result.signed) + len(result.unsigned)} keys",
+            got=f"{len(result.signed)}",
+        )
+
+
+def meta_versions(snapshot: bytes) -> dict[str, int]:
+    """Version by role that a snapshot lists."""
+    signed: Snapshot = Metadata[Snapshot].from_bytes(snapshot).signed
+    return {name.removesuffix(".json"): entry.version for name, entry in signed.meta.items()}
+
+
+def fresh_for(data: bytes, keys: RoleKeys, role: str, now: datetime, age_limit: timedelta) -> bool:
+    """Whether metadata is signed by one of today's keys of its role and younger than the limit."""
+    metadata: Metadata[Any] = Metadata.from_bytes(data)
+    issued = issued_at(metadata.signed) or metadata.signed.expires - LIFE[role]
+    return bool({key.keyid for key in keys.keys} & set(metadata.signatures)) and now - issued < age_limit
+
+
+def signatures_missing(metadata: Metadata[Root], old: bytes | None) -> int:
+    """Signatures a root still needs before it may follow `old`."""
+    authorities = [metadata.signed] + ([read_root(old).signed] if old else [])
+    return max(
+        a.get_verification_result("root", metadata.signed_bytes, metadata.signatures).missing for a in authorities
+    )

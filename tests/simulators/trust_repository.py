@@ -1,0 +1,124 @@
+"""A whole installation's keys in a folder, and what a control plane signs: made by the real code."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from tuf.api.metadata import Metadata
+
+from control_plane.trust import ceremony
+from control_plane.trust import metadata as md
+from control_plane.trust.keys import Signer, load_key
+from models.bundle import FileEntry, Manifest, sha256
+from models.messages import Desired, encode
+from models.trust import ASSIGN, Outcome, make_set, verify, version_of
+
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+PASSPHRASE = "correct horse battery"
+
+
+def manifest(name: str = "apples", content: bytes = b"model") -> Manifest:
+    digest = sha256(content)
+    return Manifest(name=name, files=(FileEntry(path="card.md", size_bytes=5, sha256=digest, chunks=(digest,)),))
+
+
+@dataclass
+class Repository:
+    """Signs what a test wants signed, with any keys, in any order.
+
+    Args:
+        root: Folder of keys and metadata.
+    """
+
+    root: Path
+    now: datetime = NOW
+    assignments: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder = ceremony.Folder(self.root / "trust")
+        media = [self.root / f"usb-{n}" / f"root-{n}.pem" for n in (1, 2, 3)]
+        self.root_paths, self.release_path = media, self.root / "usb-release" / "release.pem"
+        self.anchor = ceremony.initialise(self.folder, media, self.release_path, lambda _path: PASSPHRASE, self.now)
+        self.parts["targets"] = self.folder.targets
+
+    def keys(self, *numbers: int) -> list[Signer]:
+        return [load_key(self.root_paths[n - 1], PASSPHRASE) for n in numbers]
+
+    @property
+    def release_key(self) -> Signer:
+        return load_key(self.release_path, PASSPHRASE)
+
+    def release(self, content: bytes = b"model", *, signer: Signer | None = None) -> str:
+        """Releases a bundle; returns its digest."""
+        found = manifest(content=content)
+        key = signer or self.release_key
+        self.parts["targets"] = ceremony.release(self.parts["targets"], self.folder.root, found, key, self.now)
+        self.folder.write("targets.json", self.parts["targets"])
+        return sha256(found.encoded())
+
+    def assign(self, agent_id: str, bundle: str, generation: int = 1, **changes: object) -> bytes:
+        document = encode(Desired(generation=generation, bundle=bundle, **changes))  # type: ignore[arg-type]
+        self.assignments[agent_id] = document
+        return document
+
+    def online(self, role: str) -> Signer:
+        roles = md.roles_of(md.read_root(self.folder.root).signed)
+        roles[ASSIGN] = md.assign_keys_of(md.read_targets(self.folder.targets).signed)
+        return self.folder.online_signer(role, roles[role])
+
+    def seal(self) -> bytes:
+        """Signs assign, snapshot and timestamp; returns the set."""
+        new = {role: version_of(self.parts.get(role, b"")) + 1 for role in (ASSIGN, "snapshot", "timestamp")}
+        assign = md.new_assign(new[ASSIGN], self.assignments, self.now)
+        self.parts[ASSIGN] = md.sign(assign, [self.online(ASSIGN)])
+        snapshot = md.new_snapshot(new["snapshot"], self.parts["targets"], self.parts[ASSIGN], self.now)
+        self.parts["snapshot"] = md.sign(snapshot, [self.online("snapshot")])
+        return self.stamp()
+
+    def stamp(self) -> bytes:
+        """Signs a new timestamp only."""
+        version = version_of(self.parts.get("timestamp", b"")) + 1
+        timestamp = md.new_timestamp(version, self.parts["snapshot"], self.now)
+        self.parts["timestamp"] = md.sign(timestamp, [self.online("timestamp")])
+        return self.set()
+
+    def set(self, **parts: bytes) -> bytes:
+        return make_set(self.folder.roots(), self.parts | parts)
+
+    def later(self, **span: float) -> None:
+        self.now += timedelta(**span)
+
+
+@dataclass
+class Device:
+    """An agent's memory of what it trusts."""
+
+    anchor: bytes
+    scratch: Path
+    agent_id: str = "line-1"
+    trusted: bytes = b""
+    runs: int = 0
+
+    def verify(self, offered: bytes, document: bytes | None, now: datetime = NOW) -> Outcome:
+        self.runs += 1
+        outcome = verify(
+            offered,
+            document,
+            agent_id=self.agent_id,
+            anchor=self.anchor,
+            trusted=self.trusted,
+            now=now,
+            scratch=self.scratch / str(self.runs),
+        )
+        self.trusted = outcome.trusted
+        return outcome
+
+
+def resigned(data: bytes, signers: list[Signer], **changes: object) -> bytes:
+    """The same metadata with some fields changed, signed by these keys."""
+    metadata = Metadata.from_bytes(data)
+    for name, value in changes.items():
+        setattr(metadata.signed, name, value)
+    metadata.signatures.clear()
+    return md.sign(metadata, signers)
