@@ -1,0 +1,214 @@
+"""What the control plane signs itself: one assignment per agent, and that everything belongs together and is fresh.
+
+Rules: an assignment and the version of the metadata that lists it are written in one transaction, so two replicas
+never sign different things under one version (role and version are the key of the table); what is published is what
+was committed, byte for byte; a bundle that the release key does not list is refused here already, although agents
+would refuse it anyway; metadata from offline keys is verified before it is kept, like anybody would.
+"""
+
+from datetime import datetime, timedelta
+from typing import Final
+
+from sqlmodel import Session, col, delete, desc, select
+
+from control_plane.tables import AssignmentRow, TrustMetadata
+from control_plane.trust import metadata as md
+from control_plane.trust.ceremony import Folder, RoleStatus, status
+from models.errors import ConflictError
+from models.messages import Desired, encode
+from models.trust import ASSIGN, is_development, make_set, version_of
+
+RESIGN_AFTER: Final = timedelta(hours=1)
+"""Timestamp and snapshot are signed again so often, although they live seven days: a freeze shows within hours."""
+_KEPT_VERSIONS: Final = 5
+_ONLINE: Final = (ASSIGN, "snapshot", "timestamp")
+
+
+class Assignments:
+    """The online half of trust.
+
+    Args:
+        folder: Public metadata as the ceremonies wrote it, and the online keys.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+
+    # -- what offline keys signed -----------------------------------------------------------------------------
+
+    def take_folder(self, session: Session, now: datetime) -> None:
+        """Takes in what the ceremonies left in the folder, and signs; does nothing while there is nothing.
+
+        Raises:
+            InputError: See `take_root` and `take_targets`.
+        """
+        roots, targets = self._folder.roots(), self._folder.targets
+        known = self._latest(session, "root")
+        for root in roots:
+            if version_of(root) > version_of(known):
+                self.take_root(session, root, now)
+                known = root
+        if targets and version_of(targets) > version_of(self._latest(session, "targets")):
+            self.take_targets(session, targets, now)
+        if known:
+            self.seal(session, now)
+
+    def take_root(self, session: Session, data: bytes, now: datetime) -> None:
+        """Keeps a new root.
+
+        Raises:
+            InputError: `trust.not_next`, `trust.not_enough_signatures`, `trust.no_metadata`.
+        """
+        root = md.check_next_root(data, self._latest(session, "root") or None)
+        self._keep(session, "root", root.signed.version, data, now)
+
+    def take_targets(self, session: Session, data: bytes, now: datetime) -> None:
+        """Keeps new targets: what is released from now on.
+
+        Raises:
+            InputError: `trust.not_next`, `trust.not_enough_signatures`, `trust.no_metadata`.
+        """
+        root = self._latest(session, "root")
+        if not root:
+            raise _not_initialised()
+        targets = md.check_next_targets(data, self._latest(session, "targets") or None, root)
+        self._keep(session, "targets", targets.signed.version, data, now)
+
+    def check_released(self, session: Session, bundle: str) -> None:
+        """Whether agents would accept this bundle.
+
+        Raises:
+            ConflictError: `trust.not_released`, `trust.not_initialised`.
+        """
+        targets = self._latest(session, "targets")
+        if not targets:
+            raise _not_initialised()
+        if f"bundles/{bundle}" not in md.read_targets(targets).signed.targets:
+            raise ConflictError(
+                "trust.not_released",
+                "No release key has signed this bundle; release it first: sortline models release.",
+                expected="a released bundle",
+                got=bundle,
+            )
+
+    # -- what online keys sign --------------------------------------------------------------------------------
+
+    def assign(self, session: Session, agent_id: str, desired: Desired, now: datetime) -> None:
+        """Writes what an agent shall run; `seal` before the commit signs it together with all others.
+
+        Raises:
+            ConflictError: `trust.not_released`, `trust.not_initialised`.
+        """
+        self.check_released(session, desired.bundle)
+        row = session.get(AssignmentRow, agent_id) or AssignmentRow(agent_id=agent_id)
+        row.generation, row.document, row.updated_at = desired.generation, encode(desired), now
+        session.add(row)
+
+    def seal(self, session: Session, now: datetime, *, force: bool = False) -> bool:
+        """Signs the assignments, the snapshot and the timestamp when something changed or is getting old.
+
+        In the caller's writing transaction; returns whether anything was signed.
+
+        Raises:
+            ConfigError: `keys.no_online_key`.
+            TrustError: `trust.oversize`: too many agents for one document.
+        """
+        roots = self._roots(session, lock=True)
+        targets = self._latest(session, "targets")
+        if not roots or not targets:
+            return False
+        session.flush()
+        root = md.read_root(roots[-1]).signed
+        roles = md.roles_of(root) | {ASSIGN: md.assign_keys_of(md.read_targets(targets).signed)}
+        parts = {role: self._latest(session, role) for role in _ONLINE} | {"targets": targets}
+        wanted = {row.agent_id: row.document for row in session.exec(select(AssignmentRow))}
+        fresh = {
+            role: bool(parts[role])
+            and not force
+            and md.fresh_for(parts[role], roles[role], role, now, _age_limit(role))
+            for role in _ONLINE
+        }
+        documents = md.new_assign(version_of(parts[ASSIGN]) + 1, wanted, now)
+        if not fresh[ASSIGN] or md.read_targets(parts[ASSIGN]).signed.targets != documents.signed.targets:
+            parts[ASSIGN] = md.sign(documents, [self._folder.online_signer(ASSIGN, roles[ASSIGN])])
+            fresh["snapshot"] = False
+        listed = md.meta_versions(parts["snapshot"]) if parts["snapshot"] else {}
+        if not fresh["snapshot"] or listed != {r: version_of(parts[r]) for r in ("targets", ASSIGN)}:
+            snapshot = md.new_snapshot(version_of(parts["snapshot"]) + 1, targets, parts[ASSIGN], now)
+            parts["snapshot"] = md.sign(snapshot, [self._folder.online_signer("snapshot", roles["snapshot"])])
+            fresh["timestamp"] = False
+        if fresh["timestamp"]:
+            return False
+        timestamp = md.new_timestamp(version_of(parts["timestamp"]) + 1, parts["snapshot"], now)
+        parts["timestamp"] = md.sign(timestamp, [self._folder.online_signer("timestamp", roles["timestamp"])])
+        make_set(roots, parts)  # too large a set must fail here, not at the broker
+        for role in _ONLINE:
+            self._keep(session, role, version_of(parts[role]), parts[role], now)
+        return True
+
+    # -- what is published ------------------------------------------------------------------------------------
+
+    def current_set(self, session: Session) -> bytes:
+        """The retained set as it was committed; empty before the first signing."""
+        parts = {role: self._latest(session, role) for role in (*_ONLINE, "targets")}
+        if not all(parts.values()):
+            return b""
+        return make_set(self._roots(session), parts)
+
+    def version(self, session: Session) -> int:
+        """Of the newest timestamp: changes with every signing."""
+        return version_of(self._latest(session, "timestamp"))
+
+    def document(self, session: Session, agent_id: str) -> bytes:
+        """An agent's assignment as it was signed; empty when it has none."""
+        row = session.get(AssignmentRow, agent_id)
+        return row.document if row else b""
+
+    def status(self, session: Session, now: datetime) -> list[RoleStatus]:
+        """Roles, keys, versions and expiry; empty before the first root."""
+        root = self._latest(session, "root")
+        parts = {role: self._latest(session, role) for role in (*_ONLINE, "targets")}
+        return status(root, parts, now) if root else []
+
+    def part(self, session: Session, role: str) -> bytes:
+        """The newest metadata of a role; empty when there is none."""
+        return self._latest(session, role)
+
+    def development(self, session: Session) -> bool:
+        """Whether the keys are development keys."""
+        return is_development(self._latest(session, "root"))
+
+    # -- rows -------------------------------------------------------------------------------------------------
+
+    def _latest(self, session: Session, role: str) -> bytes:
+        query = select(TrustMetadata).where(TrustMetadata.role == role).order_by(desc(TrustMetadata.version)).limit(1)
+        row = session.exec(query).first()
+        return row.data if row else b""
+
+    def _roots(self, session: Session, *, lock: bool = False) -> list[bytes]:
+        query = select(TrustMetadata).where(TrustMetadata.role == "root").order_by(col(TrustMetadata.version))
+        if lock:
+            # Two replicas that sign at the same time wait for each other here.
+            query = query.with_for_update()
+        return [row.data for row in session.exec(query)]
+
+    def _keep(self, session: Session, role: str, version: int, data: bytes, now: datetime) -> None:
+        if session.get(TrustMetadata, (role, version)) is None:
+            session.add(TrustMetadata(role=role, version=version, data=data, created_at=now))
+        if role in _ONLINE:
+            old = (col(TrustMetadata.role) == role) & (col(TrustMetadata.version) <= version - _KEPT_VERSIONS)
+            session.exec(delete(TrustMetadata).where(old))
+        session.flush()
+
+
+def _age_limit(role: str) -> timedelta:
+    return RESIGN_AFTER if role in {"snapshot", "timestamp"} else md.LIFE[role] / 3
+
+
+def _not_initialised() -> ConflictError:
+    return ConflictError(
+        "trust.not_initialised",
+        "This control plane has no signing keys; make them with `sortline keys init`.",
+        expected="root and targets metadata",
+        got="nothing",
+    )

@@ -1,0 +1,236 @@
+"""The control plane signs assignments: in one transaction, nothing unreleased, the same versions never twice."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import col, select
+
+from control_plane.database import migrate, open_database, reading, writing
+from control_plane.tables import TrustMetadata
+from control_plane.trust import ceremony
+from control_plane.trust.assignments import Assignments
+from models.errors import ConfigError, ConflictError, InputError, SortlineError, TrustError
+from models.messages import Desired
+from models.trust import ASSIGN, parse_set, version_of
+from tests.simulators.trust_repository import NOW, PASSPHRASE, Device, Repository
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    url = f"sqlite:///{tmp_path / 'plane.sqlite'}"
+    migrate(url)
+    engine = open_database(url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path / "keys")
+
+
+@pytest.fixture
+def assignments(engine: Engine, repository: Repository) -> Assignments:
+    found = Assignments(repository.folder)
+    with writing(engine) as session:
+        found.take_folder(session, NOW)
+        session.commit()
+    return found
+
+
+def release(engine: Engine, repository: Repository, assignments: Assignments, content: bytes = b"model") -> str:
+    digest = repository.release(content)
+    with writing(engine) as session:
+        assignments.take_targets(session, repository.parts["targets"], repository.now)
+        assignments.seal(session, repository.now)
+        session.commit()
+    return digest
+
+
+def assign(engine: Engine, assignments: Assignments, wanted: dict[str, Desired], now=NOW) -> None:
+    with writing(engine) as session:
+        for agent_id, desired in wanted.items():
+            assignments.assign(session, agent_id, desired, now)
+        assignments.seal(session, now)
+        session.commit()
+
+
+def published(engine: Engine, assignments: Assignments, agent_id: str) -> tuple[bytes, bytes]:
+    with reading(engine) as session:
+        return assignments.current_set(session), assignments.document(session, agent_id)
+
+
+def versions(data: bytes) -> dict[str, int]:
+    found = parse_set(data)
+    return {role: version_of(found.part(role)) for role in ("timestamp", "snapshot", "targets", ASSIGN)}
+
+
+def test_what_is_assigned_is_accepted_by_that_agent(
+    engine: Engine, repository: Repository, assignments: Assignments, tmp_path: Path
+) -> None:
+    digest = release(engine, repository, assignments)
+    agents = {f"line-{n}": Desired(generation=n, bundle=digest) for n in (1, 2, 3)}
+    assign(engine, assignments, agents)
+    for agent_id, desired in agents.items():
+        offered, document = published(engine, assignments, agent_id)
+        outcome = Device(repository.anchor, tmp_path / agent_id, agent_id).verify(offered, document)
+        assert outcome.error is None
+        assert outcome.assignment.desired == desired
+
+
+def test_many_assignments_are_one_version_and_none_is_no_version(
+    engine: Engine, repository: Repository, assignments: Assignments
+) -> None:
+    digest = release(engine, repository, assignments)
+    before = versions(published(engine, assignments, "line-1")[0])
+    assign(engine, assignments, {f"line-{n}": Desired(generation=1, bundle=digest) for n in range(40)})
+    after = versions(published(engine, assignments, "line-1")[0])
+    assert after[ASSIGN] == before[ASSIGN] + 1
+    assert after["timestamp"] == before["timestamp"] + 1
+    assign(engine, assignments, {})
+    assert versions(published(engine, assignments, "line-1")[0]) == after
+
+
+def test_an_assignment_that_is_not_committed_was_never_signed(
+    engine: Engine, repository: Repository, assignments: Assignments
+) -> None:
+    digest = release(engine, repository, assignments)
+    before = published(engine, assignments, "line-1")
+    with writing(engine) as session:
+        assignments.assign(session, "line-1", Desired(generation=1, bundle=digest), NOW)
+        assignments.seal(session, NOW)
+        session.rollback()
+    assert published(engine, assignments, "line-1") == before
+
+
+def test_two_replicas_cannot_sign_two_things_under_one_version(
+    engine: Engine, repository: Repository, assignments: Assignments
+) -> None:
+    offered = published(engine, assignments, "line-1")[0]
+    row = {"role": "timestamp", "version": versions(offered)["timestamp"], "data": b"other", "created_at": NOW}
+    with writing(engine) as session, pytest.raises(IntegrityError):
+        session.connection().execute(TrustMetadata.__table__.insert().values(**row))
+
+
+def test_an_unreleased_bundle_is_not_assigned(engine: Engine, assignments: Assignments) -> None:
+    with pytest.raises(ConflictError, match="release it first") as caught:
+        assign(engine, assignments, {"line-1": Desired(generation=1, bundle="a" * 64)})
+    assert caught.value.code == "trust.not_released"
+
+
+def test_without_keys_nothing_is_assigned_and_nothing_published(engine: Engine, tmp_path: Path) -> None:
+    empty = Assignments(ceremony.Folder(tmp_path / "nothing"))
+    with writing(engine) as session:
+        empty.take_folder(session, NOW)
+        assert not empty.seal(session, NOW)
+        assert empty.current_set(session) == b""
+        assert empty.status(session, NOW) == []
+    with pytest.raises(ConflictError, match="keys init"):
+        assign(engine, empty, {"line-1": Desired(generation=1, bundle="a" * 64)})
+
+
+def test_timestamp_and_snapshot_are_signed_again_every_hour_and_assign_after_a_third_of_its_life(
+    engine: Engine, repository: Repository, assignments: Assignments
+) -> None:
+    first = versions(published(engine, assignments, "")[0])
+    assign(engine, assignments, {}, NOW + timedelta(minutes=59))
+    assert versions(published(engine, assignments, "")[0]) == first
+    assign(engine, assignments, {}, NOW + timedelta(minutes=61))
+    hourly = versions(published(engine, assignments, "")[0])
+    assert hourly == first | {"timestamp": first["timestamp"] + 1, "snapshot": first["snapshot"] + 1}
+    assign(engine, assignments, {}, NOW + timedelta(days=11))
+    assert versions(published(engine, assignments, "")[0])[ASSIGN] == first[ASSIGN] + 1
+
+
+def test_online_versions_are_pruned_and_offline_ones_kept(
+    engine: Engine, repository: Repository, assignments: Assignments
+) -> None:
+    for hour in range(2, 30, 2):
+        assign(engine, assignments, {}, NOW + timedelta(hours=hour))
+    with reading(engine) as session:
+        rows = session.exec(select(TrustMetadata.role, TrustMetadata.version).order_by(col(TrustMetadata.role))).all()
+    assert sum(role == "timestamp" for role, _ in rows) == 5
+    assert ("root", 1) in rows
+
+
+def test_offline_metadata_is_verified_before_it_is_kept(
+    engine: Engine, repository: Repository, assignments: Assignments, tmp_path: Path
+) -> None:
+    stranger = Repository(tmp_path / "stranger")
+    stranger.release()
+    for data in (stranger.parts["targets"], b"{}", b"", repository.anchor):
+        with writing(engine) as session, pytest.raises(InputError) as caught:
+            assignments.take_targets(session, data, NOW)
+        assert caught.value.code in {"trust.not_enough_signatures", "trust.no_metadata"}
+    with writing(engine) as session, pytest.raises(InputError, match="does not follow"):
+        assignments.take_root(session, stranger.anchor, NOW)
+    with writing(engine) as session, pytest.raises(InputError, match="does not follow"):
+        assignments.take_targets(session, repository.parts["targets"], NOW)
+
+
+def test_rotated_online_keys_come_into_force_with_their_root(
+    engine: Engine, repository: Repository, assignments: Assignments, tmp_path: Path
+) -> None:
+    digest = release(engine, repository, assignments)
+    assign(engine, assignments, {"line-1": Desired(generation=1, bundle=digest)})
+    device = Device(repository.anchor, tmp_path / "device")
+    assert device.verify(*published(engine, assignments, "line-1")).error is None
+    release_keys = [repository.release_key]
+    ceremony.rotate(repository.folder, "online", repository.keys(1, 3), NOW, release_signers=release_keys)
+    with writing(engine) as session:
+        assignments.take_folder(session, NOW)
+        session.commit()
+    outcome = device.verify(*published(engine, assignments, "line-1"))
+    assert outcome.error is None
+    assert outcome.facts["root_version"] == "2"
+    (repository.folder.path / "online").rename(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="No private key"):
+        assign(engine, assignments, {}, NOW + timedelta(hours=3))
+
+
+def test_a_set_too_large_for_a_broker_is_refused_before_it_is_committed(
+    engine: Engine, repository: Repository, assignments: Assignments
+) -> None:
+    digest = release(engine, repository, assignments)
+    wanted = {f"line-{n:050}": Desired(generation=1, bundle=digest) for n in range(900)}
+    with pytest.raises(TrustError) as caught:
+        assign(engine, assignments, wanted)
+    assert caught.value.code == "trust.oversize"
+    assert published(engine, assignments, "line-" + "0" * 50)[1] == b""
+
+
+def test_development_keys_say_so(tmp_path: Path, engine: Engine) -> None:
+    folder = ceremony.Folder(tmp_path / "dev")
+    keys = tmp_path / "dev" / "development"
+    ceremony.initialise(folder, [keys / "root-1.pem"], keys / "release.pem", None, NOW)
+    with pytest.raises(ConflictError, match="rotate"):
+        ceremony.initialise(folder, [keys / "root-9.pem"], keys / "release-9.pem", None, NOW)
+    assignments = Assignments(folder)
+    with writing(engine) as session:
+        assignments.take_folder(session, NOW)
+        assert assignments.development(session)
+        assert {row.role for row in assignments.status(session, NOW)} >= {"root", ASSIGN}
+
+
+def test_ceremonies_refuse_what_makes_no_sense(repository: Repository) -> None:
+    folder, keys = repository.folder, repository.keys(1, 2)
+
+    def refused(code: str, role: str, **options: object) -> None:
+        with pytest.raises(SortlineError) as caught:
+            ceremony.rotate(folder, role, keys, NOW, **options)
+        assert caught.value.code == code
+
+    refused("keys.unknown_role", "leaf")
+    refused("keys.unknown_role", "release")
+    refused("keys.unknown_key", "root", retire="ffff", new=repository.release_key)
+    refused("trust.not_enough_signatures", "online", release_signers=keys)
+    with pytest.raises(ConflictError, match="No root waits"):
+        ceremony.add_signature(folder, keys)
+    with pytest.raises(InputError, match="not released"):
+        ceremony.withdraw(repository.parts["targets"], folder.root, "a" * 64, repository.release_key, NOW)
+    with pytest.raises(InputError, match="Name the root keys"):
+        ceremony.initialise(ceremony.Folder(repository.root / "x"), [], Path("y"), lambda _: PASSPHRASE, NOW)
