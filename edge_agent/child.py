@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from edge_agent.line_config import LineConfig
-from edge_agent.pipe import FromLine, Load, Pipe, Ready
+from edge_agent.pipe import FromLine, Load, LoadShadow, Pipe, Ready
 from models.errors import SortlineError
 from models.files import write_atomically
 from models.messages import Fault
@@ -117,6 +117,14 @@ class LineChild:
             UnavailableError: The line does not read.
         """
         self._pipe.send(Load(digest=digest, directory=str(directory)))
+
+    def load_shadow(self, digest: str, directory: Path | None, samples: str) -> None:
+        """Asks the line to take this challenger, or none (empty digest).
+
+        Raises:
+            UnavailableError: The line does not read.
+        """
+        self._pipe.send(LoadShadow(digest=digest, directory=str(directory or ""), samples=samples))
 
     def kill(self) -> None:
         """Ends a line that does not answer; `LineGone` follows."""

@@ -58,7 +58,7 @@ class LineCounter:
         self._queue: EjectionQueue | None = None
         self._last_ejectors: dict[str, int] = {}
         self.shadow: Shadow | None = None
-        """A challenger whose counts belong into the windows."""
+        """A challenger whose counts belong into the windows; see `use_shadow`."""
         self._last_shadow: dict[str, int] = {}
         self._restart()
 
@@ -79,6 +79,12 @@ class LineCounter:
         with self._lock:
             self._bundle = judge.digest if judge else ""
             self._features = FeatureCounter(judge.profile) if judge else None
+
+    def use_shadow(self, shadow: "Shadow | None") -> None:
+        """From here on this challenger's counts: close the window first, a window never mixes two."""
+        with self._lock:
+            self.shadow = shadow
+            self._last_shadow = {}
 
     def count(self, name: str, amount: int = 1) -> None:
         """Adds to one of the plain tallies."""

@@ -9,7 +9,6 @@ Cyclic garbage collection is off while sorting; the reporter collects once per w
 was frozen, so a collection looks at little.
 """
 
-import ctypes
 import gc
 import logging
 import os
@@ -28,16 +27,20 @@ from edge_agent.camera import FrozenGuard
 from edge_agent.counting import LineCounter
 from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
+from edge_agent.loading import LoadedShadow, Loader, fault_of, return_memory
 from edge_agent.pipe import (
     Beat,
     Faulted,
     FromLine,
     Load,
     LoadFailed,
+    LoadShadow,
     ModelFailed,
     Pipe,
     Ready,
     SetLot,
+    ShadowChanged,
+    ShadowFailed,
     Stop,
     Swapped,
     ToLine,
@@ -55,17 +58,6 @@ _REOPEN_S = 1.0
 _MAX_REPORTS = 256
 _SWITCH_S = 0.0005
 """A thread that is due (ejection) waits at most so long for one that computes in Python; the default is 5 ms."""
-
-
-def _return_memory() -> None:
-    """Gives what start and loading used for a moment back to the system (glibc only; elsewhere nothing happens)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _fault(error: SortlineError) -> Fault:
-    return Fault(code=error.code, message=str(error)[:600], at_ms=time.time_ns() // 1_000_000)
 
 
 class Line:
@@ -87,10 +79,8 @@ class Line:
         self._frame: Frame | None = None
         self._ended = False
         self._camera_fault = ""
-        self._next_judge: Judge | None = None
-        self._next_load_ms = 0.0
-        self._next_since_s = 0.0
-        self._loads: queue.Queue[Load] = queue.Queue(4)
+        self._champion: Judge | None = None
+        self._loader = Loader(config.threads, self._say, lambda: self._champion)
         simulation = self._world.simulation
         self._counter = LineCounter(
             config.lanes,
@@ -109,14 +99,14 @@ class Line:
         """Sorts until told to stop; returns the exit status."""
         cv2.setNumThreads(1)
         sys.setswitchinterval(_SWITCH_S)
-        judge = self._first_judge()
-        self._counter.shadow = self._first_shadow(judge)
+        judge = self._champion = self._first_judge()
+        self._counter.use_shadow(self._first_shadow(judge))
         threads = [
             threading.Thread(target=body, name=name, daemon=True)
             for name, body in (
                 ("camera", self._read_camera),
                 ("commands", self._take_commands),
-                ("loader", self._load_bundles),
+                ("loader", lambda: self._loader.run(self._stop)),
                 ("reporter", self._report),
             )
         ]
@@ -127,7 +117,7 @@ class Line:
         gc.collect()
         gc.freeze()
         gc.disable()
-        _return_memory()
+        return_memory()
         try:
             self._sort(judge)
         finally:
@@ -142,14 +132,14 @@ class Line:
         try:
             return load_judge(self._config)
         except BundleError as error:
-            self._say(LoadFailed(digest=self._config.digest, fault=_fault(error)))
+            self._say(LoadFailed(digest=self._config.digest, fault=fault_of(error)))
             return None
 
     def _first_shadow(self, champion: Judge | None) -> Shadow | None:
         try:
             return load_shadow(self._config, champion)
         except BundleError as error:
-            self._say(LoadFailed(digest="", fault=_fault(error)))
+            self._say(LoadFailed(digest="", fault=fault_of(error)))
             return None
 
     def stop(self) -> None:
@@ -208,7 +198,7 @@ class Line:
             counter=self._counter,
             queue=self._queue,
             clock=time.monotonic,
-            on_model_failure=lambda judge, error: self._say(ModelFailed(digest=judge.digest, fault=_fault(error))),
+            on_model_failure=lambda judge, error: self._say(ModelFailed(digest=judge.digest, fault=fault_of(error))),
             confirmation=self._world.confirmation,
             weights=self._world.weights,
             shadow=self._counter.shadow,
@@ -226,28 +216,59 @@ class Line:
         self._say(Faulted(fault=Fault(code=code, message=message, at_ms=time.time_ns() // 1_000_000)))
 
     def _switch(self, core: LineCore) -> None:
-        """Takes over the bundle the loader has ready: one assignment between two frames, at a gap on the belt."""
-        judge = self._next_judge
-        if judge is None or not self._may_switch(core):
+        """Takes over what the loader has ready: one assignment between two frames, a bundle at a gap on the belt."""
+        if self._loader.shadow:
+            self._switch_shadow(core, self._loader.shadow.pop())
+        if not self._loader.judge or not self._may_switch(core, self._loader.judge[0].since_s):
             return
         started = time.perf_counter()
-        self._next_judge = None
+        loaded = self._loader.judge.pop()
+        judge = self._champion = loaded.judge
         window = self._counter.close_window()
         core.use(judge)
         gap_ms = (time.perf_counter() - started) * 1000.0
         if window.items or window.frames:
             self._say(WindowClosed(window=window))
-        self._say(Swapped(digest=judge.digest, load_ms=self._next_load_ms, gap_ms=gap_ms))
+        self._say(Swapped(digest=judge.digest, load_ms=loaded.load_ms, gap_ms=gap_ms))
         log.info("bundle %s judges from now on", judge.digest[:12])
+        self._check_shadow(core, judge)
 
-    def _may_switch(self, core: LineCore) -> bool:
+    def _switch_shadow(self, core: LineCore, loaded: LoadedShadow) -> None:
+        window = self._counter.close_window()
+        if core.shadow is not None:
+            core.shadow.retire()
+        core.shadow = loaded.shadow
+        self._counter.use_shadow(loaded.shadow)
+        if window.items or window.frames:
+            self._say(WindowClosed(window=window))
+        if loaded.shadow is not None:
+            loaded.shadow.start()
+        digest = loaded.shadow.judge.digest if loaded.shadow else ""
+        self._say(ShadowChanged(digest=digest, load_ms=loaded.load_ms))
+        if core.judge is not None:
+            self._check_shadow(core, core.judge)
+
+    def _check_shadow(self, core: LineCore, champion: Judge) -> None:
+        """A challenger that wants other views than a new champion takes is given up."""
+        shadow = core.shadow
+        if shadow is None:
+            return
+        try:
+            shadow.check(champion)
+        except BundleError as error:
+            shadow.retire()
+            core.shadow = None
+            self._counter.use_shadow(None)
+            self._say(ShadowFailed(digest=shadow.judge.digest, fault=fault_of(error)))
+
+    def _may_switch(self, core: LineCore, since_s: float) -> bool:
         """At a gap, where there is nothing to keep running, or when the wait is over.
 
         Items in sight keep the bundle that took their first view either way: the gap only spares them two models.
         """
         if core.judge is None or core.tracker.open == 0:
             return True
-        return time.monotonic() - self._next_since_s > self._config.swap_within_s
+        return time.monotonic() - since_s > self._config.swap_within_s
 
     # -- camera thread ----------------------------------------------------------------------------------------
 
@@ -284,7 +305,7 @@ class Line:
         if self._camera_fault != error.code:
             self._camera_fault = error.code
             log.warning("%s", error)
-            self._say(Faulted(fault=_fault(error)))
+            self._say(Faulted(fault=fault_of(error)))
 
     def _camera_good(self) -> None:
         if self._camera_fault and self._camera_fault != "camera.wrong_size":
@@ -296,7 +317,7 @@ class Line:
             self._camera_fault = ""
             self._say(Faulted(fault=fault))
 
-    # -- commands and loading ---------------------------------------------------------------------------------
+    # -- commands ---------------------------------------------------------------------------------------------
 
     def _take_commands(self) -> None:
         while not self._stop.is_set():
@@ -309,36 +330,12 @@ class Line:
                 self._stop.set()
                 return
             match message:
-                case Load():
-                    self._queue_load(message)
+                case Load() | LoadShadow():
+                    self._loader.offer(message)
                 case SetLot():
                     self._counter.lot, self._counter.variety = message.lot, message.variety
                 case Stop():
                     self._stop.set()
-
-    def _queue_load(self, load: Load) -> None:
-        try:
-            self._loads.put_nowait(load)
-        except queue.Full:
-            fault = Fault(code="line.busy", message="Too many bundles are waiting to be loaded.")
-            self._say(LoadFailed(digest=load.digest, fault=fault))
-
-    def _load_bundles(self) -> None:
-        while not self._stop.is_set():
-            try:
-                load = self._loads.get(timeout=0.5)
-            except queue.Empty:
-                continue
-            started = time.perf_counter()
-            try:
-                judge = Judge(Path(load.directory), digest=load.digest, threads=self._config.threads)
-            except SortlineError as error:
-                self._say(LoadFailed(digest=load.digest, fault=_fault(error)))
-                continue
-            self._next_load_ms = (time.perf_counter() - started) * 1000.0
-            self._next_since_s = time.monotonic()
-            self._next_judge = judge
-            _return_memory()
 
     # -- reporter thread --------------------------------------------------------------------------------------
 
@@ -401,7 +398,7 @@ def main(argv: list[str] | None = None, *, environment_exit: Callable[[int], Non
     try:
         line = Line(config, pipe)
     except SortlineError as error:
-        pipe.send(Faulted(fault=_fault(error)))
+        pipe.send(Faulted(fault=fault_of(error)))
         log.warning("%s", error)
         return 3
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -27,6 +27,15 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A verified bundle; the line reads it, nothing else."""
 
 
+class LoadShadow(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Supervisor: let this challenger judge the same items without moving anything; empty digest = none."""
+
+    digest: str
+    directory: str = ""
+    samples: str = ""
+    """Folder for items the two judge differently; empty = they are only counted."""
+
+
 class SetLot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Supervisor: context of the items from now on."""
 
@@ -68,6 +77,20 @@ class ModelFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     fault: Fault
 
 
+class ShadowChanged(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Line: from this frame on, `digest` is the challenger; empty = none."""
+
+    digest: str
+    load_ms: float = 0.0
+
+
+class ShadowFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Line: the challenger was not taken, or given up; sorting goes on as before."""
+
+    digest: str
+    fault: Fault
+
+
 class Beat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Line, every second: it lives; `live` is passed on as it is."""
 
@@ -91,8 +114,8 @@ class Faulted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     fault: Fault
 
 
-ToLine = Load | SetLot | Stop
-FromLine = Ready | Swapped | LoadFailed | ModelFailed | Beat | WindowClosed | Faulted
+ToLine = Load | LoadShadow | SetLot | Stop
+FromLine = Ready | Swapped | LoadFailed | ModelFailed | ShadowChanged | ShadowFailed | Beat | WindowClosed | Faulted
 
 
 class Pipe:

@@ -100,6 +100,7 @@ class Shadow:
     """`champion>challenger` outlets, and `skipped`, `failed`."""
     _queue: "queue.Queue[tuple[Judged, str, str] | None]" = field(init=False)
     _thread: threading.Thread | None = None
+    _retired: bool = False
 
     def __post_init__(self) -> None:
         self._queue = queue.Queue(self.waiting)
@@ -115,6 +116,15 @@ class Shadow:
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(2.0)
+
+    def retire(self) -> None:
+        """Ends the thread after the item it is at; what waits is given up. Never waits."""
+        self._retired = True
+        self.idle.set()
+        try:
+            self._queue.put_nowait(None)
+        except queue.Full:
+            log.debug("a full queue ends at its next item")
 
     def check(self, champion: Judge) -> None:
         """Refuses a challenger that wants other views than the champion takes.
@@ -143,7 +153,7 @@ class Shadow:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         except OSError as error:
             log.warning("shadow runs at normal priority: %s", error)
-        while (offered := self._queue.get()) is not None:
+        while (offered := self._queue.get()) is not None and not self._retired:
             self.idle.wait(1.0)
             self.compare(*offered)
 

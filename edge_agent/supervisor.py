@@ -20,10 +20,21 @@ from typing import Any
 
 import msgspec
 
+from edge_agent.challenger import Challenger
 from edge_agent.child import LineChild, LineGone, SelfTestDone
 from edge_agent.config import AgentConfig
 from edge_agent.link import Incoming, Link, LinkChanged, bounded_queue
-from edge_agent.pipe import Beat, Faulted, LoadFailed, ModelFailed, Ready, Swapped, WindowClosed
+from edge_agent.pipe import (
+    Beat,
+    Faulted,
+    LoadFailed,
+    ModelFailed,
+    Ready,
+    ShadowChanged,
+    ShadowFailed,
+    Swapped,
+    WindowClosed,
+)
 from edge_agent.slots import StateFile
 from edge_agent.spool import Spool
 from edge_agent.transfer import Transfer
@@ -108,6 +119,7 @@ class Supervisor:
             Transfer(self._root, config.delivery, self._link, self.counters),
             self,
         )
+        self._challenger = Challenger(self._root, config.delivery, self._updater.transfer, self)
 
     def _topic(self, channel: Channel) -> str:
         return agent_topic(self.config.id, channel)
@@ -176,7 +188,8 @@ class Supervisor:
             case Incoming():
                 self._incoming(event)
             case SelfTestDone():
-                self._updater.tested(event)
+                if not self._challenger.tested(event):
+                    self._updater.tested(event)
             case LineGone():
                 if event.child is self._line:
                     self._line_gone(event.reason)
@@ -203,7 +216,8 @@ class Supervisor:
             elif message.topic == self._topic(Channel.ACK):
                 self._uplink.acknowledged(decode(message.payload, Ack))
             elif message.topic.startswith("sortline/v1/blobs/"):
-                self._updater.chunk(message.topic, message.payload)
+                owner = self._challenger if self._challenger.fetching and self._settled else self._updater
+                owner.chunk(message.topic, message.payload)
             elif message.topic != SENTINEL_TOPIC:
                 self.counters["unexpected_topic"] += 1
         except MessageError as error:
@@ -212,7 +226,14 @@ class Supervisor:
 
     def _desire(self, desired: Desired) -> None:
         self.counters["desired_stale"] += desired.generation < self._updater.state.generation
+        if desired.generation >= self._updater.state.generation:
+            self._challenger.desire(desired, self._updater.state.blocked)
         self._updater.desire(desired)
+
+    @property
+    def _settled(self) -> bool:
+        """Whether the champion has nothing to fetch, test or try."""
+        return self._updater.state.phase in {Phase.IDLE, Phase.COMMITTED, Phase.ROLLED_BACK}
 
     # -- the line ---------------------------------------------------------------------------------------------
 
@@ -254,12 +275,29 @@ class Supervisor:
             log.warning("load not sent: %s", error)
             line.kill()
 
+    @property
+    def line_ready(self) -> bool:
+        """Whether a line process works."""
+        return self._line is not None and self._line.ready
+
+    def load_shadow(self, digest: str) -> None:
+        """Asks the line to take this challenger, or none."""
+        line = self._line
+        if line is None:
+            return
+        samples = self.config.line.samples or str(self._root / "shadow-samples")
+        try:
+            line.load_shadow(digest, self._updater.slot(digest) if digest else None, samples)
+        except SortlineError as error:
+            log.warning("challenger not sent: %s", error)
+
     def _line_gone(self, reason: str) -> None:
         line, self._line, self._beat = self._line, None, None
         lived_s = time.monotonic() - line.started_s if line else 0.0
         self._line_failures = 0 if lived_s > 60.0 else self._line_failures + 1
         self._line_next_s = time.monotonic() + min(0.2 * 2.0**self._line_failures, 10.0)
         self.event("line.gone", reason)
+        self._challenger.line_gone()
         self._updater.line_died(reason)
 
     def _from_line(self, message: Any) -> None:
@@ -283,6 +321,10 @@ class Supervisor:
                 )
             case LoadFailed() | ModelFailed():
                 self._updater.bundle_failed(message)
+            case ShadowChanged():
+                self._challenger.changed(message)
+            case ShadowFailed():
+                self._challenger.failed(message)
             case Faulted():
                 self.event(message.fault.code, message.fault.message)
                 self.report()
@@ -310,6 +352,7 @@ class Supervisor:
         now = time.monotonic()
         elapsed_s, self._last_tick_s = now - self._last_tick_s, now
         self._updater.tick(elapsed_s, self._beat)
+        self._challenger.tick(settled=self._settled)
         self._tick_line(now)
         self._uplink.tick(now)
         if now - self._reported_s > (1.0 if self._updater.state.phase in {Phase.FETCHING, Phase.TRIAL} else _REPORT_S):
@@ -346,8 +389,11 @@ class Supervisor:
                     progress=round(self._updater.progress(beat), 3),
                     items_on_active=beat.items_on_bundle if beat and beat.digest == state.active else 0,
                     blocked=state.blocked,
+                    shadow_phase=self._challenger.state.phase,
+                    shadow=self._challenger.state.digest,
+                    shadow_running=bool(self._challenger.running),
                     fault=self.fault,
-                    line_running=self._line is not None and self._line.ready,
+                    line_running=self.line_ready,
                     camera=self._camera,
                     camera_fault=beat.camera_fault if beat else "",
                     spool_records=self._spool.depth,

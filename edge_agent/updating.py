@@ -19,7 +19,7 @@ from edge_agent.slots import SlotState, StateFile, Trigger, advance, already_run
 from edge_agent.transfer import Transfer
 from models.bundle import read_bundle
 from models.errors import BundleError, ConflictError, SortlineError
-from models.messages import Desired, Fault, Phase
+from models.messages import Desired, Fault, Mode, Phase
 
 log = logging.getLogger("sortline.updating")
 _SHORTEST_TRIAL_S: Final = 1.0
@@ -117,6 +117,10 @@ class Updater:
             return
         facts = {"generation": desired.generation, "rollout_id": desired.rollout_id}
         log.info("desired generation %s bundle %s", desired.generation, desired.bundle[:12])
+        if desired.mode is Mode.SHADOW:
+            # The challenger's business (`challenger`): whatever the champion is doing goes on.
+            self._save(msgspec.structs.replace(state, generation=desired.generation))
+            return
         if desired.bundle in state.blocked:
             self._host.blame(
                 ConflictError(

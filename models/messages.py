@@ -65,6 +65,19 @@ class Mode(StrEnum):
     """What a bundle does on the line."""
 
     LIVE = "live"
+    """It judges, after self-test and trial."""
+    SHADOW = "shadow"
+    """It judges the same items beside the champion and moves nothing; the champion stays."""
+
+
+class ShadowPhase(StrEnum):
+    """Where an agent's challenger is."""
+
+    IDLE = "idle"
+    FETCHING = "fetching"
+    SELF_TEST = "self-test"
+    SHADOW = "shadow"
+    FAILED = "failed"
 
 
 class RecordKind(StrEnum):
@@ -168,6 +181,11 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     items_on_active: Counter = 0
     """Items judged by the active bundle since it was loaded."""
     blocked: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=32)] = ()
+    shadow_phase: ShadowPhase = ShadowPhase.IDLE
+    shadow: OptionalDigest = ""
+    """Digest of the challenger the last desired state of mode `shadow` named."""
+    shadow_running: bool = False
+    """Whether it judges now; windows say what came of it."""
     fault: Fault | None = None
     line_running: bool = False
     camera: ShortText = ""

@@ -257,6 +257,17 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
             raise _window_error(f"{self.items} items in each row", totals.tolist())
         return counts
 
+    @property
+    def shadow_compared(self) -> int:
+        """Items that champion and challenger both judged."""
+        return sum(count for pair, count in self.shadow.items() if ">" in pair)
+
+    @property
+    def shadow_disagreed(self) -> int:
+        """Items of those that the challenger would have sent to another outlet."""
+        pairs = ((pair.split(">", 1), count) for pair, count in self.shadow.items() if ">" in pair)
+        return sum(count for (champion, challenger), count in pairs if champion != challenger)
+
     def check(self) -> None:
         """Refuses counts that contradict each other.
 

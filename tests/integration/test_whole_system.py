@@ -22,14 +22,19 @@ from models.messages import (
     Ack,
     Channel,
     Desired,
+    Mode,
     Phase,
+    RecordKind,
     Reported,
+    ShadowPhase,
     agent_topic,
     blob_topic,
     decode,
     decode_batch,
+    decode_packed,
     encode,
 )
+from models.windows import Window
 from tests.simulators.processes import embedded_broker, free_port, mosquitto_broker, running, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
 
@@ -47,6 +52,7 @@ class Plane:
     port: int
     reported: Reported | None = None
     stored: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    window_keys: set[tuple[str, int]] = field(default_factory=set)
     repeats: int = 0
     holes: set[int] = field(default_factory=set)
 
@@ -71,9 +77,14 @@ class Plane:
             records = decode_batch(message.payload).records
             for record in records:
                 self.repeats += (record.boot_id, record.seq) in self.stored
+                if record.kind is RecordKind.WINDOW:
+                    self.window_keys.add((record.boot_id, record.seq))
                 self.stored[record.boot_id, record.seq] = record.payload
             ack = Ack(boot_id=records[-1].boot_id, through_seq=records[-1].seq)
             self.client.publish(agent_topic("line-1", Channel.ACK), encode(ack), 1)
+
+    def windows(self) -> list[Window]:
+        return [decode_packed(payload, Window) for key, payload in list(self.stored.items()) if key in self.window_keys]
 
     def offer(self, directory: Path, *, poison: bool = False) -> str:
         bundle = read_bundle(directory)
@@ -129,6 +140,34 @@ def test_a_bundle_is_fetched_tested_tried_and_committed_and_windows_arrive_once(
     seqs = sorted(seq for _, seq in plane.stored)
     assert seqs == list(range(len(seqs)))
     assert plane.repeats == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plane", BROKERS[:1], indirect=True)
+def test_a_challenger_judges_in_the_shadow_and_is_promoted_without_a_second_fetch(plane: Plane, tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "a", bias=-2.5)
+    tiny_bundle(tmp_path / "b", bias=-1.5)
+    champion, challenger = plane.offer(tmp_path / "a"), plane.offer(tmp_path / "b")
+    process = agent(plane, tmp_path / "agent")
+    try:
+        plane.wish(champion, 1)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, champion), 40, "the champion")
+        plane.wish(challenger, 2, mode=Mode.SHADOW)
+        wait_until(lambda: plane.reported.shadow_running, 30, "the challenger at work")
+        wait_until(lambda: any(w.shadow_disagreed for w in plane.windows()), 30, "disagreements")
+        reported = plane.reported
+        assert (reported.generation, reported.phase, reported.active) == (2, Phase.COMMITTED, champion)
+        assert (reported.shadow, reported.shadow_phase) == (challenger, ShadowPhase.SHADOW)
+        shadowed = [w for w in plane.windows() if w.shadow_bundle]
+        assert {(w.bundle, w.shadow_bundle) for w in shadowed} == {(champion, challenger)}
+        assert sum(w.shadow_compared for w in shadowed) <= sum(w.items for w in shadowed)
+        assert any((tmp_path / "agent" / "shadow-samples").glob("*.npz"))
+        plane.wish(challenger, 3)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, challenger), 40, "the promotion")
+        assert (plane.reported.shadow, plane.reported.shadow_phase) == ("", ShadowPhase.IDLE)
+        assert "fetch_stalled" not in plane.reported.counters
+    finally:
+        assert end(process) == 0
 
 
 def test_a_second_agent_on_the_same_state_is_refused(plane: Plane, tmp_path: Path) -> None:

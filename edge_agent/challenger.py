@@ -1,0 +1,302 @@
+"""The challenger of one agent: fetched and self-tested like any bundle, then judging in the shadow of the champion.
+
+A desired state of mode `shadow` says which; one of mode `live` ends it. The champion's life cycle (`updating`) is never
+touched from here: while it fetches, tests or tries a bundle, the challenger waits. Every step is persisted before its
+effect. Rules: a challenger is loaded into a line that already works, never at its start; a line that dies twice soon
+after it took the challenger gets it no more; what failed is tried again only when a newer generation asks for it.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final, Literal, Protocol
+
+import msgspec
+
+from edge_agent.child import Deliver, SelfTestDone, start_selftest
+from edge_agent.config import DeliveryConfig
+from edge_agent.pipe import ShadowChanged, ShadowFailed
+from edge_agent.transfer import Transfer
+from models.bundle import sha256
+from models.errors import BundleError, ConflictError, SortlineError
+from models.files import write_atomically
+from models.messages import Desired, Fault, Mode, OptionalDigest, ShadowPhase
+
+log = logging.getLogger("sortline.challenger")
+_PROVEN_S: Final = 60.0
+"""A line that lived so long with its challenger did not die of it."""
+_MAX_STATE_BYTES: Final = 16 * 1024
+
+
+class Step(StrEnum):
+    """What happens to a challenger."""
+
+    DESIRED = "desired"
+    DROPPED = "dropped"
+    FETCHED = "fetched"
+    PASSED = "passed"
+    FAILED = "failed"
+
+
+TRANSITIONS: Final[dict[tuple[ShadowPhase, Step], ShadowPhase]] = {
+    **{(phase, Step.DESIRED): ShadowPhase.FETCHING for phase in ShadowPhase},
+    **{(phase, Step.DROPPED): ShadowPhase.IDLE for phase in ShadowPhase},
+    (ShadowPhase.FETCHING, Step.FETCHED): ShadowPhase.SELF_TEST,
+    (ShadowPhase.FETCHING, Step.FAILED): ShadowPhase.FAILED,
+    (ShadowPhase.SELF_TEST, Step.PASSED): ShadowPhase.SHADOW,
+    (ShadowPhase.SELF_TEST, Step.FAILED): ShadowPhase.FAILED,
+    (ShadowPhase.SHADOW, Step.FAILED): ShadowPhase.FAILED,
+}
+
+
+class ChallengerState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that must survive."""
+
+    schema_version: Literal[1] = 1
+    generation: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Newest desired state that was taken up, of either mode."""
+    phase: ShadowPhase = ShadowPhase.IDLE
+    digest: OptionalDigest = ""
+    tries: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Lines that took it and have not yet lived long with it."""
+
+
+def advance(state: ChallengerState, step: Step, **changes: object) -> ChallengerState:
+    """The next state; pure.
+
+    Raises:
+        ConflictError: `challenger.not_allowed`: this cannot happen in this phase.
+    """
+    phase = TRANSITIONS.get((state.phase, step))
+    if phase is None:
+        allowed = sorted(s for p, s in TRANSITIONS if p is state.phase)
+        raise ConflictError(
+            "challenger.not_allowed",
+            f"A challenger in phase {state.phase} cannot be {step}.",
+            expected=allowed,
+            got=step,
+        )
+    return msgspec.structs.replace(state, phase=phase, **changes)
+
+
+class Host(Protocol):
+    """What the challenger needs from the supervisor."""
+
+    def event(self, code: str, message: str, **facts: str) -> None:
+        """Stores an event."""
+
+    def blame(self, error: SortlineError) -> None:
+        """Makes an error the reported fault."""
+
+    def set_fault(self, fault: Fault) -> None:
+        """Makes this the reported fault."""
+
+    def report(self) -> None:
+        """Tells the control plane how things are."""
+
+    def enqueue(self, event: object) -> bool:
+        """Hands an event to the loop, from any thread."""
+
+    @property
+    def line_ready(self) -> bool:
+        """Whether a line process works."""
+
+    def load_shadow(self, digest: str) -> None:
+        """Asks the line to take this challenger, or none."""
+
+
+class Challenger:
+    """At most one challenger.
+
+    Args:
+        root: The agent's state directory; keeps `challenger.json`.
+        config: Of delivery and self-test.
+        transfer: Fetches bundles; shared with the updater, which is idle while it is used from here.
+        host: The supervisor.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config: DeliveryConfig,
+        transfer: Transfer,
+        host: Host,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._root, self._config, self._transfer, self._host, self._clock = root, config, transfer, host, clock
+        self._path = root / "challenger.json"
+        self.state = _read(self._path)
+        self.running = ""
+        """Digest of the challenger the line has now."""
+        self._testing = ""
+        """Digest of the bundle in the self-test."""
+        self._asked = False
+        self._since_s = 0.0
+
+    def _save(self, state: ChallengerState) -> None:
+        body = msgspec.json.encode(state)
+        write_atomically(self._path, msgspec.json.encode([msgspec.Raw(body), sha256(body)]))
+        self.state = state
+        self._host.report()
+
+    # -- what is asked ----------------------------------------------------------------------------------------
+
+    def desire(self, desired: Desired, blocked: tuple[str, ...]) -> None:
+        """Takes up a newer desired state of either mode; an older one changes nothing.
+
+        Args:
+            desired: The wish, not older than the champion's.
+            blocked: Bundles that failed here as champions.
+        """
+        state = self.state
+        if desired.generation <= state.generation:
+            return
+        wanted = desired.bundle if desired.mode is Mode.SHADOW else ""
+        if not wanted and state.phase is ShadowPhase.IDLE:
+            return
+        if wanted in blocked:
+            self._host.blame(
+                ConflictError(
+                    "agent.digest_blocked",
+                    "This bundle failed here before and is not tried again.",
+                    expected="a bundle that was not blocked",
+                    got=wanted,
+                )
+            )
+            wanted = ""
+        if wanted and wanted == state.digest and state.phase is ShadowPhase.SHADOW:
+            self._save(msgspec.structs.replace(state, generation=desired.generation))
+            return
+        if state.phase is ShadowPhase.FETCHING:
+            self._transfer.drop()
+        step = Step.DESIRED if wanted else Step.DROPPED
+        self._save(advance(state, step, generation=desired.generation, digest=wanted, tries=0))
+        self._end_running()
+
+    def _end_running(self) -> None:
+        if (self.running or self._asked) and self._host.line_ready:
+            self._host.load_shadow("")
+        self.running, self._asked = "", False
+
+    # -- what happens -----------------------------------------------------------------------------------------
+
+    @property
+    def fetching(self) -> bool:
+        """Whether chunks that come are the challenger's."""
+        return self.state.phase is ShadowPhase.FETCHING
+
+    def tick(self, *, settled: bool) -> None:
+        """One turn.
+
+        Args:
+            settled: The champion neither fetches nor tests nor tries a bundle.
+
+        Raises:
+            CapacityError: The disk is full; tried again by itself.
+        """
+        state = self.state
+        if not settled:
+            return
+        if state.phase is ShadowPhase.FETCHING:
+            if self._transfer.tick(state.digest):
+                self._save(advance(state, Step.FETCHED))
+        elif state.phase is ShadowPhase.SELF_TEST and not self._testing:
+            self._start_selftest()
+        elif state.phase is ShadowPhase.SHADOW:
+            self._tick_shadow()
+
+    def chunk(self, topic: str, payload: bytes) -> None:
+        """A chunk came."""
+        try:
+            error = self._transfer.take(topic, payload)
+        except BundleError as found:
+            self._transfer.drop()
+            self._fail(Fault(code=found.code, message=str(found)[:600]))
+            return
+        if error is not None:
+            self._host.blame(error)
+
+    def _start_selftest(self) -> None:
+        deliver: Deliver = self._host.enqueue
+        self._testing = self.state.digest
+        start_selftest(
+            self._root / "slots" / self.state.digest,
+            self.state.digest,
+            budget_ms=self._config.selftest_budget_ms,
+            timeout_s=self._config.selftest_timeout_s,
+            deliver=deliver,
+        )
+
+    def tested(self, done: SelfTestDone) -> bool:
+        """A self-test ended; returns whether it was the challenger's."""
+        if done.digest != self._testing:
+            return False
+        self._testing = ""
+        if self.state.phase is not ShadowPhase.SELF_TEST or done.digest != self.state.digest:
+            return True  # overtaken by a newer wish
+        if done.fault is not None:
+            self._fail(done.fault)
+            return True
+        self._host.event("selftest.passed", "", bundle=done.digest, p99_ms=str(done.p99_ms), rss_mb=str(done.rss_mb))
+        self._save(advance(self.state, Step.PASSED))
+        return True
+
+    def _tick_shadow(self) -> None:
+        state, now = self.state, self._clock()
+        if self.running:
+            if state.tries and now - self._since_s > _PROVEN_S:
+                self._save(msgspec.structs.replace(state, tries=0))
+        elif not self._asked and self._host.line_ready:
+            if state.tries >= self._config.max_tries:
+                message = f"The line died {state.tries} times soon after it took the challenger."
+                self._fail(Fault(code="shadow.line_died", message=message))
+                return
+            # The try is counted before the line loads: a line that dies of it cannot forget that.
+            self._save(msgspec.structs.replace(state, tries=state.tries + 1))
+            self._asked = True
+            self._host.load_shadow(state.digest)
+
+    def changed(self, message: ShadowChanged) -> None:
+        """The line has this challenger now, or none."""
+        if message.digest != self.state.digest or self.state.phase is not ShadowPhase.SHADOW:
+            return
+        self._since_s = self._clock()
+        self.running = message.digest
+        self._host.event("shadow.started", "", bundle=message.digest, load_ms=f"{message.load_ms:.1f}")
+        self._host.report()
+
+    def failed(self, message: ShadowFailed) -> None:
+        """The line could not take the challenger, or had to give it up."""
+        if message.digest == self.state.digest and self.state.phase is ShadowPhase.SHADOW:
+            self.running, self._asked = "", False
+            self._fail(message.fault)
+
+    def line_gone(self) -> None:
+        """The line process ended; its successor is asked again."""
+        self.running, self._asked = "", False
+
+    def _fail(self, fault: Fault) -> None:
+        self._host.set_fault(fault)
+        self._host.event(fault.code, fault.message, bundle=self.state.digest, mode=Mode.SHADOW.value)
+        log.warning("challenger failed: %s", fault.message)
+        self._save(advance(self.state, Step.FAILED))
+
+
+def _read(path: Path) -> ChallengerState:
+    """The state, or a fresh one: the retained desired state then brings the challenger back."""
+    try:
+        data = path.read_bytes()
+        if len(data) > _MAX_STATE_BYTES:
+            raise msgspec.ValidationError("too large")
+        body, digest = msgspec.json.decode(data, type=tuple[msgspec.Raw, str])
+        if sha256(bytes(body)) != digest:
+            raise msgspec.ValidationError("wrong checksum")
+        return msgspec.json.decode(body, type=ChallengerState)
+    except FileNotFoundError:
+        return ChallengerState()
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        log.warning("%s is set aside: %s", path, error)
+        return ChallengerState()

@@ -1,0 +1,123 @@
+"""Loads bundles beside the one that judges: its own thread, so that no frame waits.
+
+What is ready lies in a place for one (`judge`, `shadow`) until the sorting thread takes it between two frames; a newer
+one replaces an older one that nobody took. A bundle that cannot be loaded is reported and changes nothing.
+"""
+
+import ctypes
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from edge_agent.judging import Judge
+from edge_agent.pipe import FromLine, Load, LoadFailed, LoadShadow, ShadowFailed
+from edge_agent.shadow import SampleFolder, Shadow
+from models.errors import BundleError, SortlineError
+from models.messages import Fault
+
+_WAITING: Final = 4
+_POLL_S: Final = 0.5
+
+
+def fault_of(error: SortlineError) -> Fault:
+    """An error as it is reported, now."""
+    return Fault(code=error.code, message=str(error)[:600], at_ms=time.time_ns() // 1_000_000)
+
+
+def return_memory() -> None:
+    """Gives what start and loading used for a moment back to the system (glibc only; elsewhere nothing happens)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedJudge:
+    """A bundle that is warm and waits for its turn."""
+
+    judge: Judge
+    load_ms: float
+    since_s: float
+    """Monotonic."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedShadow:
+    """A challenger that is warm, its thread not yet started; or, with None, the wish to have none."""
+
+    shadow: Shadow | None
+    load_ms: float = 0.0
+
+
+@dataclass(slots=True)
+class Loader:
+    """The loading thread.
+
+    Attributes:
+        threads: Of ONNX Runtime, for what judges.
+        say: Reports to the supervisor.
+        champion: The judge that works now, which a challenger must resemble.
+        judge: At most one bundle that is ready.
+        shadow: At most one challenger that is ready.
+    """
+
+    threads: int
+    say: Callable[[FromLine], None]
+    champion: Callable[[], Judge | None]
+    judge: deque[LoadedJudge] = field(default_factory=lambda: deque(maxlen=1))
+    shadow: deque[LoadedShadow] = field(default_factory=lambda: deque(maxlen=1))
+    _loads: "queue.Queue[Load | LoadShadow]" = field(default_factory=lambda: queue.Queue(_WAITING))
+
+    def offer(self, load: Load | LoadShadow) -> None:
+        """Takes a wish; never waits. One too many is refused and reported."""
+        try:
+            self._loads.put_nowait(load)
+        except queue.Full:
+            self._refuse(load, Fault(code="line.busy", message="Too many bundles are waiting to be loaded."))
+
+    def _refuse(self, load: Load | LoadShadow, fault: Fault) -> None:
+        failed = LoadFailed if isinstance(load, Load) else ShadowFailed
+        self.say(failed(digest=load.digest, fault=fault))
+
+    def run(self, stop: threading.Event) -> None:
+        """The thread."""
+        while not stop.is_set():
+            try:
+                load = self._loads.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            self.load(load)
+
+    def load(self, load: Load | LoadShadow) -> None:
+        """Loads one; what fails is reported."""
+        started = time.perf_counter()
+        try:
+            if isinstance(load, Load):
+                judge = Judge(Path(load.directory), digest=load.digest, threads=self.threads)
+                self.judge.append(LoadedJudge(judge, (time.perf_counter() - started) * 1000.0, time.monotonic()))
+            else:
+                shadow = self._challenger(load) if load.digest else None
+                self.shadow.append(LoadedShadow(shadow, (time.perf_counter() - started) * 1000.0))
+        except SortlineError as error:
+            self._refuse(load, fault_of(error))
+            return
+        return_memory()
+
+    def _challenger(self, load: LoadShadow) -> Shadow:
+        champion = self.champion()
+        if champion is None:
+            raise BundleError(
+                "shadow.no_champion",
+                "There is no champion to compare with.",
+                expected="a bundle that judges",
+                got="none",
+            )
+        keep = SampleFolder(Path(load.samples)) if load.samples else lambda _found: None
+        shadow = Shadow(Judge(Path(load.directory), digest=load.digest, threads=1), keep)
+        shadow.check(champion)
+        return shadow

@@ -1,0 +1,268 @@
+"""A challenger comes, is tested, judges in the shadow, and goes; the champion notices nothing."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent import challenger as module
+from edge_agent.challenger import TRANSITIONS, Challenger, ChallengerState, Step, advance
+from edge_agent.child import SelfTestDone
+from edge_agent.config import DeliveryConfig
+from edge_agent.pipe import ShadowChanged, ShadowFailed
+from models.errors import BundleError, ConflictError, SortlineError
+from models.messages import Desired, Fault, Mode, ShadowPhase
+
+ONE, TWO = "11" * 32, "22" * 32
+
+
+class Wire:
+    """A transfer that is whole when a test says so."""
+
+    whole = False
+    dropped = 0
+    refuses = ""
+
+    def tick(self, _digest: str) -> bool:
+        return self.whole
+
+    def take(self, _topic: str, _payload: bytes) -> SortlineError | None:
+        if self.refuses:
+            raise BundleError(self.refuses, "No bundle.")
+        return None
+
+    def drop(self) -> None:
+        self.dropped += 1
+
+
+class Site:
+    """The supervisor's part, remembered; and the state file read back as after a power cut at every load."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.line_ready = True
+        self.loads: list[str] = []
+        self.events: list[str] = []
+        self.faults: list[str] = []
+        self.tries_on_disk: list[int] = []
+
+    def event(self, code: str, _message: str, **_facts: str) -> None:
+        self.events.append(code)
+
+    def blame(self, error: SortlineError) -> None:
+        self.faults.append(error.code)
+
+    def set_fault(self, fault: Fault) -> None:
+        self.faults.append(fault.code)
+
+    def report(self) -> None:
+        return
+
+    def enqueue(self, _event: object) -> bool:
+        return True
+
+    def load_shadow(self, digest: str) -> None:
+        self.loads.append(digest)
+        self.tries_on_disk.append(module._read(self.root / "challenger.json").tries)
+
+
+class Bench:
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+        self.now_s, self.wire, self.site, self.root = 0.0, Wire(), Site(root), root
+        self.tests: list[str] = []
+        if monkeypatch is not None:
+            monkeypatch.setattr(module, "start_selftest", lambda _path, digest, **_options: self.tests.append(digest))
+        self.found = self.restarted()
+
+    def restarted(self) -> Challenger:
+        self.found = Challenger(self.root, DeliveryConfig(), self.wire, self.site, lambda: self.now_s)  # type: ignore[arg-type]
+        return self.found
+
+    def wish(self, generation: int, digest: str = ONE, mode: Mode = Mode.SHADOW, blocked: tuple[str, ...] = ()) -> None:
+        self.found.desire(Desired(generation=generation, bundle=digest, mode=mode), blocked)
+
+    def until_shadow(self, digest: str = ONE, generation: int = 1) -> None:
+        self.wish(generation, digest)
+        self.wire.whole = True
+        self.found.tick(settled=True)
+        self.found.tick(settled=True)
+        self.found.tested(SelfTestDone(digest, None))
+        self.found.tick(settled=True)
+        self.found.changed(ShadowChanged(digest=digest))
+
+    @property
+    def phase(self) -> ShadowPhase:
+        return self.found.state.phase
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, monkeypatch)
+
+
+def test_it_is_fetched_tested_and_loaded_once(bench: Bench) -> None:
+    bench.until_shadow()
+    for _ in range(5):
+        bench.found.tick(settled=True)
+    assert bench.phase is ShadowPhase.SHADOW
+    assert bench.tests == [ONE]
+    assert bench.site.loads == [ONE]
+    assert bench.found.running == ONE
+    assert bench.site.events == ["selftest.passed", "shadow.started"]
+
+
+def test_it_waits_while_the_champion_is_fetched_tested_or_tried(bench: Bench) -> None:
+    bench.wish(1)
+    bench.wire.whole = True
+    for _ in range(3):
+        bench.found.tick(settled=False)
+    assert bench.phase is ShadowPhase.FETCHING
+
+
+def test_a_live_wish_ends_it_and_an_older_wish_changes_nothing(bench: Bench) -> None:
+    bench.until_shadow(generation=5)
+    bench.wish(4, TWO)
+    assert bench.found.state.digest == ONE
+    bench.wish(6, ONE, Mode.LIVE)
+    assert bench.phase is ShadowPhase.IDLE
+    assert bench.site.loads == [ONE, ""]
+    assert not bench.found.running
+
+
+def test_a_newer_generation_of_the_same_challenger_goes_on_without_a_break(bench: Bench) -> None:
+    bench.until_shadow()
+    bench.wish(2)
+    assert bench.found.running == ONE
+    assert bench.site.loads == [ONE]
+    assert bench.found.state.generation == 2
+
+
+def test_what_failed_as_a_champion_is_refused(bench: Bench) -> None:
+    bench.wish(1, blocked=(ONE,))
+    assert bench.phase is ShadowPhase.IDLE
+    assert bench.site.faults == ["agent.digest_blocked"]
+
+
+def test_a_self_test_that_fails_ends_it_until_a_newer_wish(bench: Bench) -> None:
+    bench.wish(1)
+    bench.wire.whole = True
+    bench.found.tick(settled=True)
+    bench.found.tick(settled=True)
+    assert bench.found.tested(SelfTestDone(ONE, Fault(code="selftest.golden", message="")))
+    bench.found.tick(settled=True)
+    assert bench.phase is ShadowPhase.FAILED
+    assert not bench.site.loads
+    bench.wish(2)
+    assert bench.phase is ShadowPhase.FETCHING
+
+
+def test_a_self_test_of_the_champion_is_not_taken(bench: Bench) -> None:
+    assert not bench.found.tested(SelfTestDone(ONE, None))
+
+
+def test_a_self_test_overtaken_by_a_newer_wish_is_dropped_and_the_new_one_tested(bench: Bench) -> None:
+    bench.wish(1)
+    bench.wire.whole = True
+    bench.found.tick(settled=True)
+    bench.found.tick(settled=True)
+    bench.wish(2, TWO)
+    bench.found.tick(settled=True)
+    bench.found.tick(settled=True)
+    assert bench.tests == [ONE]
+    assert bench.found.tested(SelfTestDone(ONE, None))
+    assert bench.phase is ShadowPhase.SELF_TEST
+    bench.found.tick(settled=True)
+    assert bench.tests == [ONE, TWO]
+
+
+def test_a_line_that_dies_twice_soon_after_taking_it_gets_it_no_more(bench: Bench) -> None:
+    bench.until_shadow()
+    for _ in range(4):
+        bench.found.line_gone()
+        bench.found.tick(settled=True)
+    assert bench.site.loads == [ONE, ONE]
+    assert bench.site.tries_on_disk == [1, 2]  # counted before the line could die of it
+    assert bench.phase is ShadowPhase.FAILED
+    assert bench.site.faults == ["shadow.line_died"]
+
+
+def test_a_line_that_lived_a_minute_with_it_is_believed(bench: Bench) -> None:
+    bench.until_shadow()
+    for _ in range(5):
+        bench.now_s += 61.0
+        bench.found.tick(settled=True)
+        bench.found.line_gone()
+        bench.found.tick(settled=True)
+        bench.found.changed(ShadowChanged(digest=ONE))
+    assert bench.phase is ShadowPhase.SHADOW
+
+
+def test_a_line_that_refuses_it_is_not_asked_again(bench: Bench) -> None:
+    bench.until_shadow()
+    bench.found.failed(ShadowFailed(digest=ONE, fault=Fault(code="shadow.other_views", message="")))
+    bench.found.tick(settled=True)
+    assert bench.phase is ShadowPhase.FAILED
+    assert bench.site.loads == [ONE]
+
+
+def test_no_line_no_load(bench: Bench) -> None:
+    bench.site.line_ready = False
+    bench.until_shadow()
+    assert bench.site.loads == []
+    bench.site.line_ready = True
+    bench.found.tick(settled=True)
+
+
+def test_bytes_of_no_bundle_end_it(bench: Bench) -> None:
+    bench.wish(1)
+    bench.wire.refuses = "bundle.malformed"
+    bench.found.chunk("topic", b"nonsense")
+    assert bench.phase is ShadowPhase.FAILED
+    assert bench.site.faults == ["bundle.malformed"]
+    assert bench.wire.dropped == 1
+
+
+@pytest.mark.parametrize("cut", range(5))
+def test_a_power_cut_after_any_step_goes_on_with_the_same_challenger(bench: Bench, cut: int) -> None:
+    steps = [
+        lambda: bench.wish(1),
+        lambda: bench.found.tick(settled=True),
+        lambda: bench.found.tick(settled=True),
+        lambda: bench.found.tested(SelfTestDone(ONE, None)),
+        lambda: bench.found.tick(settled=True),
+    ]
+    bench.wire.whole = True
+    for step in steps[: cut + 1]:
+        step()
+    bench.restarted()
+    bench.wish(1)  # retained: it comes again, and is not newer
+    for _ in range(4):
+        bench.found.tick(settled=True)
+        bench.found.tested(SelfTestDone(ONE, None))
+    bench.found.changed(ShadowChanged(digest=ONE))
+    assert bench.found.running == ONE
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff" * 40, b'[{"schema_version":1},"00"]', b"x" * 20_000])
+def test_a_broken_state_file_starts_afresh_and_the_retained_wish_brings_it_back(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "challenger.json").write_bytes(data)
+    bench = Bench(tmp_path)
+    assert bench.phase is ShadowPhase.IDLE
+    bench.wish(7)
+    assert bench.phase is ShadowPhase.FETCHING
+
+
+@given(st.lists(st.sampled_from(Step), max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_no_way_leads_into_the_shadow_without_a_self_test(steps: list[Step]) -> None:
+    state, tested = ChallengerState(), False
+    for step in steps:
+        try:
+            state = advance(state, step)
+        except ConflictError as error:
+            assert error.code == "challenger.not_allowed"  # noqa: PT017  the law is about both ways
+            continue
+        tested = step is Step.PASSED or (tested and step not in {Step.DESIRED, Step.DROPPED, Step.FAILED})
+        assert (state.phase is ShadowPhase.SHADOW) == tested
+    assert set(TRANSITIONS.values()) == set(ShadowPhase)
