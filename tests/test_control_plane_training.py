@@ -342,7 +342,7 @@ def test_training_stops_when_told(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def exported(path: Path, *, batch: int | str = 1, classes: int = 2, opset: int = 13) -> Path:
+def exported(path: Path, *, batch: int | str = 1, classes: int = 2, opset: int = 13, ir: int = 8) -> Path:
     """What a PyTorch export looks like: float32 NCHW RGB, normalised, one batch size, logits."""
     rng = np.random.default_rng(0)
     weights = rng.normal(0, 0.2, (classes, 3)).astype(np.float32)
@@ -360,7 +360,7 @@ def exported(path: Path, *, batch: int | str = 1, classes: int = 2, opset: int =
         [numpy_helper.from_array(weights, "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-    model.ir_version = 8
+    model.ir_version = ir
     onnx.save(model, str(path))
     return path
 
@@ -378,6 +378,28 @@ def test_a_model_from_elsewhere_becomes_a_bundle(data: Path, tmp_path: Path) -> 
     again.golden.check(classifier)
     assert classifier.embedding_size == 0
     assert classifier.classify(load_dataset(data, SPEC).views[:5]).probabilities.shape == (5, 2)
+
+
+@pytest.mark.parametrize(("opset", "ir"), [(11, 6), (17, 9), (18, 10), (20, 10), (21, 11)])
+def test_a_model_in_the_format_of_any_exporter_becomes_a_bundle(
+    data: Path, tmp_path: Path, opset: int, ir: int
+) -> None:
+    # PyTorch 2.13 stamps format 9 on opset 17 and 10 on opset 18 and later.
+    bundle = import_onnx(exported(tmp_path / "m.onnx", opset=opset, ir=ir), imported(data), tmp_path / "b")
+    bundle.golden.check(OnnxClassifier(bundle.model))
+
+
+def test_operators_newer_than_any_agent_reads_are_refused(data: Path, tmp_path: Path) -> None:
+    path = exported(tmp_path / "m.onnx", opset=23, ir=11)
+    model = onnx.load(str(path))
+    model.graph.node.insert(2, helper.make_node("RMSNormalization", ["flat", "one"], ["even"], axis=-1))
+    model.graph.node[-1].input[0] = "even"
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "one"))
+    onnx.save(model, str(path))
+    with pytest.raises(InputError) as caught:
+        import_onnx(path, imported(data), tmp_path / "b")
+    assert caught.value.code == "import.wrong_signature"
+    assert "opset 17 to 21" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto, compose, helper, numpy_helper, version_converter
+from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_converter
 
 from control_plane.training.card import write_card
 from control_plane.training.datasets import Dataset, load_dataset
@@ -41,6 +41,8 @@ from models.view_spec import PreprocessSpec
 from models.windows import build_profile, feature_names
 
 _LIMIT: Final = 1e-3
+_NEWEST_OPSET, _NEWEST_IR = 21, 10
+"""What the oldest ONNX Runtime an agent may have (1.20) reads."""
 
 
 class ImportSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -169,7 +171,7 @@ def wrap(original: onnx.ModelProto, settings: ImportSettings) -> bytes:
             got=answers,
         )
     _free_batch(model, source)
-    before = _before(settings)
+    before = _before(settings, model)
     joined = compose.merge_models(before, compose.add_prefix(model, "m_"), [("prepared", f"m_{source.name}")])
     answer = f"m_{model.graph.output[0].name}"
     del joined.graph.output[:]
@@ -183,25 +185,33 @@ def wrap(original: onnx.ModelProto, settings: ImportSettings) -> bytes:
     )
     joined.graph.name = settings.name
     del joined.graph.value_info[:]
-    joined.ir_version = IR_VERSION
     return bytes(joined.SerializeToString(deterministic=True))
 
 
 def _converted(original: onnx.ModelProto) -> onnx.ModelProto:
-    current = next((o.version for o in original.opset_import if o.domain in {"", "ai.onnx"}), 0)
+    """The model in an opset that every agent reads: its own, or the nearest one."""
+    current = _opset(original)
     copy = onnx.ModelProto()
-    copy.CopyFrom(original)
-    if current == OPSET:
-        return copy
+    copy.CopyFrom(inliner.inline_local_functions(original) if original.functions else original)
+    wanted = min(max(current, OPSET), _NEWEST_OPSET)
     try:
-        return version_converter.convert_version(copy, OPSET)
+        if current != wanted:
+            copy = version_converter.convert_version(copy, wanted)
+        # Exporters stamp the format they were built with; what counts is what the operators need.
+        copy.ir_version = IR_VERSION if wanted == OPSET else _NEWEST_IR
+        onnx.checker.check_model(copy)  # the converter may leave attributes behind that the older operator lacks
     except Exception as error:  # the converter raises whatever its C++ side raises
         raise InputError(
             "import.wrong_signature",
-            "The model's operators cannot be brought to our version.",
-            expected=f"opset {OPSET}",
+            "The model's operators cannot be brought to a version that agents read.",
+            expected=f"opset {OPSET} to {_NEWEST_OPSET}",
             got=f"opset {current}: {str(error)[:120]}",
         ) from error
+    return copy
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return int(next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0))
 
 
 def _free_batch(model: onnx.ModelProto, source: onnx.ValueInfoProto) -> None:
@@ -211,8 +221,8 @@ def _free_batch(model: onnx.ModelProto, source: onnx.ValueInfoProto) -> None:
         value.type.tensor_type.shape.dim[0].dim_param = "N"
 
 
-def _before(settings: ImportSettings) -> onnx.ModelProto:
-    """uint8 BGR views -> what the model wants."""
+def _before(settings: ImportSettings, wanted: onnx.ModelProto) -> onnx.ModelProto:
+    """uint8 BGR views -> what the model wants, in the model's own versions of opset and format."""
     side = settings.view_px
     constants = {
         "scale": np.float32(settings.scale),
@@ -238,8 +248,8 @@ def _before(settings: ImportSettings) -> onnx.ModelProto:
         [helper.make_tensor_value_info("prepared", TensorProto.FLOAT, shape)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
-    model.ir_version = IR_VERSION
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _opset(wanted))])
+    model.ir_version = wanted.ir_version
     return model
 
 
