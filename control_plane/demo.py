@@ -338,7 +338,7 @@ def _watch(run: _Run, client: Client) -> None:
     hint = f"for {run.options.seconds:g} s" if run.options.seconds else "until Ctrl-C"
     run.console.print(f"[bold]Sorting[/] {hint}; pages at {client.url}/", highlight=False)
     until = time.monotonic() + run.options.seconds if run.options.seconds else float("inf")
-    wide = run.console.width >= 120
+    wide = run.console.width >= _WIDE_COLUMNS
     with Live(_table(_agents(client), wide=wide), console=run.console, refresh_per_second=2) as live:
         try:
             while time.monotonic() < until:
@@ -347,11 +347,33 @@ def _watch(run: _Run, client: Client) -> None:
                 live.update(_table(_agents(client), wide=wide))
         except KeyboardInterrupt:
             live.update(_table(_agents(client), wide=wide))
+    if not run.console.is_terminal:  # where nothing moves, the last table ends without a line feed
+        run.console.print()
+
+
+_WIDE_COLUMNS: Final = 120
+_COLUMNS: Final = (
+    # wide, narrow: eighty columns must hold a row
+    ("line", "line"),
+    ("items/s", "it/s"),
+    ("verdicts %", "good%"),
+    ("p50/p99 ms", "p50/p99"),
+    ("ejected", "eject"),
+    ("late", "late"),
+    ("wrong", "wrong"),
+    ("escaped %", "esc%"),
+    ("wasted %", "waste%"),
+    ("dropped", "drop"),
+    ("bundle", "bundle"),
+    ("window", "age"),
+)
 
 
 def _table(agents: list[dict[str, Any]], *, wide: bool) -> Table:
-    columns = ["line", "items/s", "verdicts %", "p50/p99 ms", "ejected", "late", "wrong", "escaped", "wasted"]
-    table = Table(*columns, "dropped", "bundle", "window", box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for names in _COLUMNS:
+        name = names[0 if wide else 1]
+        table.add_column(name, no_wrap=True, justify="left" if name in {"line", "verdicts %", "bundle"} else "right")
     for agent in sorted(agents, key=lambda a: str(a["id"])):
         live = agent["live"] or {}
         shots = live.get("ejections", {})
@@ -378,12 +400,12 @@ def _mix(classes: dict[str, int], *, wide: bool) -> str:
     if not total:
         return "-"
     if not wide:
-        return f"sound {100 * classes.get('sound', 0) / total:.0f}"
+        return f"{100 * classes.get('sound', 0) / total:.0f}"
     return " ".join(f"{k} {100 * v / total:.0f}" for k, v in sorted(classes.items(), key=lambda pair: -pair[1]))
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _collect_figures(run: _Run, client: Client) -> None:
