@@ -66,6 +66,8 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
     progress: float
     active: str
+    model: str
+    """Name and number of the active bundle where it is registered, such as `apples:3`."""
     desired: str
     generation: int
     fault: dict[str, Any] | None
@@ -207,6 +209,7 @@ def agent_status(
     sequence: Sequence[tuple[str, int]],
     profile: Profile | None,
     live: Live | None,
+    model: str = "",
     now: datetime,
 ) -> AgentStatus:
     """Everything about one agent."""
@@ -241,6 +244,7 @@ def agent_status(
         phase=str(reported.get("phase", "")),
         progress=float(reported.get("progress", 0.0)),
         active=active,
+        model=model,
         desired=desired_bundle,
         generation=generation,
         fault=reported.get("fault"),

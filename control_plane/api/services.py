@@ -17,7 +17,7 @@ from control_plane.fleet import FleetLink
 from control_plane.monitoring import AgentStatus, agent_status
 from control_plane.rollout_executor import RolloutExecutor
 from control_plane.store import Store
-from control_plane.tables import Agent, EventRow, WindowRow, utc_now
+from control_plane.tables import Agent, EventRow, Model, ModelVersion, WindowRow, utc_now
 from models.bundle import PROFILE
 from models.errors import SortlineError
 from models.messages import Live, decode_packed
@@ -50,6 +50,12 @@ class Services:
                 .where(WindowRow.received_at > now - timedelta(seconds=RECENT_S), WindowRow.refused == "")
                 .order_by(col(WindowRow.agent_id), col(WindowRow.received_at), col(WindowRow.seq))
             ).all()
+            used = {str(agent.reported.get("active", "")) for agent in agents}
+            registered = session.exec(
+                select(ModelVersion.bundle, Model.name, ModelVersion.number)
+                .join(Model, col(Model.id) == col(ModelVersion.model_id))
+                .where(col(ModelVersion.bundle).in_(used))
+            ).all()
             since = now - timedelta(seconds=RECENT_S)
             # Windows and events share one sequence: a gap in it is a record that is missing.
             numbers: list[tuple[str, str, int]] = []
@@ -64,9 +70,12 @@ class Services:
         sequences: dict[str, list[tuple[str, int]]] = {}
         for agent_id, boot_id, seq in numbers:
             sequences.setdefault(agent_id, []).append((boot_id, seq))
-        return [self._status(a, by_agent.get(a.id, []), sequences.get(a.id, [])) for a in agents]
+        names = {bundle: f"{name}:{number}" for bundle, name, number in registered}
+        return [self._status(a, by_agent.get(a.id, []), sequences.get(a.id, []), names) for a in agents]
 
-    def _status(self, agent: Agent, rows: list[WindowRow], sequence: list[tuple[str, int]]) -> AgentStatus:
+    def _status(
+        self, agent: Agent, rows: list[WindowRow], sequence: list[tuple[str, int]], names: dict[str, str]
+    ) -> AgentStatus:
         active = str(agent.reported.get("active", ""))
         at_s, live = self.fleet.live.get(agent.id, (0.0, None))
         fresh: Live | None = live if live is not None and time.monotonic() - at_s < _LIVE_S else None
@@ -84,6 +93,7 @@ class Services:
             sequence=sequence,
             profile=self.profile(active) if active else None,
             live=fresh,
+            model=names.get(active, ""),
             now=utc_now(),
         )
 

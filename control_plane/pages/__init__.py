@@ -9,6 +9,8 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from sqlmodel import desc, select
 from control_plane.api.services import Services, services_of
 from control_plane.database import reading
 from control_plane.monitoring import DRIFT_LIMIT, LATENCY_BUDGET_MS, ORDER, AgentStatus, State
-from control_plane.pages.charts import lines, meter, mix
+from control_plane.pages.charts import Mark, lines, meter, mix, shares
 from control_plane.rollout_executor import describe
 from control_plane.tables import EventRow, Job, Model, ModelVersion, Rollout, WindowRow
 from models.errors import InputError
@@ -160,11 +162,34 @@ def agent(agent_id: str, request: Request) -> HTMLResponse:
             ("p99", [(at, w.latency_ms.quantile(0.99)) for at, w in windows]),
         ],
         budget=LATENCY_BUDGET_MS,
-        marks=[at for (at, w), (_, before) in zip(windows[1:], windows, strict=False) if w.bundle != before.bundle],
+        marks=(marks := _changes(windows)),
     )
+    classes = class_order({name: 1 for _, w in windows for name in w.classes})
+    verdicts = shares([(at, w.classes) for at, w in windows], classes, marks=marks)
     row = fleet_row(status, time.time_ns() // 1_000_000)
     drift = sorted(status.drift_by_feature.items(), key=lambda pair: -pair[1])
-    return _page(request, "agent.html", "Fleet", row=row, status=status, latency=latency, drift=drift, events=happened)
+    return _page(
+        request,
+        "agent.html",
+        "Fleet",
+        row=row,
+        status=status,
+        latency=latency,
+        verdicts=verdicts,
+        classes=classes,
+        drift=drift,
+        events=happened,
+    )
+
+
+def _changes(windows: list[tuple[datetime, Window]]) -> list[Mark]:
+    """Where the bundle, the lot or the variety changed."""
+    found: list[Mark] = []
+    for (_, before), (at, window) in pairwise(windows):
+        words = [word for word in ("bundle", "lot", "variety") if getattr(before, word) != getattr(window, word)]
+        if words:
+            found.append((at, " ".join(words)))
+    return found
 
 
 @router.get("/models", response_class=HTMLResponse)

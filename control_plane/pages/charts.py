@@ -3,10 +3,13 @@
 import math
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import pairwise
+from typing import NamedTuple
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 200, 38, 22
+Mark = tuple[datetime, str]
 
 
 def meter(value: float | None, full: float) -> Markup:
@@ -35,76 +38,118 @@ def mix(classes: dict[str, int], order: Sequence[str]) -> Markup:
     ).format(text, text, Markup("").join(parts))
 
 
+class Scale(NamedTuple):
+    """Where a time and a value are in the picture."""
+
+    first: datetime
+    last: datetime
+    top: float
+
+    def x(self, at: datetime) -> float:
+        """Of a time."""
+        span = max((self.last - self.first).total_seconds(), 1.0)
+        return _LEFT + (_WIDTH - _LEFT - 8) * (at - self.first).total_seconds() / span
+
+    def y(self, value: float) -> float:
+        """Of a value, 0 at the bottom."""
+        return 6 + (_HEIGHT - _BOTTOM - 6) * (1.0 - value / self.top)
+
+
 def lines(
-    series: Sequence[tuple[str, Sequence[tuple[datetime, float]]]], *, budget: float, marks: Sequence[datetime]
+    series: Sequence[tuple[str, Sequence[tuple[datetime, float]]]], *, budget: float, marks: Sequence[Mark]
 ) -> Markup:
-    """Lines over time with a budget line and vertical marks where the bundle changed.
+    """Lines over time with a budget line and vertical marks.
 
     Args:
         series: (class name, points); NaN breaks a line.
         budget: Drawn as a dashed line, and always in range.
-        marks: Times of changes.
+        marks: (time, word) of changes.
     """
     known = [(at, value) for _, points in series for at, value in points if math.isfinite(value)]
     if len(known) < 2:
         return Markup('<p class="empty">Not enough windows yet.</p>')
-    first, last = min(at for at, _ in known), max(at for at, _ in known)
-    span = max((last - first).total_seconds(), 1.0)
     top = max(budget * 1.15, max(value for _, value in known) * 1.1)
+    times = [at for _, points in series for at, _ in points]
+    scale = Scale(min(times), max(times), top)
+    limit = Markup('<line class="budget" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
+        _LEFT, _WIDTH - 8, scale.y(budget), scale.y(budget)
+    )
+    drawn = [Markup('<path class="{}" d="{}"/>').format(name, _path(points, scale)) for name, points in series]
+    return _chart("latency over time", [_axis(scale), _times(scale), _marks(scale, marks), limit, *drawn])
 
-    def x(at: datetime) -> float:
-        return _LEFT + (_WIDTH - _LEFT - 8) * (at - first).total_seconds() / span
 
-    def y(value: float) -> float:
-        return 6 + (_HEIGHT - _BOTTOM - 6) * (1.0 - value / top)
+def shares(points: Sequence[tuple[datetime, dict[str, int]]], order: Sequence[str], *, marks: Sequence[Mark]) -> Markup:
+    """Shares of classes over time, stacked from 0 to 100 %, one step per window.
 
-    body = [_axis(y, top), _times(x, first, last)]
-    body += [
-        Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="6" y2="{1}"/>').format(x(at), _HEIGHT - _BOTTOM)
-        + Markup('<text x="{:.1f}" y="14">bundle</text>').format(x(at) + 3)
-        for at in marks
-    ]
-    body.append(
-        Markup('<line class="budget" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-            _LEFT, _WIDTH - 8, y(budget), y(budget)
+    Args:
+        points: (end of the window, count by class) in order of time; windows without items leave a gap.
+        order: Classes from the bottom up; the place decides the colour.
+        marks: (time, word) of changes.
+    """
+    if sum(1 for _, counts in points if sum(counts.values())) < 2:
+        return Markup('<p class="empty">Not enough windows yet.</p>')
+    scale = Scale(points[0][0], points[-1][0], 100.0)
+    drawn = [_column(scale, (before, at), counts, order) for (before, _), (at, counts) in pairwise(points)]
+    return _chart("verdicts over time", [_axis(scale), *drawn, _times(scale), _marks(scale, marks)])
+
+
+def _column(scale: Scale, between: tuple[datetime, datetime], counts: dict[str, int], order: Sequence[str]) -> Markup:
+    total, below = sum(counts.values()), 0
+    left, right = scale.x(between[0]), scale.x(between[1])
+    parts = []
+    for index, name in enumerate(order):
+        if not (count := counts.get(name, 0)):
+            continue
+        bottom, top = scale.y(100.0 * below / total), scale.y(100.0 * (below + count) / total)
+        below += count
+        parts.append(
+            Markup('<rect class="k{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                index % 8, left, top, right - left + 0.3, bottom - top
+            )
         )
-    )
-    body += [Markup('<path class="{}" d="{}"/>').format(name, _path(points, x, y)) for name, points in series]
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="latency over time">{}</svg>').format(
-        _WIDTH, _HEIGHT, Markup("").join(body)
+    return Markup("").join(parts)
+
+
+def _chart(label: str, parts: Sequence[Markup]) -> Markup:
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        _WIDTH, _HEIGHT, label, Markup("").join(parts)
     )
 
 
-def _axis(y: "object", top: float) -> Markup:
-    assert callable(y)  # noqa: S101  a local function of the only caller
-    step = 10 ** math.floor(math.log10(top / 2.0))
-    step *= 5 if top / step > 12 else (2 if top / step > 5 else 1)
-    ticks = [k * step for k in range(int(top / step) + 1)]
+def _marks(scale: Scale, marks: Sequence[Mark]) -> Markup:
+    """Vertical lines with their words."""
+    return Markup("").join(
+        Markup('<line class="mark" x1="{0:.1f}" x2="{0:.1f}" y1="6" y2="{1}"/>').format(scale.x(at), _HEIGHT - _BOTTOM)
+        + Markup('<text x="{:.1f}" y="14">{}</text>').format(scale.x(at) + 3, word)
+        for at, word in marks
+    )
+
+
+def _axis(scale: Scale) -> Markup:
+    step = 10 ** math.floor(math.log10(scale.top / 2.0))
+    step *= 5 if scale.top / step > 12 else (2 if scale.top / step > 5 else 1)
+    ticks = [k * step for k in range(int(scale.top / step) + 1)]
     return Markup("").join(
         Markup(
             '<line class="grid" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/><text x="4" y="{3:.1f}">{4:g}</text>'
-        ).format(_LEFT, _WIDTH - 8, y(tick), y(tick) + 4, tick)
+        ).format(_LEFT, _WIDTH - 8, scale.y(tick), scale.y(tick) + 4, tick)
         for tick in ticks
     )
 
 
-def _times(x: "object", first: datetime, last: datetime) -> Markup:
-    assert callable(x)  # noqa: S101  as above
-    places = [first + (last - first) * share for share in (0.0, 0.25, 0.5, 0.75)]
+def _times(scale: Scale) -> Markup:
+    places = [scale.first + (scale.last - scale.first) * share for share in (0.0, 0.25, 0.5, 0.75)]
     return Markup("").join(
-        Markup('<text x="{:.1f}" y="{}">{}</text>').format(x(at), _HEIGHT - 6, escape(f"{at:%H:%M:%S}"))
-        for at in places
+        Markup('<text x="{:.1f}" y="{}">{}</text>').format(scale.x(at), _HEIGHT - 6, f"{at:%H:%M:%S}") for at in places
     )
 
 
-def _path(points: Sequence[tuple[datetime, float]], x: "object", y: "object") -> str:
-    assert callable(x)  # noqa: S101  as above
-    assert callable(y)  # noqa: S101
+def _path(points: Sequence[tuple[datetime, float]], scale: Scale) -> str:
     text, pen = [], "M"
     for at, value in points:
         if not math.isfinite(value):
             pen = "M"
             continue
-        text.append(f"{pen}{x(at):.1f} {y(value):.1f}")
+        text.append(f"{pen}{scale.x(at):.1f} {scale.y(value):.1f}")
         pen = "L"
     return "".join(text)
