@@ -196,6 +196,7 @@ def _work(held: Claim, scratch: Path, say: Say) -> dict[str, Any]:
             effort=params.get("effort", "standard"),
             folds=int(params.get("folds", 5)),
             good_class=params.get("good_class", ""),
+            abstain_budget=float(params.get("abstain_budget", 0.0)),
         )
         return train(Path(params["root"]), settings, scratch / "bundle", progress=say).summary()
     from control_plane.training.importing import ImportSettings, import_onnx  # noqa: PLC0415

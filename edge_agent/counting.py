@@ -71,6 +71,7 @@ class LineCounter:
         self._tally: Counter[str] = Counter()
         self._lanes = [0] * self._lanes_count
         self._classes: Counter[str] = Counter()
+        self._grades: Counter[str] = Counter()
         self._outlets: Counter[str] = Counter()
         self._latency, self._inference = Histogram(), Histogram()
 
@@ -117,6 +118,7 @@ class LineCounter:
             self._tally["items"] += 1
             self._lanes[judged.track.lane] += 1
             self._classes[judged.verdict.klass] += 1
+            self._grades[judged.verdict.grade] += 1
             self._outlets[outlet] += 1
             self._latency.add(latency_ms)
             if self._features is None:
@@ -140,6 +142,7 @@ class LineCounter:
                 simulated=self._truth is not None,
                 lanes=tuple(self._lanes),
                 classes=dict(self._classes),
+                grades=dict(self._grades),
                 outlets=dict(self._outlets),
                 latency_ms=self._latency,
                 inference_ms=self._inference,

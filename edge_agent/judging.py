@@ -97,9 +97,9 @@ class Judge:
             track.features.append(view_features(track.views[-1]))
         return elapsed_ms
 
-    def decide(self, track: Track, variety: str) -> Judged:
+    def decide(self, track: Track, variety: str, lot: str) -> Judged:
         """Fuses the item's views into its verdict; needs at least one judged view."""
-        verdict = self.recipe.decide(np.stack(track.probabilities), variety)
+        verdict = self.recipe.decide(np.stack(track.probabilities), variety, lot)
         features = item_features(
             np.stack(track.features), np.stack(track.embeddings), verdict.probabilities, verdict.defect
         )

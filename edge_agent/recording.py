@@ -228,6 +228,7 @@ class Recorder:
             belt_mm=float(frame.belt_mm),
             digest=core.judge.digest if core.judge is not None else "",
             variety=core.counter.variety,
+            lot=core.counter.lot,
         )
         items.append((head, frame.image))
         self._pausing.clear()

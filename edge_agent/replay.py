@@ -400,7 +400,7 @@ class _Comparison:
                 if head.digest != in_force:
                     in_force = head.digest
                     core.use(self._judge_for(head.digest))
-                core.counter.variety = head.variety
+                core.counter.variety, core.counter.lot = head.variety, head.lot
                 self._index = head.index
                 self._compare_belt(core, stretch.checkpoints.get(head.index))
                 core.process(frame)

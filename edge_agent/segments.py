@@ -96,6 +96,7 @@ class FrameHead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     digest: Text
     """Of the bundle in force; empty when none was."""
     variety: Text
+    lot: Text
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="decision"):

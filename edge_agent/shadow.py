@@ -98,7 +98,7 @@ class Shadow:
     """Set while the line waits for a frame: only then an item is begun."""
     counts: Counter[str] = field(default_factory=Counter)
     """`champion>challenger` outlets, and `skipped`, `failed`."""
-    _queue: "queue.Queue[tuple[Judged, str, str] | None]" = field(init=False)
+    _queue: "queue.Queue[tuple[Judged, str, str, str] | None]" = field(init=False)
     _thread: threading.Thread | None = None
     _retired: bool = False
 
@@ -141,10 +141,10 @@ class Shadow:
                 got=f"{ours.view_px} px, margin {ours.margin}",
             )
 
-    def offer(self, judged: Judged, outlet: str, variety: str) -> None:
+    def offer(self, judged: Judged, outlet: str, variety: str, lot: str) -> None:
         """Takes an item that has its verdict. Never waits."""
         try:
-            self._queue.put_nowait((judged, outlet, variety))
+            self._queue.put_nowait((judged, outlet, variety, lot))
         except queue.Full:
             self.counts["skipped"] += 1
 
@@ -157,7 +157,7 @@ class Shadow:
             self.idle.wait(1.0)
             self.compare(*offered)
 
-    def compare(self, judged: Judged, outlet: str, variety: str) -> None:
+    def compare(self, judged: Judged, outlet: str, variety: str, lot: str) -> None:
         """Judges one item's views and counts what came of it."""
         views = np.stack(judged.track.views)
         weight = judged.track.weight_g
@@ -168,7 +168,7 @@ class Shadow:
                 scalars = np.full((len(views), self.judge.classifier.scalars), np.nan, np.float32)
                 scalars[:, 0] = np.nan if weight is None else weight
             answer = self.judge.classifier.classify(views, scalars)
-            verdict = self.judge.recipe.decide(answer.probabilities, variety)
+            verdict = self.judge.recipe.decide(answer.probabilities, variety, lot)
         except SortlineError as error:
             self.counts["failed"] += 1
             log.warning("challenger failed: %s", error)

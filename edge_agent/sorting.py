@@ -326,7 +326,7 @@ class LineCore:
             if track.observations >= _MIN_OBSERVATIONS:
                 self.counter.count("items_unjudged")
             return
-        judged = judge.decide(track, self.counter.variety)
+        judged = judge.decide(track, self.counter.variety, self.counter.lot)
         outlet = judged.verdict.outlet
         distance_mm = self.geometry.outlets_mm.get(outlet)
         if distance_mm is not None:
@@ -340,7 +340,7 @@ class LineCore:
         if self.on_verdict is not None:
             self.on_verdict(judged, outlet)
         if self.shadow is not None:
-            self.shadow.offer(judged, judged.verdict.outlet, self.counter.variety)
+            self.shadow.offer(judged, judged.verdict.outlet, self.counter.variety, self.counter.lot)
 
     def flush(self) -> None:
         """Finishes the items in sight (the camera ended)."""

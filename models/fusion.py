@@ -26,8 +26,10 @@ class FusionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     top_k: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
     scale: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] = 1.0
     offset: Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)] = 0.0
+    prior: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.5
+    """Share of defective items at which the probabilities are calibrated."""
     calibration_items: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Held-out items that `scale` and `offset` were learnt on; 0 = not learnt (identity)."""
+    """Held-out items that `top_k`, `scale` and `offset` were learnt on; 0 = not learnt (identity)."""
 
 
 def view_evidence(probabilities: NDArray[np.floating], good: int) -> NDArray[np.float64]:

@@ -1,11 +1,19 @@
 """From the fused class probabilities of an item to its verdict, grade and outlet (`recipe.json`).
 
-The recipe is business, not vision: it changes with the market without touching the model. A variety may have its
-own threshold. Between threshold and threshold - abstain the line does not know, and says so: the item takes the
-`unsure` outlet.
+The recipe is business, not vision: it changes with the market without touching the model. An item takes the grade
+whose expected loss is smallest (Bayes decision, Berger 1985) under the calibrated probabilities of its classes and
+the *terms* of its variety and lot: what a grade pays, what an escaped defect and a wasted good item cost. A
+threshold is no setting; it follows from the terms, and `Recipe.cuts` tells it.
+
+Where a second look could save more than `abstain_above`, the line does not know, and says so (Chow 1970): the item
+takes the `unsure` outlet. The limit is learnt from held-out items so that at most `abstain_budget` of all items do.
 """
 
-from typing import Annotated, Literal
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
@@ -14,43 +22,137 @@ from numpy.typing import NDArray
 from models.errors import BundleError, InputError
 from models.fusion import FusionSpec, fuse
 
+VERSION: Final = 2
+UNSURE: Final = "unsure"
+"""Grade of an item on which the line abstains; no other grade has this name."""
+_TIE: Final = 1e-12
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\Z")]
-Probability = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Cost = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
+Money = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 
 
-class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a mistake costs, in the plant's currency per item. They set the threshold and the money KPIs."""
+class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What grades pay and what mistakes cost, in the plant's currency per item; None = as in the layer below."""
 
-    escaped: Annotated[float, msgspec.Meta(ge=0.0)] = 1.0
-    """A defective item that was let through."""
-    wasted: Annotated[float, msgspec.Meta(ge=0.0)] = 1.0
-    """A good item that was thrown away."""
+    prices: dict[Name, Money] = {}
+    """Grade -> what an item is paid for in it; a grade that is not listed pays nothing."""
+    escaped: Cost | None = None
+    """A defective item in the grade of good ones, on top of the price: claim, complaint, spoilt neighbours."""
+    escaped_by_class: dict[Name, Cost] = {}
+    """The same for single classes: rot spreads, a scar does not."""
+    wasted: Cost | None = None
+    """A good item in a grade of defective ones, on top of the price that is lost."""
+    misgraded: Cost | None = None
+    """A defective item in the grade of another defect."""
+    recirculated: Cost | None = None
+    """One more pass, or one look of a person: the line does not abstain where it could save less."""
+    defect_share: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] | None = None
+    """Share of defective items that is expected; None = the share at which the fusion is calibrated."""
+    abstain_budget: Share | None = None
+    """At most this share of the items takes the unsure outlet."""
+    abstain_above: Cost | None = None
+    """Learnt for the budget: what a second look must be able to save before the line abstains."""
 
 
-class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Classes -> grades -> outlets, with the thresholds between them."""
+BASE: Final = Terms(escaped=1.0, wasted=1.0, misgraded=0.0, recirculated=0.0, abstain_budget=0.0)
+"""What holds where nobody says anything: a mistake is a mistake, and the line never abstains."""
 
-    schema_version: Literal[1] = 1
+
+def layered(layers: Iterable[Terms]) -> Terms:
+    """One set of terms; what a later layer says wins, name by name and price by price."""
+    found: dict[str, object] = {"prices": {}, "escaped_by_class": {}}
+    for layer in layers:
+        for name in Terms.__struct_fields__:
+            value = getattr(layer, name)
+            if isinstance(value, dict):
+                found[name] = {**found[name], **value}  # type: ignore[dict-item]
+            elif value is not None:
+                found[name] = value
+    return Terms(**found)  # type: ignore[arg-type]
+
+
+class Grade(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where items of some classes go."""
+
+    outlet: Name
+    classes: tuple[Name, ...] = ()
+    """Classes that belong here."""
+
+
+class Cut(msgspec.Struct, frozen=True, kw_only=True):
+    """Where decisions change as the defect probability of an item grows, for a defect of one class."""
+
+    threshold: float | None
+    """From here on the item leaves the good grade; None = never."""
+    unsure: tuple[float, float] | None
+    """Between these the line abstains; None = nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The terms of one variety and lot, ready to decide.
+
+    Attributes:
+        grades: Names, the good one first.
+        losses: float64 (G, C): loss of an item of class c in grade g.
+        shift: float64 (C,): weights that bring probabilities to the expected share of defects (Saerens et al. 2002).
+        holds: bool (G, C): class c belongs into grade g.
+        abstain_above: Regret from which the line abstains; infinite = never.
+        budget: Share of items that may.
+        recirculated: What abstaining costs.
+    """
+
+    grades: tuple[str, ...]
+    losses: NDArray[np.float64]
+    shift: NDArray[np.float64]
+    holds: NDArray[np.bool_]
+    abstain_above: float
+    budget: float
+    recirculated: float
+
+    def choose(self, fused: NDArray[np.floating]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """The grade with the smallest expected loss for each item, and what certainty would save.
+
+        Equal losses are decided by the probability of the classes that belong into the grade, then by its place.
+
+        Args:
+            fused: (N, C) probabilities of `fuse`.
+
+        Returns:
+            (N,) rows of `grades`, (N,) regrets: expected loss above that of an item whose class is known.
+        """
+        posterior = fused * self.shift
+        posterior = posterior / posterior.sum(axis=1, keepdims=True)
+        expected = posterior @ self.losses.T
+        least = expected.min(axis=1)
+        near = expected <= least[:, None] + _TIE * (1.0 + np.abs(least[:, None]))
+        chosen = np.where(near, posterior @ self.holds.T, -1.0).argmax(axis=1)
+        return chosen, np.maximum(least - posterior @ self.losses.min(axis=0), 0.0)
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """Classes -> grades -> outlets by expected loss."""
+
+    schema_version: Literal[2] = VERSION
     classes: Annotated[tuple[Name, ...], msgspec.Meta(min_length=2, max_length=64)]
     """Names of the model's outputs, in their order."""
     good_class: Name
     fusion: FusionSpec = FusionSpec()
-    threshold: Probability = 0.5
-    """An item whose defect probability reaches this is bad."""
-    abstain: Probability = 0.0
-    """Width of the band below the threshold in which the line abstains."""
-    variety_thresholds: dict[Name, Probability] = {}
-    """Overrides of `threshold` per variety."""
-    grades: dict[Name, Name] = {}
-    """Class -> grade; a class that is not listed is its own grade."""
-    outlets: dict[Name, Name] = {}
-    """Grade -> outlet; a grade that is not listed takes `bad_outlet`, the good class's grade `good_outlet`."""
-    good_outlet: Name = "pass"
-    bad_outlet: Name = "reject"
+    grades: dict[Name, Grade] = {}
+    """Every class belongs into one; empty = each class is a grade of its own, see `graded`."""
+    terms: Terms = Terms()
+    varieties: dict[Name, Terms] = {}
+    """Variety -> what differs from `terms`."""
+    lots: dict[Name, Terms] = {}
+    """Lot -> what differs from the terms of its variety."""
     unsure_outlet: Name = "pass"
     late_outlet: Name = "pass"
     """Where an item goes whose verdict came too late: the outlet that needs no action."""
-    costs: Costs = Costs()
+    replaces: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    """Digest of the bundle whose recipe was changed into this one; empty = made in training."""
+    reason: Annotated[str, msgspec.Meta(max_length=500)] = ""
+    """Why it was changed."""
 
     def check(self) -> None:
         """Refuses a recipe that contradicts itself.
@@ -62,21 +164,75 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise _inconsistent("class names are unique", self.classes)
         if self.good_class not in self.classes:
             raise _inconsistent(f"good_class is one of {list(self.classes)}", self.good_class)
-        unknown = sorted(set(self.grades) - set(self.classes))
-        if unknown:
-            raise _inconsistent(f"grades are given for classes among {list(self.classes)}", unknown)
+        if UNSURE in self.graded:
+            raise _inconsistent(f"no grade is named {UNSURE}: that is where the line abstains", UNSURE)
+        held = sorted(name for grade in self.graded.values() for name in grade.classes)
+        if held != sorted(self.classes):
+            raise _inconsistent(f"each of {list(self.classes)} belongs into one grade", held)
+        for terms in (self.terms, *self.varieties.values(), *self.lots.values()):
+            if unknown := sorted(set(terms.prices) - set(self.graded)):
+                raise _inconsistent(f"prices are given for grades among {list(self.graded)}", unknown)
+            if unknown := sorted(set(terms.escaped_by_class) - (set(self.classes) - {self.good_class})):
+                raise _inconsistent("costs of escape are given for classes that are not good", unknown)
 
     @property
     def good(self) -> int:
         """Column of the good class."""
         return self.classes.index(self.good_class)
 
-    def decide(self, view_probabilities: NDArray[np.floating], variety: str = "") -> "Verdict":
+    @cached_property
+    def graded(self) -> dict[str, Grade]:
+        """The grades; where none are listed each class is its own: the good one passes, the others are rejected."""
+        if self.grades:
+            return self.grades
+        return {
+            name: Grade(outlet="pass" if name == self.good_class else "reject", classes=(name,))
+            for name in self.classes
+        }
+
+    def terms_of(self, variety: str = "", lot: str = "") -> Terms:
+        """The terms in force: those of the lot over those of the variety over the recipe's own."""
+        layers = (BASE, self.terms, self.varieties.get(variety, Terms()), self.lots.get(lot, Terms()))
+        return layered(layers)
+
+    @cached_property
+    def _policies(self) -> dict[tuple[str, str], Policy]:
+        """Made once each: at most as many as there are varieties times lots in the recipe."""
+        return {}
+
+    def policy(self, variety: str = "", lot: str = "") -> Policy:
+        """The terms of this variety and lot, ready to decide; unknown names take the recipe's own terms."""
+        key = (variety if variety in self.varieties else "", lot if lot in self.lots else "")
+        found = self._policies.get(key)
+        if found is None:
+            found = self._policies[key] = self.policy_under(self.terms_of(*key))
+        return found
+
+    def policy_under(self, terms: Terms) -> Policy:
+        """A policy of this recipe's grades under other terms; see `Policy`."""
+        terms = layered((BASE, terms))
+        names = sorted(self.graded, key=lambda name: self.good_class not in self.graded[name].classes)
+        holds = np.array([[c in self.graded[g].classes for c in self.classes] for g in names])
+        escape = [terms.escaped_by_class.get(name, terms.escaped) for name in self.classes]
+        penalty = np.full(holds.shape, terms.misgraded, np.float64)
+        penalty[0] = escape
+        penalty[:, self.good] = terms.wasted
+        penalty[holds] = 0.0
+        prices = np.array([terms.prices.get(name, 0.0) for name in names])
+        share = self.fusion.prior if terms.defect_share is None else terms.defect_share
+        shift = np.full(len(self.classes), share / self.fusion.prior)
+        shift[self.good] = (1.0 - share) / (1.0 - self.fusion.prior)
+        budget, again = terms.abstain_budget or 0.0, terms.recirculated or 0.0
+        limit = math.inf if budget == 0.0 else max(again, terms.abstain_above or 0.0)
+        return Policy(tuple(names), penalty - prices[:, None], shift, holds, limit, budget, again)
+
+    def decide(self, view_probabilities: NDArray[np.floating], variety: str = "", lot: str = "") -> "Verdict":
         """Judges one item from the probabilities of its views.
 
         Args:
             view_probabilities: (V, C), V >= 1.
-            variety: Of the present lot; chooses the threshold.
+            variety: Of the present lot; chooses the terms.
+            lot: The present lot; its own terms go before those of the variety.
 
         Raises:
             InputError: `recipe.wrong_classes` and those of `fuse`.
@@ -89,25 +245,60 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 got=view_probabilities.shape,
             )
         fused = fuse(view_probabilities, self.fusion, self.good)
-        defect = 1.0 - float(fused[self.good])
-        threshold = self.variety_thresholds.get(variety, self.threshold)
-        bad = fused.copy()
-        bad[self.good] = -1.0
-        name = self.classes[int(bad.argmax())] if defect >= threshold else self.good_class
-        unsure = threshold - self.abstain <= defect < threshold
-        grade = "unsure" if unsure else self.grades.get(name, name)
+        policy = self.policy(variety, lot)
+        chosen, regret = policy.choose(fused[None])
+        row = int(chosen[0])
+        unsure = float(regret[0]) > policy.abstain_above
+        name = policy.grades[row]
+        of_grade = np.where(policy.holds[row], fused, -1.0)
         return Verdict(
-            klass=name,
-            grade=grade,
-            outlet=self.unsure_outlet if unsure else self._outlet(name, grade),
-            defect=defect,
+            klass=self.classes[int((of_grade if policy.holds[row].any() else fused).argmax())],
+            grade=UNSURE if unsure else name,
+            outlet=self.unsure_outlet if unsure else self.graded[name].outlet,
+            defect=1.0 - float(fused[self.good]),
             probabilities=tuple(float(p) for p in fused),
             views=len(view_probabilities),
         )
 
-    def _outlet(self, klass: str, grade: str) -> str:
-        default = self.good_outlet if klass == self.good_class else self.bad_outlet
-        return self.outlets.get(grade, default)
+    def cuts(self, variety: str = "", lot: str = "") -> dict[str, Cut]:
+        """The thresholds that follow from the terms, for an item that is either good or of this class.
+
+        Returns:
+            Defect class -> cut, on the scale of `Verdict.defect`.
+        """
+        policy = self.policy(variety, lot)
+        return {name: self._cut(policy, k) for k, name in enumerate(self.classes) if k != self.good}
+
+    def _cut(self, policy: Policy, k: int) -> Cut:
+        """Expected losses are straight lines in the probability t of class k: a_g + t * (b_g - a_g)."""
+        a = policy.losses[:, self.good] - policy.losses[:, self.good].min()
+        b = policy.losses[:, k] - policy.losses[:, k].min()
+        low, high = 0.0, 1.0
+        for start, slope in zip(a - policy.abstain_above, b - a, strict=True):
+            if slope > 0.0:
+                low = max(low, -start / slope)
+            elif slope < 0.0:
+                high = min(high, -start / slope)
+            elif start <= 0.0:
+                high = -1.0
+        leaves: list[float] = []
+        for worse, better in zip(a[1:] - a[0], b[0] - b[1:], strict=True):
+            if better > 0.0 and worse > 0.0:
+                leaves.append(worse / (worse + better))
+            elif worse < 0.0 or better > 0.0:
+                leaves.append(0.0)
+        back = float(policy.shift[self.good] / policy.shift[k])
+
+        def unshifted(t: float) -> float:
+            return float(t * back / (t * back + 1.0 - t))
+
+        band = (unshifted(low), unshifted(high)) if low < high and math.isfinite(policy.abstain_above) else None
+        return Cut(threshold=unshifted(min(leaves)) if leaves else None, unsure=band)
+
+    def threshold(self, variety: str = "", lot: str = "") -> float | None:
+        """The smallest of the thresholds: no item below it leaves the good grade."""
+        found = [cut.threshold for cut in self.cuts(variety, lot).values() if cut.threshold is not None]
+        return min(found, default=None)
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,23 +308,35 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     grade: str
     outlet: str
     defect: float
-    """Calibrated probability that the item is not of the good class."""
+    """Calibrated probability that the item is not of the good class, at the fusion's share of defects."""
     probabilities: tuple[float, ...]
     """Per class, in the recipe's order."""
     views: int
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int = VERSION
 
 
 def parse_recipe(data: bytes) -> Recipe:
     """Reads `recipe.json`.
 
     Raises:
-        BundleError: `recipe.malformed`, `recipe.inconsistent`.
+        BundleError: `recipe.wrong_version`, `recipe.malformed`, `recipe.inconsistent`.
     """
     try:
+        version = msgspec.json.decode(data, type=_Versioned).schema_version
+        if version != VERSION:
+            raise BundleError(
+                "recipe.wrong_version",
+                "The recipe has a version this program does not know.",
+                expected=VERSION,
+                got=version,
+            )
         recipe = msgspec.json.decode(data, type=Recipe)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(
-            "recipe.malformed", "recipe.json is not a recipe.", expected="Recipe, schema_version 1", got=error
+            "recipe.malformed", "recipe.json is not a recipe.", expected=f"Recipe, schema_version {VERSION}", got=error
         ) from error
     recipe.check()
     return recipe

@@ -217,6 +217,8 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     lanes: tuple[Count, ...] = ()
     """Items with a verdict per lane."""
     classes: dict[Label, Count] = {}
+    grades: dict[Label, Count] = {}
+    """As the recipe graded them; `unsure` are those on which the line abstained."""
     outlets: dict[Label, Count] = {}
     views: Count = 0
     latency_ms: Histogram = msgspec.field(default_factory=Histogram)
@@ -279,6 +281,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
             ("classes", sum(self.classes.values())),
             ("outlets", sum(self.outlets.values())),
             ("lanes", sum(self.lanes)),
+            *((("grades", sum(self.grades.values())),) if self.grades else ()),
         ):
             if total != self.items:
                 raise _window_error(f"{self.items} items in {name}", total)
@@ -291,7 +294,7 @@ def _window_error(expected: object, got: object) -> MessageError:
     return MessageError("window.inconsistent", "A window's counts contradict each other.", expected=expected, got=got)
 
 
-_TABLES: Final = ("classes", "outlets", "ejections", "ejectors", "shadow", "truth")
+_TABLES: Final = ("classes", "grades", "outlets", "ejections", "ejectors", "shadow", "truth")
 
 
 def merge(a: Window, b: Window) -> Window:

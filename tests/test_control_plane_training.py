@@ -20,6 +20,7 @@ from control_plane.training.importing import ImportSettings, import_onnx
 from control_plane.training.metrics import item_truth, measure
 from control_plane.training.pipeline import TrainSettings, train
 from control_plane.training.splits import item_folds
+from control_plane.training.tuning import held_out_of
 from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
@@ -315,7 +316,11 @@ def test_training_makes_a_bundle_that_works_and_tells_its_figures(trained: tuple
     assert summary["parity"]["views"] == 2 * 96
     assert bundle.profile.items == 24
     assert bundle.recipe.fusion.calibration_items == 24
-    assert "0.5" in bundle.card
+    assert "Brier score" in bundle.card
+    assert "24 items in 2 bins" in bundle.card
+    held = held_out_of(bundle.lineage, bundle.recipe)
+    assert len(held.truth) == 24
+    assert bundle.lineage["fusion"]["log_loss"].keys() == {"1", "2", "3", "4"}
     assert str(output) not in json.dumps(bundle.lineage)
 
 

@@ -366,7 +366,9 @@ def mini(count: int = 3) -> tuple[bytes, list[int]]:
     )  # fmt: skip
     data, ends = opening(), []
     for index in range(-1, count):
-        head = FrameHead(index=index, number=index, captured_s=index / 30, belt_mm=index * 33.0, digest="", variety="")
+        head = FrameHead(
+            index=index, number=index, captured_s=index / 30, belt_mm=index * 33.0, digest="", variety="", lot=""
+        )
         data += framed(point) if index < 0 else framed(head, encode_image(image))
         ends.append(len(data))
     return data, ends
@@ -443,7 +445,7 @@ POINT = msgspec.structs.asdict(
 
 
 def head_of(index: int, **changes: object) -> FrameHead:
-    plain = {"index": index, "number": 0, "captured_s": 0.0, "belt_mm": 0.0, "digest": "", "variety": ""}
+    plain = {"index": index, "number": 0, "captured_s": 0.0, "belt_mm": 0.0, "digest": "", "variety": "", "lot": ""}
     return FrameHead(**(plain | changes))
 
 

@@ -19,6 +19,9 @@ def train(
     folds: Annotated[int, typer.Option(min=2, max=50, help="Of the cross-validation by item.")] = 5,
     seed: Annotated[int, typer.Option()] = 1,
     good_class: Annotated[str, typer.Option(help="Empty = sound, good or ok.")] = "",
+    abstain_budget: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of items the line may be unsure of.")
+    ] = 0.0,
     server: Server = "",
     as_json: AsJson = False,
 ) -> None:
@@ -26,13 +29,14 @@ def train(
 
     Example: `sortline train --data photos --name apples --output apples-bundle`
     """
+    options = {"name": name, "effort": effort, "folds": folds, "seed": seed, "good_class": good_class}
+    options["abstain_budget"] = abstain_budget
     if output is not None:
-        summary = _train_alone(data, output, name=name, effort=effort, folds=folds, seed=seed, good_class=good_class)
+        summary = _train_alone(data, output, **options)
     else:
         client = Client(server)
         client.post("/api/v1/datasets", {"name": name, "root": str(data.resolve()), "actor": "cli"})
-        body = {"dataset": name, "name": name, "effort": effort, "folds": folds, "seed": seed, "actor": "cli"}
-        job = client.post("/api/v1/training-runs", body | {"good_class": good_class})
+        job = client.post("/api/v1/training-runs", options | {"dataset": name, "actor": "cli"})
         summary = follow(client, job["id"])
     say(summary, as_json=as_json, table=metrics_table)
 

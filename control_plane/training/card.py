@@ -8,7 +8,12 @@ if TYPE_CHECKING:
 
 
 def write_card(
-    name: str, dataset: dict[str, Any], metrics: dict[str, Any], parity: "ParityReport", recipe: "Recipe"
+    name: str,
+    dataset: dict[str, Any],
+    metrics: dict[str, Any],
+    parity: "ParityReport",
+    recipe: "Recipe",
+    fusion: dict[str, Any] | None = None,
 ) -> str:
     """Markdown with a YAML head."""
     levels = [key for key in ("view", "view_without_doubt", "item") if key in metrics]
@@ -19,8 +24,6 @@ def write_card(
         if metric in metrics[level]
     ]
     warnings = [f"- {warning}" for warning in dataset.get("warnings", [])]
-    calibrated = recipe.fusion.calibration_items
-    fusion = f"learnt on {calibrated} held-out items" if calibrated else "not learnt (too few items)"
     lines = [
         "---",
         f"model_name: {name}",
@@ -43,7 +46,8 @@ def write_card(
         "|---|---|---|",
         *rows,
         "",
-        f"Calibration of item verdicts: {fusion}. Threshold {recipe.threshold:g}.",
+        "## From views to items",
+        *_fusion(recipe, fusion or {}),
         "",
         "## Conversion",
         f"scikit-learn against ONNX on {parity.views} views:",
@@ -55,6 +59,29 @@ def write_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _fusion(recipe: "Recipe", report: dict[str, Any]) -> list[str]:
+    """How views become items, and how far the result can be believed. Thresholds are the recipe's, not the model's."""
+    spec = recipe.fusion
+    if not spec.calibration_items:
+        return ["Fusion and calibration are not learnt: too few items."]
+    losses = ", ".join(f"{k}: {loss:.3f}" for k, loss in report.get("log_loss", {}).items())
+    brier, rows = report["brier"], report["reliability"]
+    spread = [f"{row['observed']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows]
+    return [
+        f"The {spec.top_k} strongest views count, learnt on {spec.calibration_items} held-out items.",
+        f"Held-out log loss by number of views: {losses}.",
+        f"Brier score {brier['value']:.3f} ({brier['low']:.3f} to {brier['high']:.3f}), expected calibration error",
+        f"{report['calibration_error']:.3f}, both at equal shares of good and defective items.",
+        report.get("note", ""),
+        "",
+        "| items | predicted | observed (95 % interval) |",
+        "|---|---|---|",
+        *(f"| {row['items']} | {row['predicted']:.3f} | {text} |" for row, text in zip(rows, spread, strict=True)),
+        "",
+        "Grades, prices and the thresholds that follow from them are in recipe.json and change without the model.",
+    ]
 
 
 def _figure(figure: dict[str, Any]) -> str:

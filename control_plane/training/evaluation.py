@@ -58,7 +58,8 @@ def evaluate(
     every = np.array([bundle.recipe.decide(probabilities[item.rows]).probabilities for item in items])
     truth = np.array([labels[_row_of(item.truth, item.rows, dataset)] if item.truth else 0 for item in items])
     names = np.array([item.name for item in items])
-    threshold = bundle.recipe.threshold
+    policy = bundle.recipe.policy()
+    cuts: dict[str, Any] = {"threshold": bundle.recipe.threshold() or 1.0}
     progress(1.0)
     return {
         "bundle": bundle.digest,
@@ -69,8 +70,10 @@ def evaluate(
         "skipped": dataset.report.skipped,
         "metrics": {
             "view": measure(labels[kept], reduce(probabilities[kept]), dataset.items[kept], classes),
-            "item": measure(truth, reduce(fused), names, classes, threshold=threshold),
-            "item_all_views": measure(truth, reduce(every), names, classes, threshold=threshold),
+            "item": measure(truth, reduce(fused), names, classes, called=policy.choose(fused)[0] != 0, **cuts),
+            "item_all_views": measure(
+                truth, reduce(every), names, classes, called=policy.choose(every)[0] != 0, **cuts
+            ),
         },
     }
 

@@ -37,6 +37,7 @@ def measure(
     classes: tuple[str, ...],
     *,
     threshold: float = 0.5,
+    called: NDArray[np.bool_] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """All figures of one level (views, or items with one row each).
@@ -47,6 +48,7 @@ def measure(
         items: (N,) item of each row: the bootstrap draws items with replacement (Efron & Tibshirani 1993).
         classes: Names.
         threshold: Defect probability from which a row is called bad.
+        called: (N,) which rows are called bad, where a recipe decided that; None = by the threshold.
         seed: Of the bootstrap.
 
     Returns:
@@ -55,7 +57,8 @@ def measure(
         there are more than two classes; `calibration_error`, `confusion`, counts.
     """
     score = 1.0 - probabilities[:, 0]
-    bad, called = truth > 0, score >= threshold
+    bad = truth > 0
+    called = score >= threshold if called is None else called
     names, place = np.unique(items, return_inverse=True)
     found = np.where(called, 1 + probabilities[:, 1:].argmax(axis=1), 0)
     facts: dict[str, Any] = {

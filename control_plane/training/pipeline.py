@@ -16,29 +16,28 @@ from typing import Any, Final, Literal
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from control_plane.training.augment import blemished, turned
 from control_plane.training.card import write_card
 from control_plane.training.datasets import Dataset, load_dataset
 from control_plane.training.features import FeatureExtractor, FeatureSpec
+from control_plane.training.fusing import LearntFusion, learn_fusion
 from control_plane.training.graph import ParityReport, build_graph, parity
 from control_plane.training.head import Head, fit_head, view_weights
 from control_plane.training.judging import items_of, judge_item
 from control_plane.training.metrics import measure
 from control_plane.training.splits import item_folds
+from control_plane.training.tuning import HeldOut, cost_report, hold_out, tuned
 from models.bundle import CARD, GOLDEN, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, Golden, write_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
-from models.fusion import FusionSpec, item_evidence
-from models.recipe import Recipe
+from models.recipe import Recipe, Share, Terms
 from models.view_spec import PreprocessSpec
 from models.windows import build_profile, feature_names
 
 GOLDEN_VIEWS: Final = 32
 GOLDEN_TOLERANCE: Final = 2e-3
-_MIN_CALIBRATION_ITEMS: Final = 20
 Progress = Callable[[str, float], None]
 
 
@@ -51,6 +50,8 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """quick: smaller dictionary, no augmentation; for a first look and for the demo."""
     folds: int = 5
     good_class: str = ""
+    abstain_budget: Share = 0.0
+    """At most this share of the items takes the unsure outlet; the band is learnt from held-out items."""
 
     @property
     def features(self) -> FeatureSpec:
@@ -131,8 +132,8 @@ def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock) -> 
     )
     probabilities, parities = _cross_validate(dataset, settings, clock)
     clock.stage("calibrating items", 0.76)
-    recipe = _recipe(dataset, probabilities, spec)
-    metrics = _metrics(dataset, probabilities, recipe, spec)
+    learnt, recipe, held = _recipe(dataset, probabilities, settings, spec)
+    metrics = _metrics(dataset, probabilities, learnt, recipe, spec)
     clock.stage("fitting on everything", 0.8)
     fitted = _fit(dataset, np.arange(len(dataset.views)), settings)
     clock.stage("checking parity", 0.93)
@@ -147,13 +148,16 @@ def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock) -> 
         "metrics": metrics,
         "parity": msgspec.to_builtins(report),
         "penalty": fitted.head.penalty,
+        "fusion": learnt.report,
+        "costs": _costs(held, recipe),
+        "held_out": msgspec.to_builtins(held),
     }
     parts |= {
         MODEL: fitted.graph,
         RECIPE: msgspec.json.encode(recipe),
         PREPROCESS: msgspec.json.encode(spec),
         LINEAGE: msgspec.json.encode(lineage, order="sorted"),
-        CARD: write_card(settings.name, facts, metrics, report, recipe).encode(),
+        CARD: write_card(settings.name, facts, metrics, report, recipe, learnt.report).encode(),
     }
     bundle = write_bundle(output, settings.name, parts)
     clock.stage("done", 1.0)
@@ -263,34 +267,46 @@ def _parity(folds: list[ParityReport], final: ParityReport) -> ParityReport:
     return whole
 
 
-def _recipe(dataset: Dataset, probabilities: NDArray[np.float64], spec: PreprocessSpec) -> Recipe:
-    """Fusion calibrated on out-of-fold items (Platt), threshold 0.5 of a calibrated probability at equal costs."""
+def _recipe(
+    dataset: Dataset, probabilities: NDArray[np.float64], settings: TrainSettings, spec: PreprocessSpec
+) -> tuple[LearntFusion, Recipe, HeldOut]:
+    """Fusion and abstain band learnt on out-of-fold items; the terms are those of equal mistakes."""
     found = list(items_of(dataset, spec.max_views))
-    evidence = np.array([item_evidence(probabilities[item.chosen], 0, 2) for item in found])
-    bad = np.array([item.truth > 0 for item in found])
-    fusion = FusionSpec(top_k=2)
-    if len(found) >= _MIN_CALIBRATION_ITEMS and min(bad.sum(), (~bad).sum()) >= 4:
-        weights = np.where(bad, 0.5 / max(bad.mean(), 1e-9), 0.5 / max((~bad).mean(), 1e-9))
-        model = LogisticRegression(C=1.0).fit(evidence[:, None], bad, sample_weight=weights)
-        scale, offset = float(model.coef_[0, 0]), float(model.intercept_[0])
-        if scale > 0.05:
-            fusion = FusionSpec(top_k=2, scale=scale, offset=offset, calibration_items=len(found))
-    return Recipe(classes=dataset.classes, good_class=dataset.classes[0], fusion=fusion, threshold=0.5)
+    truth = np.array([item.truth for item in found])
+    learnt = learn_fusion([probabilities[item.chosen] for item in found], truth > 0, seed=settings.seed)
+    held = hold_out(dataset.classes, truth, learnt.fused, seed=settings.seed)
+    recipe = Recipe(
+        classes=dataset.classes,
+        good_class=dataset.classes[0],
+        fusion=learnt.spec,
+        terms=Terms(abstain_budget=settings.abstain_budget or None),
+    )
+    return learnt, tuned(recipe, held), held
+
+
+def _costs(held: HeldOut, recipe: Recipe) -> dict[str, Any]:
+    """What the recipe costs on held-out items, without the curve; nothing where they are all of one kind."""
+    if len({truth == recipe.good for truth in held.truth}) < 2:
+        return {}
+    return {key: value for key, value in cost_report(held, recipe).items() if key != "curve"}
 
 
 def _metrics(
-    dataset: Dataset, probabilities: NDArray[np.float64], recipe: Recipe, spec: PreprocessSpec
+    dataset: Dataset, probabilities: NDArray[np.float64], learnt: LearntFusion, recipe: Recipe, spec: PreprocessSpec
 ) -> dict[str, Any]:
-    """Out-of-fold figures of views and items; views in doubt left out as well."""
+    """Out-of-fold figures of views and items (fused by what others taught); views in doubt left out as well."""
     sure = ~dataset.doubt
     found = list(items_of(dataset, spec.max_views))
-    fused = np.array([recipe.decide(probabilities[item.chosen]).probabilities for item in found])
     truth = np.array([item.truth for item in found])
     names = np.array([item.name for item in found])
+    called = recipe.policy().choose(learnt.fused)[0] != 0
     metrics = {
         "protocol": "cross-validation by item; intervals: bootstrap over items, 95 %",
         "view": measure(dataset.labels, probabilities, dataset.items, dataset.classes),
-        "item": measure(truth, fused, names, dataset.classes, threshold=recipe.threshold),
+        "item": measure(
+            truth, learnt.fused, names, dataset.classes, called=called, threshold=recipe.threshold() or 1.0
+        ),
+        "calibration": {key: learnt.report[key] for key in ("brier", "calibration_error")},
     }
     if dataset.doubt.any():
         metrics["view_without_doubt"] = measure(
