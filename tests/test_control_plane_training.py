@@ -205,9 +205,25 @@ def test_intervals_widen_when_views_are_copies() -> None:
     copies = measure(truth[repeat], probabilities[repeat], repeat, ("sound", "bad"))["auc"]
     assert copies["value"] == pytest.approx(single["value"], abs=1e-6)
     assert copies["high"] - copies["low"] == pytest.approx(single["high"] - single["low"], abs=0.05)
-    few = measure(truth[:4], probabilities[:4], np.arange(4), ("sound", "bad"))["auc"]
-    assert few["low"] is None
-    assert "only 4 items" in few["reason"]
+    few = measure(truth[:4], probabilities[:4], np.arange(4), ("sound", "bad"))
+    for figure in (few["auc"], few["confusion_shares"][0][0]):
+        assert figure["low"] is None
+        assert "only 4 items" in figure["reason"]
+
+
+def test_each_cell_of_the_confusion_has_an_interval_over_items() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(60) % 2, 10)
+    score = np.where(rng.random(600) < 0.8, truth * 0.9 + 0.05, 0.5)
+    found = measure(truth, np.column_stack((1 - score, score)), np.repeat(np.arange(60), 10), ("sound", "rot", "worm"))
+    counts, shares = np.array(found["confusion"]), found["confusion_shares"]
+    for row in range(2):
+        for column in range(2):
+            cell = shares[row][column]
+            assert cell["value"] == pytest.approx(counts[row, column] / counts[row].sum(), abs=1e-4)
+            assert cell["low"] <= cell["value"] <= cell["high"]
+    assert shares[0][1]["low"] < shares[0][1]["high"]
+    assert shares[2][0] == {"value": None, "low": None, "high": None, "reason": "no item of this class"}
 
 
 def small_views(count: int = 24) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

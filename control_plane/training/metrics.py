@@ -54,7 +54,8 @@ def measure(
     Returns:
         `auc` (good against the rest), `balanced_accuracy` (good against the rest at the threshold), each
         `{value, low, high}` with a 95 % interval or a `reason` why there is none; `class_balanced_accuracy` where
-        there are more than two classes; `calibration_error`, `confusion`, counts.
+        there are more than two classes; `calibration_error`; `confusion` (counts, rows are the truth) and
+        `confusion_shares` (each cell's share of its row, with its interval); counts.
     """
     score = 1.0 - probabilities[:, 0]
     bad = truth > 0
@@ -70,6 +71,7 @@ def measure(
         ),
         "calibration_error": round(calibration_error(bad, score), 4),
         "confusion": confusion_matrix(truth, found, labels=range(len(classes))).tolist(),
+        "confusion_shares": _confusion_shares(truth, found, place, len(classes), seed),
         "classes": list(classes),
         "threshold": threshold,
     }
@@ -83,9 +85,9 @@ def measure(
 def _with_interval(figure: Any, place: NDArray[np.intp], count: int, seed: int) -> dict[str, Any]:
     value = figure(np.arange(len(place)))
     if not np.isfinite(value):
-        return {"value": None, "low": None, "high": None, "reason": "only one class is present"}
+        return _figure(value, None, "only one class is present")
     if count < _MIN_ITEMS:
-        return {"value": round(value, 4), "low": None, "high": None, "reason": f"only {count} items"}
+        return _figure(value, None, f"only {count} items")
     rows_of = [np.flatnonzero(place == k) for k in range(count)]
     rng = np.random.default_rng(seed)
     draws = []
@@ -93,10 +95,45 @@ def _with_interval(figure: Any, place: NDArray[np.intp], count: int, seed: int) 
         drawn = figure(np.concatenate([rows_of[k] for k in rng.integers(0, count, count)]))
         if np.isfinite(drawn):
             draws.append(drawn)
-    if len(draws) < DRAWS // 8:
-        return {"value": round(value, 4), "low": None, "high": None, "reason": "too few items of one class"}
+    return _figure(value, np.asarray(draws), "too few items of one class")
+
+
+def _figure(value: float, draws: NDArray[np.floating] | None, reason: str) -> dict[str, Any]:
+    """A value with its 95 % interval from bootstrap draws, or the reason why there is none."""
+    if not np.isfinite(value):
+        return {"value": None, "low": None, "high": None, "reason": reason}
+    if draws is None or len(draws) < DRAWS // 8:
+        return {"value": round(float(value), 4), "low": None, "high": None, "reason": reason}
     low, high = np.quantile(draws, (0.025, 0.975))
-    return {"value": round(value, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+    return {"value": round(float(value), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def _confusion_shares(
+    truth: NDArray[np.integer], found: NDArray[np.integer], place: NDArray[np.intp], classes: int, seed: int
+) -> list[list[dict[str, Any]]]:
+    """Share of each true class that got each verdict: what a count of few items hides."""
+    cells = np.zeros((int(place.max(initial=-1)) + 1, classes, classes))
+    np.add.at(cells, (place, truth, found), 1.0)
+    value = _row_shares(cells.sum(axis=0))
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(len(cells), np.full(len(cells), 1.0 / len(cells)), size=DRAWS)
+    drawn = _row_shares(np.tensordot(times.astype(float), cells, axes=1))
+
+    def cell(row: int, column: int) -> dict[str, Any]:
+        if not np.isfinite(value[row, column]):
+            return _figure(np.nan, None, "no item of this class")
+        if len(cells) < _MIN_ITEMS:
+            return _figure(value[row, column], None, f"only {len(cells)} items")
+        of_row = drawn[:, row, column]
+        return _figure(value[row, column], of_row[np.isfinite(of_row)], "too few items of this class")
+
+    return [[cell(row, column) for column in range(classes)] for row in range(classes)]
+
+
+def _row_shares(counts: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Each row divided by its sum; NaN where a class is absent."""
+    sums = counts.sum(axis=-1, keepdims=True)
+    return np.asarray(np.divide(counts, sums, out=np.full_like(counts, np.nan), where=sums > 0), np.float64)
 
 
 def item_truth(labels: NDArray[np.integer], doubt: NDArray[np.bool_]) -> int:
