@@ -36,7 +36,28 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Port = 1883
     username: str = "control-plane"
     password_file: str = ""
+    """For a broker on this machine; certificates need none."""
+    tls: bool = False
+    """Connect with the site's certificates (`sortline ca init`)."""
+    certificates: str = ""
+    """Folder with ca.pem, control.pem and bulk.pem (key and chain each); empty = those of the site's authority."""
     enabled: bool = True
+
+
+class IdentityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The site's certificate authority (made by `sortline ca init`), and where agents enrol."""
+
+    folder: str = ""
+    """Empty = `identity` in `data_dir`."""
+    host: str = "127.0.0.1"
+    """Address of the HTTPS listener for agents; it serves enrolment and renewal only."""
+    port: Port = 8443
+    broker_host: str = ""
+    """Broker as agents reach it; empty = broker.host."""
+    broker_port: Port = 0
+    """0 = broker.port."""
+    mosquitto_profile: str = ""
+    """Folder of `sortline broker mosquitto-profile`; its access list follows every enrolment and revocation."""
 
 
 class JobsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,6 +80,19 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     server: ServerConfig = ServerConfig()
     broker: BrokerConfig = BrokerConfig()
     jobs: JobsConfig = JobsConfig()
+    identity: IdentityConfig = IdentityConfig()
+
+    @property
+    def identity_folder(self) -> Path:
+        """Where the certificate authority is."""
+        return Path(self.identity.folder).resolve() if self.identity.folder else self.root / "identity"
+
+    @property
+    def certificates_folder(self) -> Path:
+        """Where the control plane's own certificates for the broker are."""
+        if self.broker.certificates:
+            return Path(self.broker.certificates).resolve()
+        return self.identity_folder / "site"
 
     @property
     def root(self) -> Path:

@@ -11,9 +11,12 @@ from typing import Any
 import uvicorn
 
 from control_plane.api.app import create_app
-from control_plane.api.services import open_services
+from control_plane.api.devices import create_device_app
+from control_plane.api.services import Services, open_services
 from control_plane.config import ControlPlaneConfig
 from control_plane.database import migrate
+from control_plane.identity.authority import SITE
+from control_plane.identity.listener import DeviceListener
 from control_plane.worker import run_worker
 from models.errors import UnavailableError
 
@@ -31,6 +34,7 @@ def serve(config: ControlPlaneConfig) -> int:
     listener = _listen(config.server.host, config.server.port)
     migrate(config.database_url)
     services = open_services(config)
+    devices = _device_listener(config, services)
     workers = [_start_worker(config, number) for number in range(config.jobs.workers)]
     host, port = listener.getsockname()[:2]
     log.info("control plane on http://%s:%s", host, port)
@@ -42,9 +46,13 @@ def serve(config: ControlPlaneConfig) -> int:
         server_header=False,
     )
     server = uvicorn.Server(settings)
+    if devices is not None:
+        devices.start()
     try:
         server.run(sockets=[listener])
     finally:
+        if devices is not None:
+            devices.stop()
         for worker in workers:
             worker.terminate()
         for worker in workers:
@@ -52,6 +60,22 @@ def serve(config: ControlPlaneConfig) -> int:
             if worker.is_alive():
                 worker.kill()
     return 0
+
+
+def _device_listener(config: ControlPlaneConfig, services: Services) -> DeviceListener | None:
+    """The HTTPS listener for agents, where the site has a certificate authority."""
+    if services.enrolment is None or services.publisher is None:
+        return None
+    listener = _listen(config.identity.host, config.identity.port)
+    host, port = listener.getsockname()[:2]
+    log.info("agents enrol at https://%s:%s", host, port)
+    counters = services.fleet.counters
+
+    def tell(name: str) -> None:
+        counters[name] += 1
+
+    app = create_device_app(services.enrolment, counters)
+    return DeviceListener(app, listener, config.identity_folder / SITE / "server.pem", services.publisher, tell)
 
 
 def _listen(host: str, port: int) -> socket.socket:

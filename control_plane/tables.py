@@ -304,3 +304,56 @@ class AssignmentRow(SQLModel, table=True):
     generation: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     document: bytes = Field(default=b"", sa_column=Column(LargeBinary, nullable=False))
     updated_at: datetime = Field(default_factory=utc_now, sa_column=_time())
+
+
+class IdentityState(StrEnum):
+    """Of an agent's identity."""
+
+    INVITED = "invited"
+    ENROLLED = "enrolled"
+    REVOKED = "revoked"
+
+
+class Identity(SQLModel, table=True):
+    """Whether an agent may have certificates."""
+
+    agent_id: str = Field(primary_key=True, max_length=63)
+    state: IdentityState = Field(
+        default=IdentityState.INVITED, sa_column=Column(EnumText(IdentityState), nullable=False, index=True)
+    )
+    renewal_asked_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
+    """Its certificate was past its time when it asked for a new one: somebody must approve."""
+    renewal_approved_until: datetime | None = Field(default=None, sa_column=_time(nullable=True))
+    created_at: datetime = Field(default_factory=utc_now, sa_column=_time())
+
+
+class EnrolmentToken(SQLModel, table=True):
+    """A one-time permission to enrol; the secret itself is not kept."""
+
+    __tablename__ = "enrolment_token"
+    secret_sha256: str = Field(primary_key=True, max_length=64)
+    agent_id: str = Field(foreign_key="identity.agent_id", index=True, max_length=63)
+    created_at: datetime = Field(default_factory=utc_now, sa_column=_time())
+    created_by: str = "unknown"
+    expires_at: datetime = Field(sa_column=_time())
+    used_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
+    key_sha256: str = Field(default="", max_length=64)
+    """The public key that used it: an answer that was lost is given again to this key alone."""
+
+
+class Certificate(SQLModel, table=True):
+    """A certificate that was issued to an agent."""
+
+    serial: str = Field(primary_key=True, max_length=40)
+    """Hexadecimal, upper case."""
+    agent_id: str = Field(foreign_key="identity.agent_id", index=True, max_length=63)
+    key_sha256: str = Field(index=True, unique=True, max_length=64)
+    """A key is certified once."""
+    issued_at: datetime = Field(sa_column=_time())
+    not_after: datetime = Field(sa_column=_time())
+    renewed: bool = False
+    """By renewal, not by a token."""
+    revoked_at: datetime | None = Field(default=None, sa_column=_time(nullable=True, index=True))
+    revoked_because: str = ""
+    pem: str = Field(sa_type=Text)
+    """The whole answer's chain, to be given again."""

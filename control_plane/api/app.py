@@ -13,31 +13,14 @@ from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from control_plane import metrics_export
-from control_plane.api import learning, operating
+from control_plane.api import identities, learning, operating
+from control_plane.api.answers import status_of
 from control_plane.api.schemas import ErrorBody
 from control_plane.api.services import Services, services_of
 from control_plane.database import check_alive, migration_state
 from control_plane.pages import mount_pages
-from models.errors import (
-    BundleError,
-    CapacityError,
-    ConfigError,
-    ConflictError,
-    InputError,
-    MessageError,
-    SortlineError,
-    UnavailableError,
-)
+from models.errors import ConflictError, InputError, SortlineError
 
-_STATUS: dict[type[SortlineError], int] = {
-    InputError: 422,
-    BundleError: 422,
-    MessageError: 422,
-    ConfigError: 500,
-    ConflictError: 409,
-    UnavailableError: 503,
-    CapacityError: 507,
-}
 _CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _MIN_FREE_BYTES = 200 * 1024 * 1024
 Given = Annotated[Services, Depends(services_of)]
@@ -72,6 +55,7 @@ def create_app(services: Services) -> FastAPI:
     _map_errors(app)
     app.include_router(learning.router)
     app.include_router(operating.router)
+    app.include_router(identities.router)
     _add_probes(app)
     mount_pages(app)
     return app
@@ -112,10 +96,7 @@ def _refusal(request: Request, services: Services) -> tuple[int, SortlineError] 
 def _map_errors(app: FastAPI) -> None:
     @app.exception_handler(SortlineError)
     async def ours(_request: Request, error: SortlineError) -> JSONResponse:
-        status = next((s for kind, s in _STATUS.items() if isinstance(error, kind)), 500)
-        if error.code.endswith((".unknown", ".unknown_version")):
-            status = 404
-        return _answer(status, error.as_dict())
+        return _answer(status_of(error), error.as_dict())
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_request: Request, error: RequestValidationError) -> JSONResponse:

@@ -89,3 +89,16 @@ class NewLabels(Strict):
 
     labels: dict[str, str]
     actor: str = Actor
+
+
+class NewToken(Strict):
+    """Invite an agent."""
+
+    actor: str = Actor
+
+
+class Revoke(Strict):
+    """End an identity."""
+
+    reason: str = Field(min_length=1, max_length=200)
+    actor: str = Actor

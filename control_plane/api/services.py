@@ -1,11 +1,13 @@
 """What the routes share: configuration, database, store, fleet. Made once per process, handed to the application."""
 
 import os
+import secrets
 import socket
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 
 from fastapi import Request
 from sqlalchemy import Engine
@@ -14,6 +16,10 @@ from sqlmodel import col, select
 from control_plane.config import ControlPlaneConfig
 from control_plane.database import open_database, reading
 from control_plane.fleet import FleetLink
+from control_plane.identity.authority import INDEX, SITE, Authority
+from control_plane.identity.enrolment import Enrolment
+from control_plane.identity.mosquitto import update_profile
+from control_plane.identity.publication import Publisher
 from control_plane.monitoring import AgentStatus, agent_status
 from control_plane.rollout_executor import RolloutExecutor
 from control_plane.store import Store
@@ -38,6 +44,9 @@ class Services:
     fleet: FleetLink
     rollouts: RolloutExecutor
     token: str = ""
+    enrolment: Enrolment | None = None
+    """None where the site has no certificate authority."""
+    publisher: Publisher | None = None
     started_s: float = field(default_factory=time.monotonic)
 
     def statuses(self) -> list[AgentStatus]:
@@ -116,7 +125,29 @@ def open_services(config: ControlPlaneConfig) -> Services:
     store = Store(config.root / "store")
     fleet = FleetLink(config.broker, engine, store)
     rollouts = RolloutExecutor(engine, fleet, f"{socket.gethostname()}-{os.getpid()}")
-    return Services(config, engine, store, fleet, rollouts, token=config.token)
+    enrolment, publisher = _open_identity(config, engine)
+    return Services(
+        config, engine, store, fleet, rollouts, token=config.token, enrolment=enrolment, publisher=publisher
+    )
+
+
+def _open_identity(config: ControlPlaneConfig, engine: Engine) -> tuple[Enrolment | None, Publisher | None]:
+    """Enrolment over the site's authority, where there is one; brings its files up to date."""
+    if not (config.identity_folder / INDEX).exists():
+        return None, None
+    authority = Authority(config.identity_folder)
+    enrolment = Enrolment(
+        engine,
+        authority,
+        new_secret=lambda: secrets.token_urlsafe(24),
+        broker=(config.identity.broker_host or config.broker.host, config.identity.broker_port or config.broker.port),
+    )
+    profile = config.identity.mosquitto_profile
+    followers = (lambda: update_profile(authority.folder / SITE, Path(profile).resolve()),) if profile else ()
+    publisher = Publisher(authority, enrolment.admitted, clock=utc_now, followers=followers)
+    enrolment.publish = publisher.publish
+    publisher.publish()
+    return enrolment, publisher
 
 
 def services_of(request: Request) -> Services:

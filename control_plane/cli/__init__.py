@@ -6,7 +6,7 @@ libraries are imported by the commands that need them, so that `--help` is quick
 
 import typer
 
-from control_plane.cli import learning, operating, serving
+from control_plane.cli import identity, learning, operating, serving
 from control_plane.cli.bundles import bundles
 from control_plane.cli.output import err
 from models.errors import ConfigError, ConflictError, SortlineError, UnavailableError
@@ -31,6 +31,7 @@ for name, group in (
     ("agents", operating.agents),
     ("bundle", bundles),
     ("broker", serving.broker),
+    ("ca", identity.authority),
     ("config", operating.settings),
 ):
     app.add_typer(group, name=name)

@@ -131,20 +131,6 @@ def rollout_act(
     out.print(_rollout_table(Client(server).post(f"/api/v1/rollouts/{rollout_id}/{action}", body)))
 
 
-@agents.command("list")
-def agent_list(server: Server = "", as_json: AsJson = False) -> None:
-    """All agents, worst first."""
-
-    def table(found: list[dict[str, Any]]) -> Table:
-        rows = [
-            [a["id"], a["state"], a["reason"], a["active"][:12], a["items_per_s"], a["p99_ms"], a["drift_value"]]
-            for a in found
-        ]
-        return table_of(["agent", "state", "why", "bundle", "items/s", "p99 ms", "drift"], rows)
-
-    say(Client(server).get("/api/v1/agents"), as_json=as_json, table=table)
-
-
 @agents.command("show")
 def agent_show(agent_id: str, server: Server = "", as_json: AsJson = False) -> None:
     """One agent."""

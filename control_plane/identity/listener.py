@@ -1,0 +1,114 @@
+"""The HTTPS listener for agents, in a thread of its own; its certificate follows the site's files while it runs."""
+
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+
+from control_plane.identity.publication import Publisher
+from models.errors import ConfigError, SortlineError
+
+log = logging.getLogger("sortline.identity")
+_UPKEEP_S: Final = 60.0
+_CONNECTIONS: Final = 256
+
+
+def server_context(server_pem: Path) -> ssl.SSLContext:
+    """TLS 1.2 or newer, with this key and chain.
+
+    Raises:
+        ConfigError: `server.bad_certificate`.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_pair(context, server_pem)
+    return context
+
+
+def load_pair(context: ssl.SSLContext, pem: Path) -> None:
+    """Puts key and chain into a context; connections from now on use them.
+
+    Raises:
+        ConfigError: `server.bad_certificate`.
+    """
+    try:
+        context.load_cert_chain(pem)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            "server.bad_certificate", f"{pem} cannot be used.", expected="a key and its chain, PEM", got=error
+        ) from error
+
+
+class DeviceListener:
+    """Serves the device application and keeps the site's files in step.
+
+    Args:
+        app: `control_plane.api.devices.create_device_app`.
+        listener: A listening socket.
+        server_pem: Key and chain of the server.
+        publisher: Is run at the start and each minute.
+        tell: Gets names of counters.
+    """
+
+    def __init__(
+        self, app: Any, listener: socket.socket, server_pem: Path, publisher: Publisher, tell: Callable[[str], None]
+    ) -> None:
+        self._pem, self._publisher, self._tell = server_pem, publisher, tell
+        self._context = server_context(server_pem)
+        self._stopping = threading.Event()
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            lifespan="off",
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_CONNECTIONS,
+            timeout_keep_alive=5,
+            timeout_graceful_shutdown=2,
+            ssl_context_factory=lambda _config, _default: self._context,
+        )
+        self._server = uvicorn.Server(settings)
+        self._threads = [
+            threading.Thread(target=self._server.run, args=([listener],), name="enrolment", daemon=True),
+            threading.Thread(target=self._upkeep, name="identity-upkeep", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Begins to serve."""
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def started(self) -> bool:
+        """Whether it answers."""
+        return self._server.started
+
+    def stop(self) -> None:
+        """Ends within a few seconds."""
+        self._stopping.set()
+        self._server.should_exit = True
+        for thread in self._threads:
+            thread.join(5.0)
+
+    def follow(self) -> None:
+        """Brings the site's files up to date; connections from now on see the newest certificate."""
+        if self._publisher.publish():
+            load_pair(self._context, self._pem)
+
+    def _upkeep(self) -> None:
+        """Renews the site's own certificates and repeats what brokers should know, each minute."""
+        while not self._stopping.wait(_UPKEEP_S):
+            try:
+                self.follow()
+            except (SortlineError, OSError) as error:
+                self._tell("identity_upkeep_failed")
+                log.warning("identity upkeep failed: %s", error)
+            except Exception:
+                # Such as the database being away: the files stay as they are, and it is tried again.
+                self._tell("identity_upkeep_failed")
+                log.exception("identity upkeep failed")

@@ -1,0 +1,139 @@
+"""The profile of mosquitto: what our own broker enforces, said in that broker's configuration.
+
+`mosquitto.conf` is written once and is the operator's to extend; `acl`, `crl.pem` and the certificates follow every
+enrolment and revocation, and mosquitto is told by SIGHUP. An agent has a block of its own in `acl`; who has none gets
+nothing. The rules are those of `control_plane.broker.access`; a test asks both brokers the same questions.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from control_plane.broker.access import AGENT_PUBLISHES, AGENT_RECEIVES
+from control_plane.identity.authority import SITE, Authority
+from control_plane.identity.publication import CLIENTS, Admission
+from models.errors import ConfigError
+from models.files import write_atomically
+from models.messages import ROOT
+
+log = logging.getLogger("sortline.identity")
+CONF: Final = "mosquitto.conf"
+ACL: Final = "acl"
+_COPIED: Final = {"ca.pem": 0o644, "server.pem": 0o600, "crl.pem": 0o644}
+_MEBIBYTE: Final = 1024 * 1024
+
+_CONF = """\
+# Written by `sortline broker mosquitto-profile`, not overwritten. Mutual TLS only: a certificate's common name is
+# the user and the client id, so that no agent can take over the session of another.
+per_listener_settings false
+listener {port}{host}
+cafile {folder}/ca.pem
+certfile {folder}/server.pem
+keyfile {folder}/server.pem
+crlfile {folder}/crl.pem
+tls_version tlsv1.2
+require_certificate true
+use_identity_as_username true
+use_username_as_clientid true
+allow_anonymous false
+acl_file {folder}/acl
+
+# A packet before authentication may not be larger either: without this, four clients without any right take 200 MB.
+max_packet_size {packet}
+max_queued_bytes {queued}
+max_queued_messages 10000
+max_inflight_messages 32
+max_connections 2000
+max_keepalive 60
+set_tcp_nodelay true
+
+# The broker is a cache: the control plane's sentinel notices an empty store and publishes everything again.
+persistence false
+pid_file {folder}/mosquitto.pid
+log_type error
+log_type warning
+log_type notice
+"""
+
+
+def access_list(agents: Iterable[str]) -> str:
+    """The text of `acl`: the control plane's connections, then a block for each agent."""
+    blocks = ["# Follows every enrolment and revocation; do not edit."]
+    blocks += [f"user {name}\ntopic readwrite sortline/#\ntopic read $SYS/#" for name in CLIENTS.values()]
+    shared = (f"{ROOT}/tuf", f"{ROOT}/sentinel", f"{ROOT}/blobs/+/+")
+    for agent in agents:
+        own = f"{ROOT}/agents/{agent}"
+        lines = [f"user {agent}"]
+        lines += [f"topic write {own}/{channel}" for channel in sorted(AGENT_PUBLISHES)]
+        lines += [f"topic read {own}/{channel}" for channel in sorted(AGENT_RECEIVES)]
+        lines += [f"topic read {topic}" for topic in shared]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def write_profile(authority: Authority, folder: Path, *, host: str = "", port: int = 8883) -> None:
+    """Writes the profile: the configuration where there is none, everything else anew.
+
+    Args:
+        authority: With its site files.
+        folder: Made when it is not there.
+        host: Address to listen on; empty = all.
+        port: For mutual TLS.
+
+    Raises:
+        ConfigError: `ca.unreadable`.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not (folder / CONF).exists():
+        text = _CONF.format(
+            port=port,
+            host=f" {host}" if host else "",
+            folder=folder,
+            packet=_MEBIBYTE,
+            queued=64 * _MEBIBYTE,
+        )
+        write_atomically(folder / CONF, text.encode())
+    update_profile(authority.folder / SITE, folder)
+
+
+def update_profile(site: Path, folder: Path) -> bool:
+    """Brings access list, revocations and certificates up to date and tells a running mosquitto.
+
+    Returns:
+        Whether anything changed.
+
+    Raises:
+        ConfigError: `ca.unreadable`.
+    """
+    try:
+        admission = msgspec.json.decode((site / "admission.json").read_bytes(), type=Admission)
+        wanted = {name: (site / name).read_bytes() for name in _COPIED}
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError("ca.unreadable", f"{site} cannot be read.", expected="site files", got=error) from error
+    wanted[ACL] = access_list(admission.agents).encode()
+    changed = False
+    for name, data in wanted.items():
+        path = folder / name
+        if not path.exists() or path.read_bytes() != data:
+            write_atomically(path, data, mode=_COPIED.get(name, 0o600))
+            changed = True
+    if changed:
+        _tell(folder / "mosquitto.pid")
+    return changed
+
+
+def _tell(pid_file: Path) -> None:
+    """SIGHUP: mosquitto reads access list, revocations and its own certificate again; connections stay."""
+    try:
+        pid = int(pid_file.read_text(encoding="ascii"))
+        if "mosquitto" not in Path(f"/proc/{pid}/comm").read_text(encoding="utf-8"):
+            return  # the file is left from an earlier life
+        os.kill(pid, signal.SIGHUP)
+    except (OSError, ValueError) as error:
+        log.info("mosquitto was not told (it does not run here): %s", error)
