@@ -17,6 +17,8 @@ from models.errors import CameraError, ConfigError, SortlineError, UnavailableEr
 _EPILOG = """examples:
   sortline-agent run --id line-1 --broker 10.0.0.5:1883 --camera /dev/video0
                                         join the fleet: receive bundles, sort, report
+  sortline-agent enrol --token T --control-plane https://10.0.0.5:8443
+                                        get this box's certificate; run finds it by itself
   sortline-agent run --bundle DIR --camera video.mp4 --unpaced --json
                                         judge a recording with one bundle, alone, every frame
   sortline-agent run --bundle DIR --camera simulated --seconds 30
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "at 30 frames/s take about 10 MB/s)",
     )
     _replay_options(commands)
+    _enrol_options(commands.add_parser("enrol", help="get this box's certificate for a one-time token"))
     collect = commands.add_parser("collect", help="write views for training, from the line's own pipeline")
     _line_options(collect)
     collect.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
@@ -114,6 +117,14 @@ def _replay_options(commands: Any) -> None:
     replay.add_argument("folder", type=Path, metavar="DIR", help="the recording")
     replay.add_argument("--bundle", type=Path, metavar="B", help="judges (default: the recorded bundle, where it was)")
     replay.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _enrol_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--token", required=True, help="from `sortline agents enrol NAME`; - reads it from the input")
+    parser.add_argument("--control-plane", required=True, metavar="URL", help="https://host:port where agents enrol")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML of the agent")
+    parser.add_argument("--state-dir", metavar="DIR", help="as for run (default: sortline-agent-state)")
+    parser.add_argument("--json", action="store_true")
 
 
 def _calibrate_options(parser: argparse.ArgumentParser) -> None:
@@ -174,10 +185,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.bundle is None:
         if arguments.record is not None:
             raise ConfigError("config.bad_value", "--record needs --bundle.", expected="--bundle DIR", got="none")
+        from edge_agent.identity import with_identity  # noqa: PLC0415
         from edge_agent.supervisor import Supervisor  # noqa: PLC0415
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-        return Supervisor(config).run()
+        return Supervisor(with_identity(config)).run()
     from edge_agent.standalone import run_standalone  # noqa: PLC0415
 
     def show(live: Any) -> None:
@@ -203,6 +215,17 @@ def _run(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             sys.stderr.write("\n")
     _print(facts, as_json=arguments.json)
+    return 0
+
+
+def _enrol(arguments: argparse.Namespace) -> int:
+    from edge_agent.enrolling import enrol  # noqa: PLC0415
+    from edge_agent.identity import identity_folder  # noqa: PLC0415
+
+    token = sys.stdin.readline() if arguments.token == "-" else arguments.token  # noqa: S105  no secret of ours
+    folder = identity_folder(_config(arguments))
+    facts = enrol(folder, token, arguments.control_plane)
+    _print({"agent": facts.agent, "identity": str(folder), "until": facts.not_after_s}, as_json=arguments.json)
     return 0
 
 
@@ -341,6 +364,7 @@ def _print(facts: dict[str, Any], *, as_json: bool) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
+    "enrol": _enrol,
     "replay": _replay,
     "collect": _collect,
     "calibrate": _calibrate,

@@ -26,7 +26,11 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     password_file: str = ""
     """File that holds the password, readable by the agent alone."""
     tls_ca: str = ""
-    """CA certificate (PEM) that the broker must prove; empty = no TLS."""
+    """CA certificates (PEM), one of which the broker must prove; empty = no TLS. An enrolled agent knows its own."""
+    tls_cert: str = ""
+    """The agent's certificate chain (PEM); with its key in the same file, or in `tls_key`."""
+    tls_key: str = ""
+    """The key of `tls_cert`; empty = in the same file."""
     reconnect_min_s: Seconds = 1.0
     reconnect_max_s: Seconds = 30.0
     """Attempts are spread at random between these, so that a fleet does not come back in one moment."""
@@ -59,6 +63,15 @@ class DeliveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Starts of a bundle on trial before it is rolled back."""
 
 
+class IdentityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The agent's certificate (`sortline-agent enrol`)."""
+
+    folder: str = ""
+    """Empty = `identity` in `state_dir`."""
+    check_s: Seconds = 6.0 * 3600.0
+    """Between two looks whether the certificate is due."""
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One agent."""
 
@@ -71,6 +84,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     line: LineConfig = LineConfig()
     spool: SpoolConfig = SpoolConfig()
     delivery: DeliveryConfig = DeliveryConfig()
+    identity: IdentityConfig = IdentityConfig()
 
 
 def load_agent_config(

@@ -23,6 +23,7 @@ import msgspec
 from edge_agent.challenger import Challenger
 from edge_agent.child import LineChild, LineGone, SelfTestDone
 from edge_agent.config import AgentConfig
+from edge_agent.identity import IdentityUpkeep, identity_folder
 from edge_agent.link import Incoming, Link, LinkChanged, bounded_queue
 from edge_agent.pipe import (
     Beat,
@@ -111,6 +112,9 @@ class Supervisor:
             will=(self._topic(Channel.PRESENCE), encode(presence)),
             deliver=self.enqueue,
         )
+        self._identity = IdentityUpkeep(
+            identity_folder(config), check_s=config.identity.check_s, counters=self.counters
+        )
         self._uplink = Uplink(self._spool, self._link, self._topic(Channel.BATCH), retry_s=config.spool.retry_s)
         self._updater = Updater(
             self._root,
@@ -142,6 +146,7 @@ class Supervisor:
         if self._spool.quarantined:
             self.event("spool.quarantined", "The spool file was broken and set aside.")
         self._updater.recover()
+        self._identity.start()
         with self._link:
             try:
                 while not self._stop.is_set():
@@ -167,6 +172,7 @@ class Supervisor:
             self.blame(CapacityError("agent.disk_failed", "The disk refuses to write.", got=error))
 
     def _shut_down(self) -> None:
+        self._identity.stop()
         if self._line is not None:
             self._line.stop(2.0)
             # What the line said last (its final window) still goes to the spool.
