@@ -264,15 +264,11 @@ class LineCore:
             self.counter.count("frames_bad")
             places = []
         seen, closed = self._tracker.update(places, frame.number, frame.captured_s, frame.belt_mm)
-        # Items that are no longer seen have all their views: their verdicts do not wait for the others' inference.
-        last = {track.item_id for track, _ in seen}
+        self._judge_seen(frame, seen)
         for track in closed:
-            if track.item_id not in last:
-                self._finish(track, frame.captured_s)
-        self._take_views(frame, seen)
-        for track in closed:
-            if track.item_id in last:
-                self._finish(track, frame.captured_s)
+            # Lost before its last view (cut by the edge, merged with a neighbour): judged on the views it has.
+            if not track.complete:
+                self._finish(track)
         if self.confirmation is not None:
             sightings = self.confirmation.sightings(frame.captured_s)
             for (lane, outlet), trouble in self.queue.learn(sightings, frame.belt_mm, until_s=frame.captured_s):
@@ -286,16 +282,29 @@ class LineCore:
                 "camera.wrong_size", "A frame has another size than the line.", expected=expected, got=frame.image.shape
             )
 
-    def _take_views(self, frame: Frame, seen: list[tuple[Track, Located]]) -> None:
-        """Takes the views this frame offers and judges them in one batch per bundle."""
-        batches: dict[int, tuple[Judge, list[Track]]] = {}
+    def _judge_seen(self, frame: Frame, seen: list[tuple[Track, Located]]) -> None:
+        """Takes the views this frame offers. Items whose last view is among them get their verdict first: it waits
+        neither for the others' inference nor until the item has left the picture."""
+        wanted: list[tuple[Track, Located]] = []
         for track, place in seen:
             if track.judge is None:
                 track.judge = self.judge
+            if isinstance(track.judge, Judge) and self._picker.wants(track, place):
+                wanted.append((track, place))
+        last = [pair for pair in wanted if pair[0].complete]
+        if last:
+            self._take_views(frame, last)
+            for track, _ in last:
+                self._finish(track)
+        self._take_views(frame, [pair for pair in wanted if not pair[0].complete])
+
+    def _take_views(self, frame: Frame, wanted: list[tuple[Track, Located]]) -> None:
+        """Cuts these views and judges them in one batch per bundle."""
+        batches: dict[int, tuple[Judge, list[Track]]] = {}
+        for track, place in wanted:
             judge = track.judge
-            if not isinstance(judge, Judge) or not self._picker.wants(track, place):
-                continue
-            if judge.take_view(self._locator, frame.image, track, place):
+            if isinstance(judge, Judge) and judge.take_view(self._locator, frame.image, track, place):
+                track.viewed_s = frame.captured_s
                 batches.setdefault(id(judge), (judge, []))[1].append(track)
         for judge, tracks in batches.values():
             try:
@@ -319,8 +328,8 @@ class LineCore:
             self.use(None)
             self.on_model_failure(judge, error)
 
-    def _finish(self, track: Track, captured_s: float) -> None:
-        """The item's last frame is behind it: verdict, then outlet."""
+    def _finish(self, track: Track) -> None:
+        """The item has its last view: verdict, then outlet."""
         judge = track.judge
         if not isinstance(judge, Judge) or not track.probabilities:
             if track.observations >= _MIN_OBSERVATIONS:
@@ -336,7 +345,7 @@ class LineCore:
                 outlet = judge.recipe.late_outlet
         own = judge is self.judge
         self.items_on_bundle += own
-        self.counter.verdict(judged, outlet, (self.clock() - captured_s) * 1000.0, own_bundle=own)
+        self.counter.verdict(judged, outlet, (self.clock() - track.viewed_s) * 1000.0, own_bundle=own)
         if self.on_verdict is not None:
             self.on_verdict(judged, outlet)
         if self.shadow is not None:
@@ -345,7 +354,8 @@ class LineCore:
     def flush(self) -> None:
         """Finishes the items in sight (the camera ended)."""
         for track in self._tracker.close_all():
-            self._finish(track, track.last_captured_s)
+            if not track.complete:
+                self._finish(track)
 
     def snapshot(self) -> CoreState:
         """A copy of the state between two frames (some 50 microseconds); the arrays of the tracks are shared."""

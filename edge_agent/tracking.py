@@ -18,6 +18,8 @@ from edge_agent.seams import LineGeometry
 
 _SMOOTH: Final = 0.3
 _MAX_TRACKS_PER_LANE: Final = 64
+_NO_MORE_PX: Final = 1.0e9
+"""A column no item reaches: the item has all the views it will get."""
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class Track:
     observations: int = 1
     next_view_px: float = 0.0
     """The next view is taken when the item's centre has passed this column."""
+    viewed_s: float = 0.0
+    """Exposure of the frame its newest view was cut from."""
     views: list[NDArray[np.uint8]] = field(default_factory=list)
     probabilities: list[NDArray[np.float32]] = field(default_factory=list)
     embeddings: list[NDArray[np.float32]] = field(default_factory=list)
@@ -43,6 +47,11 @@ class Track:
     """From a load cell, where there is one."""
     judge: object = None
     """The judge that took the item's first view; it finishes the item, also across a swap."""
+
+    @property
+    def complete(self) -> bool:
+        """Its last view was offered: the verdict need not wait until the item has left the picture."""
+        return self.next_view_px >= _NO_MORE_PX
 
 
 class Tracker:
@@ -142,6 +151,9 @@ class Tracker:
 class ViewPicker:
     """Decides which observations become views: at most `max_views` per item, evenly spaced by travel.
 
+    The stretch on which an item is whole is divided into `max_views` cells, and the first observation in each cell
+    becomes a view. The one in the last cell completes the track.
+
     Args:
         geometry: Of the line.
         max_views: K of the bundle.
@@ -160,5 +172,6 @@ class ViewPicker:
         step = stretch / self._max_views
         # The next one comes one step on, counted from the grid, so that a late first view does not shift the rest.
         done = int((place.x_px - length_px / 2.0) / step) + 1
-        track.next_view_px = length_px / 2.0 + done * step
+        last = done >= self._max_views or len(track.views) + 1 >= self._max_views
+        track.next_view_px = _NO_MORE_PX if last else length_px / 2.0 + done * step
         return True

@@ -222,7 +222,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     outlets: dict[Label, Count] = {}
     views: Count = 0
     latency_ms: Histogram = msgspec.field(default_factory=Histogram)
-    """From the capture of an item's last frame to its verdict."""
+    """From the exposure of the frame that an item's last view was cut from to its verdict."""
     inference_ms: Histogram = msgspec.field(default_factory=Histogram)
     """One run of the model, whatever the size of the batch."""
     features: Annotated[bytes, msgspec.Meta(max_length=64 * BINS * 4)] = b""

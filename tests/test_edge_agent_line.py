@@ -82,6 +82,19 @@ def test_items_are_found_once_each_at_ten_per_second_with_some_touching(bundle: 
     window.check()
 
 
+def test_the_verdict_comes_with_the_last_view_and_not_when_the_item_has_left(bundle: Path) -> None:
+    line = SimulatedLine(SMALL, virtual=True)
+    core = core_of(line, Judge(bundle))
+    waited: list[tuple[float, int]] = []
+    core.on_verdict = lambda found, _outlet: waited.append((line.now() - found.track.viewed_s, len(found.track.views)))
+    drive(line, core, 200)
+    at_once = [seconds for seconds, _ in waited if seconds == 0.0]
+    assert len(waited) > 80
+    assert len(at_once) >= 0.97 * len(waited), "few items are lost from sight before their last view"
+    # Verdict and ejection stay single although the item is still seen for some frames.
+    assert core.counter.total["items"] == len(waited)
+
+
 def test_every_ejection_hits_the_item_it_was_meant_for(bundle: Path) -> None:
     line = SimulatedLine(
         SMALL, virtual=True, schedule="4s speed_factor=0.6; 8s stopped; 10s speed_factor=1.2; 13s clear"
