@@ -329,3 +329,41 @@ def _rolling_photos(folder: Path, item: str, rows: list[dict[str, str]], kind: s
         labels.append(str(Kind.SOUND) if sound else row.get("kind") or row["label"])
     shares = tuple(0.0 if label == Kind.SOUND else 1.0 for label in labels)
     return RollingItem(kind, item, tuple(sprites), shares, tuple(labels), length_mm, item)
+
+
+def draw_belt(rng: np.random.Generator, size: tuple[int, int], lane_px: int) -> NDArray[np.uint8]:
+    """Dark belt twice the image's width, so that a moving window always fits; lane dividers stand still in y.
+
+    Args:
+        rng: Decides the texture.
+        size: Height and width of the image.
+        lane_px: Height of a lane.
+
+    Returns:
+        uint8 (H, 2 W, 3) BGR.
+    """
+    height, width = size
+    coarse = rng.normal(0.0, 1.0, (height // 8 + 1, width // 8)).astype(np.float32)
+    texture = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC) * 2.5
+    grey = 40.0 + texture + rng.normal(0.0, 1.2, (height, width))
+    strip = np.repeat(grey[:, :, None], 3, axis=2) * np.array([1.06, 1.0, 0.95])
+    image: NDArray[np.uint8] = np.clip(np.concatenate((strip, strip), axis=1), 5, 90).astype(np.uint8)
+    for top in range(0, height + 1, lane_px):
+        y = min(max(top, 1), height - 2)
+        image[y - 1 : y + 1] = (70, 66, 62)
+    return image
+
+
+def draw_noise(rng: np.random.Generator, size: tuple[int, int], sigma: float) -> list[NDArray[np.uint8]]:
+    """Four frames of noise, added in turn; its mean of two sigma is part of the exposure."""
+    return [np.clip(rng.normal(2 * sigma, sigma, (*size, 3)), 0, 255).astype(np.uint8) for _ in range(4)]
+
+
+def draw_dirt(rng: np.random.Generator, size: tuple[int, int]) -> Floats:
+    """Smudges on the lens, 0..1: they stay where they are while everything else moves."""
+    height, width = size
+    map_ = np.zeros((height, width), np.float32)
+    for _ in range(9):
+        centre = (int(rng.integers(0, width)), int(rng.integers(0, height)))
+        cv2.circle(map_, centre, int(rng.integers(15, 70)), float(rng.uniform(0.5, 1.0)), -1)
+    return np.asarray(cv2.GaussianBlur(map_, (0, 0), 14.0), np.float32)

@@ -18,7 +18,17 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.rendering import VARIETIES, Kind, RollingItem, Sprite, load_photos, render_library
+from edge_agent.rendering import (
+    VARIETIES,
+    Kind,
+    RollingItem,
+    Sprite,
+    draw_belt,
+    draw_dirt,
+    draw_noise,
+    load_photos,
+    render_library,
+)
 from edge_agent.seams import Frame, Lane, LineGeometry, Shot, Sighting
 from edge_agent.trouble import CALM, ScheduledTrouble, Trouble, parse_trouble_schedule
 from models.errors import CameraError, ConfigError
@@ -58,6 +68,10 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """From command to effect of the valves; it varies by a tenth from shot to shot."""
     noise: Annotated[float, msgspec.Meta(ge=0.0, le=30.0)] = 2.0
     """Camera noise, standard deviation in grey levels."""
+    again: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
+    """Passes of one seed carry the same items in the same order; each pass rolls them and the noise differently."""
+    shifted_lanes: Annotated[int, msgspec.Meta(ge=0, le=7)] = 0
+    """The items of lane 0 run in this lane, and so on, around."""
 
     def geometry(self) -> LineGeometry:
         """Where lanes and outlets are in this camera's image."""
@@ -167,10 +181,17 @@ class SimulatedLine:
         self._lock = threading.Lock()
         rng = np.random.default_rng(config.seed)
         self._library = self._make_library(rng)
-        self._belt, self._noise, self._dirt = _belt(rng, config), _noise_pool(rng, config), _dirt(rng, config)
+        size = (self.geometry.height_px, config.width_px)
+        self._belt = draw_belt(rng, size, config.lane_px)
+        self._noise, self._dirt = draw_noise(rng, size, config.noise), draw_dirt(rng, size)
+        if config.again:
+            self._noise = draw_noise(np.random.default_rng((config.seed, 97, config.again)), size, config.noise)
+        sources = [(lane - config.shifted_lanes) % config.lanes for lane in range(config.lanes)]
         self._lanes = [
-            _LaneState(np.random.default_rng((config.seed, lane)), 200.0 + 37.0 * lane) for lane in range(config.lanes)
+            _LaneState(np.random.default_rng((config.seed, source)), 200.0 + 37.0 * lane)
+            for lane, source in enumerate(sources)
         ]
+        self._roll = [np.random.default_rng((config.seed, source, 96, config.again)) for source in sources]
         self._effects = np.random.default_rng((config.seed, 99))
         self._valves = np.random.default_rng((config.seed, 98))
         self._sightings: deque[tuple[float, Sighting]] = deque(maxlen=4096)
@@ -354,7 +375,7 @@ class SimulatedLine:
             lane=lane,
             item_mm=item_mm,
             apple=apple,
-            phase=float(draws[3]),
+            phase=float(self._roll[lane].random()) if config.again else float(draws[3]),
             weight_g=0.00045 * apple.length_mm**3 * (0.95 + 0.1 * float(draws[4])),
         )
 
@@ -467,34 +488,3 @@ def _paste(image: NDArray[np.uint8], sprite: Sprite, x: float, y: float) -> None
     place = image[y0:y1, x0:x1]
     kept = cv2.multiply(place, sprite.keeps[part], scale=1.0 / 255.0)
     cv2.add(kept, sprite.colour[part], dst=place)
-
-
-def _belt(rng: np.random.Generator, config: SimulationConfig) -> NDArray[np.uint8]:
-    """Dark belt twice the image's width, so that a moving window always fits; lane dividers stand still in y."""
-    height = config.lanes * config.lane_px
-    coarse = rng.normal(0.0, 1.0, (height // 8 + 1, config.width_px // 8)).astype(np.float32)
-    texture = cv2.resize(coarse, (config.width_px, height), interpolation=cv2.INTER_CUBIC) * 2.5
-    grey = 40.0 + texture + rng.normal(0.0, 1.2, (height, config.width_px))
-    strip = np.repeat(grey[:, :, None], 3, axis=2) * np.array([1.06, 1.0, 0.95])
-    image: NDArray[np.uint8] = np.clip(np.concatenate((strip, strip), axis=1), 5, 90).astype(np.uint8)
-    for lane in range(config.lanes + 1):
-        y = min(max(lane * config.lane_px, 1), height - 2)
-        image[y - 1 : y + 1] = (70, 66, 62)
-    return image
-
-
-def _noise_pool(rng: np.random.Generator, config: SimulationConfig) -> list[NDArray[np.uint8]]:
-    """Four frames of noise, added in turn; its mean of two sigma is part of the exposure."""
-    shape = (config.lanes * config.lane_px, config.width_px, 3)
-    scale = config.noise
-    return [np.clip(rng.normal(2 * scale, scale, shape), 0, 255).astype(np.uint8) for _ in range(4)]
-
-
-def _dirt(rng: np.random.Generator, config: SimulationConfig) -> NDArray[np.float32]:
-    """Smudges on the lens, 0..1: they stay where they are while everything else moves."""
-    height, width = config.lanes * config.lane_px, config.width_px
-    map_ = np.zeros((height, width), np.float32)
-    for _ in range(9):
-        centre = (int(rng.integers(0, width)), int(rng.integers(0, height)))
-        cv2.circle(map_, centre, int(rng.integers(15, 70)), float(rng.uniform(0.5, 1.0)), -1)
-    return np.asarray(cv2.GaussianBlur(map_, (0, 0), 14.0), np.float32)
