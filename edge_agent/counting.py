@@ -1,5 +1,6 @@
 """What the line did: windows every ten seconds, live figures every second. Cheap, and off the judging thread's way."""
 
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -17,6 +18,7 @@ from models.windows import FeatureCounter, Histogram, Window
 if TYPE_CHECKING:
     from edge_agent.shadow import Shadow
 
+log = logging.getLogger("sortline.counting")
 _TALLIES = ("frames", "frames_dropped", "frames_bad", "items", "items_unjudged", "verdicts_late", "views")
 
 
@@ -109,6 +111,8 @@ class LineCounter:
 
     def verdict(self, judged: Judged, outlet: str, latency_ms: float, *, own_bundle: bool) -> None:
         """One item has its verdict and goes to `outlet` (which is the late outlet when it came too late)."""
+        if not self.total["items"]:
+            log.info("first verdict: item=%s lane=%s", judged.track.item_id, judged.track.lane)
         with self._lock:
             self.lifetime_items += 1
             self.total["items"] += 1

@@ -283,8 +283,11 @@ class LineCore:
             )
 
     def _judge_seen(self, frame: Frame, seen: list[tuple[Track, Located]]) -> None:
-        """Takes the views this frame offers. Items whose last view is among them get their verdict first: it waits
-        neither for the others' inference nor until the item has left the picture."""
+        """Takes the views this frame offers and judges them.
+
+        Items whose last view is among them get their verdict first: it waits neither for the others' inference nor
+        until the item has left the picture.
+        """
         wanted: list[tuple[Track, Located]] = []
         for track, place in seen:
             if track.judge is None:
