@@ -31,6 +31,7 @@ format: $(VENV)/.dev ## Rewrite the sources in the project's format
 bench: $(VENV)/.dev ## Benchmarks, quick form (DATA=folder adds the cross-validation of a labelled folder)
 	@test -z "$(DATA)" || $(BIN)/python -m benchmarks.apples --quick --data "$(DATA)"
 	@$(BIN)/python -m benchmarks.broker --quick
+	@$(BIN)/python -m benchmarks.line --quick
 
 # Each lock lists every package with the hashes of its files and names no index.
 $(VENV)/.runtime: requirements/runtime.lock pyproject.toml

@@ -1,6 +1,10 @@
-"""What others would run on the same frames: a loop as users write it, and Roboflow's `supervision` where installed."""
+"""What others would run on the same frames: a loop as users write it, and Roboflow's tracker where it is installed."""
 
-from collections.abc import Callable
+import json
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,21 +12,34 @@ import numpy as np
 from edge_agent.judging import Judge
 from edge_agent.locate import Located
 
+TRACKER = Path(__file__).with_name("peer_tracker.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One item in one frame, as the plain loop has it."""
+
+    identity: int
+    x_px: float
+    y_px: float
+    defect: float
+
 
 class PlainLoop:
-    """OpenCV and ONNX Runtime, straight from the tutorials: difference from the first frame, contours, one crop and
-    one inference per item in each frame, identities by the nearest centroid of the frame before."""
+    """OpenCV and ONNX Runtime, straight from the tutorials.
 
-    def __init__(self, judge: Judge) -> None:
+    Difference from a picture of the empty belt, contours, one masked crop and one inference per item in each frame,
+    identities by the nearest centroid of the frame before.
+    """
+
+    def __init__(self, judge: Judge, empty_belt: np.ndarray) -> None:
         self._judge = judge
-        self._background: np.ndarray | None = None
+        self._background = empty_belt
         self._last: list[tuple[float, float, int]] = []
         self._ids = 0
 
-    def process(self, image: np.ndarray) -> list[tuple[int, float]]:
-        """(identity, defect probability) of each item in the frame."""
-        if self._background is None:
-            self._background = image.copy()
+    def process(self, image: np.ndarray) -> list[Found]:
+        """The items of a frame."""
         grey = cv2.cvtColor(cv2.absdiff(image, self._background), cv2.COLOR_BGR2GRAY)
         mask = cv2.threshold(cv2.GaussianBlur(grey, (5, 5), 0), 26, 255, cv2.THRESH_BINARY)[1]
         mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
@@ -33,11 +50,14 @@ class PlainLoop:
             x, y, width, height = cv2.boundingRect(contour)
             if width * height < 2000:
                 continue
-            view = cv2.resize(image[y : y + height, x : x + width], (side, side), interpolation=cv2.INTER_AREA)
+            cut = (slice(y, y + height), slice(x, x + width))
+            crop = cv2.bitwise_and(image[cut], image[cut], mask=mask[cut])
+            view = np.asarray(cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
             answer = self._judge.classifier.classify([view])
-            identity = self._identity(x + width / 2, y + height / 2)
-            places.append((x + width / 2, y + height / 2, identity))
-            found.append((identity, 1.0 - float(answer.probabilities[0, 0])))
+            at = (x + width / 2, y + height / 2)
+            identity = self._identity(*at)
+            places.append((*at, identity))
+            found.append(Found(identity, *at, 1.0 - float(answer.probabilities[0, 0])))
         self._last = places
         return found
 
@@ -49,26 +69,44 @@ class PlainLoop:
         return self._ids
 
 
-def supervision_tracker(frames_per_s: float) -> Callable[[list[Located]], list[tuple[int, int, float]]] | None:
-    """Their ByteTrack on our places, or None where the package is missing."""
-    try:
-        import supervision  # noqa: PLC0415  a peer, never a dependency
-    except ImportError:
-        return None
-    tracker = supervision.ByteTrack(frame_rate=int(frames_per_s), minimum_matching_threshold=0.95)
+@dataclass(frozen=True, slots=True)
+class PeerTracks:
+    """What the peer's tracker said."""
 
-    def update(places: list[Located]) -> list[tuple[int, int, float]]:
-        boxes = np.array([(p.left_px, p.top_px, p.right_px, p.bottom_px) for p in places], np.float32).reshape(-1, 4)
-        given = supervision.Detections(
-            xyxy=boxes,
-            confidence=np.full(len(boxes), 0.9, np.float32),
-            class_id=np.array([p.lane for p in places], int),
+    name: str
+    ids: list[list[int]]
+    """Per frame and place; -1 where it gave none."""
+    seconds: float
+
+
+def tracker_works(python: str) -> str:
+    """Empty when this Python has the peer's tracker, else what to do."""
+    done = subprocess.run([python, "-c", "import supervision"], capture_output=True, check=False)
+    if done.returncode == 0:
+        return ""
+    return (
+        f"supervision is not installed in {python}: "
+        "pip install 'sortline[bench]' in an environment of its own, then --peers ENVIRONMENT/bin/python"
+    )
+
+
+def peer_tracks(python: str, places: list[list[Located]], frames_per_s: float) -> PeerTracks:
+    """Their tracker on our places, in its own process.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    boxes = [(p.left_px, p.top_px, p.right_px, p.bottom_px) for frame in places for p in frame]
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "in.npz", Path(scratch) / "out.json"
+        np.savez(
+            source,
+            counts=[len(frame) for frame in places],
+            boxes=np.array(boxes, np.float32).reshape(-1, 4),
+            frame_rate=frames_per_s,
         )
-        found = tracker.update_with_detections(given)
-        centres = (found.xyxy[:, 0] + found.xyxy[:, 2]) / 2.0
-        return [
-            (int(identity), int(lane), float(x))
-            for identity, lane, x in zip(found.tracker_id, found.class_id, centres, strict=True)
-        ]
-
-    return update
+        done = subprocess.run([python, str(TRACKER), str(source), str(target)], capture_output=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr.decode(errors="replace")[-1500:])
+        told = json.loads(target.read_text(encoding="utf-8"))
+    return PeerTracks(told["name"], told["ids"], float(told["seconds"]))
