@@ -111,6 +111,9 @@ def check_alive(engine: Engine) -> None:
 
 def audit(session: Session, actor: str, action: str, thing: str, details: dict[str, Any], now: datetime) -> None:
     """Appends to the audit trail, in the caller's transaction; each entry seals the one before."""
+    if session.get_bind().dialect.name == "postgresql":
+        # Two replicas must not seal the same entry; SQLite has one writer anyway.
+        session.execute(text("SELECT pg_advisory_xact_lock(7305)"))
     last = session.exec(select(Audit).order_by(desc(Audit.id)).limit(1)).first()
     previous = last.hash if last else "0" * 64
     body = [now.isoformat(), actor, action, thing, details, previous]
@@ -138,7 +141,7 @@ def take_lease(session: Session, name: str, holder: str, *, seconds: float, now:
     Returns:
         The fencing number, or None while somebody else holds it.
     """
-    lease = session.get(Lease, name)
+    lease = session.get(Lease, name, with_for_update=True)
     until = now + timedelta(seconds=seconds)
     if lease is None:
         session.add(Lease(name=name, holder=holder, fence=1, until=until))
@@ -150,3 +153,12 @@ def take_lease(session: Session, name: str, holder: str, *, seconds: float, now:
     lease.until = until
     session.add(lease)
     return lease.fence
+
+
+def holds_lease(session: Session, name: str, holder: str, fence: int) -> bool:
+    """Whether this holder's lease with this fencing number is the current one; locks it for the transaction.
+
+    A process that slept beyond its lease finds a higher number here and must write nothing.
+    """
+    lease = session.get(Lease, name, with_for_update=True)
+    return lease is not None and lease.holder == holder and lease.fence == fence

@@ -41,10 +41,12 @@ from models.messages import (
     Desired,
     Event,
     Live,
+    Mode,
     Presence,
     Record,
     RecordKind,
     Reported,
+    Swap,
     agent_topic,
     blob_topic,
     decode,
@@ -338,8 +340,10 @@ class FleetLink:
             return sent
 
     def publish_desired(self, agent: Agent) -> None:
-        """Publishes what an agent shall run (retained)."""
+        """Publishes what an agent shall run (retained); where nothing is desired any more, clears it."""
+        topic = agent_topic(agent.id, Channel.DESIRED)
         if not agent.desired_bundle:
+            self._control.publish(topic, b"", qos=1, retain=True)
             return
         desired = Desired(
             generation=agent.generation,
@@ -347,8 +351,11 @@ class FleetLink:
             rollout_id=str(agent.rollout_id or ""),
             trial_items=agent.trial_items,
             trial_s=agent.trial_s,
+            mode=Mode(agent.mode),
+            swap=Swap(agent.swap),
+            swap_within_s=agent.swap_within_s,
         )
-        self._control.publish(agent_topic(agent.id, Channel.DESIRED), encode(desired), qos=1, retain=True)
+        self._control.publish(topic, encode(desired), qos=1, retain=True)
 
 
 def _agent(session: Session, agent_id: str) -> Agent:

@@ -1,53 +1,127 @@
-"""Rollouts: which agent gets which bundle next. A pure planner and the table of what may happen to a rollout.
+"""Rollouts: which agent gets which bundle next. A pure planner, and the table of what may happen to a rollout.
 
-`plan` looks at a rollout, its agents and what they report, and says what to do; doing it twice changes nothing. A
-wave opens when every agent of the wave before has committed the bundle and judged items with it: "installed" is only
-what an agent says it runs.
+`plan` looks at a rollout, its agents and what they report, and says what to do next; it reads no clock, no database,
+no network. Laws (property-tested): a step that was carried out is not planned again; no agent is given the bundle
+twice by one attempt; no wave is skipped; in any 60 seconds no more agents are notified than the rate allows; a paused,
+ended or unapproved rollout gives the bundle to nobody.
+
+"Installed" is only what an agent says it runs, plus items it judged. What was concluded about an agent stays
+concluded, whatever it reports later.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from datetime import datetime, timedelta
 from typing import Any, Final
 
+from control_plane.rollout_policy import DONE, EXECUTED, FAILURES, RATE_PERIOD_S, Outcome, Policy
+from control_plane.schedule import may_assign
 from control_plane.tables import RolloutState
-from models.errors import ConflictError, InputError
-from models.messages import Phase
+from models.errors import ConflictError
+from models.messages import Mode, Phase, ShadowPhase
 
-# What a person may do, and where it leads.
+_S: Final = RolloutState
+# What a person may do, and where it leads. Whatever is not here is refused.
 TRANSITIONS: Final[dict[tuple[RolloutState, str], RolloutState]] = {
-    (RolloutState.RUNNING, "pause"): RolloutState.PAUSED,
-    (RolloutState.PAUSED, "resume"): RolloutState.RUNNING,
-    (RolloutState.RUNNING, "abort"): RolloutState.ABORTED,
-    (RolloutState.PAUSED, "abort"): RolloutState.ABORTED,
-    (RolloutState.RUNNING, "rollback"): RolloutState.ROLLED_BACK,
-    (RolloutState.PAUSED, "rollback"): RolloutState.ROLLED_BACK,
-    (RolloutState.ABORTED, "rollback"): RolloutState.ROLLED_BACK,
-    (RolloutState.COMPLETED, "rollback"): RolloutState.ROLLED_BACK,
+    (_S.AWAITING_APPROVAL, "approve"): _S.RUNNING,
+    (_S.AWAITING_APPROVAL, "abort"): _S.ABORTED,
+    (_S.SCHEDULED, "pause"): _S.PAUSED,
+    (_S.SCHEDULED, "abort"): _S.ABORTED,
+    (_S.RUNNING, "pause"): _S.PAUSED,
+    (_S.RUNNING, "abort"): _S.ABORTED,
+    (_S.RUNNING, "finish"): _S.COMPLETED,
+    (_S.RUNNING, "rollback"): _S.ROLLING_BACK,
+    (_S.PAUSED, "resume"): _S.RUNNING,
+    (_S.PAUSED, "abort"): _S.ABORTED,
+    (_S.PAUSED, "finish"): _S.COMPLETED,
+    (_S.PAUSED, "rollback"): _S.ROLLING_BACK,
+    (_S.ABORTED, "rollback"): _S.ROLLING_BACK,
+    (_S.COMPLETED, "rollback"): _S.ROLLING_BACK,
 }
+MOVING: Final = frozenset({_S.SCHEDULED, _S.RUNNING, _S.PAUSED, _S.ROLLING_BACK})
+"""States in which there is always something to look at; in the others only while an agent is not done."""
+_BEFORE_TRIAL: Final = frozenset({"selftest", "bundle", "delivery", "trust", "agent"})
+"""First words of the fault codes of an agent that refused a bundle without ever letting it judge."""
 
 
-class Progress(StrEnum):
-    """How far one agent is with the rollout's bundle."""
+@dataclass(frozen=True, slots=True)
+class Course:
+    """The rollout, as far as planning needs it."""
 
-    WAITING = "waiting"
-    ASSIGNED = "assigned"
-    COMMITTED = "committed"
-    FAILED = "failed"
+    rollout_id: int
+    state: RolloutState
+    bundle: str
+    wave: int
+    """The last open one."""
+    policy: Policy
+    mode: Mode = Mode.LIVE
+    min_items: int = 1
+    """Items an agent must have judged with the bundle before it counts."""
+    dynamic: bool = False
+    """Agents that appear later join the last wave; the rollout stays open for them."""
+    cleared_wave: int = -1
+    """A person went on in spite of this wave's thresholds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One agent's part and what it reports."""
+    """One agent's part, and what it reports."""
 
     agent_id: str
     wave: int
-    generation: int
-    """Given by this rollout; 0 = not yet."""
-    desired_generation: int
-    """What the agent is desired to run now; newer than `generation` when another rollout took over."""
     reported: dict[str, Any]
+    generation: int = 0
+    """Given by this rollout; 0 = not yet."""
+    attempt: int = 0
+    outcome: Outcome = Outcome.QUEUED
+    """As concluded so far."""
+    assigned_at: datetime | None = None
+    started_at: datetime | None = None
+    """When the agent was first heard to have taken it up."""
+    tried: bool = False
+    """It was seen in its trial."""
+    previous_bundle: str = ""
+    returned_generation: int = 0
+    """Given when it was sent back; 0 = it was not."""
+    compared: int = 0
+    """Items that champion and challenger both judged; of a rollout in mode shadow."""
+    desired_generation: int = 0
+    """What the agent is desired to run now."""
+    desired_rollout: int = 0
+    """Whose wish that is; 0 = nobody's."""
+
+    def overtaken_by(self, rollout_id: int) -> bool:
+        """Whether a newer wish has taken the agent over: this rollout has no say any more."""
+        latest = self.returned_generation or self.generation
+        return self.desired_generation > latest if latest else self.desired_rollout > rollout_id
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a quality gate found: a reason to act, from outside the planner."""
+
+    gate: str
+    state: RolloutState
+    """PAUSED, ABORTED or ROLLING_BACK."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Step: this agent has taken the bundle up; `tried` when it is in its trial."""
+
+    agent_id: str
+    tried: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """Step: this agent is done, and why."""
+
+    agent_id: str
+    outcome: Outcome
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +129,22 @@ class Assign:
     """Step: give this agent the bundle."""
 
     agent_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """Step: give this agent back what it ran before."""
+
+    agent_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Step: this agent takes part from now on."""
+
+    agent_id: str
+    wave: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,73 +152,290 @@ class OpenWave:
     """Step: the next wave begins."""
 
     wave: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
-    """Step: the rollout ends in this state, and why."""
+class Move:
+    """Step: the rollout changes its state, and why. A pause clears the thresholds of its wave: who resumes goes on."""
 
     state: RolloutState
     reason: str
 
 
-Step = Assign | OpenWave | Finish
+Step = Note | Conclude | Assign | Return | Join | OpenWave | Move
 
 
-def progress_of(member: Member, bundle: str) -> Progress:
-    """Judges one member by what it reports, nothing else."""
-    if member.generation == 0:
-        return Progress.WAITING
+def observe(member: Member, course: Course, now: datetime) -> tuple[Outcome, str]:
+    """Judges one agent by what it reports, nothing else; what was concluded stays.
+
+    Returns:
+        The outcome, and a reason where it is one that needs one.
+    """
+    if member.outcome in DONE:
+        return member.outcome, ""
+    if member.overtaken_by(course.rollout_id):
+        return Outcome.CANCELED, "a newer wish has taken the agent over"
     reported = member.reported
-    if bundle in reported.get("blocked", ()):
-        return Progress.FAILED
-    if int(reported.get("generation", 0)) < member.generation:
-        return Progress.ASSIGNED
-    runs_it = reported.get("active") == bundle and reported.get("phase") == Phase.COMMITTED
-    if runs_it and int(reported.get("items_on_active", 0)) > 0:
-        return Progress.COMMITTED
-    return Progress.ASSIGNED
+    if member.generation == 0 or int(reported.get("generation", 0)) < member.generation:
+        return Outcome.QUEUED, ""
+    challenger_failed = course.mode is Mode.SHADOW and reported.get("shadow_phase") == ShadowPhase.FAILED
+    if course.bundle in reported.get("blocked", ()) or (challenger_failed and reported.get("shadow") == course.bundle):
+        return _why_not(member)
+    if _runs(member, course):
+        return Outcome.SUCCEEDED, ""
+    late = _overdue(member, course, now)
+    return (Outcome.TIMED_OUT, late) if late else (Outcome.IN_PROGRESS, "")
+
+
+def _why_not(member: Member) -> tuple[Outcome, str]:
+    """Rejected before it judged anything, or failed while it did."""
+    fault = member.reported.get("fault") or {}
+    code, message = str(fault.get("code", "")), str(fault.get("message", ""))
+    before = code.partition(".")[0] in _BEFORE_TRIAL and not member.tried
+    reason = f"{code}: {message}" if code else "the agent does not take the bundle"
+    return (Outcome.REJECTED if before else Outcome.FAILED), reason
+
+
+def _judges(member: Member, course: Course) -> bool:
+    """Whether the bundle has been let near items: from here on a refusal is a failure."""
+    if course.mode is Mode.SHADOW:
+        return bool(member.reported.get("shadow_phase") == ShadowPhase.SHADOW)
+    return bool(member.reported.get("phase") == Phase.TRIAL)
+
+
+def _overdue(member: Member, course: Course, now: datetime) -> str:
+    """Why this agent is out of time; empty when it is not."""
+    timeout = course.policy.timeout_config
+    if timeout is None or member.started_at is None:
+        return ""
+    minutes = timeout.in_progress_timeout_in_minutes
+    late = now - member.started_at >= timedelta(minutes=minutes)
+    return f"{member.reported.get('phase', 'working on it')} for {minutes} min" if late else ""
+
+
+def _runs(member: Member, course: Course) -> bool:
+    reported = member.reported
+    if course.mode is Mode.SHADOW:
+        running = reported.get("shadow") == course.bundle and bool(reported.get("shadow_running"))
+        return running and member.compared >= course.min_items
+    committed = reported.get("active") == course.bundle and reported.get("phase") == Phase.COMMITTED
+    return committed and int(reported.get("items_on_active", 0)) >= course.min_items
 
 
 def plan(
-    *,
-    state: RolloutState,
-    bundle: str,
-    wave: int,
+    course: Course,
     members: Sequence[Member],
-    abort_share: float,
-    min_executed: int,
+    now: datetime,
+    *,
+    newcomers: Sequence[str] = (),
+    findings: Sequence[Finding] = (),
 ) -> list[Step]:
     """What to do next.
 
     Args:
-        state: Of the rollout; only a running one moves.
-        bundle: Digest.
-        wave: The open wave.
-        members: All agents of the rollout.
-        abort_share: Share of failed agents among those that are done from which the rollout stops.
-        min_executed: So many must be done before that share means anything.
+        course: The rollout.
+        members: All its agents, in the order in which they get the bundle.
+        now: Aware time.
+        newcomers: Agents that match the selector now and are no members.
+        findings: Of the quality gates.
 
     Returns:
         Steps in order; empty when there is nothing to do.
     """
-    if state is not RolloutState.RUNNING:
-        return []
-    # An agent another rollout has taken over no longer belongs to this one.
-    mine = [m for m in members if m.generation == 0 or m.desired_generation <= m.generation]
-    judged = {m.agent_id: progress_of(m, bundle) for m in mine}
-    failed = sum(p is Progress.FAILED for p in judged.values())
-    done = failed + sum(p is Progress.COMMITTED for p in judged.values())
-    if failed and done >= min_executed and failed / done >= abort_share:
-        return [Finish(RolloutState.ABORTED, f"{failed} of {done} agents failed; the limit is {abort_share:.0%}.")]
-    current = [m for m in mine if m.wave <= wave]
-    steps: list[Step] = [Assign(m.agent_id) for m in current if m.generation == 0]
-    if steps or any(judged[m.agent_id] is Progress.ASSIGNED for m in current):
+    steps: list[Step] = []
+    match course.state:
+        case _S.SCHEDULED:
+            starts = course.policy.scheduling_config.starts_at
+            if starts is None or now >= starts:
+                steps = [Move(_S.RUNNING, "the start time has come")]
+        case _S.RUNNING:
+            steps = _plan_running(course, members, now, newcomers, findings)
+        case _S.PAUSED:
+            steps = _record(course, members, now)[0]
+        case _S.COMPLETED:
+            steps = _plan_rest(course, members, now)
+        case _S.ABORTED:
+            steps = _plan_abort(course, members, now)
+        case _S.ROLLING_BACK:
+            steps = _plan_rollback(course, members, now)
+    return steps
+
+
+def _record(
+    course: Course, members: Sequence[Member], now: datetime
+) -> tuple[list[Step], dict[str, Outcome], list[Assign]]:
+    """What is to be written down, the outcome of every agent, and who is to be given the bundle again."""
+    steps: list[Step] = []
+    outcomes: dict[str, Outcome] = {}
+    again: list[Assign] = []
+    retry = course.policy.job_executions_retry_config
+    for member in members:
+        outcome, reason = observe(member, course, now)
+        if outcome in DONE and member.outcome not in DONE:
+            blocked = course.bundle in member.reported.get("blocked", ())
+            if retry and not blocked and member.attempt <= retry.retries(outcome):
+                again.append(Assign(member.agent_id, member.attempt + 1))
+                outcome = Outcome.IN_PROGRESS
+            else:
+                steps.append(Conclude(member.agent_id, outcome, reason))
+        elif outcome is Outcome.IN_PROGRESS:
+            tried = _judges(member, course)
+            if member.outcome is not Outcome.IN_PROGRESS or (tried and not member.tried):
+                steps.append(Note(member.agent_id, tried))
+        outcomes[member.agent_id] = outcome
+    return steps, outcomes, again
+
+
+def _plan_running(
+    course: Course, members: Sequence[Member], now: datetime, newcomers: Sequence[str], findings: Sequence[Finding]
+) -> list[Step]:
+    steps, outcomes, again = _record(course, members, now)
+    move = _reason_to_stop(course, members, outcomes, now, findings)
+    if move is not None:
+        return [*steps, move]
+    schedule = course.policy.scheduling_config
+    ended = schedule.ends_at is not None and now >= schedule.ends_at
+    if course.dynamic and not ended:
+        last = max((m.wave for m in members), default=0)
+        steps += [Join(agent_id, last) for agent_id in newcomers]
+    due = [Assign(m.agent_id, 1) for m in members if _is_due(m, course, outcomes)]
+    if due or again:
+        free = _allowance(course, members, outcomes, now) if may_assign(schedule.windows(), now) and not ended else 0
+        return steps + [*again, *due][:free]
+    if not steps:
+        following = _next_wave(course, members, outcomes)
+        return [following] if following else []
+    return steps
+
+
+def _is_due(member: Member, course: Course, outcomes: dict[str, Outcome]) -> bool:
+    return member.generation == 0 and member.wave <= course.wave and outcomes[member.agent_id] not in DONE
+
+
+def _allowance(course: Course, members: Sequence[Member], outcomes: dict[str, Outcome], now: datetime) -> int:
+    """How many agents may be notified at this moment."""
+    notified = sum(m.generation > 0 for m in members)
+    succeeded = sum(outcome is Outcome.SUCCEEDED for outcome in outcomes.values())
+    rate = course.policy.job_executions_rollout_config.per_minute(notified, succeeded)
+    since = now - timedelta(seconds=RATE_PERIOD_S)
+    recent = sum(m.assigned_at is not None and m.assigned_at > since for m in members)
+    return max(0, rate - recent)
+
+
+def _reason_to_stop(
+    course: Course,
+    members: Sequence[Member],
+    outcomes: dict[str, Outcome],
+    now: datetime,
+    findings: Sequence[Finding],
+) -> Move | None:
+    """The first reason to leave the running state, the gravest kind first."""
+    for finding in sorted(findings, key=lambda f: f.state is not _S.ROLLING_BACK):
+        return Move(finding.state, f"{finding.gate}: {finding.reason}")
+    executed = sum(outcome in EXECUTED for outcome in outcomes.values())
+    for criteria in course.policy.abort_config.criteria_list:
+        if criteria.reached(outcomes):
+            kind = "failed, were rejected or timed out" if criteria.failure_type == "ALL" else criteria.failure_type
+            found = f"{criteria.failures(outcomes)} of {executed} executed agents {kind}"
+            return Move(_S.ABORTED, f"{found}; the limit is {criteria.threshold_percentage:g} %")
+    wave = course.policy.wave_config
+    if wave.error_threshold is not None:
+        for number in range(course.cleared_wave + 1, course.wave + 1):
+            of_wave = [outcomes[m.agent_id] for m in members if m.wave == number]
+            failed = sum(outcome in FAILURES for outcome in of_wave)
+            if wave.error_threshold.reached(failed, max(len(of_wave), 1)):
+                state = {"PAUSE": _S.PAUSED, "ABORT": _S.ABORTED, "ROLLBACK": _S.ROLLING_BACK}[wave.error_action]
+                return Move(state, f"{failed} of {len(of_wave)} agents of wave {number + 1} failed: error threshold")
+    schedule = course.policy.scheduling_config
+    if schedule.ends_at is not None and now >= schedule.ends_at:
+        unfinished = sum(outcome not in DONE for outcome in outcomes.values())
+        if unfinished and schedule.end_behavior != "STOP_ROLLOUT":
+            return Move(_S.ABORTED, f"the end time has come; {unfinished} agents were not done")
+        begun = any(m.generation and outcomes[m.agent_id] not in DONE for m in members)
+        if not begun:
+            return Move(_S.COMPLETED, f"the end time has come; {_tally(outcomes)}")
+    return None
+
+
+def _next_wave(course: Course, members: Sequence[Member], outcomes: dict[str, Outcome]) -> Step | None:
+    """Opens the next wave, completes the rollout, or pauses at a wave that is not good enough; None = wait."""
+    wave = course.policy.wave_config
+    current = [outcomes[m.agent_id] for m in members if m.wave == course.wave]
+    counted = [outcome for outcome in current if outcome is not Outcome.CANCELED]
+    succeeded = sum(outcome is Outcome.SUCCEEDED for outcome in counted)
+    done = all(outcome in DONE for outcome in counted)
+    wanted = wave.success_threshold_percentage
+    cleared = course.cleared_wave >= course.wave
+    good = done if wanted is None else succeeded >= math.ceil(len(counted) * wanted / 100.0)
+    told = f"{succeeded} of {len(counted)} agents of wave {course.wave + 1} succeeded"
+    later = [m.wave for m in members if m.wave > course.wave]
+    if not later:
+        finished = all(outcome in DONE for outcome in outcomes.values())
+        if finished and wanted is not None and not good and not cleared:
+            return Move(_S.PAUSED, f"{told}; {wanted:g} % are needed")
+        return Move(_S.COMPLETED, _tally(outcomes)) if finished and not course.dynamic else None
+    if good or (cleared and done):
+        if wave.success_action == "PAUSE" and not cleared:
+            return Move(_S.PAUSED, f"{told}; the next wave waits for a person")
+        return OpenWave(min(later), told)
+    if done:
+        return Move(_S.PAUSED, f"{told}; {wanted:g} % are needed for the next wave")
+    return None
+
+
+def _tally(outcomes: dict[str, Outcome]) -> str:
+    succeeded = sum(outcome is Outcome.SUCCEEDED for outcome in outcomes.values())
+    return f"{succeeded} of {len(outcomes)} agents run the bundle"
+
+
+def _plan_rest(course: Course, members: Sequence[Member], now: datetime) -> list[Step]:
+    """After an early end: whoever was not given the bundle will not get it; the rest is still written down."""
+    late = [m for m in members if m.generation == 0 and m.outcome not in DONE]
+    missed: list[Step] = [Conclude(m.agent_id, Outcome.CANCELED, "the rollout ended before its turn") for m in late]
+    return missed + _record(course, [m for m in members if m not in late], now)[0]
+
+
+def _plan_abort(course: Course, members: Sequence[Member], now: datetime) -> list[Step]:
+    """Recalls everyone who is not done: an agent that comes back later must not take up a suspect bundle."""
+    steps: list[Step] = []
+    for member in members:
+        outcome, reason = observe(member, course, now)
+        if outcome not in DONE:
+            if member.generation:
+                steps.append(Return(member.agent_id))
+            outcome, reason = Outcome.CANCELED, "the rollout was aborted"
+        if outcome is not member.outcome:
+            steps.append(Conclude(member.agent_id, outcome, reason))
+    return steps
+
+
+def _plan_rollback(course: Course, members: Sequence[Member], now: datetime) -> list[Step]:
+    """Sends everyone back who was given the bundle and still is under this rollout; done when they say they are."""
+    steps: list[Step] = []
+    pending = 0
+    for member in members:
+        outcome, reason = observe(member, course, now)
+        if outcome not in DONE:
+            outcome, reason = Outcome.CANCELED, "the rollout was rolled back"
+        if outcome is not member.outcome:
+            steps.append(Conclude(member.agent_id, outcome, reason))
+        if member.generation == 0 or member.overtaken_by(course.rollout_id):
+            continue
+        if member.returned_generation == 0:
+            steps.append(Return(member.agent_id))
+        elif not _is_back(member):
+            pending += 1
+    if steps or pending:
         return steps
-    later = [m.wave for m in mine if m.wave > wave]
-    if later:
-        return [OpenWave(min(later))]
-    return [Finish(RolloutState.COMPLETED, f"{done - failed} of {len(members)} agents committed the bundle.")]
+    back = sum(m.returned_generation > 0 for m in members)
+    return [Move(_S.ROLLED_BACK, f"{back} of {len(members)} agents run what they ran before")]
+
+
+def _is_back(member: Member) -> bool:
+    reported = member.reported
+    heard = int(reported.get("generation", 0)) >= member.returned_generation
+    return not member.previous_bundle or (heard and reported.get("active") == member.previous_bundle)
 
 
 def next_state(state: RolloutState, action: str) -> RolloutState:
@@ -139,35 +446,6 @@ def next_state(state: RolloutState, action: str) -> RolloutState:
     """
     following = TRANSITIONS.get((state, action))
     if following is None:
-        allowed = sorted(a for s, a in TRANSITIONS if s is state)
+        allowed = ", ".join(sorted(a for s, a in TRANSITIONS if s is state)) or "nothing"
         raise ConflictError("rollout.not_allowed", f"A {state} rollout cannot {action}.", expected=allowed, got=action)
     return following
-
-
-def divide(agents: Sequence[str], waves: Sequence[int | str]) -> dict[str, int]:
-    """Puts agents into waves.
-
-    Args:
-        agents: Ids, in the order in which they get the bundle.
-        waves: Cumulative sizes: numbers of agents or percent (`"50%"`), growing; the rest is a last wave.
-
-    Returns:
-        Wave (from 0) by agent.
-
-    Raises:
-        InputError: `rollout.bad_waves`.
-    """
-    bounds = [_bound(wave, len(agents)) for wave in waves] or [len(agents)]
-    if bounds != sorted(bounds):
-        raise InputError("rollout.bad_waves", "Waves grow.", expected="such as 1, 50%, 100%", got=list(waves))
-    if bounds[-1] < len(agents):
-        bounds.append(len(agents))
-    return {agent: next(k for k, bound in enumerate(bounds) if at < bound) for at, agent in enumerate(agents)}
-
-
-def _bound(wave: int | str, total: int) -> int:
-    text = str(wave)
-    number = text.removesuffix("%")
-    if not number.isdigit() or int(number) == 0 or (text.endswith("%") and int(number) > 100):
-        raise InputError("rollout.bad_waves", "This is no size of a wave.", expected="3 or 50%", got=wave)
-    return min(total, math.ceil(total * int(number) / 100) if text.endswith("%") else int(number))

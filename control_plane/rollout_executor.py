@@ -1,151 +1,87 @@
-"""Carries out what the planner says: idempotent, under a lease, every second. Also starts rollouts and acts on them."""
+"""Carries out what the planner says: idempotent, under a lease, every second.
+
+Rules: every turn is one transaction that first proves, by the fencing number, that we still lead; a process that was
+stopped beyond its lease therefore writes nothing. The desired state is in the database before anybody hears of it.
+What was committed but not published (a crash in between) is published by the next leader when it takes over, and
+again whenever an agent reports an older generation.
+"""
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any, Final
+from typing import Final, Protocol
 
 from sqlalchemy import Engine
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, or_, select
 
-from control_plane.database import audit, reading, take_lease, writing
-from control_plane.fleet import FleetLink
-from control_plane.registry import find_version
-from control_plane.rollout import Assign, Finish, Member, OpenWave, Progress, divide, next_state, plan, progress_of
+from control_plane.assignments import Wish, assign
+from control_plane.database import audit, holds_lease, reading, take_lease, writing
+from control_plane.rollout import (
+    MOVING,
+    Assign,
+    Conclude,
+    Finding,
+    Join,
+    Move,
+    Note,
+    OpenWave,
+    Return,
+    Step,
+    plan,
+)
+from control_plane.rollout_policy import DONE, Outcome
+from control_plane.rollout_records import course_of, members_of, newcomers, parts_of
 from control_plane.tables import Agent, Rollout, RolloutAgent, RolloutState, utc_now
 from models.errors import InputError, SortlineError
+from models.messages import Mode, Swap
 
 log = logging.getLogger("sortline.rollout")
 _PERIOD_S: Final = 1.0
-_LEASE_S: Final = 10.0
+LEASE_S: Final = 10.0
+_LEASE: Final = "rollouts"
 
 
-def create_rollout(
-    session: Session,
-    *,
-    reference: str,
-    selector: dict[str, str],
-    waves: Sequence[int | str],
-    trial_items: int,
-    trial_s: float,
-    abort_share: float,
-    min_executed: int,
-    actor: str,
-    now: datetime,
-) -> Rollout:
-    """Makes a rollout for the agents whose labels match the selector now.
+class Publisher(Protocol):
+    """The part of the fleet link that is needed."""
 
-    Raises:
-        InputError: `registry.unknown_version`, `rollout.no_agents`, `rollout.bad_waves`.
-    """
-    model, version = find_version(session, reference)
-    agents = [
-        agent
-        for agent in session.exec(select(Agent).order_by(col(Agent.id)))
-        if all(
-            str(agent.labels.get(key)) == value or (key == "id" and agent.id == value)
-            for key, value in selector.items()
-        )
-    ]
-    if not agents:
-        raise InputError(
-            "rollout.no_agents", "No agent matches the selector.", expected="labels of agents", got=selector
-        )
-    members = divide([agent.id for agent in agents], waves)
-    rollout = Rollout(
-        bundle=version.bundle,
-        model=model.name,
-        version=version.number,
-        selector=dict(selector),
-        waves=list(waves),
-        abort_share=abort_share,
-        min_executed=min_executed,
-        trial_items=trial_items,
-        trial_s=trial_s,
-        created_by=actor,
-        created_at=now,
-        updated_at=now,
-    )
-    session.add(rollout)
-    session.flush()
-    for agent in agents:
-        session.add(RolloutAgent(rollout_id=rollout.id or 0, agent_id=agent.id, wave=members[agent.id]))
-    details = {"bundle": version.bundle, "selector": dict(selector), "waves": list(waves), "agents": len(agents)}
-    audit(session, actor, "rollout.create", str(rollout.id), details, now)
-    return rollout
+    def publish_bundle(self, digest: str) -> int:
+        """Publishes the chunks of a bundle once."""
 
-
-def members_of(session: Session, rollout: Rollout) -> list[Member]:
-    """The rollout's agents with what they report."""
-    query = (
-        select(RolloutAgent, Agent)
-        .where(col(RolloutAgent.agent_id) == col(Agent.id), RolloutAgent.rollout_id == rollout.id)
-        .order_by(col(RolloutAgent.wave), col(RolloutAgent.agent_id))
-    )
-    return [
-        Member(agent.id, part.wave, part.generation, agent.generation, agent.reported)
-        for part, agent in session.exec(query)
-    ]
-
-
-def act(session: Session, rollout_id: int, action: str, *, actor: str, reason: str, now: datetime) -> Rollout:
-    """A person pauses, resumes, aborts or rolls back.
-
-    Raises:
-        InputError: `rollout.unknown`.
-        ConflictError: `rollout.not_allowed`.
-    """
-    rollout = session.get(Rollout, rollout_id)
-    if rollout is None:
-        raise InputError("rollout.unknown", "There is no such rollout.", expected="a rollout id", got=rollout_id)
-    rollout.state = next_state(RolloutState(rollout.state), action)
-    rollout.reason, rollout.updated_at = reason or f"{action} by {actor}", now
-    session.add(rollout)
-    if action == "rollback":
-        for part in session.exec(select(RolloutAgent).where(RolloutAgent.rollout_id == rollout_id)):
-            agent = session.get(Agent, part.agent_id)
-            if agent and part.generation and agent.generation == part.generation and part.previous_bundle:
-                agent.generation += 1
-                agent.desired_bundle, agent.rollout_id = part.previous_bundle, None
-                session.add(agent)
-    audit(session, actor, f"rollout.{action}", str(rollout_id), {"reason": reason}, now)
-    return rollout
-
-
-def describe(session: Session, rollout: Rollout) -> dict[str, Any]:
-    """A rollout with the progress of each agent."""
-    members = members_of(session, rollout)
-    judged = {m.agent_id: progress_of(m, rollout.bundle) for m in members}
-    agents = [
-        {
-            "agent": m.agent_id,
-            "wave": m.wave,
-            "progress": str(judged[m.agent_id]),
-            "phase": m.reported.get("phase", ""),
-            "share": m.reported.get("progress", 0.0) if judged[m.agent_id] is Progress.ASSIGNED else 0.0,
-            "fault": m.reported.get("fault"),
-        }
-        for m in members
-    ]
-    counts = {str(p): sum(v is p for v in judged.values()) for p in Progress}
-    return rollout.model_dump(mode="json") | {"agents": agents, "counts": counts}
+    def publish_desired(self, agent: Agent) -> None:
+        """Publishes what an agent shall run."""
 
 
 class RolloutExecutor:
-    """Moves running rollouts forward while it holds the lease.
+    """Moves rollouts forward while it holds the lease.
 
     Args:
         engine: Database.
         fleet: Publishes chunks and desired states.
-        holder: Who we are in the lease.
+        holder: Who we are in the lease; two processes must never share it.
+        findings: What the quality gates say of a rollout now; none by default.
     """
 
-    def __init__(self, engine: Engine, fleet: FleetLink, holder: str) -> None:
-        self._engine, self._fleet, self._holder = engine, fleet, holder
+    def __init__(
+        self,
+        engine: Engine,
+        fleet: Publisher,
+        holder: str,
+        *,
+        findings: Callable[[Session, Rollout], list[Finding]] = lambda _session, _rollout: [],
+    ) -> None:
+        self._engine, self._fleet, self._holder, self._findings = engine, fleet, holder, findings
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
-        self._refresh: set[str] = set()
+        self._fence: int | None = None
+        self.failures = 0
+        """Turns that failed, mostly because the database was away."""
+
+    @property
+    def leading(self) -> bool:
+        """Whether the last turn held the lease."""
+        return self._fence is not None
 
     def start(self) -> None:
         """Starts the thread."""
@@ -154,79 +90,173 @@ class RolloutExecutor:
     def stop(self) -> None:
         """Ends it within a second or two."""
         self._stop.set()
+        self._wake.set()
         self._thread.join(3.0)
 
+    def wake(self) -> None:
+        """Takes the next turn now: a person has acted."""
+        self._wake.set()
+
     def _run(self) -> None:
-        while not self._stop.wait(_PERIOD_S):
+        while not self._stop.is_set():
+            self._wake.wait(_PERIOD_S)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
             try:
                 self.step(utc_now())
             except Exception:
-                self._fleet.counters["rollout_step_failed"] += 1
-                log.exception("a rollout step failed; it is tried again")
+                self.failures += 1
+                log.exception("a rollout turn failed; it is tried again")
 
     def step(self, now: datetime) -> int:
-        """One turn for every running rollout; returns the number of steps taken."""
+        """One turn for every rollout that may move; returns the number of steps taken."""
         with writing(self._engine) as session:
-            leading = take_lease(session, "rollouts", self._holder, seconds=_LEASE_S, now=now)
+            fence = take_lease(session, _LEASE, self._holder, seconds=LEASE_S, now=now)
             session.commit()
-        if leading is None:
+        taken_over, self._fence = fence != self._fence, fence
+        if fence is None:
             return 0
+        if taken_over:
+            log.info("%s leads the rollouts with fence %s", self._holder, fence)
+            self._publish_unheard()
         with reading(self._engine) as session:
-            ids = list(session.exec(select(Rollout.id).where(Rollout.state == RolloutState.RUNNING)))
-        return sum(self._advance(rollout_id or 0, now) for rollout_id in ids)
+            unsettled = select(RolloutAgent.rollout_id).where(col(RolloutAgent.outcome).notin_([str(o) for o in DONE]))
+            ended = col(Rollout.state).in_([RolloutState.ABORTED, RolloutState.COMPLETED])
+            query = select(Rollout.id).where(
+                or_(col(Rollout.state).in_(sorted(MOVING)), ended & col(Rollout.id).in_(unsettled))
+            )
+            ids = [found for found in session.exec(query.order_by(col(Rollout.id))) if found is not None]
+        taken = 0
+        for rollout_id in ids:
+            try:
+                taken += self._advance(rollout_id, fence, now)
+            except SortlineError:
+                # One rollout that cannot be carried out does not hold up the others.
+                self.failures += 1
+                log.exception("rollout %s did not move", rollout_id)
+        return taken
 
-    def _advance(self, rollout_id: int, now: datetime) -> int:
-        changed: list[Agent] = []
+    def _advance(self, rollout_id: int, fence: int, now: datetime) -> int:
         with writing(self._engine) as session:
-            rollout = session.get(Rollout, rollout_id)
+            if not holds_lease(session, _LEASE, self._holder, fence):
+                log.warning("fence %s is no longer ours; nothing was written", fence)
+                return 0
+            rollout = session.get(Rollout, rollout_id, with_for_update=True)
             if rollout is None:
                 return 0
+            parts = {agent.id: (part, agent) for part, agent in parts_of(session, rollout_id)}
             steps = plan(
-                state=RolloutState(rollout.state),
-                bundle=rollout.bundle,
-                wave=rollout.wave,
-                members=members_of(session, rollout),
-                abort_share=rollout.abort_share,
-                min_executed=rollout.min_executed,
+                course_of(rollout),
+                members_of(session, rollout, list(parts.values())),
+                now,
+                newcomers=newcomers(session, rollout, list(parts)),
+                findings=self._findings(session, rollout),
             )
-            for step in steps:
-                match step:
-                    case Assign():
-                        changed.append(_assign(session, rollout, step.agent_id))
-                    case OpenWave():
-                        rollout.wave = step.wave
-                        audit(session, "sortline", "rollout.wave", str(rollout.id), {"wave": step.wave}, now)
-                    case Finish():
-                        rollout.state, rollout.reason = step.state, step.reason
-                        audit(
-                            session, "sortline", f"rollout.{step.state}", str(rollout.id), {"reason": step.reason}, now
-                        )
+            changed = self.carry_out(session, rollout, {k: part for k, (part, _) in parts.items()}, steps, now)
             if steps:
                 rollout.updated_at = now
                 session.add(rollout)
-            # The desired state is in the database before anybody hears of it; what is not heard is published again
-            # when the agent reports an older generation.
             session.commit()
+        self.publish(changed)
+        return len(steps)
+
+    def carry_out(
+        self, session: Session, rollout: Rollout, parts: dict[str, RolloutAgent], steps: list[Step], now: datetime
+    ) -> list[str]:
+        """Writes the steps, in the caller's transaction; returns the agents whose desired state changed."""
+        changed: list[str] = []
+        for step in steps:
+            match step:
+                case Assign():
+                    _assign(session, rollout, parts[step.agent_id], step.attempt, now)
+                    changed.append(step.agent_id)
+                case Return():
+                    _return(session, rollout, parts[step.agent_id])
+                    changed.append(step.agent_id)
+                case Note():
+                    part = parts[step.agent_id]
+                    part.outcome, part.tried = str(Outcome.IN_PROGRESS), step.tried
+                    part.started_at = part.started_at or now
+                    session.add(part)
+                case Conclude():
+                    part = parts[step.agent_id]
+                    part.outcome, part.reason, part.concluded_at = str(step.outcome), step.reason, now
+                    session.add(part)
+                case Join():
+                    place = len(parts)
+                    part = RolloutAgent(rollout_id=rollout.id or 0, agent_id=step.agent_id, wave=step.wave, place=place)
+                    parts[step.agent_id] = part
+                    session.add(part)
+                case OpenWave():
+                    rollout.wave, rollout.reason = step.wave, step.reason
+                    details = {"wave": step.wave, "reason": step.reason}
+                    audit(session, "sortline", "rollout.wave", str(rollout.id), details, now)
+                case Move():
+                    _move(session, rollout, step, now)
+        if changed:
+            details = {"agents": {agent_id: _generation(parts[agent_id]) for agent_id in changed}}
+            audit(session, "sortline", "rollout.assign", str(rollout.id), details, now)
+        return changed
+
+    def publish(self, agent_ids: list[str]) -> None:
+        """Tells the agents, as the database has it now: a slow process never publishes what is already overtaken."""
+        if not agent_ids:
+            return
+        with reading(self._engine) as session:
+            agents = session.exec(select(Agent).where(col(Agent.id).in_(agent_ids))).all()
         try:
-            if changed:
-                self._fleet.publish_bundle(rollout.bundle)
-            for agent in changed:
+            for digest in sorted({agent.desired_bundle for agent in agents} - {""}):
+                self._fleet.publish_bundle(digest)
+            for agent in agents:
                 self._fleet.publish_desired(agent)
         except SortlineError:
             log.exception("publishing failed; agents that report an old generation get it again")
-        return len(steps)
+
+    def _publish_unheard(self) -> None:
+        """After taking the lead: whatever the one before may have written and not told."""
+        with reading(self._engine) as session:
+            agents = session.exec(select(Agent).where(col(Agent.generation) > 0)).all()
+        self.publish([a.id for a in agents if int(a.reported.get("generation", 0)) < a.generation])
 
 
-def _assign(session: Session, rollout: Rollout, agent_id: str) -> Agent:
-    part = session.get(RolloutAgent, (rollout.id, agent_id))
-    agent = session.get(Agent, agent_id)
-    if part is None or agent is None:
-        raise InputError("rollout.unknown_agent", "The agent is no longer known.", expected="an agent", got=agent_id)
-    part.previous_bundle = agent.desired_bundle or str(agent.reported.get("active", ""))
-    agent.generation = max(agent.generation, int(agent.reported.get("generation", 0))) + 1
-    agent.desired_bundle, agent.rollout_id = rollout.bundle, rollout.id
-    agent.trial_items, agent.trial_s = rollout.trial_items, rollout.trial_s
-    part.generation = agent.generation
+def _assign(session: Session, rollout: Rollout, part: RolloutAgent, attempt: int, now: datetime) -> None:
+    agent = session.get(Agent, part.agent_id)
+    if agent is None:
+        raise InputError("agent.unknown", "There is no such agent.", expected="an agent id", got=part.agent_id)
+    if attempt == 1:
+        # The way back leads to what judges now; a challenger in the shadow is not part of it.
+        live = agent.desired_bundle if agent.mode == Mode.LIVE else ""
+        part.previous_bundle = live or str(agent.reported.get("active", ""))
+    wish = Wish(
+        bundle=rollout.bundle,
+        mode=Mode(rollout.mode),
+        rollout_id=rollout.id,
+        trial_items=rollout.trial_items,
+        trial_s=rollout.trial_s,
+        swap=Swap(rollout.swap),
+        swap_within_s=rollout.swap_within_s,
+    )
+    part.generation = assign(session, part.agent_id, wish)
+    part.attempt, part.assigned_at, part.started_at, part.tried = attempt, now, None, False
+    part.outcome = str(Outcome.QUEUED)
     session.add(part)
-    session.add(agent)
-    return agent
+
+
+def _return(session: Session, rollout: Rollout, part: RolloutAgent) -> None:
+    """Gives an agent its former wish again; without one, nothing is desired any more."""
+    wish = Wish(bundle=part.previous_bundle, trial_items=0, trial_s=rollout.trial_s)
+    part.returned_generation = assign(session, part.agent_id, wish)
+    session.add(part)
+
+
+def _move(session: Session, rollout: Rollout, move: Move, now: datetime) -> None:
+    rollout.state, rollout.reason = move.state, move.reason
+    if move.state is RolloutState.PAUSED:
+        rollout.cleared_wave = rollout.wave
+    log.info("rollout %s is %s: %s", rollout.id, move.state, move.reason)
+    audit(session, "sortline", f"rollout.{move.state}", str(rollout.id), {"reason": move.reason}, now)
+
+
+def _generation(part: RolloutAgent) -> int:
+    return part.returned_generation or part.generation

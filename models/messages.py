@@ -80,6 +80,17 @@ class ShadowPhase(StrEnum):
     FAILED = "failed"
 
 
+class Swap(StrEnum):
+    """When a line changes over to a new bundle."""
+
+    BELT_GAP = "belt-gap"
+    """Between two items."""
+    LOT_CHANGE = "lot-change"
+    """When the next lot begins, at a gap: a lot is judged by one bundle."""
+    NOW = "now"
+    """Between two frames."""
+
+
 class RecordKind(StrEnum):
     """What a spooled record holds."""
 
@@ -152,6 +163,9 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True):
     """Items the new bundle must judge before the agent commits it."""
     trial_s: Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)] = 60.0
     """The trial fails when these items were not judged while the belt ran this long."""
+    swap: Swap = Swap.BELT_GAP
+    swap_within_s: Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)] | None = None
+    """After so long the line changes over between two frames anyway; None = the line's own limit."""
 
 
 class Presence(msgspec.Struct, frozen=True, kw_only=True):

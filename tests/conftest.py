@@ -1,8 +1,14 @@
 """What every test may rely on: skips are failures where they are forbidden, slow tests are asked for by name."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from control_plane.api.services import Services
+from tests.simulators.plane import make_services
+from tests.simulators.postgres import empty, private_postgres
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -23,3 +29,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
         report.outcome = "failed"
         report.longrepr = f"skipped where no skip is allowed: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a private PostgreSQL server, one for the whole run."""
+    yield from private_postgres(tmp_path_factory.mktemp("postgres"))
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+def services(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Services]:
+    """A control plane without a broker, on both databases."""
+    url = ""
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres")
+        empty(url)
+    found = make_services(tmp_path / "plane", database=url)
+    yield found
+    found.engine.dispose()

@@ -1,19 +1,11 @@
 """What agents say is taken in once, refused by name, and never hurts; rollouts are planned purely and resume."""
 
-import os
-import pwd
-import shutil
-import subprocess
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from sqlalchemy.exc import OperationalError
 from sqlmodel import select
 
 from control_plane.api.services import Services
@@ -22,7 +14,6 @@ from control_plane.database import (
     audit,
     broken_audit_entry,
     migration_state,
-    open_database,
     reading,
     take_lease,
     writing,
@@ -30,9 +21,8 @@ from control_plane.database import (
 from control_plane.jobs import cancel, claim, finish, get_job, heartbeat, submit
 from control_plane.monitoring import State, agent_status, completeness_of, connection_of, rates
 from control_plane.registry import find_version, register, set_stage
-from control_plane.rollout import Assign, Finish, Member, OpenWave, Progress, divide, next_state, plan, progress_of
-from control_plane.rollout_executor import act, create_rollout, describe
-from control_plane.tables import Agent, EventRow, JobKind, JobState, Rollout, RolloutState, Stage, WindowRow, utc_now
+from control_plane.rollout_records import Order, create_rollout
+from control_plane.tables import Agent, EventRow, JobKind, JobState, Rollout, Stage, WindowRow, utc_now
 from models.bundle import read_bundle
 from models.errors import ConflictError, InputError, MessageError, UnavailableError
 from models.messages import (
@@ -50,75 +40,10 @@ from models.messages import (
     encode_batch,
 )
 from models.windows import FeatureCounter, Window
-from tests.simulators.plane import make_services
-from tests.simulators.processes import free_port, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
 
 BOOT = "0123456789abcdef"
 A, B = "a" * 64, "b" * 64
-
-
-def _postgres(root: Path) -> Iterator[str]:
-    """A private PostgreSQL server; it refuses to run as root, so another user starts it there."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not programs:
-        pytest.skip("the PostgreSQL server programs are not installed")
-    bin_, port, folder = programs[-1].parent, free_port(), root / "pg"
-    user: list[str] = []
-    if os.geteuid() == 0:
-        name = "postgres" if "postgres" in {p.pw_name for p in pwd.getpwall()} else "nobody"
-        user = ["setpriv", f"--reuid={name}", f"--regid={pwd.getpwnam(name).pw_gid}", "--clear-groups"]
-        folder = Path(subprocess.check_output(["mktemp", "-d", "/tmp/sortline-pg-XXXXXX"], text=True).strip())
-        shutil.chown(folder, name)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True, "cwd": "/"}
-    subprocess.run(  # noqa: PLW1510  in `quiet`
-        [*user, str(bin_ / "initdb"), "-D", f"{folder}/d", "-U", "sortline", "-A", "trust"], **quiet
-    )
-    server = subprocess.Popen(
-        [*user, str(bin_ / "postgres"), "-D", f"{folder}/d", "-p", str(port), "-k", str(folder), "-c", "fsync=off"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-    )
-    url = f"postgresql://sortline@127.0.0.1:{port}/postgres"
-
-    def answers() -> bool:
-        engine = open_database(url)
-        try:
-            with engine.connect():
-                return True
-        except OperationalError:
-            return False
-        finally:
-            engine.dispose()
-
-    try:
-        wait_until(answers, 20, "PostgreSQL")
-        yield url
-    finally:
-        server.terminate()
-        server.wait(10)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    yield from _postgres(tmp_path_factory.mktemp("postgres"))
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
-def services(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Services]:
-    url = ""
-    if request.param == "postgresql":
-        url = request.getfixturevalue("postgres")
-        engine = open_database(url)
-        with engine.begin() as connection:
-            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-            connection.exec_driver_sql("CREATE SCHEMA public")
-        engine.dispose()
-    found = make_services(tmp_path / "plane", database=url)
-    yield found
-    found.engine.dispose()
 
 
 def window(items: int = 10, bundle: str = A, **changes: object) -> Window:
@@ -315,19 +240,10 @@ def report_done(services: Services, agent_id: str, bundle: str, **changes: objec
 
 
 def start_rollout(services: Services, **changes: object) -> int:
-    values = {
-        "reference": "tiny",
-        "selector": {},
-        "waves": [1, "100%"],
-        "trial_items": 10,
-        "trial_s": 30.0,
-        "abort_share": 0.2,
-        "min_executed": 1,
-        "actor": "t",
-        "now": utc_now(),
-    }
+    values = {"reference": "tiny", "waves": (1, "100%"), "trial_items": 10, "trial_s": 30.0}
+    who = {"actor": str(changes.pop("actor", "t")), "now": changes.pop("now", utc_now())}
     with writing(services.engine) as session:
-        rollout = create_rollout(session, **(values | changes))
+        rollout = create_rollout(session, Order(**(values | changes)), **who)
         session.commit()
         return rollout.id
 
@@ -335,110 +251,6 @@ def start_rollout(services: Services, **changes: object) -> int:
 def state_of(services: Services, rollout_id: int) -> Rollout:
     with reading(services.engine) as session:
         return session.get(Rollout, rollout_id)
-
-
-def test_a_rollout_goes_wave_by_wave_and_only_what_agents_report_counts(services: Services, tmp_path: Path) -> None:
-    bundle = register_tiny(services, tmp_path / "1")
-    fleet_of(services, 3)
-    rollout_id = start_rollout(services)
-    step = services.rollouts.step
-    assert step(utc_now()) == 1
-    assert step(utc_now()) == 0
-    with reading(services.engine) as session:
-        desired = {agent.id: agent.desired_bundle for agent in session.exec(select(Agent))}
-    assert desired == {"line-0": bundle, "line-1": "", "line-2": ""}
-    report_done(services, "line-0", bundle, items_on_active=0)
-    assert step(utc_now()) == 0
-    report_done(services, "line-0", bundle)
-    assert step(utc_now()) == 1
-    assert step(utc_now()) == 2
-    for agent_id in ("line-1", "line-2"):
-        report_done(services, agent_id, bundle)
-    step(utc_now())
-    assert state_of(services, rollout_id).state == RolloutState.COMPLETED
-    with reading(services.engine) as session:
-        assert describe(session, session.get(Rollout, rollout_id))["counts"]["committed"] == 3
-
-
-def test_a_rollout_that_fails_stops_itself_and_can_be_rolled_back(services: Services, tmp_path: Path) -> None:
-    old = register_tiny(services, tmp_path / "1")
-    fleet_of(services, 2)
-    first = start_rollout(services, waves=["100%"])
-    services.rollouts.step(utc_now())
-    for agent_id in ("line-0", "line-1"):
-        report_done(services, agent_id, old)
-    services.rollouts.step(utc_now())
-    assert state_of(services, first).state == RolloutState.COMPLETED
-    new = register_tiny(services, tmp_path / "2", bias=1.0)
-    second = start_rollout(services, waves=["100%"])
-    services.rollouts.step(utc_now())
-    report_done(services, "line-0", new)
-    report_done(services, "line-1", old, blocked=(new,), phase=Phase.ROLLED_BACK)
-    services.rollouts.step(utc_now())
-    assert state_of(services, second).state == RolloutState.ABORTED
-    with writing(services.engine) as session:
-        act(session, second, "rollback", actor="t", reason="bad", now=utc_now())
-        session.commit()
-        assert {a.desired_bundle for a in session.exec(select(Agent))} == {old}
-        with pytest.raises(ConflictError):
-            act(session, second, "resume", actor="t", reason="", now=utc_now())
-
-
-def test_a_rollout_without_agents_or_model_is_refused(services: Services, tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        start_rollout(services)
-    assert caught.value.code == "registry.unknown_version"
-    register_tiny(services, tmp_path / "1")
-    fleet_of(services, 2)
-    with pytest.raises(InputError) as caught:
-        start_rollout(services, selector={"site": "west"})
-    assert caught.value.code == "rollout.no_agents"
-    with pytest.raises(InputError) as caught:
-        start_rollout(services, waves=["2", "1"])
-    assert caught.value.code == "rollout.bad_waves"
-
-
-def member(agent: str, wave: int, generation: int, progress: Progress, bundle: str = A) -> Member:
-    facts: dict[str, object] = {"generation": generation if progress is not Progress.ASSIGNED else 0}
-    if progress is Progress.COMMITTED:
-        facts |= {"active": bundle, "phase": "committed", "items_on_active": 5}
-    if progress is Progress.FAILED:
-        facts |= {"blocked": [bundle]}
-    return Member(agent, wave, generation, generation, facts)
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.sampled_from(list(Progress))), min_size=1, max_size=12), st.integers(0, 3)
-)
-def test_the_planner_never_opens_a_wave_over_unfinished_ones(parts, wave: int) -> None:
-    members = [member(f"a{k}", w, 0 if p is Progress.WAITING else 3, p) for k, (w, p) in enumerate(parts)]
-    steps = plan(state=RolloutState.RUNNING, bundle=A, wave=wave, members=members, abort_share=0.5, min_executed=2)
-    for step in steps:
-        if isinstance(step, OpenWave):
-            behind = [m for m in members if m.wave <= wave]
-            assert all(progress_of(m, A) in {Progress.COMMITTED, Progress.FAILED} for m in behind)
-        if isinstance(step, Assign):
-            target = next(m for m in members if m.agent_id == step.agent_id)
-            assert target.generation == 0
-            assert target.wave <= wave
-        if isinstance(step, Finish) and step.state is RolloutState.COMPLETED:
-            assert all(progress_of(m, A) in {Progress.COMMITTED, Progress.FAILED} for m in members)
-    paused = plan(state=RolloutState.PAUSED, bundle=A, wave=wave, members=members, abort_share=0.5, min_executed=2)
-    assert paused == []
-
-
-@given(st.integers(1, 300), st.lists(st.integers(1, 100), max_size=5))
-def test_every_agent_is_in_one_wave_and_waves_are_in_order(total: int, percents: list[int]) -> None:
-    agents = [f"a{k:03d}" for k in range(total)]
-    found = divide(agents, [f"{p}%" for p in sorted(percents)])
-    assert list(found) == agents
-    assert list(found.values()) == sorted(found.values())
-
-
-def test_what_a_person_may_do_is_a_table() -> None:
-    assert next_state(RolloutState.RUNNING, "pause") is RolloutState.PAUSED
-    with pytest.raises(ConflictError):
-        next_state(RolloutState.COMPLETED, "resume")
 
 
 def status(**changes: object):

@@ -1,4 +1,4 @@
-"""Routes of agents, windows, rollouts and the audit trail."""
+"""Routes of agents, windows and the audit trail."""
 
 from typing import Annotated, Any
 
@@ -6,12 +6,11 @@ import msgspec
 from fastapi import APIRouter, Depends, Query
 from sqlmodel import desc, select
 
-from control_plane.api.schemas import Act, NewLabels, NewRollout
+from control_plane.api.schemas import NewLabels
 from control_plane.api.services import Services, services_of
 from control_plane.database import audit, broken_audit_entry, reading, writing
 from control_plane.monitoring import ORDER
-from control_plane.rollout_executor import act, create_rollout, describe
-from control_plane.tables import Agent, Audit, EventRow, Rollout, WindowRow, utc_now
+from control_plane.tables import Agent, Audit, EventRow, WindowRow, utc_now
 from models.errors import InputError
 from models.messages import decode_packed
 from models.windows import Window
@@ -105,60 +104,6 @@ def list_events(agent_id: str, services: Given, limit: Limit = 100) -> list[dict
             .limit(limit)
         ).all()
         return [row.model_dump(mode="json") for row in rows]
-
-
-@router.post("/rollouts", status_code=201, tags=["rollouts"])
-def new_rollout(body: NewRollout, services: Given) -> dict[str, Any]:
-    """Starts a rollout to the agents whose labels match now."""
-    with writing(services.engine) as session:
-        rollout = create_rollout(
-            session,
-            reference=body.model,
-            selector=body.selector,
-            waves=body.waves,
-            trial_items=body.trial_items,
-            trial_s=body.trial_s,
-            abort_share=body.abort_share,
-            min_executed=body.min_executed,
-            actor=body.actor,
-            now=utc_now(),
-        )
-        session.commit()
-        return describe(session, rollout)
-
-
-@router.get("/rollouts", tags=["rollouts"])
-def list_rollouts(services: Given, limit: Limit = 50) -> list[dict[str, Any]]:
-    """Newest first, with the progress of every agent."""
-    with reading(services.engine) as session:
-        found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(limit)).all()
-        return [describe(session, rollout) for rollout in found]
-
-
-@router.get("/rollouts/{rollout_id}", tags=["rollouts"])
-def show_rollout(rollout_id: int, services: Given) -> dict[str, Any]:
-    """One rollout."""
-    with reading(services.engine) as session:
-        rollout = session.get(Rollout, rollout_id)
-        if rollout is None:
-            raise InputError("rollout.unknown", "There is no such rollout.", expected="a rollout id", got=rollout_id)
-        return describe(session, rollout)
-
-
-@router.post("/rollouts/{rollout_id}/{action}", tags=["rollouts"])
-def act_on_rollout(rollout_id: int, action: str, body: Act, services: Given) -> dict[str, Any]:
-    """`pause`, `resume`, `abort` or `rollback`."""
-    with writing(services.engine) as session:
-        rollout = act(session, rollout_id, action, actor=body.actor, reason=body.reason, now=utc_now())
-        session.commit()
-        facts = describe(session, rollout)
-        touched = [m["agent"] for m in facts["agents"]] if action == "rollback" else []
-        agents = [session.get(Agent, agent_id) for agent_id in touched]
-    for agent in agents:
-        if agent is not None and agent.desired_bundle:
-            services.fleet.publish_bundle(agent.desired_bundle)
-            services.fleet.publish_desired(agent)
-    return facts
 
 
 @router.get("/audit", tags=["audit"])

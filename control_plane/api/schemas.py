@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.messages import Mode, Swap
+
 
 class Strict(BaseModel):
     """Unknown fields are refused: a misspelt option must not be ignored."""
@@ -60,25 +62,84 @@ class NewStage(Strict):
     actor: str = Actor
 
 
-def _everyone() -> list[int | str]:
+def _everyone() -> list[int | str | list[str]]:
     return ["100%"]
 
 
+_RATE = {
+    "maximumPerMinute": 1000,
+    "exponentialRate": {
+        "baseRatePerMinute": 50,
+        "incrementFactor": 2,
+        "rateIncreaseCriteria": {"numberOfNotifiedThings": 1000},
+    },
+}
+_ABORT = {
+    "criteriaList": [
+        {"failureType": "FAILED", "action": "CANCEL", "thresholdPercentage": 20, "minNumberOfExecutedThings": 100}
+    ]
+}
+_SCHEDULE = {
+    "startTime": "2026-05-01 04:30",
+    "endTime": "2026-05-08 04:30",
+    "endBehavior": "STOP_ROLLOUT",
+    "maintenanceWindows": [{"startTime": "cron(30 22 ? * MON-FRI *)", "durationInMinutes": 120}],
+}
+_WAVE = {
+    "successThresholdPercentage": 90,
+    "successAction": "NEXTGROUP",
+    "errorThreshold": {"count": 2},
+    "errorAction": "PAUSE",
+}
+
+
 class NewRollout(Strict):
-    """Bring a model version to agents, wave by wave."""
+    """Bring a model version to agents, wave by wave. The camelCase parameters are those of AWS IoT Jobs, verbatim."""
 
     model: str = Field(description="NAME, NAME:VERSION or a bundle digest.", examples=["apples:3"])
-    selector: dict[str, str] = Field(default_factory=dict, description="Labels agents must have; empty = all.")
-    waves: list[int | str] = Field(default_factory=_everyone, examples=[[1, "50%", "100%"]])
+    selector: str = Field(
+        default="",
+        max_length=1000,
+        description="Labels; empty = all.",
+        examples=["site=wenatchee,line in (1,2),!canary"],
+    )
+    agents: list[str] = Field(
+        default_factory=list, max_length=5000, description="Exactly these, instead of a selector."
+    )
+    waves: list[int | str | list[str]] = Field(
+        default_factory=_everyone,
+        min_length=1,
+        max_length=100,
+        description="Cumulative sizes (numbers or percent), or lists of agents.",
+        examples=[[["line-7"], 3, "50%", "100%"]],
+    )
+    mode: Mode = Field(default=Mode.LIVE, description="What the bundle does on the line.")
+    min_items: int = Field(
+        default=1, ge=0, le=1_000_000, description="Items judged before an agent counts as SUCCEEDED."
+    )
     trial_items: int = Field(default=50, ge=0, le=100_000)
     trial_s: float = Field(default=60.0, gt=0.0, le=86_400.0)
-    abort_share: float = Field(default=0.2, gt=0.0, le=1.0)
-    min_executed: int = Field(default=1, ge=1)
+    swap: Swap = Field(default=Swap.BELT_GAP, description="When a line changes over.")
+    swap_within_s: float | None = Field(
+        default=None, ge=0.0, le=86_400.0, description="Deadline of the changeover; empty = the line's own."
+    )
+    dynamic: bool = Field(default=False, description="Agents that match later join the last wave.")
+    needs_approval: bool = Field(default=False, description="A second person must approve before anything happens.")
+    jobExecutionsRolloutConfig: dict[str, Any] | None = Field(default=None, examples=[_RATE])  # noqa: N815
+    abortConfig: dict[str, Any] | None = Field(default=None, examples=[_ABORT])  # noqa: N815
+    timeoutConfig: dict[str, Any] | None = Field(default=None, examples=[{"inProgressTimeoutInMinutes": 100}])  # noqa: N815
+    jobExecutionsRetryConfig: dict[str, Any] | None = Field(  # noqa: N815
+        default=None, examples=[{"criteriaList": [{"failureType": "TIMED_OUT", "numberOfRetries": 1}]}]
+    )
+    schedulingConfig: dict[str, Any] | None = Field(default=None, examples=[_SCHEDULE])  # noqa: N815
+    waveConfig: dict[str, Any] | None = Field(  # noqa: N815
+        default=None, description="Success and error thresholds of each wave.", examples=[_WAVE]
+    )
     actor: str = Actor
 
 
 class Act(Strict):
-    """Pause, resume, abort or roll back."""
+    """Who acts, and why; kept with the rollout and in the audit trail."""
 
     reason: str = Field(default="", max_length=500)
     actor: str = Actor

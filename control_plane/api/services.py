@@ -123,8 +123,10 @@ def open_services(config: ControlPlaneConfig) -> Services:
     """Opens database, store and fleet; connects nothing yet."""
     engine = open_database(config.database_url)
     store = Store(config.root / "store")
-    fleet = FleetLink(config.broker, engine, store)
-    rollouts = RolloutExecutor(engine, fleet, f"{socket.gethostname()}-{os.getpid()}")
+    # Replicas are told apart by a random part: process ids repeat in containers.
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    fleet = FleetLink(config.broker, engine, store, client_id=f"control-plane-{name[-40:]}")
+    rollouts = RolloutExecutor(engine, fleet, name)
     enrolment, publisher = _open_identity(config, engine)
     return Services(
         config, engine, store, fleet, rollouts, token=config.token, enrolment=enrolment, publisher=publisher

@@ -1,4 +1,4 @@
-"""Commands that operate a running control plane through its API: data sets, models, rollouts, agents, settings."""
+"""Commands that operate a running control plane through its API: data sets, models, agents, settings."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,13 +6,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from control_plane.cli.output import AsJson, Config, Server, err, out, say, table_of
+from control_plane.cli.output import AsJson, Config, Server, err, say, table_of
 from control_plane.client import Client
 from control_plane.config import load_control_plane_config
 
 datasets = typer.Typer(no_args_is_help=True, help="Folders of labelled photographs.")
 models = typer.Typer(no_args_is_help=True, help="Models and their versions.")
-rollouts = typer.Typer(no_args_is_help=True, help="Bring a version to agents, wave by wave.")
 agents = typer.Typer(no_args_is_help=True, help="The fleet.")
 settings = typer.Typer(no_args_is_help=True, help="Configuration.")
 
@@ -74,61 +73,18 @@ def model_push(directory: Path, server: Server = "", as_json: AsJson = False) ->
     say(Client(server).post("/api/v1/versions?actor=cli", content=pack(directory)), as_json=as_json)
 
 
-@rollouts.command("create")
-def rollout_create(
-    model: Annotated[str, typer.Option(help="NAME, NAME:VERSION or a bundle digest.")],
-    selector: Annotated[list[str] | None, typer.Option(help="Label that agents must have, KEY=VALUE.")] = None,
-    wave: Annotated[list[str] | None, typer.Option(help="Size of a wave: 3 or 50%; again for the next.")] = None,
-    trial_items: Annotated[int, typer.Option(help="Items the bundle must judge before an agent commits it.")] = 50,
-    server: Server = "",
-    as_json: AsJson = False,
-) -> None:
-    """Start a rollout: `sortline rollouts create --model apples --selector site=north --wave 1 --wave 100%`."""
-    labels = dict(pair.split("=", 1) for pair in selector or [] if "=" in pair)
-    body = {
-        "model": model,
-        "selector": labels,
-        "waves": wave or ["100%"],
-        "trial_items": trial_items,
-        "actor": "cli",
-    }
-    say(Client(server).post("/api/v1/rollouts", body), as_json=as_json, table=_rollout_table)
-
-
-def _rollout_table(found: dict[str, Any]) -> Table:
-    rows = [[a["agent"], a["wave"] + 1, a["progress"], a["phase"]] for a in found["agents"]]
-    table = table_of(["agent", "wave", "progress", "phase"], rows)
-    table.caption = f"rollout {found['id']}: {found['state']} {found['reason']}"
-    return table
-
-
-@rollouts.command("list")
-def rollout_list(server: Server = "", as_json: AsJson = False) -> None:
-    """All rollouts, newest first."""
+@agents.command("list")
+def agent_list(server: Server = "", as_json: AsJson = False) -> None:
+    """All agents, worst first."""
 
     def table(found: list[dict[str, Any]]) -> Table:
-        rows = [[r["id"], f"{r['model']}:{r['version']}", r["state"], r["counts"], r["reason"]] for r in found]
-        return table_of(["id", "model", "state", "agents", "reason"], rows)
+        rows = [
+            [a["id"], a["state"], a["reason"], a["active"][:12], a["items_per_s"], a["p99_ms"], a["drift_value"]]
+            for a in found
+        ]
+        return table_of(["agent", "state", "why", "bundle", "items/s", "p99 ms", "drift"], rows)
 
-    say(Client(server).get("/api/v1/rollouts"), as_json=as_json, table=table)
-
-
-@rollouts.command("show")
-def rollout_show(rollout_id: int, server: Server = "", as_json: AsJson = False) -> None:
-    """One rollout."""
-    say(Client(server).get(f"/api/v1/rollouts/{rollout_id}"), as_json=as_json, table=_rollout_table)
-
-
-@rollouts.command("act")
-def rollout_act(
-    rollout_id: int,
-    action: Annotated[str, typer.Argument(help="pause, resume, abort or rollback")],
-    reason: Annotated[str, typer.Option()] = "",
-    server: Server = "",
-) -> None:
-    """Pause, resume, abort or roll back."""
-    body = {"reason": reason, "actor": "cli"}
-    out.print(_rollout_table(Client(server).post(f"/api/v1/rollouts/{rollout_id}/{action}", body)))
+    say(Client(server).get("/api/v1/agents"), as_json=as_json, table=table)
 
 
 @agents.command("show")

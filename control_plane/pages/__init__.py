@@ -25,8 +25,8 @@ from control_plane.api.services import Services, services_of
 from control_plane.database import reading
 from control_plane.monitoring import DRIFT_LIMIT, LATENCY_BUDGET_MS, ORDER, AgentStatus, State
 from control_plane.pages.charts import Mark, lines, meter, mix, shares
-from control_plane.rollout_executor import describe
-from control_plane.tables import EventRow, Job, Model, ModelVersion, Rollout, WindowRow
+from control_plane.rollout_records import describe
+from control_plane.tables import EventRow, Job, Model, ModelVersion, Rollout, WindowRow, utc_now
 from models.errors import InputError
 from models.messages import decode_packed
 from models.windows import Window
@@ -206,7 +206,7 @@ def rollouts(request: Request) -> HTMLResponse:
     """Rollouts and the progress of their agents."""
     with reading(services_of(request).engine) as session:
         found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(50)).all()
-        described = [describe(session, rollout) for rollout in found]
+        described = [describe(session, rollout, utc_now()) for rollout in found]
     return _page(request, "rollouts.html", "Rollouts", rollouts=described)
 
 

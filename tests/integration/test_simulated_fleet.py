@@ -40,6 +40,12 @@ def plane(port: int, tmp_path: Path) -> Iterator[Services]:
     services.engine.dispose()
 
 
+def lenient() -> dict[str, object]:
+    """A policy that stops at 90 % failures only."""
+    criteria = {"failureType": "ALL", "action": "CANCEL", "thresholdPercentage": 90, "minNumberOfExecutedThings": 5}
+    return {"abortConfig": {"criteriaList": [criteria]}}
+
+
 def stored(services: Services) -> set[tuple[str, str, int]]:
     with reading(services.engine) as session:
         rows = [*session.exec(select(WindowRow)), *session.exec(select(EventRow))]
@@ -57,7 +63,7 @@ def test_a_fleet_takes_a_rollout_and_its_records_arrive_once(plane: Services, po
     with SimulatedFleet(port, 20, manner=manner) as fleet:
         wait_until(lambda: len(known(plane)) == 20, 15, "all agents to report")
         fleet.agents["sim-003"].manner.verdict = "fail"
-        rollout = start_rollout(plane, waves=["100%"], abort_share=0.9)
+        rollout = start_rollout(plane, waves=("100%",), policy=lenient())
         wait_until(lambda: state_of(plane, rollout).state == RolloutState.COMPLETED, 20, "the rollout")
         assert fleet.running(bundle) == 19
         assert fleet.agents["sim-003"].held.blocked == (bundle,)

@@ -1,0 +1,101 @@
+"""Routes of rollouts. They write what a person wants; the executor carries it out."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query
+from sqlmodel import desc, select
+
+from control_plane.api.schemas import Act, NewRollout
+from control_plane.api.services import Services, services_of
+from control_plane.blast import foresee
+from control_plane.database import reading, writing
+from control_plane.rollout_records import Order, act, create_rollout, describe, get_rollout
+from control_plane.tables import Rollout, utc_now
+
+router = APIRouter(prefix="/api/v1/rollouts", tags=["rollouts"])
+Given = Annotated[Services, Depends(services_of)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+_POLICY = (
+    "jobExecutionsRolloutConfig",
+    "abortConfig",
+    "timeoutConfig",
+    "jobExecutionsRetryConfig",
+    "schedulingConfig",
+    "waveConfig",
+)
+
+
+def order_of(body: NewRollout) -> Order:
+    """The request as the rollouts take it."""
+    return Order(
+        reference=body.model,
+        selector=body.selector,
+        agents=tuple(body.agents),
+        waves=tuple(body.waves),
+        policy={name: value for name in _POLICY if (value := getattr(body, name)) is not None},
+        mode=body.mode,
+        min_items=body.min_items,
+        trial_items=body.trial_items,
+        trial_s=body.trial_s,
+        swap=body.swap,
+        swap_within_s=body.swap_within_s,
+        dynamic=body.dynamic,
+        needs_approval=body.needs_approval,
+    )
+
+
+@router.post("", status_code=201)
+def new_rollout(body: NewRollout, services: Given) -> dict[str, Any]:
+    """Starts a rollout to the agents that match now; with a start time it waits, with `needs_approval` too."""
+    now = utc_now()
+    with writing(services.engine) as session:
+        rollout = create_rollout(session, order_of(body), actor=body.actor, now=now)
+        session.commit()
+        facts = describe(session, rollout, now)
+    services.rollouts.wake()
+    return facts
+
+
+@router.post("/preview")
+def preview_rollout(body: NewRollout, services: Given) -> dict[str, Any]:
+    """What such a rollout would touch, in lanes and items, before anything happens. Changes nothing."""
+    with reading(services.engine) as session:
+        return foresee(session, order_of(body), utc_now())
+
+
+@router.get("")
+def list_rollouts(services: Given, limit: Limit = 50) -> list[dict[str, Any]]:
+    """Newest first, with the progress of every agent."""
+    now = utc_now()
+    with reading(services.engine) as session:
+        found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(limit)).all()
+        return [describe(session, rollout, now) for rollout in found]
+
+
+@router.get("/{rollout_id}")
+def show_rollout(rollout_id: int, services: Given) -> dict[str, Any]:
+    """One rollout: state and reason, waves, agents, rate, and how near the abort criteria are."""
+    with reading(services.engine) as session:
+        return describe(session, get_rollout(session, rollout_id), utc_now())
+
+
+@router.post("/{rollout_id}/{action}")
+def act_on_rollout(
+    rollout_id: int,
+    action: Literal["approve", "pause", "resume", "finish", "abort", "rollback"],
+    body: Act,
+    services: Given,
+) -> dict[str, Any]:
+    """A person acts; what the state does not allow is refused with what it does allow.
+
+    `approve` needs another person than the one who made it. `pause` gives the bundle to nobody further. `resume` goes
+    on, also past the threshold at which the rollout paused itself. `finish` ends it where it is. `abort` recalls every
+    agent that is not done. `rollback` sends everybody back to what they ran before.
+    """
+    now = utc_now()
+    with writing(services.engine) as session:
+        rollout = act(session, rollout_id, action, actor=body.actor, reason=body.reason, now=now)
+        session.commit()
+        facts = describe(session, rollout, now)
+    services.rollouts.wake()
+    return facts

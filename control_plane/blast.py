@@ -1,0 +1,118 @@
+"""What a rollout would touch before it is started: lanes and items per hour, not devices.
+
+The figures come from what the agents counted in the last minutes. The worst case is an upper bound: every agent that
+can be notified before any abort criterion may act, each with all the items its trial may take.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlmodel import Session, col, select
+
+from control_plane.rollout_policy import Policy
+from control_plane.rollout_records import Order, draw
+from control_plane.tables import WindowRow
+from models.messages import decode_packed
+from models.windows import Window
+
+RECENT_S: Final = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What runs through one agent."""
+
+    lanes: int
+    items_per_s: float | None
+    """None = it sent no window in the last minutes."""
+
+
+def blast_radius(
+    waves: Sequence[Sequence[str]], loads: Mapping[str, Load], policy: Policy, *, trial_items: int, trial_s: float
+) -> dict[str, Any]:
+    """What each wave touches, and the worst case until an abort criterion can act.
+
+    Args:
+        waves: Agent ids by wave.
+        loads: By agent.
+        policy: Says from how many executed agents the rollout can stop itself.
+        trial_items: Items a bundle judges on an agent before it is committed.
+        trial_s: Longest trial.
+
+    Returns:
+        `waves` (agents, lanes, items_per_h, unknown: agents without figures) and `worst_case` (agents, items, reason).
+    """
+    told = []
+    for members in waves:
+        known = [loads[a] for a in members]
+        told.append(
+            {
+                "agents": len(members),
+                "lanes": sum(load.lanes for load in known),
+                "items_per_h": round(sum(load.items_per_s or 0.0 for load in known) * 3600.0),
+                "unknown": sum(load.items_per_s is None for load in known),
+            }
+        )
+    needed = min(c.min_number_of_executed_things for c in policy.abort_config.criteria_list)
+    exposed: list[str] = []
+    for members in waves:
+        exposed += members
+        if len(exposed) >= needed:
+            break
+    items = 0.0
+    for agent_id in exposed:
+        rate = loads[agent_id].items_per_s
+        # An agent without figures is taken to fill its trial.
+        items += trial_items if rate is None else min(float(trial_items), rate * trial_s)
+    stops = len(exposed) >= needed
+    reason = (
+        f"the rollout can stop itself once {needed} of these agents are done"
+        if stops
+        else f"no criterion can act: it needs {needed} executed agents, there are {len(exposed)}"
+    )
+    worst = {"agents": len(exposed), "items": round(items), "stops_itself": stops, "reason": reason}
+    return {"waves": told, "worst_case": worst}
+
+
+def foresee(session: Session, order: Order, now: datetime) -> dict[str, Any]:
+    """The order looked up, with its blast radius; changes nothing.
+
+    Raises:
+        InputError: See `control_plane.rollout_records.draw`.
+    """
+    drawn = draw(session, order)
+    rates = _items_per_s(session, list(drawn.agents), now)
+    loads = {
+        agent.id: Load(int(agent.reported.get("lanes", 0)), rates.get(agent.id)) for agent in drawn.agents.values()
+    }
+    count = max(drawn.waves.values(), default=0) + 1
+    waves = [[a for a, wave in drawn.waves.items() if wave == number] for number in range(count)]
+    radius = blast_radius(waves, loads, drawn.policy, trial_items=order.trial_items, trial_s=order.trial_s)
+    for number, members in enumerate(waves):
+        radius["waves"][number]["names"] = members
+    return {
+        "model": drawn.model.name,
+        "version": drawn.version.number,
+        "bundle": drawn.version.bundle,
+        "selector": drawn.selector,
+        **radius,
+    }
+
+
+def _items_per_s(session: Session, agents: Sequence[str], now: datetime) -> dict[str, float]:
+    rows = session.exec(
+        select(WindowRow).where(
+            col(WindowRow.agent_id).in_(agents),
+            WindowRow.received_at > now - timedelta(seconds=RECENT_S),
+            WindowRow.refused == "",
+        )
+    )
+    items: dict[str, int] = {}
+    milliseconds: dict[str, int] = {}
+    for row in rows:
+        items[row.agent_id] = items.get(row.agent_id, 0) + row.items
+        length = decode_packed(row.payload, Window).duration_ms
+        milliseconds[row.agent_id] = milliseconds.get(row.agent_id, 0) + length
+    return {agent: 1000.0 * items[agent] / ms for agent, ms in milliseconds.items() if ms > 0}

@@ -1,0 +1,323 @@
+"""Rollouts on a real database: what is planned is written once, by the one that leads, and people may always act."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlmodel import select
+
+from control_plane.api.services import Services
+from control_plane.assignments import Wish, assign
+from control_plane.database import broken_audit_entry, reading, writing
+from control_plane.rollout_executor import LEASE_S, RolloutExecutor
+from control_plane.rollout_records import act, describe
+from control_plane.tables import Agent, Audit, RolloutAgent, RolloutState, utc_now
+from models.errors import ConflictError, InputError
+from models.messages import Channel, Mode, Phase, Swap, encode
+from tests.simulators.plane import make_services
+from tests.test_control_plane_fleet import register_tiny, reported, say, start_rollout, state_of
+
+
+@pytest.fixture
+def plane(tmp_path: Path) -> Iterator[Services]:
+    """On SQLite alone: what these tests look at does not depend on the database."""
+    found = make_services(tmp_path / "plane")
+    yield found
+    found.engine.dispose()
+
+
+def fleet_of(plane: Services, count: int, **labels: str) -> None:
+    for number in range(count):
+        facts = {"labels": {"site": "north" if number % 2 else "south", **labels}}
+        say(plane, Channel.REPORTED, encode(reported(**facts)), f"line-{number}")
+
+
+def report_done(plane: Services, agent_id: str, bundle: str, **changes: object) -> None:
+    with reading(plane.engine) as session:
+        generation = session.get(Agent, agent_id).generation
+    facts = {"generation": generation, "active": bundle, "phase": Phase.COMMITTED, "items_on_active": 60}
+    say(plane, Channel.REPORTED, encode(reported(**(facts | changes))), agent_id)
+
+
+def desired(plane: Services) -> dict[str, tuple[int, str]]:
+    with reading(plane.engine) as session:
+        return {a.id: (a.generation, a.desired_bundle) for a in session.exec(select(Agent))}
+
+
+def person(plane: Services, rollout_id: int, action: str, *, actor: str = "t", reason: str = "because") -> None:
+    with writing(plane.engine) as session:
+        act(session, rollout_id, action, actor=actor, reason=reason, now=utc_now())
+        session.commit()
+
+
+def told(plane: Services, rollout_id: int) -> dict[str, object]:
+    with reading(plane.engine) as session:
+        from control_plane.tables import Rollout
+
+        return describe(session, session.get(Rollout, rollout_id), utc_now())
+
+
+def test_a_rollout_goes_wave_by_wave_and_only_what_agents_report_counts(services: Services, tmp_path: Path) -> None:
+    bundle = register_tiny(services, tmp_path / "1")
+    fleet_of(services, 3)
+    rollout_id = start_rollout(services, waves=(1, "100%"))
+    step = services.rollouts.step
+    assert step(utc_now()) == 1
+    assert step(utc_now()) == 0
+    assert {a: d for a, (_, d) in desired(services).items()} == {"line-0": bundle, "line-1": "", "line-2": ""}
+    report_done(services, "line-0", bundle, items_on_active=0)
+    assert told(services, rollout_id)["counts"] == {"QUEUED": 2, "IN_PROGRESS": 1}
+    step(utc_now())
+    assert state_of(services, rollout_id).wave == 0, "committed, but no item judged"
+    report_done(services, "line-0", bundle)
+    step(utc_now())
+    step(utc_now())
+    assert step(utc_now()) == 2
+    for agent_id in ("line-1", "line-2"):
+        report_done(services, agent_id, bundle)
+    step(utc_now())
+    step(utc_now())
+    assert state_of(services, rollout_id).state == RolloutState.COMPLETED
+    facts = told(services, rollout_id)
+    assert facts["counts"] == {"SUCCEEDED": 3}
+    assert [w["size"] for w in facts["wave_progress"]] == [1, 2]
+    with reading(services.engine) as session:
+        actions = [entry.action for entry in session.exec(select(Audit).order_by(Audit.id))]
+        assert broken_audit_entry(session) is None
+    assert actions[1:] == ["rollout.create", "rollout.assign", "rollout.wave", "rollout.assign", "rollout.completed"]
+
+
+def test_a_rollout_that_fails_stops_itself_and_goes_back_to_what_ran_before(
+    services: Services,
+    tmp_path: Path,
+) -> None:
+    old = register_tiny(services, tmp_path / "1")
+    fleet_of(services, 3)
+    first = start_rollout(services, waves=("100%",))
+    services.rollouts.step(utc_now())
+    for number in range(3):
+        report_done(services, f"line-{number}", old)
+    services.rollouts.step(utc_now())
+    services.rollouts.step(utc_now())
+    assert state_of(services, first).state == RolloutState.COMPLETED
+    new = register_tiny(services, tmp_path / "2", bias=1.0)
+    second = start_rollout(services, waves=("100%",))
+    services.rollouts.step(utc_now())
+    report_done(services, "line-0", new)
+    report_done(services, "line-1", old, blocked=(new,), phase=Phase.ROLLED_BACK)
+    services.rollouts.step(utc_now())
+    assert state_of(services, second).state == RolloutState.ABORTED
+    services.rollouts.step(utc_now())
+    found = desired(services)
+    assert found["line-2"] == (3, old), "who is not done is recalled"
+    assert found["line-0"][1] == found["line-1"][1] == new
+    person(services, second, "rollback", reason="bad")
+    services.rollouts.step(utc_now())
+    assert {d for _, d in desired(services).values()} == {old}
+    assert state_of(services, second).state == RolloutState.ROLLING_BACK
+    for number in range(3):
+        report_done(services, f"line-{number}", old)
+    services.rollouts.step(utc_now())
+    assert state_of(services, second).state == RolloutState.ROLLED_BACK
+    with pytest.raises(ConflictError):
+        person(services, second, "resume")
+
+
+def test_a_rollout_with_nothing_to_go_back_to_wishes_for_nothing(plane: Services, tmp_path: Path) -> None:
+    bundle = register_tiny(plane, tmp_path / "1")
+    fleet_of(plane, 1)
+    rollout_id = start_rollout(plane, waves=("100%",))
+    plane.rollouts.step(utc_now())
+    assert desired(plane)["line-0"] == (1, bundle)
+    person(plane, rollout_id, "abort")
+    plane.rollouts.step(utc_now())
+    assert desired(plane)["line-0"] == (2, "")
+
+
+def test_an_offline_agent_comes_back_to_the_newest_wish_only(services: Services, tmp_path: Path) -> None:
+    for number in range(3):
+        register_tiny(services, tmp_path / str(number), bias=float(number))
+    fleet_of(services, 1)
+    published: list[tuple[int, str]] = []
+    services.fleet.publish_desired = lambda agent: published.append((agent.generation, agent.desired_bundle))
+    rollouts = [start_rollout(services, reference=f"tiny:{n}", waves=("100%",)) for n in (1, 2, 3)]
+    # Whatever the order in which they move, the newest rollout wins and stays.
+    for _ in range(4):
+        services.rollouts.step(utc_now())
+    generation, bundle = desired(services)["line-0"]
+    with reading(services.engine) as session:
+        newest = session.get(Agent, "line-0").rollout_id
+    assert newest == rollouts[2]
+    assert [told(services, r)["counts"] for r in rollouts] == [{"CANCELED": 1}, {"CANCELED": 1}, {"QUEUED": 1}]
+    generations = [g for g, _ in published]
+    assert generations == sorted(generations)
+    assert published[-1] == (generation, bundle)
+    # It reports the old world; it is told the newest wish again, nothing else.
+    published.clear()
+    say(services, Channel.REPORTED, encode(reported(generation=0)), "line-0")
+    assert published == [(generation, bundle)]
+
+
+def test_an_older_rollout_that_resumes_does_not_undo_a_newer_one(plane: Services, tmp_path: Path) -> None:
+    register_tiny(plane, tmp_path / "1")
+    newer = register_tiny(plane, tmp_path / "2", bias=1.0)
+    fleet_of(plane, 2)
+    first = start_rollout(plane, reference="tiny:1", waves=("100%",))
+    person(plane, first, "pause")
+    start_rollout(plane, reference="tiny:2", waves=("100%",))
+    plane.rollouts.step(utc_now())
+    person(plane, first, "resume")
+    for _ in range(3):
+        plane.rollouts.step(utc_now())
+    assert {d for _, d in desired(plane).values()} == {newer}
+    assert state_of(plane, first).state == RolloutState.COMPLETED
+    assert "0 of 2" in state_of(plane, first).reason
+
+
+def test_a_second_person_must_approve(plane: Services, tmp_path: Path) -> None:
+    register_tiny(plane, tmp_path / "1")
+    fleet_of(plane, 1)
+    rollout_id = start_rollout(plane, needs_approval=True, actor="maria")
+    plane.rollouts.step(utc_now())
+    assert state_of(plane, rollout_id).state == RolloutState.AWAITING_APPROVAL
+    assert desired(plane)["line-0"] == (0, "")
+    with pytest.raises(ConflictError) as caught:
+        person(plane, rollout_id, "approve", actor="maria")
+    assert caught.value.code == "rollout.self_approval"
+    with pytest.raises(ConflictError):
+        person(plane, rollout_id, "resume", actor="otto")
+    person(plane, rollout_id, "approve", actor="otto")
+    assert plane.rollouts.step(utc_now()) == 1
+    assert state_of(plane, rollout_id).approved_by == "otto"
+
+
+def test_an_approved_rollout_still_waits_for_its_start(plane: Services, tmp_path: Path) -> None:
+    register_tiny(plane, tmp_path / "1")
+    fleet_of(plane, 1)
+    now = utc_now()
+    start = (now + timedelta(hours=1)).isoformat()
+    rollout_id = start_rollout(plane, needs_approval=True, policy={"schedulingConfig": {"startTime": start}})
+    person(plane, rollout_id, "approve", actor="otto")
+    assert state_of(plane, rollout_id).state == RolloutState.SCHEDULED
+    assert plane.rollouts.step(now) == 0
+    plane.rollouts.step(now + timedelta(hours=2))
+    assert state_of(plane, rollout_id).state == RolloutState.RUNNING
+
+
+def test_a_rollout_without_agents_or_model_is_refused(plane: Services, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        start_rollout(plane)
+    assert caught.value.code == "registry.unknown_version"
+    register_tiny(plane, tmp_path / "1")
+    fleet_of(plane, 2)
+    for changes, code in (
+        ({"selector": "site=west"}, "rollout.no_agents"),
+        ({"agents": ("line-9",)}, "rollout.no_agents"),
+        ({"waves": ("2", "1")}, "rollout.bad_waves"),
+        ({"selector": "site="}, "rollout.bad_selector"),
+        ({"agents": ("line-1",), "selector": "site=north"}, "rollout.bad_selector"),
+        ({"policy": {"abortConfig": {}, "x": 1}}, "rollout.bad_policy"),
+    ):
+        with pytest.raises(InputError) as caught:
+            start_rollout(plane, **changes)
+        assert caught.value.code == code
+    assert state_of(plane, start_rollout(plane, agents=("line-1",))).selector["agents"] == ["line-1"]
+
+
+def test_the_wish_carries_mode_and_changeover_to_the_agent(plane: Services, tmp_path: Path) -> None:
+    register_tiny(plane, tmp_path / "1")
+    fleet_of(plane, 1)
+    sent: list[bytes] = []
+    plane.fleet._control.publish = lambda _topic, payload, **_: sent.append(payload)
+    start_rollout(plane, swap=Swap.LOT_CHANGE, swap_within_s=900.0, waves=("100%",))
+    plane.rollouts.step(utc_now())
+    assert b'"swap":"lot-change","swap_within_s":900.0' in sent[-1]
+
+
+def test_agents_that_appear_later_join_a_dynamic_rollout(plane: Services, tmp_path: Path) -> None:
+    bundle = register_tiny(plane, tmp_path / "1")
+    fleet_of(plane, 1, site="west")
+    rollout_id = start_rollout(plane, selector="site=west", dynamic=True, waves=("100%",))
+    plane.rollouts.step(utc_now())
+    say(plane, Channel.REPORTED, encode(reported(labels={"site": "west"})), "late-1")
+    say(plane, Channel.REPORTED, encode(reported(labels={"site": "east"})), "late-2")
+    plane.rollouts.step(utc_now())
+    plane.rollouts.step(utc_now())
+    found = desired(plane)
+    assert found["late-1"] == (1, bundle)
+    assert found["late-2"] == (0, "")
+    for agent_id in ("line-0", "late-1"):
+        report_done(plane, agent_id, bundle)
+    plane.rollouts.step(utc_now())
+    assert state_of(plane, rollout_id).state == RolloutState.RUNNING
+    person(plane, rollout_id, "finish")
+    assert state_of(plane, rollout_id).state == RolloutState.COMPLETED
+
+
+def test_a_leader_that_slept_beyond_its_lease_writes_nothing(services: Services, tmp_path: Path) -> None:
+    register_tiny(services, tmp_path / "1")
+    fleet_of(services, 2)
+    rollout_id = start_rollout(services, waves=("100%",))
+    now = utc_now()
+    sleeper = RolloutExecutor(services.engine, services.fleet, "sleeper")
+    waker = RolloutExecutor(services.engine, services.fleet, "waker")
+    # It takes the lease, then sleeps between its lease and its turn while the other takes over and works.
+    original = sleeper._advance
+    late: list[int] = []
+
+    def sleep_first(rollout: int, fence: int, at: object) -> int:
+        assert waker.step(now + timedelta(seconds=LEASE_S + 1)) == 2
+        late.append(original(rollout, fence, at))
+        return late[-1]
+
+    sleeper._advance = sleep_first
+    assert sleeper.step(now) == 0
+    assert late == [0]
+    assert (waker.leading, waker.step(now + timedelta(seconds=LEASE_S + 2))) == (True, 0)
+    assert sleeper.step(now + timedelta(seconds=LEASE_S + 3)) == 0
+    assert not sleeper.leading
+    with reading(services.engine) as session:
+        parts = session.exec(select(RolloutAgent).where(RolloutAgent.rollout_id == rollout_id)).all()
+    assert [(part.attempt, part.generation) for part in parts] == [(1, 1), (1, 1)]
+
+
+def test_what_a_dead_leader_committed_but_did_not_tell_is_told_by_the_next(plane: Services, tmp_path: Path) -> None:
+    bundle = register_tiny(plane, tmp_path / "1")
+    fleet_of(plane, 2)
+    start_rollout(plane, waves=("100%",))
+    dying = RolloutExecutor(plane.engine, plane.fleet, "dying")
+    dying.publish = lambda _agents: None
+    dying.step(utc_now())
+    told_to: list[str] = []
+    plane.fleet.publish_desired = lambda agent: told_to.append(f"{agent.id} {agent.desired_bundle[:4]}")
+    following = RolloutExecutor(plane.engine, plane.fleet, "following")
+    following.step(utc_now() + timedelta(seconds=LEASE_S + 1))
+    assert sorted(told_to) == [f"line-0 {bundle[:4]}", f"line-1 {bundle[:4]}"]
+
+
+def test_a_rollout_that_cannot_be_carried_out_does_not_hold_up_the_others(plane: Services, tmp_path: Path) -> None:
+    register_tiny(plane, tmp_path / "1")
+    fleet_of(plane, 2)
+    broken = start_rollout(plane, agents=("line-0",))
+    with writing(plane.engine) as session:
+        from control_plane.tables import Rollout
+
+        rollout = session.get(Rollout, broken)
+        rollout.policy = {"unknown": 1}
+        session.add(rollout)
+        session.commit()
+    start_rollout(plane, agents=("line-1",))
+    assert plane.rollouts.step(utc_now()) == 1
+    assert plane.rollouts.failures == 1
+
+
+def test_the_generation_is_above_whatever_the_agent_reports(services: Services) -> None:
+    say(services, Channel.REPORTED, encode(reported(generation=41)), "line-0")
+    with writing(services.engine) as session:
+        assert assign(session, "line-0", Wish(bundle="a" * 64)) == 42
+        assert assign(session, "line-0", replace(Wish(bundle="b" * 64), mode=Mode.LIVE)) == 43
+        with pytest.raises(InputError):
+            assign(session, "nobody", Wish(bundle="a" * 64))
+        session.commit()
