@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 DEMO ?=
 TESTS ?=
+JOBS ?= 2
 DATA ?=
 
 .DEFAULT_GOAL := help
@@ -16,8 +17,8 @@ help: ## Show this list
 demo: $(VENV)/.runtime ## Train, push, sort, watch: the whole loop on this machine (options: DEMO="--seconds 60 --report report.json")
 	@$(BIN)/sortline demo $(DEMO)
 
-test: $(VENV)/.dev lint ## Lint, types and the default tests (TESTS="-m slow" and the like are passed to pytest)
-	@$(BIN)/python -m pytest -q $(TESTS)
+test: $(VENV)/.dev lint ## Lint, types and the default tests (TESTS="-m slow" is passed to pytest; JOBS=0 runs them one by one)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
 
 lint: $(VENV)/.dev ## Style and types only
 	@$(BIN)/ruff check .
