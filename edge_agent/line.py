@@ -22,7 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import msgspec
 
+from edge_agent.budget import AbstainWatch
 from edge_agent.camera import FrozenGuard
 from edge_agent.counting import LineCounter
 from edge_agent.judging import Judge
@@ -51,6 +53,8 @@ from edge_agent.shadow import Shadow
 from edge_agent.sorting import LineCore, World, geometry_of, load_judge, load_shadow, open_world
 from models.errors import BundleError, CameraError, SortlineError
 from models.messages import Fault
+from models.recipe import UNSURE
+from models.windows import Window
 
 log = logging.getLogger("sortline.line")
 _READ_S = 0.25
@@ -91,6 +95,8 @@ class Line:
         )
         self._queue = self._world.ejection_queue(config, time.monotonic)
         self._core: LineCore | None = None
+        self._abstain = AbstainWatch()
+        self._abstain_of = ("", "", "")
         self._orphaned_s: float | None = None
 
     # -- life -------------------------------------------------------------------------------------------------
@@ -347,7 +353,9 @@ class Line:
             now = time.monotonic()
             if now >= next_window or last:
                 next_window = now + self._config.window_s
-                self._say(WindowClosed(window=self._counter.close_window()))
+                window = self._counter.close_window()
+                self._say(WindowClosed(window=window))
+                self._watch_budget(window)
                 gc.collect()
             if now >= next_beat:
                 next_beat = now + 1.0
@@ -356,6 +364,24 @@ class Line:
             if last:
                 return
             self._stop.wait(0.05)
+
+    def _watch_budget(self, window: Window) -> None:
+        """Says when the line abstains more often than its recipe allows, and when it does not any more."""
+        core = self._core
+        if core is None or core.judge is None:
+            return
+        of = (window.bundle, window.variety, window.lot)
+        if of != self._abstain_of:
+            self._abstain_of = of
+            self._abstain.forget()
+        budget = core.judge.recipe.policy(window.variety, window.lot).budget
+        if not self._abstain.update(window.items, window.grades.get(UNSURE, 0), budget):
+            return
+        seen = f"{self._abstain.share:.1%} of the items are unsure, the budget is {budget:.1%}"
+        fault = Fault(code="recipe.within_budget", message=f"The line abstains within its budget again: {seen}.")
+        if self._abstain.over:
+            fault = Fault(code="recipe.over_budget", message=f"The line abstains too often: {seen}.")
+        self._say(Faulted(fault=msgspec.structs.replace(fault, at_ms=time.time_ns() // 1_000_000)))
 
     def _drain(self) -> None:
         while self._orphaned_s is None:
@@ -385,8 +411,6 @@ class Line:
 def main(argv: list[str] | None = None, *, environment_exit: Callable[[int], None] = os._exit) -> int:
     """Entry of the process."""
     import argparse  # noqa: PLC0415  only the process needs it
-
-    import msgspec  # noqa: PLC0415
 
     parser = argparse.ArgumentParser(prog="python -m edge_agent.line", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="LineConfig as JSON")

@@ -18,4 +18,5 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     scale = 1.0 + _Z95**2 / count
     centre = (share + _Z95**2 / (2.0 * count)) / scale
     half = _Z95 * math.sqrt(share * (1.0 - share) / count + _Z95**2 / (4.0 * count**2)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends rounding would leave a trace of doubt that the formula does not have.
+    return 0.0 if share <= 0.0 else max(0.0, centre - half), 1.0 if share >= 1.0 else min(1.0, centre + half)

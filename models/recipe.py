@@ -83,10 +83,17 @@ class Grade(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Cut(msgspec.Struct, frozen=True, kw_only=True):
     """Where decisions change as the defect probability of an item grows, for a defect of one class."""
 
-    threshold: float | None
-    """From here on the item leaves the good grade; None = never."""
+    good: tuple[float, float] | None
+    """Between these the good grade is taken; from 0 on, unless the terms pay more for good items elsewhere."""
     unsure: tuple[float, float] | None
     """Between these the line abstains; None = nowhere."""
+
+    @property
+    def threshold(self) -> float | None:
+        """From here on the item leaves the good grade; None = never."""
+        if self.good is None:
+            return 0.0
+        return None if self.good[1] >= 1.0 else self.good[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,30 +277,20 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return {name: self._cut(policy, k) for k, name in enumerate(self.classes) if k != self.good}
 
     def _cut(self, policy: Policy, k: int) -> Cut:
-        """Expected losses are straight lines in the probability t of class k: a_g + t * (b_g - a_g)."""
+        """Expected losses are straight lines in the probability t of class k: from a_g at 0 to b_g at 1."""
         a = policy.losses[:, self.good] - policy.losses[:, self.good].min()
         b = policy.losses[:, k] - policy.losses[:, k].min()
-        low, high = 0.0, 1.0
-        for start, slope in zip(a - policy.abstain_above, b - a, strict=True):
-            if slope > 0.0:
-                low = max(low, -start / slope)
-            elif slope < 0.0:
-                high = min(high, -start / slope)
-            elif start <= 0.0:
-                high = -1.0
-        leaves: list[float] = []
-        for worse, better in zip(a[1:] - a[0], b[0] - b[1:], strict=True):
-            if better > 0.0 and worse > 0.0:
-                leaves.append(worse / (worse + better))
-            elif worse < 0.0 or better > 0.0:
-                leaves.append(0.0)
+        band = _where_positive(a - policy.abstain_above, b - policy.abstain_above)
+        good = _where_positive(a[1:] - a[0], b[1:] - b[0], or_zero=True)
         back = float(policy.shift[self.good] / policy.shift[k])
 
         def unshifted(t: float) -> float:
             return float(t * back / (t * back + 1.0 - t))
 
-        band = (unshifted(low), unshifted(high)) if low < high and math.isfinite(policy.abstain_above) else None
-        return Cut(threshold=unshifted(min(leaves)) if leaves else None, unsure=band)
+        def on_scale(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+            return None if interval is None else (unshifted(interval[0]), unshifted(interval[1]))
+
+        return Cut(good=on_scale(good), unsure=on_scale(band) if math.isfinite(policy.abstain_above) else None)
 
     def threshold(self, variety: str = "", lot: str = "") -> float | None:
         """The smallest of the thresholds: no item below it leaves the good grade."""
@@ -340,6 +337,20 @@ def parse_recipe(data: bytes) -> Recipe:
         ) from error
     recipe.check()
     return recipe
+
+
+def _where_positive(
+    at_0: NDArray[np.float64], at_1: NDArray[np.float64], *, or_zero: bool = False
+) -> tuple[float, float] | None:
+    """Where in 0..1 all of these straight lines are positive (or zero), given their ends; None = nowhere."""
+    low, high = 0.0, 1.0
+    for start, end in zip(at_0.tolist(), at_1.tolist(), strict=True):
+        if start * end < 0.0:
+            zero = start / (start - end)
+            low, high = (max(low, zero), high) if end > 0.0 else (low, min(high, zero))
+        elif min(start, end) < 0.0 or (max(start, end) == 0.0 and not or_zero):
+            return None
+    return (low, high) if low < high else None
 
 
 def _inconsistent(expected: str, got: object) -> BundleError:

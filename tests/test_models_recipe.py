@@ -86,9 +86,9 @@ def test_the_cuts_are_where_decisions_change(found: Terms, k: int) -> None:
     posterior = fused * policy.shift / (fused * policy.shift).sum(axis=1, keepdims=True)
     expected = posterior @ policy.losses.T
     clear = np.abs(expected[:, 0] - expected[:, 1:].min(axis=1)) > 1e-6  # elsewhere both decisions are right
-    threshold = 2.0 if cut.threshold is None else cut.threshold
-    assert (chosen[clear & (grid < threshold)] == 0).all()
-    assert (chosen[clear & (grid > threshold)] != 0).all()
+    low, high = cut.good or (2.0, 2.0)
+    assert ((chosen == 0) == ((grid > low) & (grid < high)))[clear].all()
+    assert (chosen[clear & (grid > (2.0 if cut.threshold is None else cut.threshold))] != 0).all()
     clear = np.abs(regrets - policy.abstain_above) > 1e-6
     low, high = cut.unsure or (2.0, 2.0)
     unsure = regrets > policy.abstain_above
@@ -212,5 +212,6 @@ def test_recipe_round_trip_and_the_format_has_not_moved() -> None:
 def test_wilson_is_honest_about_none_and_all() -> None:
     assert wilson(0.0, 20.0) == pytest.approx((0.0, 0.1611), abs=1e-4)  # 1.96^2 / (20 + 1.96^2)
     assert wilson(0.5, 100.0) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson(1.0, 20.0)[1] == pytest.approx(1.0)
+    assert wilson(1.0, 20.0)[1] == 1.0
+    assert wilson(0.0, 500.0)[0] == 0.0, "not 2e-17: it is compared with budgets of zero"
     assert wilson(0.3, 0.0) == (0.0, 1.0)
