@@ -20,8 +20,11 @@ def register(
     actor: str,
     now: datetime,
     job_id: int | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> ModelVersion:
     """Keeps a bundle and gives it the next number under its name; the same bundle again is the same version.
+
+    `origin` says where it comes from, beyond what the bundle itself knows; it stands in the version's lineage.
 
     Raises:
         BundleError: The bundle is not whole.
@@ -43,7 +46,7 @@ def register(
         bundle=bundle.digest,
         size_bytes=bundle.manifest.size_bytes,
         metrics=metrics,
-        lineage=bundle.lineage,
+        lineage=bundle.lineage | (origin or {}),
         job_id=job_id,
         created_by=actor,
         created_at=now,

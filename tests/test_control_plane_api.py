@@ -147,7 +147,7 @@ def test_probes_and_metrics(client: TestClient, services: Services, tmp_path: Pa
         assert name.startswith("sortline_"), name
 
 
-@pytest.mark.parametrize("path", ["/", "/agents/line-1", "/models", "/rollouts", "/training", "/docs"])
+@pytest.mark.parametrize("path", ["/", "/agents/line-1", "/models", "/models/tiny", "/rollouts", "/training", "/docs"])
 def test_pages_render_under_a_strict_policy_and_load_nothing_from_elsewhere(
     client: TestClient, services: Services, tmp_path: Path, path: str
 ) -> None:

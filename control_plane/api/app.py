@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from control_plane import metrics_export
-from control_plane.api import identities, learning, operating, rollouts
+from control_plane.api import identities, learning, operating, recipes, rollouts
 from control_plane.api.answers import status_of
 from control_plane.api.schemas import ErrorBody
 from control_plane.api.services import Services, services_of
@@ -55,6 +55,7 @@ def create_app(services: Services) -> FastAPI:
     _map_errors(app)
     app.include_router(learning.router)
     app.include_router(operating.router)
+    app.include_router(recipes.router)
     app.include_router(identities.router)
     app.include_router(rollouts.router)
     _add_probes(app)

@@ -163,3 +163,40 @@ class Revoke(Strict):
 
     reason: str = Field(min_length=1, max_length=200)
     actor: str = Actor
+
+
+class NewTerms(Strict):
+    """What grades pay and what mistakes cost, in the plant's currency per item; what is not said stays."""
+
+    prices: dict[str, float] = Field(default_factory=dict, description="Grade -> what an item is paid for in it.")
+    escaped: float | None = Field(default=None, description="A defective item among the good ones.")
+    escaped_by_class: dict[str, float] = Field(default_factory=dict, description="The same for single classes.")
+    wasted: float | None = Field(default=None, description="A good item among the bad, beyond the price lost.")
+    misgraded: float | None = Field(default=None, description="A defective item in another defect's grade.")
+    recirculated: float | None = Field(default=None, description="One more pass or one look of a person.")
+    defect_share: float | None = Field(default=None, description="Expected share of defective items.")
+    abstain_budget: float | None = Field(default=None, description="Share of items that may be unsure.")
+
+
+class RecipeChange(Strict):
+    """What shall be otherwise in a recipe."""
+
+    terms: NewTerms = Field(default_factory=NewTerms)
+    variety: str | None = Field(default=None, description="The terms are those of this variety.")
+    lot: str | None = Field(default=None, description="The terms are those of this lot.")
+    forget: bool = Field(default=False, description="The variety or lot shall have no terms of its own.")
+    grades: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Replace all grades.",
+        examples=[{"first": {"outlet": "pass", "classes": ["sound"]}}],
+    )
+    outlets: dict[str, str] = Field(default_factory=dict, description="Grade -> outlet.")
+    unsure_outlet: str | None = None
+    late_outlet: str | None = None
+
+
+class NewRecipe(RecipeChange):
+    """A recipe change that makes a new version."""
+
+    reason: str = Field(min_length=1, max_length=500)
+    actor: str = Actor

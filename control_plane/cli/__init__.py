@@ -9,6 +9,7 @@ import typer
 from control_plane.cli import identity, learning, operating, serving
 from control_plane.cli.bundles import bundles
 from control_plane.cli.output import err
+from control_plane.cli.recipe import recipes
 from control_plane.cli.rollouts import rollouts
 from models.errors import ConfigError, ConflictError, SortlineError, UnavailableError
 
@@ -28,6 +29,7 @@ app.command("import-onnx")(learning.import_onnx)
 for name, group in (
     ("datasets", operating.datasets),
     ("models", operating.models),
+    ("recipe", recipes),
     ("rollouts", rollouts),
     ("agents", operating.agents),
     ("bundle", bundles),

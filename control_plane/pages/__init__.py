@@ -21,10 +21,13 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from sqlmodel import desc, select
 
+from control_plane.api.recipes import version_of
 from control_plane.api.services import Services, services_of
 from control_plane.database import reading
 from control_plane.monitoring import DRIFT_LIMIT, LATENCY_BUDGET_MS, ORDER, AgentStatus, State
 from control_plane.pages.charts import Mark, lines, meter, mix, shares
+from control_plane.pages.cost_chart import cost_chart
+from control_plane.recipes import changed, described, held_out_in, parse_change
 from control_plane.rollout_records import describe
 from control_plane.tables import EventRow, Job, Model, ModelVersion, Rollout, WindowRow, utc_now
 from models.errors import InputError
@@ -199,6 +202,70 @@ def models(request: Request) -> HTMLResponse:
         names = {model.id: model.name for model in session.exec(select(Model))}
         versions = session.exec(select(ModelVersion).order_by(desc(ModelVersion.id)).limit(200)).all()
     return _page(request, "models.html", "Models", versions=versions, names=names)
+
+
+_FIELDS = (
+    ("escaped", "Escaped defect"),
+    ("wasted", "Wasted good item"),
+    ("recirculated", "Recirculation"),
+    ("defect_share", "Expected share of defects"),
+    ("abstain_budget", "Abstain budget"),
+)
+
+
+@router.get("/models/{reference}", response_class=HTMLResponse)
+def version(reference: str, request: Request, variety: str = "") -> HTMLResponse:
+    """One version: its recipe, what it costs on held-out items, and what other terms would cost."""
+    services = services_of(request)
+    name, found, recipe = version_of(services, reference)
+    held = held_out_in(found.lineage, recipe)
+    shown, refused, asked = described(recipe, held, variety=variety), "", {}
+    try:
+        asked = _asked(request, shown["terms"])
+        if asked:
+            change = parse_change({"terms": asked} | ({"variety": variety} if variety else {}))
+            shown = described(changed(recipe, change, held), held, variety=variety)
+    except InputError as error:
+        refused = str(error)
+    shown |= {"version": name, "bundle": found.bundle}
+    facts = {"version": found, "chart": cost_chart(shown), "fields": _FIELDS, "asked": asked, "refused": refused}
+    return _page(request, "version.html", "Models", shown=shown, command=_command(name, variety, asked), **facts)
+
+
+def _asked(request: Request, terms: dict[str, Any]) -> dict[str, Any]:
+    """The terms of the form that differ from those in force."""
+    asked: dict[str, Any] = {}
+    prices: dict[str, float] = {}
+    for key, text in request.query_params.items():
+        known = terms.get(key) if key in dict(_FIELDS) else terms.get("prices", {}).get(key.removeprefix("price."), 0.0)
+        if (key not in dict(_FIELDS) and not key.startswith("price.")) or not text.strip():
+            continue
+        try:
+            value = float(text.replace(",", "."))
+        except ValueError as error:
+            raise InputError("recipe.bad_change", "Terms are numbers.", expected="a number", got=text[:40]) from error
+        if known is not None and abs(value - known) <= 1e-6 * max(1.0, abs(known)):
+            continue
+        if key.startswith("price."):
+            prices[key.removeprefix("price.")] = value
+        else:
+            asked[key] = value
+    return asked | ({"prices": prices} if prices else {})
+
+
+def _command(name: str, variety: str, asked: dict[str, Any]) -> str:
+    """What makes the terms that were asked for a version."""
+    options = {
+        "escaped": "--escape-cost",
+        "wasted": "--waste-cost",
+        "recirculated": "--recirculation-cost",
+        "defect_share": "--defect-share",
+        "abstain_budget": "--abstain-budget",
+    }
+    words = [f"sortline recipe set {name}", *([f"--variety {variety}"] if variety else [])]
+    words += [f"{options[key]} {value:g}" for key, value in asked.items() if key in options]
+    words += [f"--price {grade}={price:g}" for grade, price in asked.get("prices", {}).items()]
+    return " \\\n  ".join([*words, '--reason "..."'])
 
 
 @router.get("/rollouts", response_class=HTMLResponse)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from control_plane.training.datasets import Dataset, load_dataset
 from control_plane.training.judging import items_of
 from control_plane.training.metrics import measure
-from models.bundle import read_bundle
+from control_plane.training.tuning import HeldOut, hold_out
+from models.bundle import Bundle, read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
 from models.recipe import Recipe
@@ -40,17 +41,7 @@ def evaluate(
         InputError: The folder cannot be used.
         BundleError: The bundle cannot be used on this machine.
     """
-    bundle = read_bundle(bundle_directory)
-    classifier = OnnxClassifier(bundle.model)
-    bundle.golden.check(classifier)
-    dataset = load_dataset(
-        data, bundle.preprocess, good_class=good_class, progress=lambda s: progress(0.4 * s), require_items=0
-    )
-    answers = []
-    for start in range(0, len(dataset.views), 32):
-        answers.append(classifier.classify(dataset.views[start : start + 32]).probabilities)
-        progress(0.4 + 0.6 * start / len(dataset.views))
-    probabilities = np.concatenate(answers).astype(np.float64)
+    bundle, dataset, probabilities = _judged(bundle_directory, data, good_class, progress)
     labels, reduce, classes = _aligned(dataset, bundle.recipe)
     kept = ~dataset.doubt if exclude_doubt else np.ones(len(labels), bool)
     items = [item for item in items_of(dataset, bundle.preprocess.max_views) if kept[item.rows].any()]
@@ -76,6 +67,49 @@ def evaluate(
             ),
         },
     }
+
+
+def judged_items(bundle_directory: Path, data: Path, *, good_class: str = "") -> HeldOut:
+    """The items of a labelled folder, fused: costs can be counted on them when the model never saw them.
+
+    Raises:
+        InputError: `evaluation.wrong_classes`, and as `evaluate`.
+        BundleError: As `evaluate`.
+    """
+    bundle, dataset, probabilities = _judged(bundle_directory, data, good_class, lambda _share: None)
+    recipe = bundle.recipe
+    items = list(items_of(dataset, bundle.preprocess.max_views))
+    names = [dataset.classes[item.truth] if item.truth else recipe.good_class for item in items]
+    if len(recipe.classes) == 2:
+        defect = recipe.classes[1 - recipe.good]
+        names = [recipe.good_class if name == recipe.good_class else defect for name in names]
+    if unknown := sorted(set(names) - set(recipe.classes)):
+        raise InputError(
+            "evaluation.wrong_classes",
+            "The folder has classes the bundle does not know.",
+            expected=list(recipe.classes),
+            got=unknown,
+        )
+    truth = np.array([recipe.classes.index(name) for name in names])
+    fused = np.array([recipe.decide(probabilities[item.chosen]).probabilities for item in items])
+    return hold_out(recipe.classes, truth, fused)
+
+
+def _judged(
+    bundle_directory: Path, data: Path, good_class: str, progress: Callable[[float], None]
+) -> tuple[Bundle, Dataset, NDArray[np.float64]]:
+    """Bundle, folder and the probabilities of every view."""
+    bundle = read_bundle(bundle_directory)
+    classifier = OnnxClassifier(bundle.model)
+    bundle.golden.check(classifier)
+    dataset = load_dataset(
+        data, bundle.preprocess, good_class=good_class, progress=lambda s: progress(0.4 * s), require_items=0
+    )
+    answers = []
+    for start in range(0, len(dataset.views), 32):
+        answers.append(classifier.classify(dataset.views[start : start + 32]).probabilities)
+        progress(0.4 + 0.6 * start / len(dataset.views))
+    return bundle, dataset, np.concatenate(answers).astype(np.float64)
 
 
 def _row_of(truth: int, rows: NDArray[np.intp], dataset: Dataset) -> int:

@@ -5,16 +5,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 import uvicorn
 from playwright.sync_api import Page, sync_playwright
 
 from control_plane.api.app import create_app
 from control_plane.api.services import Services
+from control_plane.database import writing
+from control_plane.registry import register
+from control_plane.tables import utc_now
+from models.bundle import LINEAGE, write_bundle
 from models.messages import Channel, Live, Phase, Presence, agent_topic, encode
 from tests.simulators.plane import make_services
 from tests.simulators.processes import free_port, wait_until
+from tests.simulators.tiny_bundle import tiny_files
 from tests.test_control_plane_fleet import BOOT, batch, reported, window
+from tests.test_control_plane_tuning import held
 
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = [
@@ -95,6 +102,26 @@ def test_a_page_whose_server_is_gone_says_so(site: Site, page: Page) -> None:
     page.wait_for_selector('tr[data-agent="line-1"]')
     site.server.should_exit = True
     page.wait_for_selector("#stale:not([hidden])", timeout=30_000)
+
+
+def test_terms_can_be_tried_on_the_page_of_a_version(site: Site, page: Page, tmp_path: Path) -> None:
+    files = tiny_files()
+    lineage = {"held_out": msgspec.to_builtins(held(60))}
+    write_bundle(tmp_path / "b", "apples", files | {LINEAGE: msgspec.json.encode(lineage)})
+    with writing(site.services.engine) as session:
+        register(session, site.services.store, tmp_path / "b", actor="ida", now=utc_now())
+        session.commit()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.goto(site.url + "/models", wait_until="load")
+    page.get_by_role("link", name="apples 1").click()
+    assert "threshold 50.0%" in (page.locator("svg.costs").text_content() or "")
+    page.fill("input[name=escaped]", "3")
+    page.get_by_role("button", name="Show what it costs").click()
+    page.wait_for_selector("pre")
+    assert "threshold 25.0%" in (page.locator("svg.costs").text_content() or "")
+    assert "--escape-cost 3" in page.locator("pre").inner_text()
+    assert problems == []
 
 
 @pytest.mark.parametrize("path", ["/agents/line-1", "/models", "/rollouts", "/training", "/docs"])

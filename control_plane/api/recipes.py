@@ -1,0 +1,71 @@
+"""Routes of recipes: look at one, see what a change would cost, make the change a version."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends
+
+from control_plane.api.schemas import NewRecipe, RecipeChange
+from control_plane.api.services import Services, services_of
+from control_plane.database import audit, reading, writing
+from control_plane.recipes import Change, changed, described, held_out_in, parse_change, with_recipe
+from control_plane.registry import find_version, register
+from control_plane.tables import ModelVersion, utc_now
+from models.bundle import RECIPE
+from models.recipe import Recipe, parse_recipe
+
+router = APIRouter(prefix="/api/v1/versions/{reference}/recipe", tags=["recipes"])
+Given = Annotated[Services, Depends(services_of)]
+
+
+def version_of(services: Services, reference: str) -> tuple[str, ModelVersion, Recipe]:
+    """Name, version and recipe of what is registered under this reference."""
+    with reading(services.engine) as session:
+        model, version = find_version(session, reference)
+    return f"{model.name}:{version.number}", version, parse_recipe(services.store.part(version.bundle, RECIPE))
+
+
+@router.get("")
+def show_recipe(reference: str, services: Given, variety: str = "", lot: str = "") -> dict[str, Any]:
+    """Grades, terms in force for a variety and lot, thresholds that follow, and their cost on held-out items."""
+    name, version, recipe = version_of(services, reference)
+    found = described(recipe, held_out_in(version.lineage, recipe), variety=variety, lot=lot)
+    return {"version": name, "bundle": version.bundle} | found
+
+
+def _change(body: RecipeChange) -> Change:
+    values = body.model_dump(exclude_unset=True, exclude={"reason", "actor"})
+    return parse_change(values)
+
+
+@router.post("/preview")
+def preview_recipe(reference: str, body: RecipeChange, services: Given) -> dict[str, Any]:
+    """What a change would do, without making it: the same answer as for the recipe itself."""
+    name, version, recipe = version_of(services, reference)
+    held, change = held_out_in(version.lineage, recipe), _change(body)
+    found = described(changed(recipe, change, held), held, variety=change.variety or "", lot=change.lot or "")
+    return {"version": name, "bundle": version.bundle} | found
+
+
+@router.post("", status_code=201)
+def change_recipe(reference: str, body: NewRecipe, services: Given) -> dict[str, Any]:
+    """Makes a new version: the same bundle with another recipe, to be rolled out like any model."""
+    name, version, recipe = version_of(services, reference)
+    held, change = held_out_in(version.lineage, recipe), _change(body)
+    wanted, now = changed(recipe, change, held), utc_now()
+    with tempfile.TemporaryDirectory(dir=services.config.root) as scratch:
+        before = services.store.write_directory(version.bundle, Path(scratch) / "before")
+        with_recipe(before, Path(scratch) / "after", wanted, reason=body.reason)
+        costs = described(wanted, held)["costs"]
+        origin = {"recipe_of": name, "recipe_reason": body.reason}
+        with writing(services.engine) as session:
+            made = register(session, services.store, Path(scratch) / "after", actor=body.actor, now=now, origin=origin)
+            if costs is not None:
+                made.metrics = made.metrics | {"costs": costs["recipe"]}
+                session.add(made)
+            details = {"from": name, "reason": body.reason, "change": msgspec.to_builtins(change)}
+            audit(session, body.actor, "recipe.change", f"{name.rpartition(':')[0]}:{made.number}", details, now)
+            session.commit()
+            return made.model_dump(mode="json", exclude={"lineage"})
