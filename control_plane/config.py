@@ -42,6 +42,11 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     certificates: str = ""
     """Folder with ca.pem, control.pem and bulk.pem (key and chain each); empty = those of the site's authority."""
     enabled: bool = True
+    retained_max_bytes: Annotated[int, msgspec.Meta(ge=0)] = 2 * 1024**3
+    """Most bytes of blobs the broker shall hold; 0 for a broker that keeps no large messages: every agent then asks for
+    each blob and gets it alone."""
+    bundle_bytes_per_s: Annotated[float, msgspec.Meta(ge=65_536.0)] = 32 * 1024 * 1024
+    """Most bytes of blobs published per second: telemetry and control shall find room."""
 
 
 class IdentityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,8 +1,8 @@
 """The control plane's MQTT side: takes in what agents say, publishes what they shall run.
 
-Two connections, so that telemetry never delays control: *bulk* carries batches and live figures, *control* carries
-presence, reports, desired states and chunks. Callbacks only enqueue into bounded queues; one thread writes to the
-database and acknowledges a batch after its commit, never before.
+Two connections, so that telemetry never delays control: *bulk* carries batches, live figures and blobs
+(`publishing`), *control* carries presence, reports and desired states. Callbacks only enqueue into bounded queues;
+one thread writes to the database and acknowledges a batch after its commit, never before.
 """
 
 import logging
@@ -25,9 +25,9 @@ from sqlmodel import Session, col, select
 
 from control_plane.config import BrokerConfig
 from control_plane.database import reading, writing
+from control_plane.publishing import Publisher
 from control_plane.store import Store
 from control_plane.tables import Agent, EventRow, WindowRow, utc_now
-from models.bundle import chunks_of
 from models.errors import ConfigError, MessageError, SortlineError
 from models.messages import (
     KEEP_ALIVE_S,
@@ -46,9 +46,9 @@ from models.messages import (
     Record,
     RecordKind,
     Reported,
+    Request,
     Swap,
     agent_topic,
-    blob_topic,
     decode,
     decode_batch,
     decode_packed,
@@ -73,17 +73,16 @@ class FleetLink:
     """
 
     def __init__(self, config: BrokerConfig, engine: Engine, store: Store, *, client_id: str = "control-plane") -> None:
-        self._config, self._engine, self._store = config, engine, store
+        self._config, self._engine = config, engine
         self.counters: Counter[str] = Counter()
         self.live: dict[str, tuple[float, Live]] = {}
         """Last live figures per agent with their monotonic time: lossy by contract, so they may stay in memory."""
         self._incoming: queue.Queue[tuple[str, bytes]] = queue.Queue(_MAX_WAITING)
         self._stopping = threading.Event()
-        self._published: set[str] = set()
         self._sentinel_seen = threading.Event()
-        self._lock = threading.Lock()
         self._control = self._client(f"{client_id}-control", ("presence", "reported"), sentinel=True)
-        self._bulk = self._client(f"{client_id}-bulk", ("batch", "live"), sentinel=False)
+        self._bulk = self._client(f"{client_id}-bulk", ("batch", "live", "request"), sentinel=False)
+        self.publisher = Publisher(config, engine, store, self._bulk, self.counters)
         self._threads: list[threading.Thread] = []
         self._republish_due = threading.Event()
 
@@ -94,7 +93,7 @@ class FleetLink:
             CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True, protocol=mqtt.MQTTv311
         )
         client.username_pw_set(self._config.username, _password(self._config))
-        client.max_queued_messages_set(0)  # chunks of a large bundle are queued here; their number is bounded by it
+        client.max_queued_messages_set(0)  # bounded by the number of agents: blobs are sent a few at a time
         client.max_inflight_messages_set(64)
         client.reconnect_delay_set(1, 15)
         topics = [(f"{ROOT}/agents/+/{channel}", 1) for channel in channels]
@@ -136,10 +135,12 @@ class FleetLink:
             thread = threading.Thread(target=body, name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
+        self.publisher.start()
 
     def stop(self) -> None:
         """Disconnects and ends the threads within a few seconds."""
         self._stopping.set()
+        self.publisher.stop()
         for client in (self._bulk, self._control):
             client.disconnect()
             client.loop_stop()
@@ -199,6 +200,8 @@ class FleetLink:
                     self._take_report(agent_id, decode(payload, Reported, limit=MAX_REPORTED_BYTES))
             case Channel.BATCH:
                 self._take_batch(agent_id, decode_batch(payload))
+            case Channel.REQUEST:
+                self.publisher.requested(agent_id, decode(payload, Request))
             case _:
                 raise MessageError("topic.unknown", "Agents do not speak here.", expected="batch, ...", got=topic)
 
@@ -296,48 +299,40 @@ class FleetLink:
             if not self._republish_due.wait(0.5):
                 continue
             self._republish_due.clear()
-            if self._sentinel_seen.wait(_SENTINEL_WAIT_S):
-                continue
             try:
-                self.republish()
+                if not self._sentinel_seen.wait(_SENTINEL_WAIT_S):
+                    self.republish()
+                self._want_all()
             except SortlineError:
                 log.exception("republishing failed; it is tried again")
                 self._republish_due.set()
                 self._stopping.wait(2.0)
 
     def republish(self) -> None:
-        """Publishes every bundle some agent shall run, every desired state, and then the sentinel."""
-        with self._lock:
-            self._published.clear()
+        """After the broker lost its store: the sentinel, every bundle some agent shall run and every desired state."""
+        self.publisher.store_lost()
+        self._control.publish(SENTINEL_TOPIC, b"1", qos=1, retain=True)
         with reading(self._engine) as session:
             agents = session.exec(select(Agent).where(col(Agent.desired_bundle) != "")).all()
-        for digest in sorted({agent.desired_bundle for agent in agents}):
-            self.publish_bundle(digest)
         for agent in agents:
             self.publish_desired(agent)
-        self._control.publish(SENTINEL_TOPIC, b"1", qos=1, retain=True)
         self.counters["republished"] += 1
         log.info("published %s desired states to a broker without store", len(agents))
 
-    def publish_bundle(self, digest: str) -> int:
-        """Publishes the chunks of a bundle, once per life of the broker's store; returns the bytes sent."""
-        with self._lock:
-            if digest in self._published:
-                return 0
-            manifest = self._store.manifest(digest)
-            data = manifest.encoded()
-            self._control.publish(blob_topic(digest, 0), data, qos=1, retain=True)
-            sent = len(data)
-            for entry in manifest.files:
-                if entry.sha256 in self._published:
-                    continue
-                for number, chunk in enumerate(chunks_of(self._store.get(entry.sha256))):
-                    self._control.publish(blob_topic(entry.sha256, number), chunk, qos=1, retain=True)
-                    sent += len(chunk)
-                self._published.add(entry.sha256)
-            self._published.add(digest)
-            self.counters["bundle_bytes_published"] += sent
-            return sent
+    def _want_all(self) -> None:
+        """Whatever an interrupted publication left out is made good."""
+        with reading(self._engine) as session:
+            desired = session.exec(select(Agent.desired_bundle).where(col(Agent.desired_bundle) != "").distinct()).all()
+        for digest in sorted(desired):
+            self.publish_bundle(digest)
+
+    def publish_bundle(self, digest: str) -> None:
+        """Has the blobs of a bundle published in the background, as far as the broker does not hold them.
+
+        Raises:
+            CapacityError: `delivery.retained_full`: nothing was sent.
+        """
+        self.publisher.want(digest)
 
     def publish_desired(self, agent: Agent) -> None:
         """Publishes what an agent shall run (retained); where nothing is desired any more, clears it."""

@@ -45,8 +45,8 @@ _LEASE: Final = "rollouts"
 class Publisher(Protocol):
     """The part of the fleet link that is needed."""
 
-    def publish_bundle(self, digest: str) -> int:
-        """Publishes the chunks of a bundle once."""
+    def publish_bundle(self, digest: str) -> None:
+        """Has the blobs of a bundle published, as far as the broker does not hold them."""
 
     def publish_desired(self, agent: Agent) -> None:
         """Publishes what an agent shall run."""

@@ -385,3 +385,12 @@ class Certificate(SQLModel, table=True):
     revoked_because: str = ""
     pem: str = Field(sa_type=Text)
     """The whole answer's chain, to be given again."""
+
+
+class RetainedBlob(SQLModel, table=True):
+    """A manifest or chunk the broker holds: written before it is sent, confirmed when the broker has it."""
+
+    __tablename__ = "retained_blob"
+    digest: str = Field(primary_key=True, max_length=64)
+    size_bytes: int
+    confirmed: bool = False

@@ -54,10 +54,15 @@ class DeliveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Chunks asked for at a time."""
     reserve_bytes: Annotated[int, msgspec.Meta(ge=0)] = 64 * 1024 * 1024
     """Disk space that stays free."""
+    bytes_per_s: Annotated[float, msgspec.Meta(ge=65_536.0)] = 8 * 1024 * 1024
+    """Most bytes of chunks asked for per second: a bundle must leave the line's network to telemetry. Lines that share
+    a connection share its capacity: set it accordingly."""
     stall_s: Seconds = 15.0
-    """Without a chunk for so long, everything is asked for again."""
+    """Without a chunk for so long, everything is asked for again, also of the control plane itself."""
     selftest_budget_ms: Annotated[float, msgspec.Meta(gt=0.0)] = 50.0
     """p99 of one run of a candidate model."""
+    selftest_memory_mb: Annotated[int, msgspec.Meta(ge=256)] = 2048
+    """Address space of the self-test's process: a model that needs more is refused."""
     selftest_timeout_s: Seconds = 60.0
     max_tries: Annotated[int, msgspec.Meta(ge=1, le=10)] = 2
     """Starts of a bundle on trial before it is rolled back."""

@@ -19,7 +19,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edge_agent.config import BrokerConfig
-from models.bundle import CHUNK_BYTES
+from models.chunking import CHUNK_BYTES
 from models.errors import ConfigError
 from models.messages import KEEP_ALIVE_S
 

@@ -43,6 +43,7 @@ from edge_agent.updating import Updater
 from edge_agent.uplink import Uplink
 from models.errors import CapacityError, ConflictError, MessageError, SortlineError
 from models.messages import (
+    BLOBS,
     SENTINEL_TOPIC,
     Ack,
     Channel,
@@ -120,7 +121,7 @@ class Supervisor:
             self._root,
             config.delivery,
             StateFile(self._root, lambda path: self.event("state.quarantined", str(path))),
-            Transfer(self._root, config.delivery, self._link, self.counters),
+            Transfer(self._root, config.id, config.delivery, self._link, self.counters),
             self,
         )
         self._challenger = Challenger(self._root, config.delivery, self._updater.transfer, self)
@@ -209,7 +210,9 @@ class Supervisor:
         self._uplink.reset()
         log.info("broker %s %s", "connected" if change.connected else "lost", change.reason)
         if change.connected:
-            self._link.subscribe([self._topic(c) for c in (Channel.DESIRED, Channel.ACK)] + [SENTINEL_TOPIC])
+            self._link.subscribe(
+                [self._topic(c) for c in (Channel.DESIRED, Channel.ACK, Channel.BLOB)] + [SENTINEL_TOPIC]
+            )
             birth = Presence(online=True, boot_id=self.boot_id, at_ms=wall_ms())
             self._link.publish(self._topic(Channel.PRESENCE), encode(birth), retain=True)
             self.report()
@@ -221,7 +224,7 @@ class Supervisor:
                     self._desire(decode(message.payload, Desired))
             elif message.topic == self._topic(Channel.ACK):
                 self._uplink.acknowledged(decode(message.payload, Ack))
-            elif message.topic.startswith("sortline/v1/blobs/"):
+            elif message.topic.startswith(BLOBS) or message.topic == self._topic(Channel.BLOB):
                 owner = self._challenger if self._challenger.fetching and self._settled else self._updater
                 owner.chunk(message.topic, message.payload)
             elif message.topic != SENTINEL_TOPIC:

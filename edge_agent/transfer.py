@@ -1,8 +1,9 @@
-"""Moves the chunks a `Fetch` wants over the agent's connection: subscriptions, stalls, pauses after a full disk.
+"""Moves the blobs a `Fetch` wants over the agent's connection: subscriptions, pace, stalls, requests.
 
-It knows topics and time, not what is in a chunk (`delivery`) nor what happens with the bundle (`updating`). Rules: at
-most one window of exact subscriptions stands at a time; each is ended as soon as its chunk came; without progress
-everything is asked for again; a disk that is full is asked again after a pause and loses nothing.
+It knows topics and time, not what is in a blob (`delivery`) nor what happens with the bundle (`updating`). Rules: at
+most one window of exact subscriptions stands at a time and each ends as soon as its blob came; a rate is kept, so that
+telemetry finds room; what the broker does not give, or gives wrongly, is asked of the control plane, which republishes
+it or answers directly; a disk that is full is asked again after a pause and loses nothing.
 """
 
 import time
@@ -13,17 +14,23 @@ from typing import Final, Protocol
 
 from edge_agent.config import DeliveryConfig
 from edge_agent.delivery import Fetch, discard_parts
+from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, SortlineError
+from models.messages import BLOBS, Channel, Request, agent_topic, blob_topic, encode
+from models.pacing import Bucket
 
-_FULL_PAUSE_S: Final = 10.0
+_FULL_PAUSE_S: Final = 5.0
 
 
-class Subscriber(Protocol):
+class Connection(Protocol):
     """The part of the link that is needed."""
 
     @property
     def connected(self) -> bool:
         """Whether there is a connection."""
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
+        """Sends; False when it could not."""
 
     def subscribe(self, topics: list[str]) -> None:
         """Subscribes to exact topics."""
@@ -37,7 +44,8 @@ class Transfer:
 
     Args:
         root: The agent's state directory.
-        config: Window, reserve, stall.
+        agent_id: Who asks.
+        config: Window, pace, reserve, stall.
         link: The connection.
         counters: Where stalls and unwanted chunks are counted.
         clock: Monotonic seconds.
@@ -46,16 +54,25 @@ class Transfer:
     def __init__(
         self,
         root: Path,
+        agent_id: str,
         config: DeliveryConfig,
-        link: Subscriber,
+        link: Connection,
         counters: Counter[str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._root, self._config, self._link, self._clock = root, config, link, clock
+        self._asking_topic = agent_topic(agent_id, Channel.REQUEST)
         self._counters = counters
         self._fetch: Fetch | None = None
         self._subscribed: set[str] = set()
+        """Digests; those of `_refused` are among them."""
+        self._refused: set[str] = set()
+        """Digests whose bytes were wrong: we keep listening, so that a repair arrives at once."""
+        self._direct = False
+        """Whether the control plane's answers are what brings us on: then it is asked without waiting for a stall."""
+        self._asked: set[str] = set()
         self._retry_s = 0.0
+        self._bucket = Bucket(config.bytes_per_s, max(config.window * CHUNK_BYTES, config.bytes_per_s / 2.0), clock)
 
     @property
     def progress(self) -> float:
@@ -64,33 +81,55 @@ class Transfer:
 
     def disconnected(self) -> None:
         """The broker forgot our subscriptions."""
-        self._subscribed.clear()
+        self._forget()
 
     def drop(self) -> None:
         """Gives up what is being fetched; its parts are removed."""
-        self._unsubscribe_all()
+        self._unsubscribe(self._subscribed)
         if self._fetch is not None and not self._fetch.done:
             discard_parts(self._root)
         self._fetch = None
+        self._forget()
         self._retry_s = 0.0
 
     def take(self, topic: str, payload: bytes) -> SortlineError | None:
-        """Takes a chunk that came; returns what is to be reported about it.
+        """Takes a blob that came; returns what is to be reported about it.
 
         Raises:
             BundleError: The bundle can never be used: block it.
         """
-        self._link.unsubscribe([topic])
-        self._subscribed.discard(topic)
         fetch = self._fetch
+        claimed = topic.removeprefix(BLOBS) if topic.startswith(BLOBS) else None
         if fetch is None:
+            if claimed is not None:
+                self._unsubscribe({claimed})
             self._counters["unwanted_chunks"] += 1
             return None
         try:
-            return None if fetch.receive(topic, payload) else fetch.fault
+            taken = fetch.receive(payload, claimed)
         except CapacityError as error:
-            self._fetch, self._retry_s = None, self._clock() + _FULL_PAUSE_S
+            self._pause()
             return error
+        if claimed is None:
+            self._direct = self._direct or taken
+            self._unsubscribe({digest for digest in self._subscribed if not fetch.awaits(digest)})
+            return None
+        if taken:
+            self._direct = False
+        elif claimed in self._subscribed and claimed not in self._refused and fetch.awaits(claimed):
+            return self._listen_on(fetch, claimed)
+        self._unsubscribe({claimed})
+        return None
+
+    def _listen_on(self, fetch: Fetch, digest: str) -> SortlineError | None:
+        """Wrong bytes: asks the control plane, and keeps listening as long as half of the window stays free."""
+        self._counters["poisoned_chunks"] += 1
+        self._ask([digest])
+        if 2 * (len(self._refused) + 1) > self._config.window:
+            self._unsubscribe({digest})
+        else:
+            self._refused.add(digest)
+        return fetch.fault
 
     def tick(self, digest: str) -> bool:
         """Asks for what is missing of this bundle; returns whether it is whole.
@@ -99,26 +138,30 @@ class Transfer:
             CapacityError: `delivery.disk_full`; it is tried again after a pause.
         """
         now = self._clock()
+        if self._fetch is not None and self._fetch.digest != digest:
+            self.drop()
         fetch = self._fetch
         if fetch is None:
             if now < self._retry_s:
                 return False
-            fetch = self._begin(digest, now)
+            fetch = self._begin(digest)
         if fetch.done:
-            self._unsubscribe_all()
+            self._unsubscribe(self._subscribed)
             self._fetch = None
+            self._forget()
             return True
-        if now - fetch.last_progress_s > self._config.stall_s and self._subscribed:
+        wanted = fetch.wanted()
+        if now - fetch.last_progress_s > self._config.stall_s and (self._subscribed or self._asked):
             self._counters["fetch_stalled"] += 1
-            self._unsubscribe_all()
+            self._unsubscribe(self._subscribed - self._refused)
+            self._asked.clear()
+            self._ask([*wanted, *sorted(self._refused - set(wanted))])
             fetch.last_progress_s = now
-        new = sorted(set(fetch.wanted()) - self._subscribed)
-        if new and self._link.connected:
-            self._link.subscribe(new)
-            self._subscribed |= set(new)
+        if self._link.connected:
+            self._want(fetch, wanted)
         return False
 
-    def _begin(self, digest: str, now: float) -> Fetch:
+    def _begin(self, digest: str) -> Fetch:
         try:
             self._fetch = Fetch(
                 self._root,
@@ -128,10 +171,49 @@ class Transfer:
                 clock=self._clock,
             )
         except CapacityError:
-            self._retry_s = now + _FULL_PAUSE_S
+            self._pause()
             raise
         return self._fetch
 
-    def _unsubscribe_all(self) -> None:
-        self._link.unsubscribe(sorted(self._subscribed))
+    def _want(self, fetch: Fetch, wanted: list[str]) -> None:
+        """Subscribes to more, as far as window and pace allow; what was refused long enough ago once more."""
+        again = self._refused & set(wanted)
+        self._unsubscribe(again)
+        room = self._config.window - len(self._subscribed)
+        new: list[str] = []
+        for digest in wanted:
+            if len(new) >= room:
+                break
+            if digest not in self._subscribed:
+                if not self._bucket.take(fetch.size_of(digest)):
+                    break
+                new.append(digest)
+        if new:
+            self._link.subscribe([blob_topic(digest) for digest in new])
+            self._subscribed |= set(new)
+        if self._direct:
+            self._ask([digest for digest in wanted if digest in self._subscribed and digest not in self._asked])
+
+    def _ask(self, digests: list[str]) -> None:
+        if digests and self._link.publish(self._asking_topic, encode(Request(digests=tuple(digests[:8])))):
+            self._asked |= set(digests[:8])
+            self._counters["blobs_asked_for"] += len(digests[:8])
+
+    def _pause(self) -> None:
+        """The disk is full: everything is looked at again later."""
+        self._unsubscribe(self._subscribed)
+        self._fetch = None
+        self._forget()
+        self._retry_s = self._clock() + _FULL_PAUSE_S
+
+    def _unsubscribe(self, digests: set[str]) -> None:
+        self._link.unsubscribe([blob_topic(digest) for digest in sorted(digests)])
+        gone = set(digests)
+        self._subscribed -= gone
+        self._refused -= gone
+        self._asked -= gone
+
+    def _forget(self) -> None:
         self._subscribed.clear()
+        self._refused.clear()
+        self._asked.clear()

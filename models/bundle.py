@@ -1,7 +1,8 @@
 """The bundle: one atomic, content-addressed deployable. `BUNDLE.md` beside this file is its document.
 
 A directory whose `manifest.json` lists every file with size, sha256 and the sha256 of its chunks; the digest of a
-bundle is the sha256 of its manifest. Rules a reader keeps, in this order:
+bundle is the sha256 of its manifest. Chunks are cut where the content chooses (`chunking`), so that two versions of a
+file share what did not change. Rules a reader keeps, in this order:
 
 1. The manifest is parsed under a size limit; unknown versions, unknown fields, absolute or `..` paths, unsorted or
    duplicate entries, sizes over the limits are refused before any other file is opened.
@@ -17,7 +18,7 @@ import io
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
@@ -26,6 +27,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from models.chunking import CHUNK_BYTES, cut
 from models.errors import BundleError
 from models.files import write_atomically
 from models.recipe import Name, Recipe, parse_recipe
@@ -35,8 +37,6 @@ from models.windows import Profile, feature_names, parse_profile
 if TYPE_CHECKING:  # the supervisor moves bundles without loading ONNX Runtime
     from models.classifier import OnnxClassifier
 
-CHUNK_BYTES: Final = 120 * 1024
-"""Fits the payload limit of every broker we know of (the smallest is 128 KiB)."""
 MAX_MANIFEST_BYTES: Final = CHUNK_BYTES
 """The manifest itself travels as one chunk."""
 MAX_FILE_BYTES: Final = 256 * 1024 * 1024
@@ -57,23 +57,29 @@ T = TypeVar("T")
 _Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
+class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A piece of a file: `[sha256, size]`."""
+
+    sha256: _Sha256
+    size_bytes: Annotated[int, msgspec.Meta(ge=1, le=CHUNK_BYTES)]
+
+
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One file of a bundle."""
 
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
     size_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_FILE_BYTES)]
     sha256: _Sha256
-    chunks: tuple[_Sha256, ...]
-    """sha256 of each chunk of `CHUNK_BYTES`; the last may be shorter."""
+    chunks: tuple[Chunk, ...]
+    """What the file consists of, in order; their sizes sum to the file's."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Table of contents of a bundle (`manifest.json`, canonical JSON)."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     kind: Literal["sortline-bundle"] = "sortline-bundle"
     name: Name
-    chunk_bytes: Literal[122880] = CHUNK_BYTES
     files: tuple[FileEntry, ...]
 
     def encoded(self) -> bytes:
@@ -164,10 +170,23 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def chunks_of(data: bytes) -> Iterator[bytes]:
-    """The chunks of a file; an empty file has none."""
-    for start in range(0, len(data), CHUNK_BYTES):
-        yield data[start : start + CHUNK_BYTES]
+def blobs_of(manifest: Manifest, read: Callable[[FileEntry], bytes]) -> Iterator[tuple[str, bytes]]:
+    """What travels of a bundle, each digest once: the manifest, then the chunks of every file.
+
+    Args:
+        manifest: Of the bundle.
+        read: Gives the bytes of a file.
+    """
+    data = manifest.encoded()
+    yield sha256(data), data
+    seen: set[str] = set()
+    for entry in manifest.files:
+        content, at = memoryview(read(entry)), 0
+        for chunk in entry.chunks:
+            if chunk.sha256 not in seen:
+                seen.add(chunk.sha256)
+                yield chunk.sha256, bytes(content[at : at + chunk.size_bytes])
+            at += chunk.size_bytes
 
 
 def describe(name: str, files: Mapping[str, bytes]) -> Manifest:
@@ -177,7 +196,7 @@ def describe(name: str, files: Mapping[str, bytes]) -> Manifest:
             path=path,
             size_bytes=len(data),
             sha256=sha256(data),
-            chunks=tuple(sha256(part) for part in chunks_of(data)),
+            chunks=tuple(Chunk(sha256(part), len(part)) for part in cut(data)),
         )
         for path, data in sorted(files.items())
     )
@@ -265,11 +284,11 @@ class _Versioned(msgspec.Struct):
 def _decode_manifest(data: bytes) -> Manifest:
     try:
         version = msgspec.json.decode(data, type=_Versioned).schema_version
-        if version != 1:
+        if version != 2:
             raise BundleError(
                 "bundle.wrong_version",
                 "The bundle has a version this program does not know.",
-                expected=1,
+                expected=2,
                 got=version,
             )
         return msgspec.json.decode(data, type=Manifest)
@@ -291,13 +310,13 @@ def _check_entry(entry: FileEntry) -> None:
             expected="a relative path without ..",
             got=entry.path,
         )
-    expected = -(-entry.size_bytes // CHUNK_BYTES)
-    if len(entry.chunks) != expected:
+    found = sum(chunk.size_bytes for chunk in entry.chunks)
+    if found != entry.size_bytes:
         raise BundleError(
             "bundle.malformed_manifest",
-            f"{entry.path} has the wrong number of chunks.",
-            expected=expected,
-            got=len(entry.chunks),
+            f"The chunks of {entry.path} do not make up the file.",
+            expected=f"{entry.size_bytes} bytes",
+            got=f"{found} bytes in {len(entry.chunks)} chunks",
         )
 
 

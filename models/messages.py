@@ -16,6 +16,8 @@ from models.errors import InputError, MessageError
 ROOT: Final = "sortline/v1"
 SENTINEL_TOPIC: Final = f"{ROOT}/sentinel"
 TRUST_TOPIC: Final = f"{ROOT}/tuf"
+BLOBS: Final = f"{ROOT}/blobs/"
+"""Prefix of the topics of blobs."""
 MAX_CONTROL_BYTES: Final = 8 * 1024
 MAX_REPORTED_BYTES: Final = 16 * 1024
 MAX_LIVE_BYTES: Final = 64 * 1024
@@ -47,6 +49,8 @@ class Channel(StrEnum):
     REPORTED = "reported"
     BATCH = "batch"
     LIVE = "live"
+    REQUEST = "request"
+    BLOB = "blob"
 
 
 class Phase(StrEnum):
@@ -119,9 +123,9 @@ def agent_topic(agent_id: str, channel: Channel) -> str:
     return f"{ROOT}/agents/{agent_id}/{channel}"
 
 
-def blob_topic(digest: str, number: int) -> str:
-    """`sortline/v1/blobs/{sha256}/{n}`: chunk n of the file with this digest."""
-    return f"{ROOT}/blobs/{digest}/{number}"
+def blob_topic(digest: str) -> str:
+    """`sortline/v1/blobs/{sha256}`: the manifest or chunk with this digest."""
+    return f"{BLOBS}{digest}"
 
 
 def parse_agent_topic(topic: str) -> tuple[str, Channel]:
@@ -215,6 +219,13 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     """site, line, ...: selectors of rollouts."""
     rss_mb: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
     """Resident memory of supervisor and line together."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """An agent asks for blobs the broker does not give it, or of which it holds wrong bytes."""
+
+    schema_version: Literal[1] = 1
+    digests: Annotated[tuple[Digest, ...], msgspec.Meta(min_length=1, max_length=8)]
 
 
 class Ack(msgspec.Struct, frozen=True, kw_only=True):

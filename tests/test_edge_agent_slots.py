@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.slots import TRANSITIONS, SlotState, StateFile, Trigger, advance, already_running
@@ -75,6 +75,7 @@ def test_what_the_table_does_not_list_is_refused() -> None:
                 assert caught.value.code == "slots.not_allowed"
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(list(Trigger)), st.sampled_from([A, B, C]), st.booleans()), max_size=40))
 def test_random_lives_keep_the_laws(tmp_path_factory: pytest.TempPathFactory, events) -> None:
     """Any sequence of events and crashes: active passed its test, blocked is not tried, generations never fall."""

@@ -20,8 +20,8 @@ from models.errors import ConfigError
 from models.files import write_atomically
 
 _ROOT = "sortline/v1"
-AGENT_PUBLISHES = frozenset({"presence", "reported", "batch", "live", "response"})
-AGENT_RECEIVES = frozenset({"desired", "ack", "command"})
+AGENT_PUBLISHES = frozenset({"presence", "reported", "batch", "live", "request", "response"})
+AGENT_RECEIVES = frozenset({"desired", "ack", "blob", "command"})
 # 16 MiB and about 40 ms: enough for random 192-bit passwords, cheap enough for 200 agents that come back at once.
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**14, 8, 1
 
@@ -79,7 +79,7 @@ def authorize(identity: Identity, action: Action, topic: str) -> bool:
     if mine:
         return channel in AGENT_RECEIVES
     return topic in {f"{_ROOT}/tuf", f"{_ROOT}/sentinel"} or (
-        topic.startswith(f"{_ROOT}/blobs/") and topic.count("/") == 4
+        topic.startswith(f"{_ROOT}/blobs/") and topic.count("/") == 3
     )
 
 

@@ -65,7 +65,7 @@ def access_list(agents: Iterable[str]) -> str:
     """The text of `acl`: the control plane's connections, then a block for each agent."""
     blocks = ["# Follows every enrolment and revocation; do not edit."]
     blocks += [f"user {name}\ntopic readwrite sortline/#\ntopic read $SYS/#" for name in CLIENTS.values()]
-    shared = (f"{ROOT}/tuf", f"{ROOT}/sentinel", f"{ROOT}/blobs/+/+")
+    shared = (f"{ROOT}/tuf", f"{ROOT}/sentinel", f"{ROOT}/blobs/+")
     for agent in agents:
         own = f"{ROOT}/agents/{agent}"
         lines = [f"user {agent}"]

@@ -92,7 +92,7 @@ def test_an_agent_cannot_subscribe_to_what_is_not_its_own(place, wanted: str) ->
 
 
 def test_an_agent_may_read_chunks_and_its_own_topics(place) -> None:
-    blob = f"sortline/v1/blobs/{'ab' * 32}/0"
+    blob = f"sortline/v1/blobs/{'ab' * 32}"
     wanted = [blob, f"{AGENT}/rogue/desired", f"{AGENT}/rogue/ack", "sortline/v1/sentinel"]
     assert login(place, "rogue").subscribe(*((name, 1) for name in wanted)) == [1, 1, 1, 1]
 

@@ -15,7 +15,7 @@ import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from models.bundle import chunks_of, read_bundle
+from models.bundle import MODEL, blobs_of, read_bundle
 from models.messages import (
     MAX_REPORTED_BYTES,
     SENTINEL_TOPIC,
@@ -88,11 +88,9 @@ class Plane:
 
     def offer(self, directory: Path, *, poison: bool = False) -> str:
         bundle = read_bundle(directory)
-        self.client.publish(blob_topic(bundle.digest, 0), bundle.manifest.encoded(), 1, True)
-        for entry in bundle.manifest.files:
-            for number, chunk in enumerate(chunks_of((directory / entry.path).read_bytes())):
-                data = b"poison" if poison and entry.path == "model.onnx" else chunk
-                self.client.publish(blob_topic(entry.sha256, number), data, 1, True)
+        model = {chunk.sha256 for entry in bundle.manifest.files if entry.path == MODEL for chunk in entry.chunks}
+        for digest, data in blobs_of(bundle.manifest, lambda entry: (directory / entry.path).read_bytes()):
+            self.client.publish(blob_topic(digest), b"poison" if poison and digest in model else data, 1, True)
         return bundle.digest
 
     def wish(self, digest: str, generation: int, **options: object) -> None:

@@ -75,7 +75,7 @@ class Held:
     trial_items: int = 0
     trial_s: float = 60.0
     blocked: tuple[str, ...] = ()
-    files: set[str] = field(default_factory=set)
+    chunks: set[str] = field(default_factory=set)
     records: deque[Record] = field(default_factory=deque)
     next_seq: int = 0
 
@@ -126,7 +126,7 @@ class SimulatedAgent:
         self.boot_id = f"{self._rng.getrandbits(64):016x}"
         self._fault: Fault | None = None
         self._manifest: Manifest | None = None
-        self._missing: list[tuple[str, int, str]] = []
+        self._missing: list[str] = []
         self._subscribed: set[str] = set()
         self._sent: tuple[Record, ...] = ()
         self._send_due_s = 0.0
@@ -260,9 +260,9 @@ class SimulatedAgent:
     def _want(self) -> None:
         """Subscribes to the next chunks, at most a window of them."""
         if self._manifest is None:
-            wanted = [blob_topic(self.held.target, 0)]
+            wanted = [blob_topic(self.held.target)]
         else:
-            wanted = [blob_topic(digest, number) for digest, number, _ in self._missing[:WINDOW_OF_CHUNKS]]
+            wanted = [blob_topic(digest) for digest in self._missing[:WINDOW_OF_CHUNKS]]
         new = [topic for topic in wanted if topic not in self._subscribed]
         if new:
             self.client.subscribe([(topic, 1) for topic in new])
@@ -277,16 +277,14 @@ class SimulatedAgent:
         self.counters["chunk_bytes"] += len(payload)
         if self._manifest is None:
             self._manifest = parse_manifest(payload, digest=self.held.target)
-            files = [entry for entry in self._manifest.files if entry.sha256 not in self.held.files]
-            self._missing = [(e.sha256, n, chunk) for e in files for n, chunk in enumerate(e.chunks)]
+            chunks = {chunk.sha256: 0 for entry in self._manifest.files for chunk in entry.chunks}
+            self._missing = [digest for digest in chunks if digest not in self.held.chunks]
+        elif topic == blob_topic(digest := sha256(payload)) and digest in self._missing:
+            self._missing.remove(digest)
         else:
-            found = next((key for key in self._missing if blob_topic(*key[:2]) == topic), None)
-            if found is not None and sha256(payload) == found[2]:
-                self._missing.remove(found)
-            else:
-                self.counters["poisoned_chunks"] += 1
+            self.counters["poisoned_chunks"] += 1
         if not self._missing:
-            self.held.files.update(entry.sha256 for entry in self._manifest.files)
+            self.held.chunks.update(chunk.sha256 for entry in self._manifest.files for chunk in entry.chunks)
             self._drop_fetch()
             self._enter(Phase.VERIFIED)
 

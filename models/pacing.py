@@ -1,0 +1,34 @@
+"""A token bucket: how much may be moved now so that a rate is kept on average."""
+
+from collections.abc import Callable
+
+
+class Bucket:
+    """Tokens flow in at a rate and are taken as they are needed.
+
+    Law: what is taken in any span of t seconds is at most `burst + rate * t`, but for the last taking.
+
+    Args:
+        rate: Tokens per second.
+        burst: Most tokens it holds; it starts full.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float]) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._level, self._at_s = burst, clock()
+
+    def take(self, amount: float) -> bool:
+        """Takes tokens when there are any; a large amount is owed and waited for afterwards."""
+        now = self._clock()
+        self._level = min(self._burst, self._level + (now - self._at_s) * self._rate)
+        self._at_s = now
+        if self._level <= 0.0:
+            return False
+        self._level -= amount
+        return True
+
+    @property
+    def wait_s(self) -> float:
+        """Until something can be taken, as of the last look; never nothing, so that waiting always ends."""
+        return max(0.0, -self._level / self._rate) + 0.001
