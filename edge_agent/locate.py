@@ -68,7 +68,7 @@ class Locator:
         Args:
             image: uint8 (H, W, 3) BGR of the line's geometry.
         """
-        small = cv2.resize(image, self._size, interpolation=cv2.INTER_AREA)
+        small = self._shrunk(image)
         if self._background is None:
             self._background = _first_background(small)
         foreground = self._foreground(small)
@@ -77,6 +77,13 @@ class Locator:
             top, bottom = rows.top_px // SHRINK, rows.bottom_px // SHRINK
             found.extend(self._in_lane(foreground[top:bottom], lane, top))
         return found
+
+    def _shrunk(self, image: Image) -> NDArray[np.uint8] | cv2.typing.MatLike:
+        """A quarter of the size by area; halving twice is three times as fast as once by four (OpenCV 4 and 5)."""
+        if image.shape[0] % SHRINK or image.shape[1] % SHRINK:
+            return cv2.resize(image, self._size, interpolation=cv2.INTER_AREA)
+        half = cv2.resize(image, (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_AREA)
+        return cv2.resize(half, self._size, interpolation=cv2.INTER_AREA)
 
     def _foreground(self, small: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.uint8]:
         """255 where there is an item; learns the belt elsewhere."""
@@ -95,16 +102,21 @@ class Locator:
         return np.asarray(foreground, np.uint8)
 
     def _in_lane(self, part: NDArray[np.uint8], lane: int, top: int) -> list[Located]:
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(part, connectivity=4)
-        height = part.shape[0]
+        # Outlines cost a tenth of labelled pixels; only a blob that may be several items is drawn again.
+        contours, _ = cv2.findContours(part, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        height, width = part.shape
+        least = _MIN_SHARE * height * height
         found: list[Located] = []
-        for label in range(1, count):
-            left, y, width, tall, area = (int(v) for v in stats[label])
-            if area < _MIN_SHARE * height * height:
+        for contour in contours:
+            left, y, wide, tall = cv2.boundingRect(contour)
+            if wide * tall < least or cv2.contourArea(contour) < least:
                 continue
-            box = (left, y, width, tall)
-            cuts = _cuts(labels[y : y + tall, left : left + width] == label, height)
-            found.extend(self._pieces(box, cuts, lane, top, part.shape[1]))
+            cuts: list[int] = []
+            if wide >= 1.3 * tall and wide >= 0.75 * height:
+                shape = np.zeros((tall, wide), np.uint8)
+                cv2.drawContours(shape, [contour], 0, 1, cv2.FILLED, offset=(-left, -y))
+                cuts = _cuts(shape, height)
+            found.extend(self._pieces((left, y, wide, tall), cuts, lane, top, width))
         return sorted(found, key=lambda item: -item.x_px)
 
     def _pieces(
@@ -156,18 +168,16 @@ def _first_background(small: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[
     return np.ascontiguousarray(np.broadcast_to(rows, small.shape), np.float32)
 
 
-def _cuts(shape: NDArray[np.bool_], lane_height: int) -> list[int]:
+def _cuts(shape: NDArray[np.uint8], lane_height: int) -> list[int]:
     """Columns at which a blob of touching items is cut: narrow waists between wide bellies.
 
     Args:
-        shape: bool (h, w) of one connected part.
+        shape: uint8 (h, w) of one connected part, 1 inside; clearly wider than high.
         lane_height: Of the lane, same scale; an item is about 0.55-0.8 of it long.
     """
     height, width = shape.shape
-    if width < 1.3 * height or width < 0.75 * lane_height:
-        return []
-    thickness = shape.sum(axis=0).astype(np.float32)
-    smooth = np.convolve(np.pad(thickness, 2, mode="edge"), np.ones(5) / 5, mode="valid")
+    thickness = cv2.reduce(shape, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32F)
+    smooth = np.asarray(cv2.blur(thickness, (5, 1), borderType=cv2.BORDER_REPLICATE), np.float32)[0]
     pieces = max(2, round(width / max(height, 0.55 * lane_height)))
     cuts: list[int] = []
     for at in range(1, pieces):
@@ -181,7 +191,7 @@ def _cuts(shape: NDArray[np.bool_], lane_height: int) -> list[int]:
 
 def _largest_filled(inside: NDArray[np.uint8] | cv2.typing.MatLike) -> Mask:
     """The largest connected part with its holes filled; a dark hole in an apple belongs to the apple."""
-    contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     mask = np.zeros(inside.shape, np.uint8)
     if contours:
         cv2.drawContours(mask, [max(contours, key=cv2.contourArea)], 0, 255, cv2.FILLED)

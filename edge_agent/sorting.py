@@ -37,6 +37,8 @@ from models.errors import BundleError, CameraError, ConfigError
 
 _BLIND: Final = 0.85
 _MIN_OBSERVATIONS: Final = 2
+_MANY_VIEWS: Final = 5
+"""Of one frame. A run of the model of its own costs about as much as half a view."""
 
 
 @dataclass(slots=True)
@@ -283,10 +285,10 @@ class LineCore:
             )
 
     def _judge_seen(self, frame: Frame, seen: list[tuple[Track, Located]]) -> None:
-        """Takes the views this frame offers and judges them.
+        """Takes the views this frame offers and judges them; items whose last view is among them get their verdict.
 
-        Items whose last view is among them get their verdict first: it waits neither for the others' inference nor
-        until the item has left the picture.
+        Where there are many views, these items are judged first, so that their verdict does not wait for the others'
+        inference. Where there are few, a second run of the model would cost more than it saves.
         """
         wanted: list[tuple[Track, Located]] = []
         for track, place in seen:
@@ -294,12 +296,16 @@ class LineCore:
                 track.judge = self.judge
             if isinstance(track.judge, Judge) and self._picker.wants(track, place):
                 wanted.append((track, place))
-        last = [pair for pair in wanted if pair[0].complete]
-        if last:
-            self._take_views(frame, last)
-            for track, _ in last:
-                self._finish(track)
-        self._take_views(frame, [pair for pair in wanted if not pair[0].complete])
+        last = [track for track, _ in wanted if track.complete]
+        if last and len(wanted) >= _MANY_VIEWS:
+            self._take_views(frame, [pair for pair in wanted if pair[0].complete])
+            wanted = [pair for pair in wanted if not pair[0].complete]
+        else:
+            self._take_views(frame, wanted)
+            wanted = []
+        for track in last:
+            self._finish(track)
+        self._take_views(frame, wanted)
 
     def _take_views(self, frame: Frame, wanted: list[tuple[Track, Located]]) -> None:
         """Cuts these views and judges them in one batch per bundle."""

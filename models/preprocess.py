@@ -26,6 +26,7 @@ MAX_PHOTO_PIXELS: Final = 50_000_000
 _LEVELS: Final = np.arange(256, dtype=np.float64)
 _SQUARES: Final = _LEVELS**2
 _CORE: Final = np.ones((5, 5), np.uint8)
+_ALMOST_BLACK: Final = (1.0, 1.0, 1.0, 1.0)
 _DARK: Final = 40
 """Grey levels below this count as dark."""
 
@@ -58,30 +59,31 @@ def make_view(image: NDArray[np.uint8], mask: NDArray[np.uint8], spec: Preproces
     side += 2 * max(1, round(spec.margin * side))
     x0 = left - (side - width) // 2
     y0 = top - (side - height) // 2
-    square = np.zeros((side, side, 3), np.uint8)
-    square_mask = np.zeros((side, side), np.uint8)
+    square = np.zeros((side, side, 4), np.uint8)
     inside_y = slice(max(y0, top), min(y0 + side, top + height))
     inside_x = slice(max(x0, left), min(x0 + side, left + width))
-    to_y = slice(inside_y.start - y0, inside_y.stop - y0)
-    to_x = slice(inside_x.start - x0, inside_x.stop - x0)
     part, part_mask = image[inside_y, inside_x], mask[inside_y, inside_x]
-    square_mask[to_y, to_x] = cv2.threshold(part_mask, 0, 255, cv2.THRESH_BINARY)[1]
-    square[to_y, to_x] = cv2.bitwise_and(part, part, mask=part_mask)
-    return _resize_masked(square, square_mask, spec.view_px)
+    coverage = cv2.threshold(part_mask, 0, 255, cv2.THRESH_BINARY)[1]
+    masked = cv2.merge((cv2.bitwise_and(part, part, mask=part_mask), coverage))
+    square[inside_y.start - y0 : inside_y.stop - y0, inside_x.start - x0 : inside_x.stop - x0] = masked
+    return _resize_masked(square, spec.view_px)
 
 
-def _resize_masked(square: NDArray[np.uint8], mask: NDArray[np.uint8], side: int) -> View:
-    """Resizes colour and coverage together, so that the item's rim keeps its colour instead of fading to black."""
+def _resize_masked(square: NDArray[np.uint8], side: int) -> View:
+    """Resizes colour and coverage together, so that the item's rim keeps its colour instead of fading to black.
+
+    One call on four channels gives the same bytes as one on three and one on the coverage, and takes less time.
+    """
     shrinking = square.shape[0] > side
     how = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
-    colour = cv2.resize(square, (side, side), interpolation=how)
-    coverage = cv2.resize(mask, (side, side), interpolation=how)
+    small = cv2.resize(square, (side, side), interpolation=how)
+    colour = cv2.cvtColor(small, cv2.COLOR_BGRA2BGR)
+    coverage = cv2.extractChannel(small, 3)
     view = cv2.divide(colour, cv2.merge((coverage, coverage, coverage)), scale=255.0)
     # An item pixel is never exactly black: zero means background.
-    view = np.maximum(view, 1)
-    return np.asarray(
-        cv2.bitwise_and(view, view, mask=cv2.threshold(coverage, 127, 255, cv2.THRESH_BINARY)[1]), np.uint8
-    )
+    view = cv2.max(view, _ALMOST_BLACK)  # type: ignore[call-overload]  # the stubs lack scalars
+    inside = cv2.threshold(coverage, 127, 255, cv2.THRESH_BINARY)[1]
+    return np.asarray(cv2.bitwise_and(view, view, mask=inside), np.uint8)
 
 
 def segment_photo(image: NDArray[np.uint8], backdrop_delta: int = 28) -> NDArray[np.uint8]:
