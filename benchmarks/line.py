@@ -8,8 +8,10 @@ without it one is trained on simulated items once and kept in the cache.
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import cv2
@@ -25,14 +27,25 @@ ITEMS = 400
 
 
 def cached_bundle(console: Console) -> Path:
-    """A model of the usual size, trained on what the simulated line's own pipeline collects, as the demo does."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sortline" / f"benchmark-{ITEMS}"
+    """A model of the usual size, trained on what the simulated line's own pipeline collects, as the demo does.
+
+    Kept under a name that changes with the sources that make it, so that no run measures a model of yesterday.
+    """
+    root = Path(__file__).resolve().parents[1]
+    sources = [*root.glob("models/*.py"), *root.glob("control_plane/training/*.py"), root / "edge_agent/rendering.py"]
+    name = sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sortline" / f"benchmark-{name}"
     bundle = cache / "bundle"
     if not bundle.exists():
-        with console.status("training a model to measure with, once (some minutes)"):
-            collect(LineConfig(lanes=2, seed=7), cache / f"data-{os.getpid()}", items=ITEMS)
-            fresh = cache / f"bundle-{os.getpid()}"
-            train(cache / f"data-{os.getpid()}", TrainSettings(name="benchmark", folds=2), fresh)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch, console.status("training a model, once") as status:
+            data, fresh = Path(scratch) / "data", Path(scratch) / "bundle"
+            collect(LineConfig(lanes=2, seed=7), data, items=ITEMS)
+
+            def say(stage: str, share: float) -> None:
+                status.update(f"training a model, once (some minutes): {stage}, {share:.0%}")
+
+            train(data, TrainSettings(name="benchmark", folds=2), fresh, progress=say)
             fresh.rename(bundle)
     console.print(f"bundle: {bundle}", highlight=False)
     return bundle

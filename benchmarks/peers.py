@@ -1,6 +1,7 @@
 """What others would run on the same frames: a loop as users write it, and Roboflow's tracker where it is installed."""
 
 import json
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class PeerTracks:
 
 def tracker_works(python: str) -> str:
     """Empty when this Python has the peer's tracker, else what to do."""
+    if shutil.which(python) is None:
+        return f"there is no Python {python}"
     done = subprocess.run([python, "-c", "import supervision"], capture_output=True, check=False)
     if done.returncode == 0:
         return ""
