@@ -21,26 +21,15 @@ from control_plane.identity.publication import Admission, refresh_site
 from control_plane.tables import Audit
 from models.errors import ConfigError, ConflictError, InputError
 from models.identity import Token, parse_token, renewal_statement
+from tests.simulators.postgres import empty
 from tests.simulators.site import Site, leaf, make_site, new_key, renewal, request
-from tests.test_control_plane_fleet import _postgres
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    yield from _postgres(tmp_path_factory.mktemp("postgres"))
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=[pytest.mark.postgresql, pytest.mark.slow])])
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     url = request.getfixturevalue("postgres") if request.param == "postgresql" else ""
     if url:
-        from control_plane.database import open_database
-
-        engine = open_database(url)
-        with engine.begin() as connection:
-            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-            connection.exec_driver_sql("CREATE SCHEMA public")
-        engine.dispose()
+        empty(url)
     found = make_site(tmp_path, url=url)
     yield found
     found.engine.dispose()
