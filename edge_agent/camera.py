@@ -2,8 +2,10 @@
 
 `cv2.VideoCapture.read()` can block for ever, give the same buffer again after a reconnect, or return a torn frame as
 if it were whole. A live device is therefore read by a thread of its own that only fills a mailbox of one; whoever
-reads the mailbox has a deadline, and a reader that stalls is abandoned and replaced. Nothing here judges an image;
-it says whether there is a fresh one.
+reads the mailbox has a deadline, and a reader that stalls is abandoned and replaced. A thread that hangs in a driver
+cannot be ended, only left: there are never more than `max_readers`, then the process must be replaced (`camera.stuck`).
+What a driver had buffered when it was opened, or while it hung, is old: such frames come without a wait between them
+and are thrown away. Nothing here judges an image (`watch` does); it says whether there is a fresh one.
 """
 
 import re
@@ -22,7 +24,11 @@ from models.errors import CameraError
 
 PICTURE_SUFFIXES: Final = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 _CORRUPT_IN_A_ROW: Final = 10
-_FROZEN_FRAMES: Final = 30
+_LONGEST_PATIENCE_S: Final = 4.0
+_GAP_PERIODS: Final = 6.0
+"""After a gap of so many frame periods the driver's buffer may hold old frames."""
+_BACKLOG_S: Final = 1.0
+"""A source that still gives frames without a wait after so long has no pace of its own."""
 
 
 @dataclass(slots=True)
@@ -33,6 +39,8 @@ class CameraCounters:
     dropped: int = 0
     corrupt: int = 0
     reopened: int = 0
+    stale: int = 0
+    """Old frames out of a driver's buffer that were thrown away."""
 
 
 class Capture(Protocol):
@@ -79,7 +87,7 @@ def open_camera(
     frames_per_s: float = 30.0,
     paced: bool = True,
     loop: bool = False,
-    stall_s: float = 2.0,
+    stall_s: float = 1.0,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> "FrameSource":
@@ -99,8 +107,8 @@ def open_camera(
         CameraError: `camera.absent` when there is nothing to open.
     """
     path = Path(source)
-    if source.isdigit() or "://" in source or source.startswith("/dev/"):
-        return LiveCamera(source, belt_mm_s=belt_mm_s, stall_s=stall_s, clock=clock)
+    if is_live(source):
+        return LiveCamera(source, belt_mm_s=belt_mm_s, frames_per_s=frames_per_s, stall_s=stall_s, clock=clock)
     if path.is_dir():
         pictures = sorted(
             (p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES), key=lambda p: _natural(p.name)
@@ -115,6 +123,11 @@ def open_camera(
     else:
         raise _absent(source, "a file, folder, device or URL", "nothing there")
     return Recording(reader, rate, belt_mm_s=belt_mm_s, paced=paced, loop=loop, clock=clock, sleep=sleep)
+
+
+def is_live(source: str) -> bool:
+    """Whether this names a device or a stream, not a recording."""
+    return source.isdigit() or "://" in source or source.startswith("/dev/")
 
 
 def _absent(source: str, expected: str, got: str) -> CameraError:
@@ -246,7 +259,10 @@ class LiveCamera:
     Args:
         source: Device number or path, or URL.
         belt_mm_s: Nominal belt speed.
-        stall_s: Without a frame for so long the reader is given up and replaced.
+        frames_per_s: Nominal rate: what comes much faster comes out of a buffer.
+        stall_s: Without a frame for so long the reader is given up and replaced; each replacement that gives no frame
+            doubles the patience, up to four seconds.
+        max_readers: Most threads at a time, those included that hang in the driver.
         clock: Monotonic seconds.
         opener: Makes the capture; `cv2.VideoCapture` unless a test says otherwise.
     """
@@ -256,14 +272,18 @@ class LiveCamera:
         source: str,
         *,
         belt_mm_s: float,
-        stall_s: float = 2.0,
+        frames_per_s: float = 30.0,
+        stall_s: float = 1.0,
+        max_readers: int = 8,
         clock: Callable[[], float] = time.monotonic,
         opener: Callable[[str], Capture] | None = None,
     ) -> None:
         self.counters = CameraCounters()
         self.encoder = ConstantSpeedEncoder(belt_mm_s, clock())
         self._source, self._stall_s, self._clock = source, stall_s, clock
+        self._period_s, self._patience_s, self._max_readers = 1.0 / frames_per_s, stall_s, max_readers
         self._opener = opener or _open_device
+        self._readers: list[threading.Thread] = []
         self._fresh = threading.Condition()
         self._frame: Frame | None = None
         self._problem: CameraError | None = None
@@ -276,9 +296,19 @@ class LiveCamera:
     def _start_reader(self) -> None:
         self._generation += 1
         self._last_s = self._clock()
-        threading.Thread(
+        self._readers = [reader for reader in self._readers if reader.is_alive()]
+        if len(self._readers) >= self._max_readers:
+            raise CameraError(
+                "camera.stuck",
+                f"{self._source} hangs in its driver; only a new process can open it again.",
+                expected=f"< {self._max_readers} readers that hang",
+                got=len(self._readers),
+            )
+        reader = threading.Thread(
             target=self._run, args=(self._generation,), name=f"camera-{self._generation}", daemon=True
-        ).start()
+        )
+        self._readers.append(reader)
+        reader.start()
 
     def _run(self, generation: int) -> None:
         """Reads until it is replaced. An abandoned reader that wakes up later finds its generation gone and ends."""
@@ -288,12 +318,17 @@ class LiveCamera:
             if not capture.isOpened():
                 self._report(generation, _absent(self._source, "an open device", "not opened"))
                 return
+            backlog = _Backlog(self._period_s, self._clock())
             while self._generation == generation:
+                began_s = self._clock()
                 ok, image = capture.read()
                 if not ok or image is None:
                     self._report(generation, _absent(self._source, "a frame", "none"))
                     return
-                self._take(generation, np.asarray(image, np.uint8))
+                if backlog.holds(began_s, self._clock()):
+                    self.counters.stale += 1
+                else:
+                    self._take(generation, np.asarray(image, np.uint8))
         except Exception as error:  # noqa: BLE001  a thread's boundary: what a driver raises becomes a camera fault
             self._report(generation, CameraError("camera.failed", "The camera's driver failed.", got=error))
         finally:
@@ -308,6 +343,7 @@ class LiveCamera:
             self._number += 1
             self.counters.frames += 1
             self._last_s = now
+            self._patience_s = self._stall_s
             if self._frame is not None:
                 self.counters.dropped += 1
             self._frame = Frame(image, self._number, now, self.encoder.position_mm(now))
@@ -323,22 +359,25 @@ class LiveCamera:
         """See `FrameSource.read`; never blocks longer than `timeout_s`.
 
         Raises:
-            CameraError: `camera.absent`, `camera.stalled`, `camera.wrong_size`, `camera.failed`. The next call
-                tries again with a new reader.
+            CameraError: `camera.absent`, `camera.stalled`, `camera.wrong_size`, `camera.failed`: the next call
+                tries again with a new reader. `camera.stuck`: this process cannot open the device any more.
         """
         with self._fresh:
             if self._frame is None and self._problem is None:
                 self._fresh.wait(timeout_s)
             frame, self._frame = self._frame, None
             problem, self._problem = self._problem, None
-            stalled = self._clock() - self._last_s > self._stall_s
+            patience_s = self._patience_s
+            stalled = self._clock() - self._last_s > patience_s
         if problem is not None or (frame is None and stalled):
             self.counters.reopened += 1
+            if problem is None:
+                self._patience_s = min(2.0 * patience_s, max(_LONGEST_PATIENCE_S, self._stall_s))
             self._start_reader()
             raise problem or CameraError(
                 "camera.stalled",
                 f"{self._source} gave no frame in time; it is being reopened.",
-                expected=f"a frame within {self._stall_s:g} s",
+                expected=f"a frame within {patience_s:g} s",
                 got="none",
             )
         if frame is not None:
@@ -361,34 +400,26 @@ class LiveCamera:
         self._generation += 1
 
 
-def _open_device(source: str) -> Capture:
-    return cv2.VideoCapture(int(source) if source.isdigit() else source)
+class _Backlog:
+    """Tells old frames of a driver's buffer from fresh ones: old ones are there at once, fresh ones are waited for.
 
-
-class FrozenGuard:
-    """Finds a camera that repeats one image: a real sensor's noise never gives the same bytes twice.
-
-    Compares a sparse sample of the pixels, so a frame costs some microseconds.
+    Looked for after opening and after a gap; over with the first frame that had to be waited for.
     """
 
-    def __init__(self, limit: int = _FROZEN_FRAMES) -> None:
-        self._limit = limit
-        self._last: bytes = b""
-        self._same = 0
+    def __init__(self, period_s: float, now_s: float) -> None:
+        self._period_s, self._since_s = period_s, now_s
+        self._draining = True
 
-    def check(self, frame: Frame) -> None:
-        """Raises on the frame that makes the camera frozen, and on every further one.
+    def holds(self, began_s: float, ended_s: float) -> bool:
+        """Whether a frame that was asked for and given at these times is old."""
+        took_s = ended_s - began_s
+        if took_s > _GAP_PERIODS * self._period_s and not self._draining:
+            self._draining, self._since_s = True, ended_s
+            return False
+        if self._draining and (took_s >= 0.5 * self._period_s or ended_s - self._since_s > _BACKLOG_S):
+            self._draining = False
+        return self._draining
 
-        Raises:
-            CameraError: `camera.frozen`.
-        """
-        sample = frame.image[::7, ::5].tobytes()
-        self._same = self._same + 1 if sample == self._last else 0
-        self._last = sample
-        if self._same >= self._limit:
-            raise CameraError(
-                "camera.frozen",
-                "The camera repeats one image.",
-                expected=f"< {self._limit} equal frames",
-                got=self._same,
-            )
+
+def _open_device(source: str) -> Capture:
+    return cv2.VideoCapture(int(source) if source.isdigit() else source)

@@ -75,6 +75,7 @@ class LineCounter:
         self._classes: Counter[str] = Counter()
         self._grades: Counter[str] = Counter()
         self._outlets: Counter[str] = Counter()
+        self._camera: Counter[str] = Counter()
         self._latency, self._inference = Histogram(), Histogram()
 
     def use(self, judge: Judge | None) -> None:
@@ -94,6 +95,11 @@ class LineCounter:
         with self._lock:
             self._tally[name] += amount
             self.total[name] += amount
+
+    def camera(self, name: str, amount: int = 1) -> None:
+        """A fault of the camera that was named, or what was done and let through while it was blind."""
+        with self._lock:
+            self._camera[name] += amount
 
     def frame(self) -> None:
         """One frame was looked at."""
@@ -157,6 +163,7 @@ class LineCounter:
                 jitter_ms=self._jitter(),
                 shadow=self._shadow(),
                 shadow_bundle=self.shadow.judge.digest if self.shadow else "",
+                camera=dict(+self._camera),
                 truth=self._since(truth, "outcomes"),
                 lifetime_items=self.lifetime_items,
                 **tallies,
@@ -187,7 +194,7 @@ class LineCounter:
             return {}
         return _grown(getattr(truth, name), getattr(self._last_truth, name))
 
-    def live(self, boot_id: str, belt_mm_s: float) -> Live:
+    def live(self, boot_id: str, belt_mm_s: float, *, camera_fault: str = "") -> Live:
         """Figures of the last five seconds, totals since the start."""
         truth = self._truth() if self._truth else None
         with self._lock:
@@ -213,6 +220,7 @@ class LineCounter:
                 ejections=truth.ejections if truth else {},
                 truth=truth.outcomes if truth else {},
                 bundle=self._bundle,
+                camera_fault=camera_fault,
             )
 
     def _first_s(self) -> float:

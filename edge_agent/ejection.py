@@ -210,7 +210,7 @@ class EjectionQueue:
             self.failed += 1
             log.exception("ejector failed lane=%s outlet=%s item=%s", shot.lane, shot.outlet, shot.item_id)
             return
-        if self.ledger is not None:
+        if self.ledger is not None and not shot.blind:
             self._fired.append((shot, now, self._encoder.position_mm(now), speed_mm_s))
 
     def start(self) -> None:

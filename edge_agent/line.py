@@ -25,8 +25,9 @@ import cv2
 import msgspec
 
 from edge_agent.budget import AbstainWatch
-from edge_agent.camera import FrozenGuard
+from edge_agent.camera import is_live
 from edge_agent.counting import LineCounter
+from edge_agent.fail_safe import FailSafe
 from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
 from edge_agent.loading import LoadedShadow, Loader, fault_of, return_memory
@@ -48,9 +49,10 @@ from edge_agent.pipe import (
     ToLine,
     WindowClosed,
 )
-from edge_agent.seams import Frame
+from edge_agent.seams import Frame, Lane, LineGeometry
 from edge_agent.shadow import Shadow
 from edge_agent.sorting import LineCore, World, geometry_of, load_judge, load_shadow, open_world
+from edge_agent.watch import CameraWatch
 from models.errors import BundleError, CameraError, SortlineError
 from models.messages import Fault
 from models.recipe import UNSURE
@@ -59,6 +61,10 @@ from models.windows import Window
 log = logging.getLogger("sortline.line")
 _READ_S = 0.25
 _REOPEN_S = 1.0
+_BLIND_S = 0.05
+"""Between two turns of the fail-safe: at 1 m/s half a picture is 200 mm."""
+_STUCK = 5
+"""Exit status of a line whose camera hangs in its driver."""
 _MAX_REPORTS = 256
 _SWITCH_S = 0.0005
 """A thread that is due (ejection) waits at most so long for one that computes in Python; the default is 5 ms."""
@@ -80,9 +86,19 @@ class Line:
         self._reports: queue.Queue[FromLine] = queue.Queue(_MAX_REPORTS)
         self.reports_dropped = 0
         self._mailbox = threading.Condition()
-        self._frame: Frame | None = None
+        self._frame: tuple[Frame, int] | None = None
+        """The freshest frame, and how many were refused before it."""
         self._ended = False
-        self._camera_fault = ""
+        self._status = 0
+        self._watch = CameraWatch(
+            frames_per_s=config.frames_per_s,
+            stall_s=config.stall_s,
+            slow_share=config.slow_share,
+            live=config.camera == "simulated" or is_live(config.camera),
+            on_change=self._camera_changed,
+        )
+        self._refused = self._refused_seen = 0
+        """Frames the watch refused, and those the sorting thread knows of: it must not take them for dropped."""
         self._champion: Judge | None = None
         self._loader = Loader(config.threads, self._say, lambda: self._champion)
         simulation = self._world.simulation
@@ -94,6 +110,9 @@ class Line:
             truth=simulation.truth if simulation else None,
         )
         self._queue = self._world.ejection_queue(config, time.monotonic)
+        self._fail_safe = FailSafe(
+            config.fail_safe, self._first_geometry(), self._queue, self._counter, self._world.belt, self._acted
+        )
         self._core: LineCore | None = None
         self._abstain = AbstainWatch()
         self._abstain_of = ("", "", "")
@@ -102,7 +121,7 @@ class Line:
     # -- life -------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Sorts until told to stop; returns the exit status."""
+        """Sorts until told to stop; returns the exit status: 5 when only a new process can open the camera again."""
         cv2.setNumThreads(1)
         sys.setswitchinterval(_SWITCH_S)
         judge = self._champion = self._first_judge()
@@ -132,7 +151,7 @@ class Line:
             self._world.close()
             threads[-1].join(1.5)
             self._pipe.close()
-        return 0
+        return self._status
 
     def _first_judge(self) -> Judge | None:
         try:
@@ -167,8 +186,7 @@ class Line:
             if frame is None:
                 if self._ended:
                     break
-                if self._core is not None:
-                    self._switch(self._core)
+                self._unseen()
                 continue
             core = self._core
             if core is None:
@@ -179,10 +197,10 @@ class Line:
             try:
                 core.process(frame)
             except CameraError as error:
-                self._camera_trouble(error)
+                self._watch.failed(error, time.monotonic())
             else:
-                if self._camera_fault == "camera.wrong_size":
-                    self._camera_fault = ""
+                self._fail_safe.saw(frame.belt_mm)
+            self._guard()
         if self._core is not None:
             self._core.flush()
 
@@ -192,15 +210,50 @@ class Line:
             shadow.idle.set()
         with self._mailbox:
             if self._frame is None and not self._ended:
-                self._mailbox.wait(_READ_S)
-            frame, self._frame = self._frame, None
+                self._mailbox.wait(_BLIND_S if self._watch.fault else _READ_S)
+            newest, self._frame = self._frame, None
         if shadow is not None:
             shadow.idle.clear()
+        if newest is None:
+            return None
+        frame, refused = newest
+        if self._core is not None:
+            self._core.refused(refused - self._refused_seen)
+        self._refused_seen = refused
         return frame
 
+    def _unseen(self) -> None:
+        """No frame can be judged now; what left the picture meanwhile is."""
+        self._guard()
+        if self._core is not None:
+            self._switch(self._core)
+            if self._watch.blind:
+                self._core.unseen(self._world.encoder.position_mm(time.monotonic()))
+
+    def _guard(self) -> None:
+        now_s = time.monotonic()
+        self._fail_safe.step(self._watch.fault, now_s, self._world.encoder.position_mm(now_s))
+        if self._core is not None:
+            self._fail_safe.instruct(self._core)
+
+    def _acted(self, action: str, fault: str) -> None:
+        """The fail-safe began, changed or ended."""
+        if action:
+            self._say_fault("line.fail_safe", f"{action} because of {fault}.")
+        else:
+            self._say_fault("line.fail_safe_over", "Everything is judged again.")
+
+    def _first_geometry(self) -> LineGeometry:
+        """Before the first frame the width of the picture is not known: as wide as the way to the outlets."""
+        config = self._config
+        width_px = round(max(config.outlets_mm.values(), default=1000.0) / config.mm_per_px)
+        lanes = tuple(Lane(k, k + 1) for k in range(config.lanes))
+        return LineGeometry(width_px, config.lanes, config.mm_per_px, lanes, config.outlets_mm)
+
     def _make_core(self, frame: Frame) -> LineCore:
+        geometry = self._fail_safe.geometry = geometry_of(self._config, self._world, frame)
         return LineCore(
-            geometry=geometry_of(self._config, self._world, frame),
+            geometry=geometry,
             counter=self._counter,
             queue=self._queue,
             clock=time.monotonic,
@@ -217,9 +270,7 @@ class Line:
             "slow": "takes effect later than it did; the lead follows, but the valve is wearing.",
             "": "works as it did.",
         }[trouble]
-        code = f"ejector.{trouble or 'recovered'}"
-        message = f"Ejector {outlet} of lane {lane} {what}"
-        self._say(Faulted(fault=Fault(code=code, message=message, at_ms=time.time_ns() // 1_000_000)))
+        self._say_fault(f"ejector.{trouble or 'recovered'}", f"Ejector {outlet} of lane {lane} {what}")
 
     def _switch(self, core: LineCore) -> None:
         """Takes over what the loader has ready: one assignment between two frames, a bundle at a gap on the belt."""
@@ -279,49 +330,45 @@ class Line:
     # -- camera thread ----------------------------------------------------------------------------------------
 
     def _read_camera(self) -> None:
-        guard = FrozenGuard()
         while not self._stop.is_set():
             try:
                 frame = self._world.source.read(_READ_S)
-                if frame is None:
-                    continue
-                if self._config.camera == "simulated" or "://" in self._config.camera:
-                    guard.check(frame)
             except CameraError as error:
                 if error.code == "camera.ended":
                     self._end()
                     return
-                self._camera_trouble(error)
-                if error.code == "camera.frozen":
-                    self._counter.count("frames_bad")
-                else:
+                self._watch.failed(error, time.monotonic())
+                if error.code == "camera.stuck":
+                    self._status = _STUCK
+                    self._end()
+                    return
+                if error.code != "camera.stalled":
                     self._stop.wait(_REOPEN_S)
                 continue
-            self._camera_good()
-            with self._mailbox:
-                self._frame = frame
-                self._mailbox.notify()
+            if frame is None:
+                self._watch.silent(time.monotonic())
+            elif self._watch.take(frame, time.monotonic()):
+                with self._mailbox:
+                    self._frame = frame, self._refused
+                    self._mailbox.notify()
+            else:
+                self._refused += 1
+                self._counter.count("frames_bad")
 
     def _end(self) -> None:
         with self._mailbox:
             self._ended = True
             self._mailbox.notify()
 
-    def _camera_trouble(self, error: CameraError) -> None:
-        if self._camera_fault != error.code:
-            self._camera_fault = error.code
-            log.warning("%s", error)
-            self._say(Faulted(fault=fault_of(error)))
+    def _camera_changed(self, code: str, message: str) -> None:
+        """The watch named a fault, or its end."""
+        log.warning("%s: %s", code, message)
+        if code != "camera.recovered":
+            self._counter.camera(code)
+        self._say_fault(code, message)
 
-    def _camera_good(self) -> None:
-        if self._camera_fault and self._camera_fault != "camera.wrong_size":
-            fault = Fault(
-                code="camera.recovered",
-                message=f"Frames again after {self._camera_fault}.",
-                at_ms=time.time_ns() // 1_000_000,
-            )
-            self._camera_fault = ""
-            self._say(Faulted(fault=fault))
+    def _say_fault(self, code: str, message: str) -> None:
+        self._say(Faulted(fault=Fault(code=code, message=message[:600], at_ms=time.time_ns() // 1_000_000)))
 
     # -- commands ---------------------------------------------------------------------------------------------
 
@@ -402,9 +449,9 @@ class Line:
         return Beat(
             digest=core.judge.digest if core and core.judge else "",
             items_on_bundle=core.items_on_bundle if core else 0,
-            belt_running=speed > 1.0 and not self._camera_fault,
-            camera_fault=self._camera_fault,
-            live=self._counter.live(self._config.boot_id, speed),
+            belt_running=speed > 1.0 and not self._watch.blind,
+            camera_fault=self._watch.fault,
+            live=self._counter.live(self._config.boot_id, speed, camera_fault=self._watch.fault),
         )
 
 

@@ -7,6 +7,40 @@ import msgspec
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 
 
+Action = Literal["pass", "eject-all", "stop-line"]
+
+
+class FailSafeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to do while the camera has this fault; what is not said follows `default`."""
+
+    default: Action = "pass"
+    absent: Action | None = None
+    stalled: Action | None = None
+    frozen: Action | None = None
+    corrupt: Action | None = None
+    black: Action | None = None
+    overexposed: Action | None = None
+    wrong_size: Action | None = None
+    failed: Action | None = None
+    slow: Action = "pass"
+    """A slow camera still sees: its frames are judged, whatever is chosen here comes on top."""
+    outlet: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "reject"
+    """Where `eject-all` sends everything; one of the line's outlets."""
+    pitch_mm: Annotated[float, msgspec.Meta(ge=5.0, le=500.0)] = 30.0
+    """Distance of the shots of `eject-all`: closer than the smallest item is long, so that each is hit."""
+
+    def action(self, fault: str) -> Action:
+        """For a code such as `camera.frozen`."""
+        chosen: Action | None = getattr(self, fault.removeprefix("camera."), None)
+        return chosen or self.default
+
+    @property
+    def actions(self) -> set[Action]:
+        """All that may be asked for."""
+        others = {"default", "outlet", "pitch_mm"}
+        return {self.action(name) for name in self.__struct_fields__ if name not in others}
+
+
 class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One camera over one belt."""
 
@@ -17,7 +51,13 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     loop: bool = False
     """Recordings start again at their end."""
     frames_per_s: Positive = 30.0
-    """Of a folder of frames, and of a video that does not say."""
+    """Of a live camera, which is slow when it gives much less; of a folder, and of a video that does not say."""
+    stall_s: Annotated[float, msgspec.Meta(ge=0.2, le=10.0)] = 1.0
+    """A live camera without a frame for so long is stalled: its reader is given up and replaced."""
+    slow_share: Annotated[float, msgspec.Meta(ge=0.0, le=0.95)] = 0.6
+    """Below this share of its rate a live camera is slow; 0 = never."""
+    fail_safe: FailSafeConfig = FailSafeConfig()
+    """What happens to the items while the camera is at fault."""
     belt_mm_s: Positive = 1000.0
     """Nominal belt speed where there is no encoder."""
     encoder: str = ""
@@ -25,6 +65,8 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     speed, or the simulation's own encoder."""
     ejector: str = ""
     """What fires (`modbus://...`, `mqtt://...`, `gpio://...`, see `edge_agent.drivers.ejectors`); needs an encoder."""
+    belt: str = ""
+    """What stops the belt for a fail-safe (`modbus://...`, `mqtt://...`, see `edge_agent.drivers.belt`)."""
     weights: Annotated[tuple[str, ...], msgspec.Meta(max_length=8)] = ()
     """Per lane, where the weight of an item comes from (`modbus://...`, `mqtt://...`); empty = not known."""
     weight_mm: float = -200.0

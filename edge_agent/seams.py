@@ -68,6 +68,8 @@ class Shot:
     """Belt position at which the item's centre is in front of the outlet."""
     joined: bool = False
     """Closer to the shot before than the ejector's pitch: the driver keeps the valve open instead of opening it."""
+    blind: bool = False
+    """Fired where nothing was seen (fail-safe `eject-all`): there may be no item, and no photo-eye need confirm it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,16 @@ class AheadEjector(Ejector, Protocol):
 
     def announce(self, shot: Shot, position_mm: float) -> bool:
         """Takes a shot while the belt is at `position_mm`; False when it will not be fired. Never blocks."""
+
+
+class BeltControl(Protocol):
+    """Stops the belt for the fail-safe. Any thread calls it; it never blocks. A wish is repeated until it is taken."""
+
+    def stop(self, reason: str) -> None:
+        """Asks the belt to stand; `reason` is a code such as `camera.frozen`."""
+
+    def run(self) -> None:
+        """No longer asks it to stand."""
 
 
 class ItemScalars(Protocol):

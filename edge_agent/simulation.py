@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.belt_motion import BeltMotion
 from edge_agent.rendering import (
     VARIETIES,
     Kind,
@@ -35,7 +36,6 @@ from models.errors import CameraError, ConfigError
 
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
-_RAMP_S: Final = 0.3
 _SETTLE_MM: Final = 80.0
 
 
@@ -122,28 +122,6 @@ class SimulatedTruth:
 
 
 @dataclass(slots=True)
-class _Segment:
-    """Belt motion from `at_s` on: constant acceleration for `ramp_s`, then constant speed."""
-
-    at_s: float
-    at_mm: float
-    speed: float
-    target: float
-    ramp_s: float
-
-    def position(self, now: float) -> float:
-        elapsed = now - self.at_s
-        ramp = min(max(elapsed, 0.0), self.ramp_s)
-        gain = (self.target - self.speed) * ramp * ramp / (2.0 * self.ramp_s) if self.ramp_s else 0.0
-        return self.at_mm + self.speed * min(elapsed, ramp) + gain + self.target * max(elapsed - self.ramp_s, 0.0)
-
-    def speed_at(self, now: float) -> float:
-        if not self.ramp_s or now - self.at_s >= self.ramp_s:
-            return self.target
-        return self.speed + (self.target - self.speed) * max(now - self.at_s, 0.0) / self.ramp_s
-
-
-@dataclass(slots=True)
 class _LaneState:
     rng: np.random.Generator
     next_mm: float
@@ -198,7 +176,7 @@ class SimulatedLine:
         self._trouble = CALM
         self._start_s = 0.0 if virtual else clock()
         self._now_s = self._start_s
-        self._segments = deque([_Segment(self._start_s, 0.0, config.belt_mm_s, config.belt_mm_s, 0.0)], maxlen=64)
+        self._motion = BeltMotion(self._start_s, config.belt_mm_s)
         self._number = -1
         self._frozen: NDArray[np.uint8] | None = None
         self._drawing_s = 0.0
@@ -248,10 +226,10 @@ class SimulatedLine:
     def _expose(self, number: int, at_s: float) -> Frame | None:
         self._follow_schedule(at_s - self._start_s)
         trouble = self._trouble
-        if trouble.absent:
-            raise CameraError("camera.absent", "The simulated camera is unplugged.", expected="a frame", got="nothing")
         belt_mm = self.position_mm(at_s)
         self._advance(belt_mm)
+        if trouble.absent:
+            raise CameraError("camera.absent", "The simulated camera is unplugged.", expected="a frame", got="nothing")
         if trouble.drop_share and self._effects.random() < trouble.drop_share:
             with self._lock:
                 self._dropped += 1
@@ -259,6 +237,8 @@ class SimulatedLine:
         if trouble.freeze and self._frozen is not None:
             return Frame(self._frozen.copy(), number, at_s, belt_mm)
         image = self._apply(self._draw(belt_mm, number), trouble)
+        if trouble.wrong_size:
+            image = np.ascontiguousarray(image[::2, ::2])
         self._frozen = image
         return Frame(image, number, at_s, belt_mm)
 
@@ -314,15 +294,11 @@ class SimulatedLine:
 
     def position_mm(self, at_s: float) -> float:
         """Encoder position; see `Encoder`."""
-        segments = self._segments
-        for segment in reversed(tuple(segments)):
-            if at_s >= segment.at_s:
-                return segment.position(at_s)
-        return segments[0].position(at_s)
+        return self._motion.position_mm(at_s)
 
     def speed_mm_s(self) -> float:
         """Belt speed now."""
-        return self._segments[-1].speed_at(self.now())
+        return self._motion.speed_mm_s(self.now())
 
     def now(self) -> float:
         """The line's clock: virtual or real."""
@@ -332,16 +308,20 @@ class SimulatedLine:
         while self._schedule and self._schedule[0].after_s <= elapsed_s:
             self.set_trouble(self._schedule.pop(0).trouble)
 
+    def stop(self, _reason: str) -> None:
+        """The fail-safe stops the belt; see `BeltControl`."""
+        self._motion.hold(self.now(), held=True)
+
+    def run(self) -> None:
+        """See `BeltControl`."""
+        self._motion.hold(self.now(), held=False)
+
     def set_trouble(self, trouble: Trouble) -> None:
         """Switches to this trouble; the belt ramps to its new speed."""
-        now = self._now_s if self._virtual else self._clock()
-        last = self._segments[-1]
-        target = 0.0 if trouble.stopped else self.config.belt_mm_s * trouble.speed_factor
-        if target != last.target:
-            self._segments.append(_Segment(now, last.position(now), last.speed_at(now), target, _RAMP_S))
         if not trouble.freeze:
             self._frozen = None
         self._trouble = trouble
+        self._motion.drive(0.0 if trouble.stopped else self.config.belt_mm_s * trouble.speed_factor, self.now())
 
     def _advance(self, belt_mm: float) -> None:
         """Lets items enter and settles those that have passed the last outlet."""
@@ -394,6 +374,7 @@ class SimulatedLine:
     def fire(self, shot: Shot, at_s: float) -> None:
         """One valve opens; see `Ejector`. What it hits is decided by where the items are."""
         outlet_mm = self.geometry.outlets_mm[shot.outlet]
+        self._advance(self.position_mm(at_s))
         with self._lock:
             trouble = self._trouble if self._trouble.valve_lane == shot.lane else CALM
             delay_ms = self.config.valve_delay_ms * self._valves.normal(1.0, 0.1) + trouble.valve_slow_ms

@@ -4,6 +4,7 @@
 process, the unpaced replay, `collect` and the benchmarks all call it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import LineConfig
 from edge_agent.locate import Located, Locator
 from edge_agent.seams import (
+    BeltControl,
     Confirmation,
     Ejector,
     Encoder,
@@ -86,6 +88,7 @@ class World:
     simulation: SimulatedLine | None = None
     description: str = ""
     confirmation: Confirmation | None = None
+    belt: BeltControl | None = None
     weights: tuple[ItemScalars, ...] = ()
     """Per lane, what weighs its items; empty = nothing does."""
     devices: tuple[Closing, ...] = ()
@@ -116,30 +119,50 @@ def open_world(config: LineConfig, *, virtual: bool = False) -> World:
         CameraError: There is no such camera.
         ConfigError: The simulation's settings are impossible.
     """
+    _check_fail_safe(config)
     if config.camera == "simulated":
         line = SimulatedLine(simulation_config(config), schedule=config.trouble, virtual=virtual)
         rolling = "photographs" if config.photos else "apples"
         cells = tuple(line.load_cell(lane) for lane in range(config.lanes))
-        return World(line, line, line, line, f"simulated, {config.lanes} lanes of {rolling}", line, cells)
+        return World(line, line, line, line, f"simulated, {config.lanes} lanes of {rolling}", line, line, cells)
     camera = open_camera(
         config.camera,
         belt_mm_s=config.belt_mm_s,
         frames_per_s=config.frames_per_s,
         paced=config.paced,
         loop=config.loop,
+        stall_s=config.stall_s,
     )
     if config.encoder:
         return _with_devices(config, camera)
-    if config.ejector or config.weights:
+    if config.ejector or config.weights or config.belt:
         raise ConfigError(
-            "line.no_encoder", "Ejectors and load cells need a belt position.", expected="line.encoder", got="none"
+            "line.no_encoder",
+            "Ejectors, load cells and a belt that is stopped need a belt position.",
+            expected="line.encoder",
+            got="none",
         )
     return World(camera, camera.encoder, NoEjector(), None, config.camera)  # type: ignore[attr-defined]
+
+
+def _check_fail_safe(config: LineConfig) -> None:
+    if "stop-line" in config.fail_safe.actions and not config.belt and config.camera != "simulated":
+        raise ConfigError(
+            "line.no_belt_control", "Nothing can stop the belt for the fail-safe.", expected="line.belt", got="none"
+        )
+    if "eject-all" in config.fail_safe.actions and config.fail_safe.outlet not in config.outlets_mm:
+        raise ConfigError(
+            "line.no_fail_safe_outlet",
+            "The outlet of the fail-safe is none of the line's.",
+            expected=sorted(config.outlets_mm),
+            got=config.fail_safe.outlet,
+        )
 
 
 def _with_devices(config: LineConfig, camera: FrameSource) -> World:
     """A camera with the encoder, ejector and load cells of a real line."""
     # The drivers' libraries are extras: whoever has no such device need not have them.
+    from edge_agent.drivers.belt import open_belt  # noqa: PLC0415
     from edge_agent.drivers.ejectors import open_ejector  # noqa: PLC0415
     from edge_agent.drivers.encoder import open_encoder  # noqa: PLC0415
     from edge_agent.drivers.scalars import open_scalar  # noqa: PLC0415
@@ -150,6 +173,9 @@ def _with_devices(config: LineConfig, camera: FrameSource) -> World:
     if config.ejector:
         devices.append(driven := open_ejector(config.ejector, encoder))
         ejector = driven
+    belt = open_belt(config.belt) if config.belt else None
+    if belt is not None:
+        devices.append(belt)
     cells = [open_scalar(url, encoder, sensor_mm=config.weight_mm, tolerance_mm=30.0) for url in config.weights]
     return World(
         Stamped(camera, encoder),
@@ -157,6 +183,7 @@ def _with_devices(config: LineConfig, camera: FrameSource) -> World:
         ejector,
         None,
         config.camera,
+        belt=belt,
         weights=tuple(cell.join for cell in cells),
         devices=(*devices, *cells),
     )
@@ -228,6 +255,10 @@ class LineCore:
     weights: tuple[ItemScalars, ...] = ()
     on_ejector: Callable[[int, str, str], None] = lambda _lane, _outlet, _trouble: None
     shadow: Shadow | None = None
+    unjudged_outlet: str = ""
+    """Where items that leave without a verdict are ejected; empty = they stay on the belt (fail-safe `eject-all`)."""
+    blind_to_mm: float = -math.inf
+    """Items up to this belt coordinate may be hit by shots of the fail-safe; their own are no proof of a valve."""
     judge: Judge | None = None
     items_on_bundle: int = 0
     _ids: int = 0
@@ -343,12 +374,14 @@ class LineCore:
         if not isinstance(judge, Judge) or not track.probabilities:
             if track.observations >= _MIN_OBSERVATIONS:
                 self.counter.count("items_unjudged")
+            self._eject_unjudged(track)
             return
         judged = judge.decide(track, self.counter.variety, self.counter.lot)
         outlet = judged.verdict.outlet
         distance_mm = self.geometry.outlets_mm.get(outlet)
         if distance_mm is not None:
-            shot = Shot(track.lane, outlet, track.item_id, track.item_mm + distance_mm)
+            blind = track.item_mm < self.blind_to_mm
+            shot = Shot(track.lane, outlet, track.item_id, track.item_mm + distance_mm, blind=blind)
             if not self.queue.schedule(shot):
                 self.counter.count("verdicts_late")
                 outlet = judge.recipe.late_outlet
@@ -359,6 +392,23 @@ class LineCore:
             self.on_verdict(judged, outlet)
         if self.shadow is not None:
             self.shadow.offer(judged, judged.verdict.outlet, self.counter.variety, self.counter.lot)
+
+    def _eject_unjudged(self, track: Track) -> None:
+        distance_mm = self.geometry.outlets_mm.get(self.unjudged_outlet)
+        if distance_mm is not None:
+            shot = Shot(track.lane, self.unjudged_outlet, track.item_id, track.item_mm + distance_mm, blind=True)
+            self.counter.camera("blind_shots" if self.queue.schedule(shot) else "blind_shots_late")
+
+    def refused(self, frames: int) -> None:
+        """So many frames before the next one were refused by the camera's watch: they are bad, not dropped."""
+        if self._last_number >= 0:
+            self._last_number += frames
+
+    def unseen(self, belt_mm: float) -> None:
+        """Nothing can be seen now: items that left the picture meanwhile are judged by the views they have."""
+        for track in self._tracker.close_passed(belt_mm):
+            if not track.complete:
+                self._finish(track)
 
     def flush(self) -> None:
         """Finishes the items in sight (the camera ended)."""

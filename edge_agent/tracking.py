@@ -124,6 +124,10 @@ class Tracker:
             closed.extend(passed)
         return closed
 
+    def close_passed(self, belt_mm: float) -> list[Track]:
+        """Closes items that left the picture while no frame could be looked at."""
+        return self._close_passed(belt_mm)
+
     def close_all(self) -> list[Track]:
         """Closes what is left (the camera ended or was lost)."""
         left = [track for lane in self._tracks for track in lane]

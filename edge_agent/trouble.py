@@ -17,7 +17,7 @@ from models.errors import ConfigError
 class Trouble(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """State of everything that can be wrong; the defaults are a healthy line."""
 
-    brightness: Annotated[float, msgspec.Meta(ge=0.0, le=4.0)] = 1.0
+    brightness: Annotated[float, msgspec.Meta(ge=0.0, le=10.0)] = 1.0
     blue: Annotated[float, msgspec.Meta(ge=0.0, le=4.0)] = 1.0
     """Gain of the blue channel; a lamp that ages shifts colour."""
     green: Annotated[float, msgspec.Meta(ge=0.0, le=4.0)] = 1.0
@@ -29,6 +29,8 @@ class Trouble(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     corrupt_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
     freeze: bool = False
     """The camera repeats its last image while its frame numbers go on."""
+    wrong_size: bool = False
+    """The camera gives frames of half the size."""
     absent: bool = False
     """The camera is unplugged."""
     stopped: bool = False

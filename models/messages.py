@@ -284,6 +284,8 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     ejections: dict[str, Counter] = {}
     truth: dict[str, Counter] = {}
     bundle: OptionalDigest = ""
+    camera_fault: ShortText = ""
+    """Code of what is wrong with the camera now, such as `camera.frozen`; empty = good."""
 
 
 T = TypeVar("T")

@@ -237,6 +237,9 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     """How late after its place each ejection was commanded."""
     truth: dict[Label, Count] = {}
     """Where the truth is known (simulation, challenge items): `kind>outlet` -> items."""
+    camera: dict[Label, Count] = {}
+    """Faults named, by code (`camera.frozen`); `blind_ms` and `blind_mm` of belt nobody saw; `blind_shots` of the
+    fail-safe, those that came too late (`blind_shots_late`), and belt it gave up (`blind_missed_mm`)."""
     shadow: dict[Label, Count] = {}
     """Outlets `champion>challenger` of items a challenger judged too; `skipped` and `failed` beside them."""
     shadow_bundle: Annotated[str, msgspec.Meta(max_length=64)] = ""
@@ -294,7 +297,7 @@ def _window_error(expected: object, got: object) -> MessageError:
     return MessageError("window.inconsistent", "A window's counts contradict each other.", expected=expected, got=got)
 
 
-_TABLES: Final = ("classes", "grades", "outlets", "ejections", "ejectors", "shadow", "truth")
+_TABLES: Final = ("classes", "grades", "outlets", "ejections", "ejectors", "camera", "shadow", "truth")
 
 
 def merge(a: Window, b: Window) -> Window:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_agent.camera import FrozenGuard, LiveCamera, open_camera
+from edge_agent.camera import LiveCamera, open_camera
 from edge_agent.collect import collect
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
@@ -174,25 +174,6 @@ def test_torn_and_black_frames_are_refused_and_the_line_goes_on(bundle: Path) ->
     assert core.counter.total["items"] > 50
 
 
-def test_a_frozen_camera_and_an_unplugged_one_are_named() -> None:
-    line = SimulatedLine(SMALL, virtual=True)
-    guard = FrozenGuard(limit=10)
-    for _ in range(20):
-        guard.check(line.read(1.0))
-    line.set_trouble(Trouble(freeze=True))
-    codes = set()
-    for _ in range(15):
-        try:
-            guard.check(line.read(1.0))
-        except CameraError as error:
-            codes.add(error.code)
-    assert codes == {"camera.frozen"}
-    line.set_trouble(Trouble(absent=True))
-    with pytest.raises(CameraError) as caught:
-        line.read(1.0)
-    assert caught.value.code == "camera.absent"
-
-
 def test_a_schedule_is_read_or_refused_with_the_nearest_knob() -> None:
     steps = parse_trouble_schedule("60s clear; 30s brightness=0.7 freeze")
     assert [(s.after_s, s.trouble.brightness, s.trouble.freeze) for s in steps] == [
@@ -311,6 +292,7 @@ class StuckCapture:
             self.stuck.wait(30.0)
             return False, None
         self.left -= 1
+        self.stuck.wait(0.02)  # a camera has a pace; what comes without one is old
         return True, np.full((40, 60, 3), self.left, np.uint8)
 
 

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from edge_agent.drivers.belt import open_belt
 from edge_agent.drivers.ejectors import open_ejector
 from edge_agent.drivers.encoder import open_encoder
 from edge_agent.drivers.modbus import ModbusPort
@@ -126,6 +127,28 @@ def test_weights_are_read_once_per_sequence_and_joined(plc: int, program: Modbus
         program.write(300, [1, 1825, 0, 500])
         wait_until(lambda: sensor.join.remembered, what="the reading")
         assert sensor.join.value_for(-152.0) == pytest.approx(182.5)
+
+
+def test_the_belt_is_stopped_by_a_register_that_nobody_touches_before(plc: int, program: ModbusPort) -> None:
+    program.write(400, [7])
+    with closing(open_belt(f"modbus://127.0.0.1:{plc}/holding/400?every_ms=50&timeout_ms=5000")) as belt:
+        time.sleep(0.2)
+        assert program.read("holding", 400, 1) == [7]  # a restarted agent starts no belt that was stopped before
+        belt.stop("camera.frozen")
+        wait_until(lambda: program.read("holding", 400, 1) == [1], what="the stop")
+        program.write(400, [0])
+        wait_until(lambda: program.read("holding", 400, 1) == [1], what="the wish again")
+        belt.run()
+        wait_until(lambda: program.read("holding", 400, 1) == [0], what="the release")
+
+
+def test_the_belt_is_stopped_by_a_message(broker: int) -> None:
+    plant = Probe(broker, "plant", {"user": "plant", "password": "x"})
+    plant.subscribe(("sortline/line1/belt", 1))
+    with closing(open_belt(f"mqtt://127.0.0.1:{broker}/sortline/line1/belt?client=belt&every_ms=100")) as belt:
+        belt.stop("camera.black")
+        first, second = plant.messages(2, timeout=10.0)
+    assert json.loads(first[1]) == json.loads(second[1]) == {"stop": True, "reason": "camera.black", "sequence": 1}
 
 
 def test_a_refused_topic_is_counted(broker: int) -> None:
