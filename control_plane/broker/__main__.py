@@ -5,15 +5,18 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
-import ssl
 import sys
+from asyncio import sslproto
 from pathlib import Path
 
 import msgspec
 
 from control_plane.broker.access import Credentials
-from control_plane.broker.server import Broker, serve
+from control_plane.broker.certificates import Certificates
+from control_plane.broker.exchange import Broker
+from control_plane.broker.server import serve
 from control_plane.broker.sessions import BrokerLimits
 from models.errors import ConfigError, SortlineError
 from models.files import write_atomically
@@ -23,10 +26,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m control_plane.broker", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=1883, help="0 chooses a free one (default: 1883)")
-    parser.add_argument("--credentials", type=Path, help="identities, written by the control plane")
+    parser.add_argument("--site", type=Path, help="mutual TLS: the authority's site folder (`sortline ca init`)")
+    parser.add_argument("--credentials", type=Path, help="passwords (`sortline broker add`); this machine only")
     parser.add_argument("--anonymous", action="store_true", help="admit everyone; loopback only, for tests")
-    parser.add_argument("--tls-cert", type=Path, help="certificate chain of the listener, PEM")
-    parser.add_argument("--tls-key", type=Path, help="its private key, PEM")
     parser.add_argument("--ready-file", type=Path, help="gets host, port and pid as JSON once the broker listens")
     parser.add_argument("--limit", action="append", default=[], metavar="KEY=VALUE", help="override one limit")
     return parser.parse_args(argv)
@@ -40,28 +42,29 @@ def _limits(pairs: list[str]) -> BrokerLimits:
         raise ConfigError("broker.bad_limit", f"A limit is wrong: {error}.", expected=known, got=pairs) from error
 
 
-def _tls(arguments: argparse.Namespace) -> ssl.SSLContext | None:
-    if arguments.tls_cert is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(arguments.tls_cert, arguments.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError("broker.bad_tls", "The TLS certificate cannot be used.", got=error) from error
-    return context
-
-
 def _open(arguments: argparse.Namespace) -> Broker:
-    if arguments.anonymous and arguments.host not in {"127.0.0.1", "::1", "localhost"}:
+    limits = _limits(arguments.limit)
+    if arguments.site is not None:
+        return Broker(Certificates(arguments.site), limits)
+    if arguments.host not in {"127.0.0.1", "::1", "localhost"}:
         raise ConfigError(
-            "broker.anonymous_exposed",
-            "Anonymous clients are admitted on this machine only.",
-            expected="127.0.0.1",
+            "broker.exposed",
+            "Beyond this machine clients need certificates: --site FOLDER.",
+            expected="--site, or --host 127.0.0.1",
             got=arguments.host,
         )
     if not arguments.anonymous and arguments.credentials is None:
-        raise ConfigError("broker.no_credentials", "Say who may connect: --credentials FILE.")
-    return Broker(Credentials(None if arguments.anonymous else arguments.credentials), _limits(arguments.limit))
+        raise ConfigError("broker.no_credentials", "Say who may connect: --site FOLDER, or --credentials FILE.")
+    return Broker(Credentials(None if arguments.anonymous else arguments.credentials), limits)
+
+
+def _prepare_process() -> None:
+    """Room for connections, and no quarter of a megabyte for each of them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # CPython 3.11 to 3.14: every TLS connection takes a read buffer of 256 KiB the moment it is accepted, before
+    # anybody has proved anything; a TLS record has 16 KiB.
+    sslproto.SSLProtocol.max_size = 16 * 1024
 
 
 async def _run(arguments: argparse.Namespace) -> None:
@@ -77,12 +80,13 @@ async def _run(arguments: argparse.Namespace) -> None:
             facts = {"host": host, "port": port, "pid": os.getpid()}
             write_atomically(arguments.ready_file, json.dumps(facts).encode())
 
-    await serve(broker, arguments.host, arguments.port, tls=_tls(arguments), on_ready=ready, stop=stop)
+    await serve(broker, arguments.host, arguments.port, on_ready=ready, stop=stop)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs until SIGTERM or SIGINT; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    _prepare_process()
     try:
         asyncio.run(_run(_arguments(argv)))
     except SortlineError as error:

@@ -47,6 +47,9 @@ class Identity(msgspec.Struct, frozen=True):
 
     name: str
     role: Role
+    serial: str = ""
+    """Of its certificate; empty = it has none."""
+    not_after_s: float = 0.0
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

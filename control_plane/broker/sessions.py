@@ -9,7 +9,7 @@ import msgspec
 from control_plane.broker.access import Identity
 
 if TYPE_CHECKING:
-    from control_plane.broker.server import Connection
+    from control_plane.broker.connection import Connection
 
 MIB = 1024 * 1024
 
@@ -38,8 +38,14 @@ class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     retained_messages: int = 100_000
     retained_bytes: int = 2048 * MIB
     messages_per_s: float = 2000.0
-    """PUBLISH packets per client; above it the broker stops reading (back-pressure), it drops nothing."""
+    """PUBLISH packets per connection; above it the broker stops reading (back-pressure), it drops nothing."""
+    agent_messages_per_s: float = 400.0
+    """The same for an agent; a drain of 10,000 records per second is 20 packets per second."""
     bytes_per_s: float = 64.0 * MIB
+    quarantine_after_s: float = 30.0
+    """An agent that is held back without pause for so long is cut off ..."""
+    quarantine_s: float = 60.0
+    """... for so long, twice as long each further time, an hour at most."""
     verifications: int = 2
     """Password hashes computed at a time."""
 
@@ -120,3 +126,41 @@ class TokenBucket:
         self._tokens = min(self._rate, self._tokens + (now_s - self._at_s) * self._rate) - amount
         self._at_s = now_s
         return max(0.0, -self._tokens / self._rate)
+
+
+class Quarantine:
+    """Agents that do not stop flooding are cut off for a while; belongs to the name, a new connection does not help.
+
+    Each second held back adds one second of heat, each second takes half a second off: a flood without pause reaches
+    the limit after `quarantine_after_s`, a burst never does.
+    """
+
+    def __init__(self, limits: BrokerLimits) -> None:
+        self._limits = limits
+        self._heat: dict[str, tuple[float, float]] = {}
+        self._until: dict[str, tuple[float, float]] = {}
+        """Name -> (end, length) of its latest quarantine."""
+
+    def heat(self, name: str, held_back_s: float, now_s: float) -> bool:
+        """Adds; returns whether the agent is in quarantine from now on."""
+        heat, at_s = self._heat.get(name, (0.0, now_s))
+        heat = max(0.0, heat - (now_s - at_s) / 2.0) + held_back_s
+        self._heat[name] = (heat, now_s)
+        if heat < self._limits.quarantine_after_s / 2.0:
+            return False
+        _, length_s = self._until.get(name, (0.0, 0.0))
+        length_s = min(max(self._limits.quarantine_s, 2.0 * length_s), 3600.0)
+        self._until[name] = (now_s + length_s, length_s)
+        del self._heat[name]
+        return True
+
+    def holds(self, name: str, now_s: float) -> bool:
+        """Whether the agent must not connect now."""
+        end_s, length_s = self._until.get(name, (0.0, 0.0))
+        if length_s and now_s > end_s + 4.0 * length_s:
+            del self._until[name]  # it behaved for long enough: the next one is short again
+        return now_s < end_s
+
+    def names(self, now_s: float) -> list[str]:
+        """Who is in quarantine."""
+        return sorted(name for name, (end_s, _) in self._until.items() if now_s < end_s)

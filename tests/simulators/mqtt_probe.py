@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import ssl
 import struct
 from dataclasses import dataclass, field
 
@@ -76,6 +77,7 @@ class Probe:
     port: int
     client_id: str
     options: dict = field(default_factory=dict)
+    tls: ssl.SSLContext | None = None
 
     def __post_init__(self) -> None:
         self.socket = socket.create_connection(("127.0.0.1", self.port), timeout=5.0)
@@ -83,8 +85,13 @@ class Probe:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer = b""
         self.ids = 0
-        self.socket.sendall(connect_packet(self.client_id, **self.options))
-        answer = self.read(5.0)
+        answer = None
+        with contextlib.suppress(ssl.SSLError, ConnectionError):
+            if self.tls is not None:
+                self.socket = self.tls.wrap_socket(self.socket, server_hostname="127.0.0.1")
+                OPENED.append(self.socket)
+            self.socket.sendall(connect_packet(self.client_id, **self.options))
+            answer = self.read(5.0)
         self.code = answer.body[1] if answer and answer.kind == 2 else None
         self.present = bool(answer.body[0] & 1) if answer and answer.kind == 2 else False
 
@@ -100,7 +107,7 @@ class Probe:
                 if not data:
                     return None
                 self.buffer += data
-        except (TimeoutError, ConnectionError):
+        except (TimeoutError, ConnectionError, ssl.SSLError):
             return None
 
     def _cut(self) -> Packet | None:
@@ -179,5 +186,5 @@ class Probe:
                     return True
         except TimeoutError:
             return False
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             return True

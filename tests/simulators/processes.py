@@ -50,7 +50,7 @@ def running(command: list[str], **options: object) -> Iterator[subprocess.Popen]
 def embedded_broker(folder: Path, *arguments: str) -> Iterator[int]:
     """The embedded broker; yields its port. Anonymous unless credentials are given."""
     ready = folder / f"ready-{free_port()}.json"
-    access = () if "--credentials" in arguments else ("--anonymous",)
+    access = () if {"--credentials", "--site"} & set(arguments) else ("--anonymous",)
     command = [sys.executable, "-m", "control_plane.broker", "--port", "0", "--ready-file", str(ready)]
     with running([*command, *access, *arguments], stdout=subprocess.DEVNULL) as process:
         wait_until(lambda: ready.exists() or process.poll() is not None, 20, "the broker")
@@ -68,11 +68,11 @@ def mosquitto_broker(folder: Path) -> Iterator[int]:
         f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 10000\nset_tcp_nodelay true\n"
     )
     with running([MOSQUITTO, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-        wait_until(lambda: _listens(port), 10, "mosquitto")
+        wait_until(lambda: listens(port), 10, "mosquitto")
         yield port
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=0.2):
         return True
     return False

@@ -3,16 +3,20 @@
 import atexit
 import contextlib
 import functools
+import os
 import shutil
 import socket
+import ssl
+import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,9 +27,10 @@ from control_plane.database import migrate, open_database
 from control_plane.identity.authority import SITE, Authority
 from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.listener import DeviceListener
+from control_plane.identity.mosquitto import update_profile, write_profile
 from control_plane.identity.publication import Publisher, refresh_site
 from models.identity import Enrolled, RenewalRequest, renewal_statement
-from tests.simulators.processes import wait_until
+from tests.simulators.processes import MOSQUITTO, embedded_broker, free_port, listens, running, wait_until
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
@@ -70,10 +75,18 @@ class Site:
     publisher: Publisher
     now: datetime
     counters: Counter[str] = field(default_factory=Counter)
+    followers: list[Callable[[], object]] = field(default_factory=list)
 
     @property
     def files(self) -> Path:
         return self.folder / SITE
+
+    def tls(self, pair: Path | None) -> ssl.SSLContext:
+        """A client's context: trusts the site, shows a pair of key and chain."""
+        context = ssl.create_default_context(cafile=str(self.files / "ca.pem"))
+        if pair is not None:
+            context.load_cert_chain(pair)
+        return context
 
     def forward(self, **time: float) -> datetime:
         self.now += timedelta(**time)
@@ -129,8 +142,14 @@ def make_site(
     authority = Authority(root / "identity")
     numbers = count(1)
     enrolment = Enrolment(engine, authority, new_secret=lambda: f"{next(numbers):032d}", broker=broker)
-    publisher = Publisher(authority, enrolment.admitted, clock=lambda: site.now)
-    site = Site(root / "identity", engine, enrolment, publisher, now)
+    followers: list[Callable[[], object]] = []
+
+    def follow() -> None:
+        for follower in followers:
+            follower()
+
+    publisher = Publisher(authority, enrolment.admitted, clock=lambda: site.now, followers=(follow,))
+    site = Site(root / "identity", engine, enrolment, publisher, now, followers=followers)
     enrolment.publish = site.publisher.publish
     site.publisher.publish()
     return site
@@ -148,3 +167,30 @@ def https(site: Site) -> Iterator[str]:
         yield f"https://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def embedded_mtls(site: Site, folder: Path, *arguments: str) -> Iterator[int]:
+    """The embedded broker under the site's certificates; yields its port."""
+    with embedded_broker(folder, "--site", str(site.files), *arguments) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def mosquitto_mtls(site: Site, folder: Path) -> Iterator[int]:
+    """mosquitto under the generated profile, which follows the site; yields its port."""
+    if not Path(MOSQUITTO).exists():
+        pytest.skip("the program mosquitto is not installed")
+    profile, port = folder / "profile", free_port()
+    write_profile(site.enrolment.authority, profile, host="127.0.0.1", port=port)
+    if os.geteuid() == 0:  # it would give up root, and then not read our files again
+        conf = profile / "mosquitto.conf"
+        conf.write_text(conf.read_text() + "user root\n")
+    follow = lambda: update_profile(site.files, profile)  # noqa: E731
+    site.followers.append(follow)
+    try:
+        with running([MOSQUITTO, "-c", str(profile / "mosquitto.conf")], stderr=subprocess.DEVNULL):
+            wait_until(lambda: listens(port), 10, "mosquitto")
+            yield port
+    finally:
+        site.followers.remove(follow)

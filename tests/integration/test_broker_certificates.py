@@ -1,0 +1,472 @@
+"""Mutual TLS on both brokers: what an agent may do, what is revoked, stolen or past its time, what nobody proved."""
+
+import contextlib
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from control_plane.identity.certificates import (
+    AGENT_URI,
+    certificate_pem,
+    issue_client,
+    issue_server,
+)
+from control_plane.identity.publication import publish_admission, refresh_site
+from tests.simulators.mqtt_probe import OPENED, Probe, close_probes, packet, text
+from tests.simulators.processes import wait_until
+from tests.simulators.site import Site, embedded_mtls, key_text, make_site, mosquitto_mtls, new_key
+
+AGENTS = "sortline/v1/agents"
+BLOB = f"sortline/v1/blobs/{'ab' * 32}"
+BROKERS = [
+    pytest.param(embedded_mtls, id="embedded"),
+    pytest.param(mosquitto_mtls, id="mosquitto", marks=pytest.mark.mosquitto),
+]
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    close_probes()
+
+
+class Place(NamedTuple):
+    site: Site
+    port: int
+    embedded: bool
+
+    def connect(self, pair: Path | None, client_id: str = "x", **options: object) -> Probe:
+        return Probe(self.port, client_id, options, tls=self.site.tls(pair))
+
+    def agent(self, name: str = "line-1", client_id: str = "", **options: object) -> Probe:
+        found = self.connect(self.site.folder / f"{name}.pair", client_id or name, **options)
+        assert found.code == 0, f"{name} was refused: {found.code}"
+        return found
+
+    def plane(self, stem: str = "control", **options: object) -> Probe:
+        found = self.connect(self.site.files / f"{stem}.pem", stem, **options)
+        assert found.code == 0
+        return found
+
+    def forge(self, name: str, **how: object) -> Path:
+        """A pair that the site's own issuer signed, without anybody having enrolled."""
+        key, path = new_key(), self.site.folder / f"{name}.forged"
+        now = self.site.now - timedelta(days=float(how.pop("days_ago", 0)))  # type: ignore[arg-type]
+        issuer = self.site.enrolment.authority.issuer
+        if how.pop("server", False):
+            leaf = issue_server(issuer, key.public_key(), [name], now)
+        else:
+            leaf = issue_client(issuer, key.public_key(), name, str(how.pop("uri", AGENT_URI + name)), now)
+        path.write_bytes(key_text(key) + certificate_pem(leaf) + self.site.enrolment.authority.chain_pem)
+        return path
+
+
+@contextlib.contextmanager
+def open_place(opened: Callable, root: Path) -> Iterator[Place]:
+    site = make_site(root)
+    for name in ("line-1", "line-2"):
+        site.pair(name, site.folder / f"{name}.pair")
+    with opened(site, root) as port:
+        yield Place(site, port, opened is embedded_mtls)
+    site.engine.dispose()
+
+
+@pytest.fixture(scope="module", params=BROKERS)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """One broker for the tests that change nothing."""
+    with open_place(request.param, tmp_path_factory.mktemp("shared")) as found:
+        yield found
+
+
+@pytest.fixture(params=BROKERS)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """A broker of its own for a test that changes trust, admission or certificates."""
+    with open_place(request.param, tmp_path) as found:
+        yield found
+
+
+# -- what an agent may do: the table ----------------------------------------------------------------------------------
+
+CHANNELS = ("presence", "reported", "batch", "live", "response", "desired", "ack", "command", "other")
+TOPICS = (
+    *(f"{AGENTS}/line-1/{channel}" for channel in CHANNELS),
+    *(f"{AGENTS}/line-2/{channel}" for channel in CHANNELS),
+    f"{AGENTS}/line-1",
+    f"{AGENTS}/line-1/batch/deeper",
+    f"{AGENTS}/batch",
+    "sortline/v1/tuf",
+    "sortline/v1/sentinel",
+    f"{BLOB}/0",
+    BLOB,
+    f"{BLOB}/0/1",
+    "sortline/v2/tuf",
+    "other",
+)
+MAY_PUBLISH = {f"{AGENTS}/line-1/{channel}" for channel in ("presence", "reported", "batch", "live", "response")}
+MAY_RECEIVE = {
+    *(f"{AGENTS}/line-1/{channel}" for channel in ("desired", "ack", "command")),
+    "sortline/v1/tuf",
+    "sortline/v1/sentinel",
+    f"{BLOB}/0",
+}
+
+
+def drain(probe: Probe, marker: bytes) -> set[tuple[str, bytes]]:
+    """Everything that arrives up to the marker."""
+    found: set[tuple[str, bytes]] = set()
+    while True:
+        (message,) = probe.messages(1, 5.0)
+        if message[1] == marker:
+            return found
+        found.add(message[:2])
+
+
+def test_an_agent_publishes_under_its_own_name_only(shared: Place) -> None:
+    watcher = shared.plane()
+    watcher.subscribe(("sortline/#", 1))
+    watcher.messages(200, 0.3)
+    agent = shared.agent()
+    for topic in TOPICS:
+        agent.publish(topic, b"said", 1)
+        assert agent.wait_for(4), topic
+    agent.publish(f"{AGENTS}/line-1/live", b"end", 1)
+    assert {topic for topic, _ in drain(watcher, b"end")} == MAY_PUBLISH
+
+
+def test_an_agents_will_is_published_under_its_own_name_only(shared: Place) -> None:
+    watcher = shared.plane()
+    watcher.subscribe(("sortline/#", 1))
+    watcher.messages(200, 0.3)
+    for topic in TOPICS:
+        agent = shared.connect(shared.site.folder / "line-1.pair", "line-1", will=(topic, b"gone", 1, False))
+        agent.close(kindly=False)
+        if topic in MAY_PUBLISH:
+            assert watcher.messages(1, 5.0)[0][:2] == (topic, b"gone")
+    shared.agent().publish(f"{AGENTS}/line-1/live", b"end", 1)
+    assert drain(watcher, b"end") == set()
+
+
+@pytest.mark.parametrize("how", ["live", "retained", "queued"])
+def test_an_agent_receives_its_own_and_what_is_for_all(shared: Place, how: str) -> None:
+    plane, agent = shared.plane("bulk"), shared.agent(clean=how != "queued")
+    say = f"{how}".encode()
+
+    def publish() -> None:
+        for topic in TOPICS:
+            plane.publish(topic, say, 1, retain=how == "retained")
+            assert plane.wait_for(4)
+
+    if how == "retained":
+        publish()
+    for topic in TOPICS:
+        agent.subscribe((topic, 1))
+    if how == "live":
+        publish()
+    if how == "queued":
+        agent.close()
+        publish()
+        agent = shared.agent(clean=False)
+    plane.publish(f"{AGENTS}/line-1/ack", b"end", 1)
+    assert drain(agent, b"end") == {(topic, say) for topic in MAY_RECEIVE}
+    agent.close()
+    shared.agent(clean=True).close()
+    if how == "retained":
+        for topic in TOPICS:
+            plane.publish(topic, b"", 1, retain=True)
+            assert plane.wait_for(4)
+
+
+@pytest.mark.parametrize("wanted", ["#", "sortline/#", f"{AGENTS}/+/desired", f"{AGENTS}/#", "$SYS/#", "+/+/+/+/+"])
+def test_a_wildcard_brings_an_agent_nothing_that_is_not_its_own(shared: Place, wanted: str) -> None:
+    plane, agent = shared.plane("bulk"), shared.agent()
+    codes = agent.subscribe((wanted, 1))
+    if shared.embedded:
+        assert codes == [0x80]
+    agent.subscribe((f"{AGENTS}/line-1/ack", 1))
+    for topic in TOPICS:
+        plane.publish(topic, b"x", 1)
+        assert plane.wait_for(4)
+    plane.publish(f"{AGENTS}/line-1/ack", b"end", 1)
+    assert {topic for topic, _ in drain(agent, b"end")} <= MAY_RECEIVE
+
+
+# -- who may connect --------------------------------------------------------------------------------------------------
+
+
+def test_who_proves_nothing_is_refused(shared: Place) -> None:
+    (shared.site.folder / "evil").mkdir(exist_ok=True)
+    other = make_site(shared.site.folder / "evil", other=True)
+    foreign = other.pair("line-1", shared.site.folder / "foreign.pair")
+    other.engine.dispose()
+    assert shared.connect(None).code is None, "no certificate"
+    assert shared.connect(foreign, "line-1").code is None, "another authority's line-1"
+    assert shared.connect(shared.forge("line-1", server=True), "line-1").code is None, "a server's certificate"
+    assert shared.connect(shared.forge("line-1", days_ago=40), "line-1").code is None, "past its time"
+    plain = Probe(shared.port, "line-1", {"user": "line-1", "password": "x"})
+    assert plain.code is None, "no TLS at all"
+    assert shared.agent("line-1")
+
+
+def test_a_certificate_of_nobody_who_enrolled_gets_and_says_nothing(shared: Place) -> None:
+    watcher = shared.plane()
+    watcher.subscribe(("sortline/#", 1))
+    watcher.messages(200, 0.3)
+    ghost = shared.connect(shared.forge("ghost"), "ghost")
+    if shared.embedded:
+        assert ghost.code == 5
+    else:
+        ghost.subscribe((f"{AGENTS}/ghost/desired", 1), ("sortline/v1/tuf", 1))
+        ghost.publish(f"{AGENTS}/ghost/batch", b"boo", 1)
+        shared.plane("bulk").publish("sortline/v1/tuf", b"x", 1)
+        assert ghost.messages(1, 0.5) == []
+    shared.agent().publish(f"{AGENTS}/line-1/live", b"end", 1)
+    assert {topic for topic, _ in drain(watcher, b"end")} <= {"sortline/v1/tuf"}
+
+
+def test_an_agents_certificate_that_names_a_role_in_its_common_name_gets_no_role(shared: Place) -> None:
+    sly = shared.connect(shared.forge("control-plane-x", uri=AGENT_URI + "control-plane-x"), "x")
+    if sly.code == 0:
+        sly.subscribe(("sortline/#", 1))
+        shared.agent().publish(f"{AGENTS}/line-1/live", b"secret", 1)
+        assert sly.messages(1, 0.5) == []
+
+
+def test_another_agents_client_id_takes_nothing_over(shared: Place) -> None:
+    victim = shared.agent("line-1", clean=False)
+    victim.subscribe((f"{AGENTS}/line-1/desired", 1))
+    for clean in (True, False):
+        thief = shared.connect(shared.site.folder / "line-2.pair", "line-1", clean=clean, user="line-1", password="x")
+        assert not thief.present
+        thief.subscribe((f"{AGENTS}/line-1/desired", 1))
+        shared.plane("bulk").publish(f"{AGENTS}/line-1/desired", b"yours", 1)
+        assert victim.messages(1)[0][1] == b"yours"
+        assert thief.messages(1, 0.3) == []
+    victim.close()
+    shared.agent("line-1", clean=True).close()
+
+
+def test_the_same_agent_connecting_again_takes_its_old_connection_over(shared: Place) -> None:
+    first = shared.agent("line-1", "one")
+    second = shared.agent("line-1", "two")
+    assert first.closed_by_peer(5)
+    second.send(packet(12, 0, b""))
+    assert second.wait_for(13)
+
+
+# -- revocation, expiry, rotation -------------------------------------------------------------------------------------
+
+
+def test_a_revoked_agent_gets_no_data_and_does_not_come_back(place: Place) -> None:
+    agent, plane = place.agent("line-1"), place.plane("bulk")
+    other = place.agent("line-2")
+    for probe, name in ((agent, "line-1"), (other, "line-2")):
+        probe.subscribe((f"{AGENTS}/{name}/desired", 1))
+    place.site.enrolment.revoke("line-1", reason="stolen", actor="test", now=place.site.now)
+    revoked = time.monotonic()
+
+    def silenced() -> bool:
+        """A message sent now does not arrive: the agent has no connection any more, or no right."""
+        plane.publish(f"{AGENTS}/line-1/desired", b"secret", 1)
+        assert plane.wait_for(4)
+        return not agent.messages(1, 0.2)
+
+    wait_until(silenced, 5, "the silence")
+    assert time.monotonic() - revoked < 5.0
+    wait_until(lambda: place.connect(place.site.folder / "line-1.pair", "line-1").code != 0, 5, "the refusal")
+    plane.publish(f"{AGENTS}/line-2/desired", b"still", 1)
+    assert other.messages(1)[0][1] == b"still"
+    assert place.agent("line-2")
+
+
+def test_an_agent_that_enrolls_now_is_admitted_now(place: Place) -> None:
+    place.site.pair("line-3", place.site.folder / "line-3.pair")
+    if place.embedded:
+        assert place.connect(place.site.folder / "line-3.pair", "line-3").code == 0, "at the first attempt"
+    plane = place.plane()
+
+    def heard() -> bool:
+        agent = place.agent("line-3")
+        agent.subscribe((f"{AGENTS}/line-3/desired", 1))
+        plane.publish(f"{AGENTS}/line-3/desired", b"hello", 1)
+        return bool(agent.messages(1, 0.5))
+
+    wait_until(heard, 5, "the first message")
+
+
+def test_an_old_revocation_list_locks_nobody_out(place: Place) -> None:
+    """The upkeep did not run for a year: good agents still connect, revoked ones still do not."""
+    site = place.site
+    site.enrolment.revoke("line-2", reason="x", actor="x", now=site.now)
+    agents, revoked = site.enrolment.admitted(site.now)
+    (site.files / "crl.pem").unlink()
+    publish_admission(site.enrolment.authority, agents, revoked, site.now - timedelta(days=390))
+    for follower in site.followers:
+        follower()
+    wait_until(lambda: place.connect(site.folder / "line-2.pair", "line-2").code != 0, 5, "the refusal")
+    for _ in range(3):
+        assert place.agent("line-1")
+
+
+def test_a_new_authority_cuts_nobody_off(tmp_path: Path) -> None:
+    """On the embedded broker; mosquitto reads its trust only when it starts."""
+    with open_place(embedded_mtls, tmp_path) as place:
+        site = place.site
+        before = place.agent("line-1")
+        before.subscribe((f"{AGENTS}/line-1/ack", 1))
+        old_trust = site.tls(site.folder / "line-2.pair")
+        site.enrolment.authority.rotate(site.now)
+        site.publisher.publish()
+        site.pair("line-3", site.folder / "line-3.pair")
+        wait_until(lambda: place.connect(site.folder / "line-3.pair").code == 0, 5, "the new certificate")
+        assert place.agent("line-1", "again").code == 0, "the old certificate is good"
+        stale = Probe(place.port, "line-2", {}, tls=old_trust)
+        assert stale.code == 0, "who trusts only the old root still trusts the broker"
+        refresh_site(site.enrolment.authority.retire(), site.now)
+        assert stale.closed_by_peer(5), "the trust was withdrawn: everybody proves himself again"
+        wait_until(lambda: place.connect(site.folder / "line-1.pair").code is None, 5, "the refusal of the old one")
+        assert place.agent("line-3")
+
+
+@pytest.mark.slow
+def test_a_certificate_that_ends_ends_its_connection(tmp_path: Path) -> None:
+    with open_place(embedded_mtls, tmp_path) as place:
+        key, path = new_key(), place.site.folder / "short.pair"
+        issuer = place.site.enrolment.authority.issuer
+        soon = place.site.now - timedelta(days=30) + timedelta(seconds=4)
+        leaf = issue_client(issuer, key.public_key(), "line-1", AGENT_URI + "line-1", soon)
+        path.write_bytes(key_text(key) + certificate_pem(leaf) + place.site.enrolment.authority.chain_pem)
+        agent = place.connect(path, "line-1")
+        assert agent.code == 0
+        assert agent.closed_by_peer(10)
+
+
+# -- who proved nothing yet -------------------------------------------------------------------------------------------
+
+
+def resident(port: int) -> int:
+    """Bytes of the process that listens on a port."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            arguments = (status.parent / "cmdline").read_bytes().decode(errors="replace")
+            if "control_plane.broker" in arguments and _listens(status.parent.name, port):
+                return int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024
+    raise AssertionError("no such process")
+
+
+def _listens(pid: str, port: int) -> bool:
+    inodes = {
+        line.split()[9]
+        for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+        if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A"
+    }
+    links = (str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    return bool({f"socket:[{inode}]" for inode in inodes} & set(links))
+
+
+def raw_tls(place: Place, name: str) -> ssl.SSLSocket:
+    """A connection that has proved its certificate and said nothing yet."""
+    connection = socket.create_connection(("127.0.0.1", place.port), timeout=10)
+    OPENED.append(connection)
+    found = place.site.tls(place.site.folder / f"{name}.pair").wrap_socket(connection, server_hostname="127.0.0.1")
+    OPENED.append(found)
+    return found
+
+
+@pytest.mark.slow
+def test_unproven_peers_cost_little_and_are_gone_in_five_seconds(tmp_path: Path) -> None:
+    """Silent sockets, a handshake that stops half-way, a certificate whose CONNECT is endless or never comes."""
+    with open_place(embedded_mtls, tmp_path) as place:
+        victim = place.agent("line-2")
+        place.agent("line-1").close()  # what a first TLS connection takes once is not counted
+        before, started = resident(place.port), time.monotonic()
+        sockets = [socket.create_connection(("127.0.0.1", place.port), timeout=10) for _ in range(50)]
+        OPENED.extend(sockets)
+        for slow in sockets[:25]:
+            slow.sendall(b"\x16\x03\x01\x02\x00\x01\x00")  # the beginning of a ClientHello
+        mute, *greedy = [raw_tls(place, "line-1") for _ in range(5)]
+        for one in greedy:
+            with contextlib.suppress(OSError):
+                one.sendall(b"\x10\xff\xff\xff\x7f" + b"x" * 100_000)
+        peak = resident(place.port)
+        for one in (*sockets, mute, *greedy):
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                while one.recv(4096):
+                    pass
+            peak = max(peak, resident(place.port))
+        elapsed = time.monotonic() - started
+        assert elapsed < 8.0, f"all gone after {elapsed:.1f} s"
+        assert peak - before <= 5_000_000, f"{(peak - before) / 1e6:.1f} MB"
+        victim.send(packet(12, 0, b""))
+        assert victim.wait_for(13)
+
+
+@pytest.mark.slow
+def test_an_agent_that_floods_on_and_on_is_cut_off_for_a_while(tmp_path: Path) -> None:
+    limits = ("--limit", "quarantine_after_s=2", "--limit", "quarantine_s=3", "--limit", "agent_messages_per_s=50")
+    with open_place(lambda site, folder: embedded_mtls(site, folder, *limits), tmp_path) as place:
+        good = place.agent("line-2")
+        good.subscribe((f"{AGENTS}/line-2/ack", 1))
+        flood = place.agent("line-1")
+        body = packet(3, 0, text(f"{AGENTS}/line-1/live") + b"x" * 50) * 100
+        stop = threading.Event()
+
+        def pour() -> None:
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    flood.socket.sendall(body)
+
+        thread = threading.Thread(target=pour)
+        thread.start()
+        try:
+            thread.join(15)
+            assert not thread.is_alive(), "the flooding agent is cut off"
+        finally:
+            stop.set()
+            flood.socket.close()
+            thread.join(5)
+        assert place.connect(place.site.folder / "line-1.pair", "line-1").code == 3
+        place.plane().publish(f"{AGENTS}/line-2/ack", b"calm", 1)
+        assert good.messages(1)[0][1] == b"calm"
+        wait_until(lambda: place.connect(place.site.folder / "line-1.pair").code == 0, 10, "the second chance")
+
+
+def test_a_burst_is_no_flood(tmp_path: Path) -> None:
+    from control_plane.broker.sessions import BrokerLimits, Quarantine
+
+    quarantine = Quarantine(BrokerLimits())
+    now = 0.0
+    for _ in range(100):  # ten seconds held back, then ten minutes of peace, again and again
+        assert not quarantine.heat("line-1", 10.0, now)
+        now += 600.0
+    for second in range(100):
+        if quarantine.heat("rogue", 1.0, now + second):
+            break
+    assert 25 <= second <= 35
+    assert quarantine.holds("rogue", now + second + 59)
+    assert quarantine.names(now + second) == ["rogue"]
+    assert not quarantine.holds("rogue", now + second + 61)
+    for again in range(100):
+        if quarantine.heat("rogue", 1.0, now + 200 + again):
+            break
+    assert quarantine.holds("rogue", now + 200 + again + 110), "the second time is longer"
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_silent_for_its_keep_alive_is_shown_offline_in_time(shared: Place) -> None:
+    """A cable that was pulled: keep-alive 15 s, so the will comes after 22.5 s; mosquitto looks every 5 s."""
+    watcher = shared.plane()
+    watcher.subscribe((f"{AGENTS}/line-1/presence", 1))
+    shared.agent("line-1", keep_alive=15, will=(f"{AGENTS}/line-1/presence", b"offline", 1, False))
+    started = time.monotonic()
+    while not (found := watcher.messages(1, 5.0)):
+        assert time.monotonic() - started < 29.0
+        watcher.send(packet(12, 0, b""))
+    assert found[0][1] == b"offline"
+    assert time.monotonic() - started <= (25.0 if shared.embedded else 28.0)
