@@ -25,6 +25,7 @@ from sqlmodel import Session, col, select
 
 from control_plane.config import BrokerConfig
 from control_plane.database import reading, writing
+from control_plane.identity.tls import client_context, load_client
 from control_plane.publishing import Publisher
 from control_plane.store import Store
 from control_plane.tables import Agent, EventRow, WindowRow, utc_now
@@ -70,9 +71,22 @@ class FleetLink:
         engine: Database.
         store: Where bundles are.
         client_id: Prefix of the two MQTT client ids.
+        certificates: Folder with `ca.pem`, `control.pem`, `bulk.pem`; None = password, no TLS.
+
+    Raises:
+        ConfigError: `site.bad_certificate`, `broker.no_password`.
     """
 
-    def __init__(self, config: BrokerConfig, engine: Engine, store: Store, *, client_id: str = "control-plane") -> None:
+    def __init__(
+        self,
+        config: BrokerConfig,
+        engine: Engine,
+        store: Store,
+        *,
+        client_id: str = "control-plane",
+        certificates: Path | None = None,
+    ) -> None:
+        self._certificates = certificates
         self._config, self._engine = config, engine
         self.counters: Counter[str] = Counter()
         self.live: dict[str, tuple[float, Live]] = {}
@@ -80,19 +94,25 @@ class FleetLink:
         self._incoming: queue.Queue[tuple[str, bytes]] = queue.Queue(_MAX_WAITING)
         self._stopping = threading.Event()
         self._sentinel_seen = threading.Event()
-        self._control = self._client(f"{client_id}-control", ("presence", "reported"), sentinel=True)
-        self._bulk = self._client(f"{client_id}-bulk", ("batch", "live", "request"), sentinel=False)
+        self._control = self._client("control", client_id, ("presence", "reported"), sentinel=True)
+        self._bulk = self._client("bulk", client_id, ("batch", "live", "request"), sentinel=False)
         self.publisher = Publisher(config, engine, store, self._bulk, self.counters)
         self._threads: list[threading.Thread] = []
         self._republish_due = threading.Event()
 
     # -- connections ------------------------------------------------------------------------------------------
 
-    def _client(self, client_id: str, channels: tuple[str, ...], *, sentinel: bool) -> mqtt.Client:
+    def _client(self, stem: str, client_id: str, channels: tuple[str, ...], *, sentinel: bool) -> mqtt.Client:
         client = mqtt.Client(
-            CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True, protocol=mqtt.MQTTv311
+            CallbackAPIVersion.VERSION2, client_id=f"{client_id}-{stem}", clean_session=True, protocol=mqtt.MQTTv311
         )
-        client.username_pw_set(self._config.username, _password(self._config))
+        if self._certificates is None:
+            client.username_pw_set(self._config.username, _password(self._config))
+        else:
+            context, pair = client_context(self._certificates, stem), self._certificates / f"{stem}.pem"
+            client.tls_set_context(context)
+            # Renewed certificates, and a new root beside the old one, are used from the next connection on.
+            client.on_pre_connect = self._guarded(lambda *_: load_client(context, pair))
         client.max_queued_messages_set(0)  # bounded by the number of agents: blobs are sent a few at a time
         client.max_inflight_messages_set(64)
         client.reconnect_delay_set(1, 15)

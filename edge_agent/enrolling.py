@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from edge_agent.identity import ANCHORS, FACTS, NEXT_KEY, PAIR, Facts, client_context, read_facts
+from edge_agent.identity import ANCHORS, FACTS, NEXT_KEY, PAIR, Facts, check_dates, read_facts
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, UnavailableError
 from models.files import write_atomically
 from models.identity import (
@@ -105,7 +105,11 @@ def renew(folder: Path, now_s: float) -> bool:
     facts = read_facts(folder)
     if facts is None:
         raise ConfigError("identity.absent", f"{folder} holds no identity; enrol first.", expected=FACTS, got="nothing")
-    context = client_context(folder / ANCHORS, None, facts.not_before_s, now_s)
+    try:
+        context = ssl.create_default_context(cafile=str(folder / ANCHORS))
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError("identity.unreadable", f"{folder / ANCHORS} cannot be used.", got=error) from error
+    check_dates(context, facts.not_before_s, now_s)
     anchors = _call(facts.control_plane, context, "GET", ANCHORS_PATH, Anchors)
     chain = _blocks(_chain(folder))
     issuer = hashlib.sha256(_der(chain[1])).hexdigest() if len(chain) > 1 else ""

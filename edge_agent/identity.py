@@ -94,8 +94,10 @@ def with_identity(config: AgentConfig) -> AgentConfig:
         ConfigError: `identity.unreadable`, `identity.other_agent`.
     """
     folder = identity_folder(config)
+    if config.broker.tls_cert or config.broker.password_file:
+        return config
     facts = read_facts(folder)
-    if facts is None or config.broker.tls_cert or config.broker.password_file:
+    if facts is None:
         return config
     default = AgentConfig()
     if config.id not in {facts.agent, default.id}:
@@ -112,27 +114,50 @@ def with_identity(config: AgentConfig) -> AgentConfig:
     return msgspec.structs.replace(config, id=facts.agent, broker=broker)
 
 
-def client_context(anchors: Path, pair: Path | None, not_before_s: int, now_s: float) -> ssl.SSLContext:
-    """TLS towards the site: trusts its roots alone, shows our certificate.
+def check_dates(context: ssl.SSLContext, not_before_s: int, now_s: float) -> None:
+    """A clock before the day our own certificate was made is wrong for certain (no battery, no network yet).
 
-    A clock before the day our own certificate was made is wrong for certain (no battery, no network yet); then the
-    server's dates are not looked at, only who signed it: a box must not be cut off by its clock.
-
-    Raises:
-        ConfigError: `identity.unreadable`.
+    Then the server's dates are not looked at, only who signed it: a box must not be cut off by its clock.
     """
-    try:
-        context = ssl.create_default_context(cafile=str(anchors))
-        if pair is not None:
-            context.load_cert_chain(pair)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            "identity.unreadable", f"{pair or anchors} cannot be used; enrol the agent again.", got=error
-        ) from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     if now_s < not_before_s - _DAY_S:
         context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
-    return context
+    else:
+        context.verify_flags &= ~ssl.VerifyFlags(_NO_CHECK_TIME)
+
+
+class BrokerTls:
+    """TLS towards the broker: trusts the site's roots alone, shows our certificate, follows renewals.
+
+    Args:
+        config: `tls_ca`, and `tls_cert` with `tls_key` where the broker asks for a certificate.
+        clock: Seconds since 1970.
+    """
+
+    def __init__(self, config: BrokerConfig, *, clock: Callable[[], float] = time.time) -> None:
+        self._config, self._clock = config, clock
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+
+    def follow(self) -> None:
+        """Reads trust, certificate and clock; called before each connection.
+
+        Raises:
+            ConfigError: `identity.unreadable`; the agent goes on without a broker and tries again.
+        """
+        config = self._config
+        try:
+            self.context.load_verify_locations(cafile=config.tls_ca)
+            if config.tls_cert:
+                self.context.load_cert_chain(config.tls_cert, config.tls_key or None)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                "identity.unreadable",
+                f"{config.tls_ca} or {config.tls_cert} cannot be used; enrol the agent again.",
+                expected="certificates and key, PEM",
+                got=error,
+            ) from error
+        facts = read_facts(Path(config.tls_cert).parent) if config.tls_cert else None
+        check_dates(self.context, facts.not_before_s if facts else 0, self._clock())
 
 
 class IdentityUpkeep:

@@ -19,6 +19,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edge_agent.config import BrokerConfig
+from edge_agent.identity import BrokerTls
 from models.chunking import CHUNK_BYTES
 from models.errors import ConfigError
 from models.messages import KEEP_ALIVE_S
@@ -72,7 +73,11 @@ class Link:
         client = mqtt.Client(
             CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True, protocol=mqtt.MQTTv311
         )
-        client.username_pw_set(config.username or client_id, _password(config))
+        self._tls = BrokerTls(config) if config.tls_ca else None
+        if self._tls is not None:
+            client.tls_set_context(self._tls.context)
+        if not config.tls_cert:
+            client.username_pw_set(config.username or client_id, _password(config))
         if will is not None:
             client.will_set(*will, qos=1, retain=True)
         client.max_queued_messages_set(256)
@@ -80,8 +85,6 @@ class Link:
         client.on_disconnect = self._guard(self._on_disconnect)
         client.on_message = self._guard(self._on_message)
         client.on_subscribe = self._guard(self._on_subscribe)
-        if config.tls_ca:
-            client.tls_set_context(ssl.create_default_context(cafile=config.tls_ca))
         self._client = client
         self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
 
@@ -99,13 +102,18 @@ class Link:
         wait_s = self._config.reconnect_min_s
         while not self._stopping.is_set():
             try:
+                if self._tls is not None:
+                    self._tls.follow()
                 self._client.connect(self._config.host, self._config.port, keepalive=KEEP_ALIVE_S)
                 while not self._stopping.is_set() and self._client.loop(0.5) == mqtt.MQTT_ERR_SUCCESS:
                     if self._connected.is_set():
                         wait_s = self._config.reconnect_min_s
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, ConfigError) as error:
                 self.counters["connect_failed"] += 1
                 log.debug("no connection: %s", error)
+                if isinstance(error, (ConfigError, ssl.SSLError)):
+                    self.counters["tls_failed"] += 1
+                    log.warning("no connection by TLS: %s", error)
             self._lost("connection lost")
             wait_s = min(wait_s * 2.0, self._config.reconnect_max_s)
             self._stopping.wait(self._rng.uniform(self._config.reconnect_min_s / 2.0, wait_s))

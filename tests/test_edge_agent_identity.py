@@ -16,7 +16,7 @@ import pytest
 from edge_agent import enrolling
 from edge_agent.config import AgentConfig, BrokerConfig
 from edge_agent.enrolling import enrol, renew
-from edge_agent.identity import FACTS, NEXT_KEY, PAIR, IdentityUpkeep, client_context, read_facts, with_identity
+from edge_agent.identity import FACTS, NEXT_KEY, PAIR, BrokerTls, IdentityUpkeep, read_facts, with_identity
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, UnavailableError
 from tests.simulators.processes import free_port
 from tests.simulators.site import Site, https, make_site
@@ -43,6 +43,11 @@ def invite(site: Site, agent: str = "line-1") -> str:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tls(folder: Path, now_s: float | None = None) -> BrokerTls:
+    config = BrokerConfig(tls_ca=str(folder / "ca.pem"), tls_cert=str(folder / PAIR))
+    return BrokerTls(config, clock=time.time if now_s is None else lambda: now_s)
 
 
 def age(site: Site, folder: Path, days: float) -> None:
@@ -128,7 +133,7 @@ def test_a_power_cut_while_the_answer_is_stored_is_made_good_by_asking_again(
         enrol(folder, token, url)
     monkeypatch.setattr(enrolling, "write_atomically", real)
     assert enrol(folder, token, url).agent == "line-1" if cut < 4 else read_facts(folder) is not None
-    client_context(folder / "ca.pem", folder / PAIR, 0, time.time())  # key and certificate belong together
+    tls(folder).follow()  # key and certificate belong together
     assert len(site.enrolment.admitted(site.now)[0]) == 1
 
 
@@ -191,12 +196,14 @@ def test_the_upkeep_renews_in_a_child_and_counts_what_fails(site: Site, url: str
 
 def test_a_clock_before_the_certificates_day_does_not_cut_a_box_off(site: Site, url: str, tmp_path: Path) -> None:
     folder = tmp_path / "id"
-    facts = enrol(folder, invite(site), url)
-    wrong = client_context(folder / "ca.pem", folder / PAIR, facts.not_before_s, 0.0)
-    right = client_context(folder / "ca.pem", folder / PAIR, facts.not_before_s, time.time())
-    assert wrong.verify_flags & 0x200000
-    assert not right.verify_flags & 0x200000
-    assert wrong.verify_mode is ssl.CERT_REQUIRED
+    enrol(folder, invite(site), url)
+    wrong, right = tls(folder, 0.0), tls(folder, time.time())
+    for one in (wrong, right):
+        one.follow()
+    assert wrong.context.verify_flags & 0x200000
+    assert not right.context.verify_flags & 0x200000
+    assert wrong.context.verify_mode is ssl.CERT_REQUIRED
+    assert wrong.context.check_hostname
     assert not renew(folder, 0.0)
 
 

@@ -125,9 +125,10 @@ def open_services(config: ControlPlaneConfig) -> Services:
     store = Store(config.root / "store")
     # Replicas are told apart by a random part: process ids repeat in containers.
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    fleet = FleetLink(config.broker, engine, store, client_id=f"control-plane-{name[-40:]}")
-    rollouts = RolloutExecutor(engine, fleet, name)
     enrolment, publisher = _open_identity(config, engine)
+    certificates = config.certificates_folder if config.broker.tls else None
+    fleet = FleetLink(config.broker, engine, store, client_id=f"control-plane-{name[-40:]}", certificates=certificates)
+    rollouts = RolloutExecutor(engine, fleet, name)
     return Services(
         config, engine, store, fleet, rollouts, token=config.token, enrolment=enrolment, publisher=publisher
     )

@@ -148,13 +148,14 @@ class Connection(asyncio.Protocol):
         future.add_done_callback(lambda done: self._verified(connect, done))
 
     def _connect_by_certificate(self, connect: Connect, certificates: Certificates) -> None:
-        """The certificate alone decides: a user name is ignored, the client id is the identity's."""
+        """The certificate alone decides: a user name is ignored, an agent's client id is its name."""
         tls = self._transport.get_extra_info("ssl_object") if self._transport is not None else None
         identity = certificates.identify(tls.getpeercert() if tls is not None else None)
         if identity is None:
             self._refuse(ConnectCode.NOT_AUTHORIZED, "bad_certificate")
             return
-        self._admit(replace(connect, client_id=identity.name), identity)
+        # Replicas of the control plane share an identity and tell their connections apart.
+        self._admit(replace(connect, client_id=identity.name) if identity.role is Role.AGENT else connect, identity)
 
     def _verified(self, connect: Connect, done: "asyncio.Future[Identity | None]") -> None:
         self._verifying = False

@@ -64,14 +64,26 @@ def demo(
 
 @broker.command("run")
 def broker_run(
-    credentials: Annotated[Path, typer.Option(help="File with identities (`sortline broker add`).")],
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 1883,
+    credentials: Annotated[
+        Path | None, typer.Option(help="Passwords instead of certificates (`sortline broker add`); this machine only.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Default: 8883, with passwords 1883.")] = None,
+    config: Config = None,
+    data_dir: Annotated[str | None, typer.Option(help="Of the control plane, as for `sortline serve`.")] = None,
 ) -> None:
-    """Run the embedded broker (MQTT 3.1.1). For a fleet of many boxes use mosquitto, EMQX or HiveMQ."""
+    """Run the embedded broker (MQTT 3.1.1) under the site's certificates (`sortline ca init`).
+
+    For a fleet of many boxes use mosquitto (`sortline broker mosquitto-profile`), EMQX or HiveMQ.
+    """
     from control_plane.broker.__main__ import main as run  # noqa: PLC0415
 
-    raise typer.Exit(run(["--host", host, "--port", str(port), "--credentials", str(credentials)]))
+    if credentials is not None:
+        access, usual = ["--credentials", str(credentials)], 1883
+    else:
+        found = load_control_plane_config(config, {"data_dir": data_dir} if data_dir else {})
+        access, usual = ["--site", str(found.identity_folder / "site")], 8883
+    raise typer.Exit(run(["--host", host, "--port", str(usual if port is None else port), *access]))
 
 
 @broker.command("add")

@@ -2,7 +2,6 @@
 
 import logging
 import socket
-import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,37 +10,12 @@ from typing import Any, Final
 import uvicorn
 
 from control_plane.identity.publication import Publisher
-from models.errors import ConfigError, SortlineError
+from control_plane.identity.tls import load_pair, server_context
+from models.errors import SortlineError
 
 log = logging.getLogger("sortline.identity")
 _UPKEEP_S: Final = 60.0
 _CONNECTIONS: Final = 256
-
-
-def server_context(server_pem: Path) -> ssl.SSLContext:
-    """TLS 1.2 or newer, with this key and chain.
-
-    Raises:
-        ConfigError: `server.bad_certificate`.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load_pair(context, server_pem)
-    return context
-
-
-def load_pair(context: ssl.SSLContext, pem: Path) -> None:
-    """Puts key and chain into a context; connections from now on use them.
-
-    Raises:
-        ConfigError: `server.bad_certificate`.
-    """
-    try:
-        context.load_cert_chain(pem)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            "server.bad_certificate", f"{pem} cannot be used.", expected="a key and its chain, PEM", got=error
-        ) from error
 
 
 class DeviceListener:
