@@ -1,8 +1,9 @@
 """The whole loop on one machine, with real processes: broker, control plane, agents; train, push, sort, watch.
 
-Everything goes through the same commands and the same REST API a plant uses: `sortline broker`, `sortline serve`,
-`sortline-agent collect`, `sortline-agent run`, data set, training run, rollout. Nothing here is a shortcut, and the
-agents are started as their own program: this side does not import theirs.
+Everything goes through the same commands and the same REST API a plant uses: `sortline ca init`, `sortline broker`,
+`sortline serve`, `sortline-agent enrol`, `sortline-agent run`, data set, training run, rollout. Nothing here is a
+shortcut: every agent enrols with a one-time token and speaks by mutual TLS, and the agents are started as their own
+program: this side does not import theirs.
 """
 
 import contextlib
@@ -26,7 +27,6 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from control_plane.broker.access import Role, add_identities
 from control_plane.client import Client
 from models.errors import ConflictError, SortlineError, UnavailableError
 from models.files import write_atomically
@@ -159,11 +159,11 @@ def _interrupt(*_: object) -> None:
 def _play(run: _Run) -> None:
     options = run.options
     _measure(run)
-    with run.stage("Starting broker and control plane"):
+    with run.stage("Making a certificate authority, starting broker and control plane"):
         client = _start_servers(run)
     run.console.print(f"  pages [bold]{client.url}/[/]  API [bold]{client.url}/docs[/]", highlight=False)
-    with run.stage(f"Starting {options.agents} agents with {options.lanes} lanes each"):
-        _start_agents(run)
+    with run.stage(f"Enrolling and starting {options.agents} agents with {options.lanes} lanes each"):
+        _start_agents(run, client)
         _wait(run, lambda: len(_agents(client)) == options.agents, _READY_S, "all agents to report")
     with run.stage(f"Collecting labelled views of {options.items} items from the line's own pipeline"):
         _collect(run)
@@ -205,30 +205,46 @@ def _agent_command() -> list[str]:
 
 
 def _start_servers(run: _Run) -> Client:
+    """The site's authority, then the broker and the control plane under its certificates."""
     root, options = run.root, run.options
-    credentials = root / "credentials.json"
-    names = {f"line-{number + 1}": Role.AGENT for number in range(options.agents)}
-    passwords = add_identities(credentials, {"control-plane": Role.CONTROL_PLANE, **names})
-    for name, password in passwords.items():
-        write_atomically(root / f"{name}.password", password.encode(), mode=0o600)
+    plane = root / "control-plane"
+    if not (plane / "identity").exists():
+        _command(run, "demo.no_authority", "control_plane", "ca", "init", "--data-dir", str(plane), "--site", "Demo")
     ready = root / "broker-ready.json"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "control_plane.broker", "--port", "0", "--credentials", str(credentials)]
+    command = [sys.executable, "-m", "control_plane.broker", "--port", "0", "--site", str(plane / "identity" / "site")]
     run.start("broker", [*command, "--ready-file", str(ready)])
     _wait(run, ready.exists, _READY_S, "the broker")
     broker = json.loads(ready.read_text(encoding="utf-8"))
     run.facts["broker_port"] = broker["port"]
-    port = options.port or _free_port()
+    port, enrolment_port = options.port or _free_port(), _free_port()
+    run.facts["enrolment_url"] = f"https://127.0.0.1:{enrolment_port}"
     environment = {
-        "SORTLINE__DATA_DIR": str(root / "control-plane"),
+        "SORTLINE__DATA_DIR": str(plane),
         "SORTLINE__SERVER__PORT": str(port),
+        "SORTLINE__IDENTITY__PORT": str(enrolment_port),
         "SORTLINE__BROKER__PORT": str(broker["port"]),
-        "SORTLINE__BROKER__PASSWORD_FILE": str(root / "control-plane.password"),
+        "SORTLINE__BROKER__TLS": "true",
     }
     run.start("control-plane", [sys.executable, "-m", "control_plane", "serve"], environment)
     client = Client(f"http://127.0.0.1:{port}")
     _wait(run, lambda: _ready(client), _READY_S, "the control plane")
     return client
+
+
+def _command(run: _Run, code: str, module: str, *arguments: str, text: str = "") -> str:
+    """Runs one of our own commands to its end; returns what it printed.
+
+    Raises:
+        UnavailableError: `code`, with what it complained of.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], input=text, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        run.problems.append(f"{module} {arguments[0]} failed")
+        raise UnavailableError(code, done.stderr[-500:])
+    return done.stdout
 
 
 def _free_port() -> int:
@@ -246,15 +262,20 @@ def _ready(client: Client) -> bool:
         return False
 
 
-def _start_agents(run: _Run) -> None:
+def _start_agents(run: _Run, client: Client) -> None:
+    """Each agent enrols with a one-time token, then runs: it knows its name and broker from its identity."""
     options = run.options
     for number in range(options.agents):
         name = f"line-{number + 1}"
+        state = str(run.root / name)
+        if not (run.root / name / "identity" / "identity.json").exists():
+            token = client.post(f"/api/v1/agents/{name}/enrolment", {"actor": "demo"})["token"]
+            where = ("--control-plane", run.facts["enrolment_url"], "--state-dir", state)
+            _command(run, "demo.not_enrolled", "edge_agent", "enrol", "--token", "-", *where, text=token)
         environment = {
-            "SORTLINE_AGENT__ID": name,
-            "SORTLINE_AGENT__STATE_DIR": str(run.root / name),
+            "SORTLINE_AGENT__STATE_DIR": state,
+            # With --data-dir an identity is older than this broker's port.
             "SORTLINE_AGENT__BROKER__PORT": str(run.facts["broker_port"]),
-            "SORTLINE_AGENT__BROKER__PASSWORD_FILE": str(run.root / f"{name}.password"),
             "SORTLINE_AGENT__LABELS__SITE": "demo",
             "SORTLINE_AGENT__LABELS__LINE": str(number + 1),
         }

@@ -94,7 +94,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 # -- what an agent may do: the table ----------------------------------------------------------------------------------
 
-CHANNELS = ("presence", "reported", "batch", "live", "response", "desired", "ack", "command", "other")
+SAYS = ("presence", "reported", "batch", "live", "request", "response")
+HEARS = ("desired", "ack", "blob", "command")
+CHANNELS = (*SAYS, *HEARS, "other")
 TOPICS = (
     *(f"{AGENTS}/line-1/{channel}" for channel in CHANNELS),
     *(f"{AGENTS}/line-2/{channel}" for channel in CHANNELS),
@@ -103,18 +105,18 @@ TOPICS = (
     f"{AGENTS}/batch",
     "sortline/v1/tuf",
     "sortline/v1/sentinel",
-    f"{BLOB}/0",
     BLOB,
-    f"{BLOB}/0/1",
+    f"{BLOB}/0",
+    "sortline/v1/blobs",
     "sortline/v2/tuf",
     "other",
 )
-MAY_PUBLISH = {f"{AGENTS}/line-1/{channel}" for channel in ("presence", "reported", "batch", "live", "response")}
+MAY_PUBLISH = {f"{AGENTS}/line-1/{channel}" for channel in SAYS}
 MAY_RECEIVE = {
-    *(f"{AGENTS}/line-1/{channel}" for channel in ("desired", "ack", "command")),
+    *(f"{AGENTS}/line-1/{channel}" for channel in HEARS),
     "sortline/v1/tuf",
     "sortline/v1/sentinel",
-    f"{BLOB}/0",
+    BLOB,
 }
 
 
