@@ -28,7 +28,7 @@ from control_plane.database import reading, writing
 from control_plane.identity.tls import client_context, load_client
 from control_plane.publishing import Publisher
 from control_plane.store import Store
-from control_plane.tables import Agent, EventRow, WindowRow, utc_now
+from control_plane.tables import Agent, EventRow, Identity, IdentityState, WindowRow, utc_now
 from models.errors import ConfigError, MessageError, SortlineError
 from models.messages import (
     KEEP_ALIVE_S,
@@ -374,7 +374,14 @@ class FleetLink:
 
 
 def _agent(session: Session, agent_id: str) -> Agent:
-    """The agent's row; a new agent is known from its first word (the broker has checked who it is)."""
+    """The agent's row; a new agent is known from its first word (the broker has checked who it is).
+
+    Raises:
+        MessageError: `identity.revoked`: a broker that was not told yet let it speak.
+    """
+    identity = session.get(Identity, agent_id)
+    if identity is not None and identity.state is IdentityState.REVOKED:
+        raise MessageError("identity.revoked", "The agent's identity was revoked.", expected="enrolled", got=agent_id)
     agent = session.get(Agent, agent_id)
     if agent is None:
         agent = Agent(id=agent_id)

@@ -291,6 +291,32 @@ def test_every_step_is_in_the_audit_trail(here: Site) -> None:
     assert actions == ["identity.invite", "identity.enrol", "identity.renew", "identity.revoke"]
 
 
+def test_what_a_revoked_agent_still_sends_is_not_taken_in(tmp_path: Path) -> None:
+    """A broker that was not told yet delivers it; nothing is stored, nothing acknowledged."""
+    from control_plane.tables import Agent
+    from models.errors import MessageError
+    from models.messages import Channel, Presence, agent_topic, encode
+    from tests.simulators.plane import make_services
+    from tests.test_control_plane_fleet import BOOT, batch, window
+
+    services = make_services(tmp_path / "plane")
+    site = make_site(tmp_path, url=str(services.engine.url))
+    site.enrol("line-1")
+    presence = encode(Presence(online=True, boot_id=BOOT))
+    services.fleet.take(agent_topic("line-1", Channel.PRESENCE), presence)
+    site.enrolment.revoke("line-1", reason="stolen", actor="anna", now=site.now)
+    for channel, payload in ((Channel.PRESENCE, presence), (Channel.BATCH, batch(window()))):
+        with pytest.raises(MessageError) as caught:
+            services.fleet.take(agent_topic("line-1", channel), payload)
+        assert code_of(caught) == "identity.revoked"
+    with reading(services.engine) as session:
+        agent = session.get(Agent, "line-1")
+        assert agent is not None
+        assert not agent.online
+    site.engine.dispose()
+    services.engine.dispose()
+
+
 # -- the authority ----------------------------------------------------------------------------------------------------
 
 

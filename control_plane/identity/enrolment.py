@@ -29,7 +29,7 @@ from control_plane.identity.certificates import (
     serial_text,
     signed,
 )
-from control_plane.tables import Certificate, EnrolmentToken, Identity, IdentityState
+from control_plane.tables import Agent, Certificate, EnrolmentToken, Identity, IdentityState
 from models.errors import ConflictError, InputError
 from models.identity import Enrolled, RenewalRequest, Token, parse_token, renewal_statement
 from models.messages import check_agent_id
@@ -119,6 +119,10 @@ class Enrolment:
             session.add(identity)
             _end_tokens(session, agent_id, now)
             revoked = _revoke_certificates(session, agent_id, reason, now)
+            agent = session.get(Agent, agent_id)
+            if agent is not None:
+                agent.online = False  # its own goodbye is not taken in any more
+                session.add(agent)
             audit(session, actor, "identity.revoke", agent_id, {"reason": reason, "certificates": revoked}, now)
             session.commit()
         self.publish()
