@@ -150,27 +150,34 @@ def agent_list(server: Server = "", as_json: AsJson = False) -> None:
     found += [{"id": name, "identity": one} for name, one in identities.items()]
 
     def table(rows: list[dict[str, Any]]) -> Table:
-        columns = ["agent", "state", "why", "bundle", "items/s", "p99 ms", "drift", "seen", "identity", "until"]
+        columns = ["agent", "state", "why", "bundle", "items/s", "p99 ms", "drift", "seen", "certificate"]
         return table_of(columns, [_row(agent) for agent in rows])
 
     say(found, as_json=as_json, table=table)
 
 
 def _row(agent: dict[str, Any]) -> list[Any]:
-    identity = agent["identity"] or {}
     age_s = agent.get("seen_age_s")
     return [
         agent["id"],
         agent.get("state", "never seen"),
         agent.get("reason"),
-        (agent.get("active") or "")[:12] or None,
+        (agent.get("active") or "")[:8] or None,
         agent.get("items_per_s"),
         agent.get("p99_ms"),
         agent.get("drift_value"),
         None if age_s is None else f"{age_s:.0f} s",
-        "asks to renew" if identity.get("approval_asked_at") else identity.get("state"),
-        (identity.get("certificate_until") or "")[:10] or None,
+        _certificate(agent["identity"]),
     ]
+
+
+def _certificate(identity: dict[str, Any] | None) -> str | None:
+    """Until when it is good, or what is the matter with it."""
+    if identity is None:
+        return None
+    if identity["approval_asked_at"] and not identity["approved_until"]:
+        return "asks to renew"
+    return str(identity["certificate_until"])[:10] if identity["state"] == "enrolled" else str(identity["state"])
 
 
 @broker.command("mosquitto-profile")
