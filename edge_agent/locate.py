@@ -21,6 +21,8 @@ SHRINK: Final = 4
 _DELTA: Final = 26.0
 """Grey levels (largest channel) by which an item stands out from the belt."""
 _LEARN: Final = 0.02
+_CONVEX: Final = 1.25
+"""A part whose hull is larger than it by more than this factor is no single fruit."""
 _MIN_SHARE: Final = 0.04
 """Smallest item, as a share of a square as wide as the lane."""
 
@@ -190,9 +192,18 @@ def _cuts(shape: NDArray[np.uint8], lane_height: int) -> list[int]:
 
 
 def _largest_filled(inside: NDArray[np.uint8] | cv2.typing.MatLike) -> Mask:
-    """The largest connected part with its holes filled; a dark hole in an apple belongs to the apple."""
+    """The largest connected part with its holes and bites filled.
+
+    A dark hole in an apple belongs to the apple, and so does rot as dark as the belt at its rim: fruit is convex, so
+    the hull restores what the threshold bit off. A part far from convex is no single fruit and stays as it is.
+    """
     contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     mask = np.zeros(inside.shape, np.uint8)
     if contours:
-        cv2.drawContours(mask, [max(contours, key=cv2.contourArea)], 0, 255, cv2.FILLED)
+        largest = max(contours, key=cv2.contourArea)
+        hull = cv2.convexHull(largest)
+        if cv2.contourArea(hull) <= _CONVEX * cv2.contourArea(largest):
+            cv2.fillConvexPoly(mask, hull, 255)
+        else:
+            cv2.drawContours(mask, [largest], 0, 255, cv2.FILLED)
     return mask
