@@ -31,6 +31,8 @@ _EPILOG = """examples:
                                         labelled training views from the simulated line
   sortline-agent calibrate --camera line.mp4 --item-mm 75
                                         learn scale, lanes, direction and speed; writes geometry.toml
+  sortline-agent picture --bundle DIR --camera line.mp4
+                                        see what the line sees and decides; writes line.png
   sortline-agent selftest DIR           would this machine accept this bundle?
 """
 
@@ -72,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--items", type=int, default=300, help="how many items (default: 300)")
     collect.add_argument("--json", action="store_true")
     _calibrate_options(commands.add_parser("calibrate", help="learn scale, lanes, direction and speed from the camera"))
+    picture = commands.add_parser("picture", help="draw a sheet of the line at work: frames, items, views, verdicts")
+    _line_options(picture)
+    picture.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="judges")
+    picture.add_argument("--seconds", type=float, default=6.0, help="of the camera's time (default: 6)")
+    picture.add_argument("--output", type=Path, default=Path("line.png"), metavar="FILE", help="default: line.png")
+    picture.add_argument("--json", action="store_true")
     selftest = commands.add_parser("selftest", help="try a bundle as an agent would before it accepts it")
     selftest.add_argument("directory", type=Path, metavar="BUNDLE")
     selftest.add_argument("--budget-ms", type=float, default=50.0)
@@ -328,6 +336,16 @@ def _selftest(arguments: argparse.Namespace) -> int:
     return selftest([str(arguments.directory), "--budget-ms", str(arguments.budget_ms)])
 
 
+def _picture(arguments: argparse.Namespace) -> int:
+    from edge_agent.sheet import write_sheet  # noqa: PLC0415
+
+    # Nothing waits for a picture: recordings and the simulation run as fast as they go.
+    line = msgspec.structs.replace(_config(arguments).line, paced=False)
+    facts = write_sheet(line, arguments.bundle, arguments.output, seconds=arguments.seconds)
+    _print(facts | {"picture": str(arguments.output)}, as_json=arguments.json)
+    return 0
+
+
 def _capacity(arguments: argparse.Namespace) -> int:
     from edge_agent.standalone import capacity  # noqa: PLC0415
 
@@ -371,6 +389,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "replay": _replay,
     "collect": _collect,
     "calibrate": _calibrate,
+    "picture": _picture,
     "selftest": _selftest,
     "capacity": _capacity,
     "status": _status,

@@ -17,6 +17,7 @@ from edge_agent.line_config import LineConfig
 from edge_agent.locate import Locator
 from edge_agent.seams import Frame, Shot
 from edge_agent.selftest import run_selftest
+from edge_agent.sheet import write_sheet
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
 from edge_agent.standalone import run_standalone
@@ -357,3 +358,42 @@ def test_a_frame_of_another_size_is_refused_by_name(bundle: Path) -> None:
     with pytest.raises(CameraError) as caught:
         core.process(Frame(np.zeros((10, 10, 3), np.uint8), 0, 0.0, 0.0))
     assert caught.value.code == "camera.wrong_size"
+
+
+@pytest.mark.parametrize(("shape", "whole"), [("disc", True), ("two lobes", False)])
+def test_rot_as_dark_as_the_belt_stays_part_of_its_apple(shape: str, whole: bool) -> None:
+    line = SimulatedLine(SMALL, virtual=True)
+    locator = Locator(line.geometry)
+    belt = np.full((line.geometry.height_px, line.geometry.width_px, 3), 40, np.uint8)
+    locator.find(belt)
+    image, truth = belt.copy(), np.zeros(belt.shape[:2], np.uint8)
+    if shape == "disc":
+        cv2.circle(truth, (300, 85), 60, 255, cv2.FILLED)
+    else:
+        cv2.rectangle(truth, (240, 60), (360, 80), 255, cv2.FILLED)
+        cv2.rectangle(truth, (240, 60), (260, 140), 255, cv2.FILLED)
+    image[truth > 0] = (60, 180, 200)
+    if shape == "disc":
+        # The rim has rotten to the colour of the belt.
+        cv2.circle(image, (322, 138), 22, (40, 40, 40), cv2.FILLED)
+    (place,) = locator.find(image)
+    _, mask = locator.mask(image, place)
+    covered = cv2.countNonZero(mask) / cv2.countNonZero(truth)
+    if whole:
+        assert 0.97 < covered < 1.01
+    else:
+        assert covered == pytest.approx(1.0, abs=0.02), "what is far from convex is not filled up with belt"
+
+
+def test_a_picture_sheet_shows_what_was_judged_or_says_that_nothing_was(bundle: Path, tmp_path: Path) -> None:
+    config = LineConfig(paced=False, items_per_s=6.0)
+    told = write_sheet(config, bundle, tmp_path / "line.png", seconds=2.5)
+    assert told["items"] > 8
+    picture = cv2.imread(str(tmp_path / "line.png"))
+    assert picture is not None
+    # A headline, two rows of frames of 340 pixels, and items in two columns.
+    assert picture.shape[1] == 1280
+    assert picture.shape[0] > 64 + 2 * 340 + 74 * (told["shown"] // 2)
+    with pytest.raises(InputError, match=r"expected an item"):
+        write_sheet(config, bundle, tmp_path / "none.png", seconds=0.1)
+    assert not (tmp_path / "none.png").exists()
