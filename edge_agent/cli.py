@@ -245,7 +245,7 @@ def _recorder(arguments: argparse.Namespace, config: Any) -> Any:
         return None
     from edge_agent.recording import Recorder  # noqa: PLC0415
 
-    about = {"bundle": str(arguments.bundle.resolve()), "threads": str(config.line.threads)}
+    about = {"bundle": str(arguments.bundle.resolve()), "threads": str(config.line.threads or 1)}
     return Recorder(
         arguments.record, quota_bytes=arguments.record_quota_mb * 1_000_000, about=about, patient=not config.line.paced
     )

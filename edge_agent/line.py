@@ -47,11 +47,13 @@ from edge_agent.pipe import (
     Stop,
     Swapped,
     ToLine,
+    Tuned,
     WindowClosed,
 )
 from edge_agent.seams import Frame, Lane, LineGeometry
 from edge_agent.shadow import Shadow
 from edge_agent.sorting import LineCore, World, geometry_of, load_judge, load_shadow, open_world
+from edge_agent.tuning import facts, tune_opencv
 from edge_agent.watch import CameraWatch
 from models.errors import BundleError, CameraError, SortlineError
 from models.messages import Fault
@@ -122,7 +124,7 @@ class Line:
 
     def run(self) -> int:
         """Sorts until told to stop; returns the exit status: 5 when only a new process can open the camera again."""
-        cv2.setNumThreads(1)
+        self._tune_opencv()
         sys.setswitchinterval(_SWITCH_S)
         judge = self._champion = self._first_judge()
         self._counter.use_shadow(self._first_shadow(judge))
@@ -153,9 +155,15 @@ class Line:
             self._pipe.close()
         return self._status
 
+    def _tune_opencv(self) -> None:
+        if self._config.threads:
+            cv2.setNumThreads(self._config.threads)
+        else:
+            self._say(Tuned(facts=facts("opencv", tune_opencv())))
+
     def _first_judge(self) -> Judge | None:
         try:
-            return load_judge(self._config)
+            return load_judge(self._config, self._loader.threads_for)
         except BundleError as error:
             self._say(LoadFailed(digest=self._config.digest, fault=fault_of(error)))
             return None

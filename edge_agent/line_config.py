@@ -90,8 +90,8 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Of the simulated valves: what their photo-eyes should find out."""
     window_s: Annotated[float, msgspec.Meta(gt=0.05, le=600.0)] = 10.0
     """Length of a statistics window."""
-    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
-    """Of ONNX Runtime; 1 keeps latency steady."""
+    threads: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    """Of ONNX Runtime, and of OpenCV in the line process; 0 = measured when the line starts (and 1 without a line)."""
     lot: Annotated[str, msgspec.Meta(max_length=64)] = ""
     variety: Annotated[str, msgspec.Meta(max_length=64)] = ""
     trouble: str = ""

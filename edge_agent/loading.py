@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from edge_agent.judging import Judge
-from edge_agent.pipe import FromLine, Load, LoadFailed, LoadShadow, ShadowFailed
+from edge_agent.pipe import FromLine, Load, LoadFailed, LoadShadow, ShadowFailed, Tuned
 from edge_agent.shadow import SampleFolder, Shadow
+from edge_agent.tuning import choose, facts, tune_model
 from models.errors import BundleError, SortlineError
 from models.messages import Fault
 
@@ -67,6 +68,7 @@ class Loader:
     """
 
     threads: int
+    """0 = measured with the first bundle."""
     say: Callable[[FromLine], None]
     champion: Callable[[], Judge | None]
     judge: deque[LoadedJudge] = field(default_factory=lambda: deque(maxlen=1))
@@ -98,7 +100,8 @@ class Loader:
         started = time.perf_counter()
         try:
             if isinstance(load, Load):
-                judge = Judge(Path(load.directory), digest=load.digest, threads=self.threads)
+                threads = self.threads_for(Path(load.directory), load.digest)
+                judge = Judge(Path(load.directory), digest=load.digest, threads=threads)
                 self.judge.append(LoadedJudge(judge, (time.perf_counter() - started) * 1000.0, time.monotonic()))
             else:
                 shadow = self._challenger(load) if load.digest else None
@@ -107,6 +110,18 @@ class Loader:
             self._refuse(load, fault_of(error))
             return
         return_memory()
+
+    def threads_for(self, directory: Path, digest: str | None) -> int:
+        """How many threads a bundle gets; measured once, with the first bundle, unless the configuration says.
+
+        Raises:
+            BundleError: The bundle is not usable.
+        """
+        if not self.threads:
+            trials = tune_model(directory, digest)
+            self.threads = choose(trials).threads
+            self.say(Tuned(facts=facts("onnx", trials)))
+        return self.threads
 
     def _challenger(self, load: LoadShadow) -> Shadow:
         champion = self.champion()

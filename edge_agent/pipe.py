@@ -77,6 +77,12 @@ class ModelFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     fault: Fault
 
 
+class Tuned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Line: how many threads the libraries use here, and what was measured for it."""
+
+    facts: dict[str, str]
+
+
 class ShadowChanged(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Line: from this frame on, `digest` is the challenger; empty = none."""
 
@@ -115,7 +121,9 @@ class Faulted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 ToLine = Load | LoadShadow | SetLot | Stop
-FromLine = Ready | Swapped | LoadFailed | ModelFailed | ShadowChanged | ShadowFailed | Beat | WindowClosed | Faulted
+FromLine = (
+    Ready | Swapped | LoadFailed | ModelFailed | ShadowChanged | ShadowFailed | Beat | WindowClosed | Faulted | Tuned
+)
 
 
 class Pipe:

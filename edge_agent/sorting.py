@@ -464,12 +464,17 @@ def load_shadow(config: LineConfig, champion: Judge | None) -> Shadow | None:
     return shadow
 
 
-def load_judge(config: LineConfig) -> Judge | None:
+def load_judge(config: LineConfig, threads_for: Callable[[Path, str | None], int]) -> Judge | None:
     """The bundle a configuration starts with, or None.
+
+    Args:
+        config: Of the line.
+        threads_for: How many threads of ONNX Runtime the bundle in a directory gets.
 
     Raises:
         BundleError: It is not usable.
     """
     if not config.bundle:
         return None
-    return Judge(Path(config.bundle), digest=config.digest or None, threads=config.threads)
+    directory, digest = Path(config.bundle), config.digest or None
+    return Judge(directory, digest=digest, threads=threads_for(directory, digest))

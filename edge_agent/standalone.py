@@ -56,7 +56,7 @@ def run_standalone(
         CameraError: The camera is not there or fails.
     """
     cv2.setNumThreads(1)
-    judge = Judge(bundle, threads=config.threads) if bundle else None
+    judge = Judge(bundle, threads=config.threads or 1) if bundle else None
     world = open_world(config, virtual=not config.paced)
     now_s = [0.0]
     clock = time.monotonic if config.paced else (lambda: now_s[0])

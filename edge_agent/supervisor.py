@@ -34,6 +34,7 @@ from edge_agent.pipe import (
     ShadowChanged,
     ShadowFailed,
     Swapped,
+    Tuned,
     WindowClosed,
 )
 from edge_agent.slots import StateFile
@@ -103,6 +104,8 @@ class Supervisor:
         self._line_failures = 0
         self._beat: Beat | None = None
         self._lanes, self._camera = 0, ""
+        self._tuned: dict[str, str] = {}
+        """How many threads the line's libraries use, and what was measured for it."""
         self._reported_s = 0.0
         self._last_tick_s = time.monotonic()
         self._stop = threading.Event()
@@ -330,6 +333,10 @@ class Supervisor:
                 )
             case LoadFailed() | ModelFailed():
                 self._updater.bundle_failed(message)
+            case Tuned():
+                self._tuned |= message.facts
+                self.event("line.tuned", "", **message.facts)
+                self.report()
             case ShadowChanged():
                 self._challenger.changed(message)
             case ShadowFailed():
@@ -409,7 +416,7 @@ class Supervisor:
                     spool_dropped=self._spool.dropped,
                     counters=counters,
                     versions={"python": platform.python_version()},
-                    hardware={"machine": platform.machine(), "cores": str(os.cpu_count() or 1)},
+                    hardware={"machine": platform.machine(), "cores": str(os.cpu_count() or 1), **self._tuned},
                     lanes=self._lanes,
                     labels=self.config.labels,
                     rss_mb=round(_rss_mb(os.getpid()) + (_rss_mb(self._line.pid) if self._line else 0.0), 1),
