@@ -41,6 +41,7 @@ from models.messages import (
     Channel,
     Desired,
     Event,
+    Gap,
     Live,
     Mode,
     Presence,
@@ -260,56 +261,55 @@ class FleetLink:
             agent.seen_at = now
             session.add(agent)
             session.flush()
+            rows: dict[Any, list[dict[str, Any]]] = {}
             for record in batch.records:
-                self._store_record(session, agent_id, record, now)
+                table, values = self._row_of(record)
+                key = {"agent_id": agent_id, "boot_id": record.boot_id, "seq": record.seq, "received_at": now}
+                rows.setdefault(table, []).append(key | values)
+            for table, values_of_all in rows.items():
+                self._insert(session, table, values_of_all)
             session.commit()
-        through: dict[str, int] = {}
-        for record in batch.records:
-            through[record.boot_id] = max(through.get(record.boot_id, -1), record.seq)
-        for boot_id, seq in through.items():
-            ack = Ack(boot_id=boot_id, through_seq=seq)
+        for boot_id in dict.fromkeys(record.boot_id for record in batch.records):
+            numbers = [record.seq for record in batch.records if record.boot_id == boot_id]
+            ack = Ack(boot_id=boot_id, from_seq=min(numbers), through_seq=max(numbers))
             self._bulk.publish(agent_topic(agent_id, Channel.ACK), encode(ack), qos=1)
 
-    def _store_record(self, session: Session, agent_id: str, record: Record, now: datetime) -> None:
-        """Stores a record once; one that is no good is kept as refused, so that it does not come again."""
-        key = {"agent_id": agent_id, "boot_id": record.boot_id, "seq": record.seq, "received_at": now}
+    def _row_of(self, record: Record) -> tuple[Any, dict[str, Any]]:
+        """Where a record goes; one that is no good is kept as refused, so that it does not come again."""
         try:
-            if record.kind is RecordKind.EVENT:
-                event = decode_packed(record.payload, Event)
-                facts = {"code": event.code, "message": event.message, "facts": dict(event.facts)}
-                self._insert(session, EventRow, key | facts | {"at": _time(event.at_ms)})
-                return
+            match record.kind:
+                case RecordKind.EVENT:
+                    event = decode_packed(record.payload, Event)
+                    return EventRow, _event(event.at_ms, event.code, event.message, dict(event.facts))
+                case RecordKind.GAP:
+                    gap = decode_packed(record.payload, Gap)
+                    facts = {"boot_id": gap.boot_id, "ranges": ",".join(f"{r.first}-{r.last}" for r in gap.ranges)}
+                    facts |= {f"{kind}s": str(count) for kind, count in gap.records.items()}
+                    return EventRow, _event(gap.at_ms, "spool.gap", "Records were dropped for lack of room.", facts)
             window = decode_packed(record.payload, Window)
         except MessageError as error:
             self.counters[f"refused_{error.code}"] += 1
-            facts = {"code": error.code, "message": str(error)[:600], "facts": {}}
-            self._insert(session, EventRow, key | facts | {"at": now})
-            return
+            return EventRow, _event(time.time_ns() // 1_000_000, error.code, str(error)[:600], {})
         refused = ""
         try:
             window.check()
         except MessageError as error:
             self.counters[f"refused_{error.code}"] += 1
             refused = error.code
-        self._insert(
-            session,
-            WindowRow,
-            key
-            | {
-                "started_at": _time(window.started_ms),
-                "bundle": window.bundle,
-                "items": window.items,
-                "refused": refused,
-                "payload": record.payload,
-            },
-        )
+        return WindowRow, {
+            "started_at": _time(window.started_ms),
+            "bundle": window.bundle,
+            "items": window.items,
+            "refused": refused,
+            "payload": record.payload,
+        }
 
-    def _insert(self, session: Session, table: Any, values: dict[str, Any]) -> None:
-        """Inserts unless the key is there: a repeated record changes nothing."""
+    def _insert(self, session: Session, table: Any, rows: list[dict[str, Any]]) -> None:
+        """Inserts what is not there yet: a repeated record changes nothing."""
         insert: Any = postgresql_insert if self._engine.dialect.name == "postgresql" else sqlite_insert
-        statement = insert(table).values(**values).on_conflict_do_nothing().returning(table.seq)
-        new = session.execute(statement).first() is not None
-        self.counters["stored" if new else "duplicates"] += 1
+        new = session.connection().execute(insert(table.__table__).on_conflict_do_nothing(), rows).rowcount
+        self.counters["stored"] += new
+        self.counters["duplicates"] += len(rows) - new
 
     # -- giving out -------------------------------------------------------------------------------------------
 
@@ -388,6 +388,10 @@ def _agent(session: Session, agent_id: str) -> Agent:
         session.add(agent)
         session.flush()
     return agent
+
+
+def _event(at_ms: int, code: str, message: str, facts: dict[str, str]) -> dict[str, Any]:
+    return {"at": _time(at_ms), "code": code, "message": message, "facts": facts}
 
 
 def _time(at_ms: int) -> datetime:

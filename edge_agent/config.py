@@ -40,7 +40,7 @@ class SpoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Records that wait for the control plane."""
 
     max_bytes: Annotated[int, msgspec.Meta(ge=1024 * 1024)] = 256 * 1024 * 1024
-    """On disk; beyond it the oldest windows are dropped and counted."""
+    """On disk; beyond it the least important, then the oldest records are dropped and told as gaps."""
     ballast_bytes: Annotated[int, msgspec.Meta(ge=0)] = 4 * 1024 * 1024
     """Kept aside so that records can still be deleted on a full disk."""
     retry_s: Seconds = 10.0

@@ -1,31 +1,56 @@
 """Records that wait for the control plane: durable, bounded, deleted only when they are acknowledged.
 
 SQLite in WAL mode with full synchronisation. The key of a record, (boot_id, seq), never repeats, so sending twice
-changes nothing. Beyond the byte budget the oldest windows go first and exactly how many is kept as a gap record,
-which is sent like any other. A ballast file is released when the disk is full, so that deleting still works.
+changes nothing. Beyond the byte budget the least important records go first, the oldest of them first; which numbers
+went is kept exactly and sent as `Gap` records. A ballast file is released when the disk is full, so that deleting
+still works.
+
+Law: every number a boot has used is waiting, acknowledged, or in a gap.
 """
 
 import contextlib
+import itertools
 import logging
+import os
+import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from models.errors import CapacityError
-from models.messages import MAX_BATCH_BYTES, Ack, Event, Record, RecordKind
+from models.messages import MAX_BATCH_BYTES, MAX_GAP_RANGES, Gap, GapRange, Record, RecordKind
 
 log = logging.getLogger("sortline.spool")
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS record (
   id INTEGER PRIMARY KEY AUTOINCREMENT, boot_id TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL,
   payload BLOB NOT NULL, UNIQUE (boot_id, seq));
+CREATE INDEX IF NOT EXISTS by_kind ON record (kind, id);
+CREATE TABLE IF NOT EXISTS gap (
+  boot_id TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, PRIMARY KEY (boot_id, first)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS gap_count (
+  boot_id TEXT NOT NULL, kind TEXT NOT NULL, records INTEGER NOT NULL, PRIMARY KEY (boot_id, kind)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 """
 _DROP_AT_ONCE: Final = 256
+EVICTION: Final = (RecordKind.EVENT, RecordKind.WINDOW)
+"""Least important first: counts of a lot are what cannot be had again. Gaps are never dropped."""
+_KEPT_SHARE: Final = 1.0 / 16.0
+"""Of the budget that a less important kind keeps, so that a day of windows never pushes out the last alarms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Neighbouring records of one boot."""
+
+    last_id: int
+    records: tuple[Record, ...]
 
 
 class Spool:
@@ -52,11 +77,14 @@ class Spool:
         self._ballast = directory / "ballast"
         self._boot_id, self._seq = boot_id, 0
         self._max_bytes, self._ballast_bytes, self._wall_ms = max_bytes, ballast_bytes, wall_ms
-        self.failed = 0
-        """Records that could not be written at all."""
+        self._unwritten: list[tuple[RecordKind, int]] = []
+        """Records that could not be written at all: their numbers are told as a gap once there is room."""
         self.quarantined = False
         """The file found at start was broken and was set aside."""
         self._database = self._open()
+        self._bytes: Counter[str] = Counter(
+            dict(self._database.execute("SELECT kind, SUM(LENGTH(payload)) FROM record GROUP BY kind").fetchall())
+        )
         self._claim_ballast()
 
     def _open(self) -> sqlite3.Connection:
@@ -84,9 +112,17 @@ class Spool:
         return database
 
     def _claim_ballast(self) -> None:
-        if self._ballast_bytes and not self._ballast.exists():
-            with contextlib.suppress(OSError), self._ballast.open("wb") as stream:
-                stream.write(bytes(self._ballast_bytes))
+        """Puts the ballast back as soon as there is plenty of room."""
+        if not self._ballast_bytes or self._ballast.exists():
+            return
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(self._path.parent).free < 4 * self._ballast_bytes:
+                return
+            descriptor = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.posix_fallocate(descriptor, 0, self._ballast_bytes)
+            finally:
+                os.close(descriptor)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -94,102 +130,154 @@ class Spool:
         """Stores a record; makes room first when the budget is used up.
 
         Raises:
-            CapacityError: `spool.full` when the disk refuses even without ballast; the record is counted as failed.
+            CapacityError: `spool.full` when the disk refuses even without ballast; the record's number is in the gap
+                that is reported as soon as there is room.
         """
-        if self.used_bytes() > self._max_bytes:
-            self._drop_oldest()
         try:
+            if self.used_bytes() > self._max_bytes:
+                self._evict()
             self._insert(kind, payload, lifetime_items)
         except sqlite3.OperationalError as error:
             self._ballast.unlink(missing_ok=True)
-            self._drop_oldest()
             try:
+                self._evict()
                 self._insert(kind, payload, lifetime_items)
             except sqlite3.OperationalError:
-                self.failed += 1
+                self._unwritten.append((kind, self._seq))
+                self._seq += 1
                 raise CapacityError(
                     "spool.full", "The disk takes no more records; the line sorts on.", got=error
                 ) from error
 
     def _insert(self, kind: RecordKind, payload: bytes, lifetime_items: int | None) -> None:
         with self._transaction():
-            self._database.execute(
-                "INSERT INTO record (boot_id, seq, kind, payload) VALUES (?, ?, ?, ?)",
-                (self._boot_id, self._seq, str(kind), payload),
-            )
+            for lost, number in self._unwritten:
+                self._add_to_gap(self._boot_id, lost, [number])
+            self._add(kind, payload)
+            if self._unwritten:
+                self._set("dropped", self.dropped)
             if lifetime_items is not None:
                 self._set("lifetime_items", lifetime_items)
+        self._unwritten.clear()
         self._seq += 1
+        self._bytes[kind] += len(payload)
 
-    def _drop_oldest(self) -> None:
-        """Windows before events; what is lost becomes one gap record that grows."""
+    def _add(self, kind: RecordKind, payload: bytes) -> None:
+        self._database.execute(
+            "INSERT INTO record (boot_id, seq, kind, payload) VALUES (?, ?, ?, ?)",
+            (self._boot_id, self._seq, str(kind), payload),
+        )
+
+    def _evict(self) -> None:
+        """Drops the oldest records of the least important kind that has more than its share."""
+        share = self._max_bytes * _KEPT_SHARE
+        kind = next((k for k in EVICTION if self._bytes[k] > share), EVICTION[-1])
         with self._transaction():
-            dropped = self._database.execute(
-                "DELETE FROM record WHERE id IN (SELECT id FROM record WHERE kind = ? ORDER BY id LIMIT ?)",
-                (str(RecordKind.WINDOW), _DROP_AT_ONCE),
-            ).rowcount
-            if not dropped:
-                return
-            self._set("dropped", self.dropped + dropped)
-            old = self._fact("gap_seq", -1)
-            known = self._database.execute(
-                "SELECT payload FROM record WHERE boot_id = ? AND seq = ?", (self._boot_id, old)
-            ).fetchone()
-            before = int(msgspec.msgpack.decode(known[0], type=Event).facts["records"]) if known else 0
-            event = Event(
-                at_ms=self._wall_ms(),
-                code="spool.gap",
-                message="Windows were dropped because the spool was full.",
-                facts={"records": str(before + dropped)},
-            )
-            if known:
-                self._database.execute("DELETE FROM record WHERE boot_id = ? AND seq = ?", (self._boot_id, old))
-            self._database.execute(
-                "INSERT INTO record (boot_id, seq, kind, payload) VALUES (?, ?, ?, ?)",
-                (self._boot_id, self._seq, str(RecordKind.EVENT), msgspec.msgpack.encode(event)),
-            )
-            self._set("gap_seq", self._seq)
-        self._seq += 1
+            rows = self._database.execute(
+                "SELECT id, boot_id, seq, LENGTH(payload) FROM record WHERE kind = ? ORDER BY id LIMIT ?",
+                (str(kind), _DROP_AT_ONCE),
+            ).fetchall()
+            self._database.executemany("DELETE FROM record WHERE id = ?", [(row[0],) for row in rows])
+            for boot_id, group in itertools.groupby(rows, key=lambda row: row[1]):
+                self._add_to_gap(boot_id, kind, [row[2] for row in group])
+            self._set("dropped", self._fact("dropped", 0) + len(rows))
+        self._bytes[kind] -= sum(row[3] for row in rows)
+
+    def _add_to_gap(self, boot_id: str, kind: RecordKind, numbers: Sequence[int]) -> None:
+        """Joins the numbers with the ranges that are known already."""
+        for first, last in _runs(numbers):
+            for neighbour in self._database.execute(
+                "SELECT first, last FROM gap WHERE boot_id = ? AND (last = ? OR first = ?)",
+                (boot_id, first - 1, last + 1),
+            ).fetchall():
+                self._database.execute("DELETE FROM gap WHERE boot_id = ? AND first = ?", (boot_id, neighbour[0]))
+                first, last = min(first, neighbour[0]), max(last, neighbour[1])  # noqa: PLW2901  the range grows
+            self._database.execute("INSERT INTO gap VALUES (?, ?, ?)", (boot_id, first, last))
+        self._database.execute(
+            "INSERT INTO gap_count VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET records = records + excluded.records",
+            (boot_id, str(kind), len(numbers)),
+        )
 
     @contextlib.contextmanager
-    def _transaction(self):  # type: ignore[no-untyped-def]  # noqa: ANN202  a generator for `with` only
+    def _transaction(self) -> Iterator[None]:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
         except BaseException:
-            self._database.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
 
     # -- reading and forgetting -------------------------------------------------------------------------------
 
-    def next_batch(self, most: int) -> tuple[Record, ...]:
-        """The oldest records of the oldest boot, within the limits of one batch; events and windows in order."""
+    def seal_gaps(self) -> None:
+        """Turns what is known of dropped records into `Gap` records, to be sent like any other."""
+        boots = self._database.execute("SELECT DISTINCT boot_id FROM gap").fetchall()
+        for (boot_id,) in boots:
+            with self._transaction():
+                ranges = self._database.execute(
+                    "SELECT first, last FROM gap WHERE boot_id = ? ORDER BY first LIMIT ?", (boot_id, MAX_GAP_RANGES)
+                ).fetchall()
+                counts = self._database.execute(
+                    "SELECT kind, records FROM gap_count WHERE boot_id = ?", (boot_id,)
+                ).fetchall()
+                gap = Gap(
+                    at_ms=self._wall_ms(),
+                    boot_id=boot_id,
+                    ranges=tuple(GapRange(first, last) for first, last in ranges),
+                    records=dict(counts),
+                )
+                self._add(RecordKind.GAP, msgspec.msgpack.encode(gap))
+                self._database.execute("DELETE FROM gap WHERE boot_id = ? AND first <= ?", (boot_id, ranges[-1][0]))
+                self._database.execute("DELETE FROM gap_count WHERE boot_id = ?", (boot_id,))
+            self._seq += 1
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether records were dropped that no `Gap` record names yet."""
+        return self._database.execute("SELECT 1 FROM gap LIMIT 1").fetchone() is not None
+
+    @property
+    def last_id(self) -> int:
+        """Place of the newest record; 0 when there was none."""
+        return int(self._database.execute("SELECT COALESCE(MAX(id), 0) FROM record").fetchone()[0])
+
+    def read(self, *, after: int, through: int | None = None, most: int) -> Slice | None:
+        """The next neighbouring records of one boot within the limits of one batch; None when there are none.
+
+        Args:
+            after: Place the slice begins behind.
+            through: Last place it may contain.
+            most: Records.
+        """
         rows = self._database.execute(
-            "SELECT boot_id, seq, kind, payload FROM record ORDER BY id LIMIT ?", (most,)
+            "SELECT id, boot_id, seq, kind, payload FROM record WHERE id > ? AND id <= ? ORDER BY id LIMIT ?",
+            (after, 2**62 if through is None else through, most),
         ).fetchall()
         records: list[Record] = []
-        size = 0
-        for boot_id, seq, kind, payload in rows:
+        size = last_id = 0
+        for place, boot_id, seq, kind, payload in rows:
             size += len(payload) + 64
             if records and (size > MAX_BATCH_BYTES // 2 or boot_id != records[0].boot_id):
                 break
             records.append(Record(boot_id=boot_id, seq=seq, kind=RecordKind(kind), payload=payload))
-        return tuple(records)
+            last_id = place
+        return Slice(last_id, tuple(records)) if records else None
 
-    def acknowledge(self, ack: Ack, sent_through: int) -> int:
-        """Deletes what the control plane has; an acknowledgement beyond what was sent deletes only what was sent.
-
-        Returns:
-            Records deleted.
-        """
-        through = min(ack.through_seq, sent_through)
+    def forget(self, boot_id: str, first: int, last: int) -> int:
+        """Deletes the records of a boot with these numbers: the control plane has them. Returns how many."""
         with self._transaction():
-            return int(
-                self._database.execute(
-                    "DELETE FROM record WHERE boot_id = ? AND seq <= ?", (ack.boot_id, through)
-                ).rowcount
-            )
+            for kind, size in self._database.execute(
+                "SELECT kind, SUM(LENGTH(payload)) FROM record WHERE boot_id = ? AND seq BETWEEN ? AND ? GROUP BY kind",
+                (boot_id, first, last),
+            ).fetchall():
+                self._bytes[kind] -= size
+            deleted = self._database.execute(
+                "DELETE FROM record WHERE boot_id = ? AND seq BETWEEN ? AND ?", (boot_id, first, last)
+            ).rowcount
+        self._claim_ballast()
+        return int(deleted)
 
     @property
     def depth(self) -> int:
@@ -198,8 +286,8 @@ class Spool:
 
     @property
     def dropped(self) -> int:
-        """Windows dropped for lack of room since the agent was installed."""
-        return self._fact("dropped", 0)
+        """Records dropped for lack of room since the agent was installed."""
+        return self._fact("dropped", 0) + len(self._unwritten)
 
     @property
     def lifetime_items(self) -> int:
@@ -224,3 +312,14 @@ class Spool:
     def close(self) -> None:
         """Closes the file."""
         self._database.close()
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as ranges (first, last)."""
+    first = last = numbers[0]
+    for number in numbers[1:]:
+        if number != last + 1:
+            yield first, last
+            first = number
+        last = number
+    yield first, last

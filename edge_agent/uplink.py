@@ -1,14 +1,20 @@
-"""Sends what the spool holds, one batch in flight, again until it is acknowledged."""
+"""Sends what the spool holds, a few batches in flight, each again until it is acknowledged.
+
+What came up since the connection stands goes ahead of what waited before, so after a long partition a line is seen as
+it is now while its past is still being told. Rules: a batch is forgotten only by an acknowledgement that names its
+numbers; after a reconnect everything is sent again.
+"""
 
 import logging
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 from edge_agent.spool import Spool
-from models.messages import Ack, Batch, Record, encode_batch
+from models.messages import MAX_BATCH_RECORDS, Ack, Batch, encode_batch
 
 log = logging.getLogger("sortline.uplink")
-_MOST = 200
-_LONGEST_RETRY_S = 120.0
+_IN_FLIGHT: Final = 4
+_LONGEST_RETRY_S: Final = 120.0
 
 
 class Sender(Protocol):
@@ -20,6 +26,17 @@ class Sender(Protocol):
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
         """Sends; False when it could not."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A batch that was sent: its last place in the spool, its numbers, when it is sent again."""
+
+    last_id: int
+    boot_id: str
+    first: int
+    last: int
+    due_s: float
 
 
 class Uplink:
@@ -34,39 +51,60 @@ class Uplink:
 
     def __init__(self, spool: Spool, link: Sender, topic: str, *, retry_s: float) -> None:
         self._spool, self._link, self._topic, self._retry_s = spool, link, topic, retry_s
-        self._sent: tuple[Record, ...] = ()
-        self._due_s = 0.0
+        self._flights: list[_Flight] = []
         self._pause_s = retry_s
+        self._split: int | None = None
+        """Place of the last record that waited when the connection came."""
         self.batches = 0
         self.repeats = 0
 
     def reset(self) -> None:
         """After a (re)connect: whatever was in flight is sent again at once."""
-        self._sent, self._due_s, self._pause_s = (), 0.0, self._retry_s
+        self._flights.clear()
+        self._pause_s, self._split = self._retry_s, None
 
     def tick(self, now: float) -> None:
-        """Sends the next batch, or the last one again when its acknowledgement is overdue."""
-        if not self._link.connected or (self._sent and now < self._due_s):
+        """Sends more batches, and again those whose acknowledgement is overdue."""
+        if not self._link.connected:
             return
-        if self._sent:
-            self.repeats += 1
+        if self._split is None:
+            self._split = self._spool.last_id
+        if self._spool.has_gaps:
+            self._spool.seal_gaps()
+        if any(flight.due_s <= now for flight in self._flights):
+            # From the oldest on again: what was in flight beyond it is sent twice at worst.
             self._pause_s = min(self._pause_s * 2.0, _LONGEST_RETRY_S)
-        records = self._spool.next_batch(_MOST)
-        if not records:
-            self._sent = ()
-            return
-        if self._link.publish(self._topic, encode_batch(Batch(records=records))):
-            self._sent, self._due_s = records, now + self._pause_s
-            self.batches += 1
+            self.repeats += len(self._flights)
+            self._flights.clear()
+        while len(self._flights) < _IN_FLIGHT:
+            fresh = max([self._split, *(f.last_id for f in self._flights)])
+            waiting = max([0, *(f.last_id for f in self._flights if f.last_id <= self._split)])
+            if not self._send(fresh, None, now) and not self._send(waiting, self._split, now):
+                return
+
+    def _send(self, after: int, through: int | None, now: float) -> bool:
+        """Sends the next slice there; False when there is none or the link is congested."""
+        found = self._spool.read(after=after, through=through, most=MAX_BATCH_RECORDS)
+        if found is None or not self._link.publish(self._topic, encode_batch(Batch(records=found.records))):
+            return False
+        first, last = found.records[0], found.records[-1]
+        due_s = now + self._pause_s
+        self._flights.append(_Flight(found.last_id, first.boot_id, first.seq, last.seq, due_s))
+        self.batches += 1
+        return True
 
     def acknowledged(self, ack: Ack) -> int:
         """The control plane has these records; returns how many were deleted.
 
         A stale or replayed acknowledgement, or one for another boot, deletes at most what was sent.
         """
-        if not self._sent or ack.boot_id != self._sent[0].boot_id:
-            return 0
-        deleted = self._spool.acknowledge(ack, self._sent[-1].seq)
-        if ack.through_seq >= self._sent[-1].seq:
-            self.reset()
+        deleted = 0
+        for flight in [f for f in self._flights if f.boot_id == ack.boot_id]:
+            first, last = max(ack.from_seq, flight.first), min(ack.through_seq, flight.last)
+            if first > last:
+                continue
+            deleted += self._spool.forget(ack.boot_id, first, last)
+            if (first, last) == (flight.first, flight.last):
+                self._flights.remove(flight)
+                self._pause_s = self._retry_s
         return deleted

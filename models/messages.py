@@ -24,6 +24,7 @@ MAX_LIVE_BYTES: Final = 64 * 1024
 MAX_BATCH_BYTES: Final = 256 * 1024
 MAX_BATCH_UNPACKED_BYTES: Final = 2 * 1024 * 1024
 MAX_BATCH_RECORDS: Final = 500
+MAX_GAP_RANGES: Final = 500
 KEEP_ALIVE_S: Final = 15
 SCHEMA_VERSION: Final = 1
 
@@ -100,6 +101,7 @@ class RecordKind(StrEnum):
 
     WINDOW = "window"
     EVENT = "event"
+    GAP = "gap"
 
 
 def check_agent_id(agent_id: str) -> str:
@@ -229,10 +231,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ack(msgspec.Struct, frozen=True, kw_only=True):
-    """The control plane has committed all records of this boot up to and including `through_seq`."""
+    """The control plane has committed a batch of this boot: every record it held with numbers in this range."""
 
     schema_version: Literal[1] = 1
     boot_id: BootId
+    from_seq: Counter
     through_seq: Counter
 
 
@@ -243,7 +246,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     seq: Counter
     kind: RecordKind
     payload: Annotated[bytes, msgspec.Meta(max_length=MAX_BATCH_BYTES)]
-    """MessagePack of a `Window` or an `Event`."""
+    """MessagePack of a `Window`, an `Event` or a `Gap`."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -254,6 +257,25 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     code: Annotated[str, msgspec.Meta(max_length=80)]
     message: Annotated[str, msgspec.Meta(max_length=600)] = ""
     facts: dict[str, str] = {}
+
+
+class GapRange(msgspec.Struct, frozen=True, array_like=True):
+    """Numbers `[first, last]`, both included."""
+
+    first: Counter
+    last: Counter
+
+
+class Gap(msgspec.Struct, frozen=True, kw_only=True):
+    """Records that had to be dropped for lack of room, exactly: they will never come."""
+
+    schema_version: Literal[1] = 1
+    at_ms: Counter
+    boot_id: BootId
+    """Of the records, which may be older than the boot that tells."""
+    ranges: Annotated[tuple[GapRange, ...], msgspec.Meta(max_length=MAX_GAP_RANGES)]
+    records: dict[str, Counter] = {}
+    """How many of each kind were dropped since the last gap was told."""
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):

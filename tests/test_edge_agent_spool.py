@@ -1,6 +1,5 @@
 """The spool and its uplink: nothing is lost, nothing is deleted too early, what had to go is counted."""
 
-import sqlite3
 from pathlib import Path
 
 import msgspec
@@ -10,13 +9,16 @@ from hypothesis import strategies as st
 
 from edge_agent.spool import Spool
 from edge_agent.uplink import Uplink
-from models.messages import Ack, Event, RecordKind, decode_batch
+from models.errors import CapacityError
+from models.messages import Ack, Gap, RecordKind, decode_batch
 
 BOOT, OLD = "0123456789abcdef", "fedcba9876543210"
 
 
 def spool(root: Path, boot: str = BOOT, **options: int) -> Spool:
-    return Spool(root, boot, **({"max_bytes": 50_000_000, "ballast_bytes": 4096} | options), wall_ms=lambda: 5)
+    found = Spool(root, boot, **({"max_bytes": 50_000_000, "ballast_bytes": 4096} | options), wall_ms=lambda: 5)
+    found._database.execute("PRAGMA synchronous=OFF")  # thousands of commits; power cuts are tested elsewhere
+    return found
 
 
 class Plane:
@@ -38,8 +40,11 @@ class Plane:
         return True
 
     def ack(self) -> Ack:
-        last = self.received[-1].records[-1]
-        return Ack(boot_id=last.boot_id, through_seq=last.seq)
+        return self.ack_of(-1)
+
+    def ack_of(self, number: int) -> Ack:
+        records = self.received[number].records
+        return Ack(boot_id=records[0].boot_id, from_seq=records[0].seq, through_seq=records[-1].seq)
 
 
 def test_records_survive_a_restart_and_keep_their_keys(tmp_path: Path) -> None:
@@ -50,10 +55,10 @@ def test_records_survive_a_restart_and_keep_their_keys(tmp_path: Path) -> None:
     second = spool(tmp_path)
     second.append(RecordKind.EVENT, b"new")
     assert second.lifetime_items == 4
-    batch = second.next_batch(100)
-    assert [(r.boot_id, r.seq) for r in batch] == [(OLD, n) for n in range(5)]
-    assert second.acknowledge(Ack(boot_id=OLD, through_seq=4), 4) == 5
-    assert [(r.boot_id, r.seq, r.payload) for r in second.next_batch(100)] == [(BOOT, 0, b"new")]
+    batch = second.read(after=0, most=100)
+    assert [(r.boot_id, r.seq) for r in batch.records] == [(OLD, n) for n in range(5)]
+    assert second.forget(OLD, 0, 4) == 5
+    assert [(r.boot_id, r.seq, r.payload) for r in second.read(after=0, most=100).records] == [(BOOT, 0, b"new")]
     second.close()
 
 
@@ -75,14 +80,14 @@ def test_whatever_is_lost_or_repeated_every_record_arrives(tmp_path_factory: pyt
             plane.lose = step == "lose"
             uplink.tick(now)
         elif plane.received:
-            ack = plane.ack()
-            uplink.acknowledged(ack if step == "ack" else Ack(boot_id=OLD, through_seq=10**9))
+            ack = plane.ack_of(-1 - written % len(plane.received))
+            uplink.acknowledged(ack if step == "ack" else Ack(boot_id=OLD, from_seq=0, through_seq=10**9))
     plane.lose = False
     for _ in range(50):
         now += 500.0
         uplink.tick(now)
-        if plane.received:
-            uplink.acknowledged(plane.ack())
+        for number in range(len(plane.received)):
+            uplink.acknowledged(plane.ack_of(number))
     assert held.depth == 0
     assert sorted(plane.stored.values(), key=int) == [str(n).encode() for n in range(written)]
     held.close()
@@ -94,24 +99,166 @@ def test_an_acknowledgement_beyond_what_was_sent_deletes_only_that(tmp_path: Pat
     held.append(RecordKind.WINDOW, b"sent")
     uplink.tick(0.0)
     held.append(RecordKind.WINDOW, b"later")
-    assert uplink.acknowledged(Ack(boot_id=BOOT, through_seq=10**9)) == 1
-    assert [r.payload for r in held.next_batch(10)] == [b"later"]
+    assert uplink.acknowledged(Ack(boot_id=BOOT, from_seq=0, through_seq=10**9)) == 1
+    assert [r.payload for r in held.read(after=0, most=10).records] == [b"later"]
     held.close()
 
 
-def test_beyond_the_budget_the_oldest_windows_go_and_are_counted(tmp_path: Path) -> None:
-    held = spool(tmp_path, max_bytes=1_000_000)
-    held.append(RecordKind.EVENT, msgspec.msgpack.encode(Event(at_ms=1, code="keep.me")))
+def drain(held: Spool, plane: Plane) -> None:
+    """Sends everything to the control plane."""
+    uplink, now = Uplink(held, plane, "t", retry_s=1.0), 0.0
+    while True:
+        now += 1.0
+        before = len(plane.received)
+        uplink.tick(now)
+        if len(plane.received) == before:
+            return
+        for number in range(before, len(plane.received)):
+            uplink.acknowledged(plane.ack_of(number))
+
+
+def told(plane: Plane) -> set[tuple[str, int]]:
+    """Numbers that the control plane was told to be lost."""
+    gaps = [msgspec.msgpack.decode(r.payload, type=Gap) for b in plane.received for r in b.records if r.kind == "gap"]
+    return {(g.boot_id, n) for g in gaps for r in g.ranges for n in range(r.first, r.last + 1)}
+
+
+def test_beyond_the_budget_the_gap_is_exact_and_the_last_alarms_stay(tmp_path: Path) -> None:
+    old = spool(tmp_path, OLD, max_bytes=1_000_000)
+    for number in range(300):
+        old.append(RecordKind.WINDOW, b"%05d" % number + b"x" * 1000)
+    old.close()
+    held, plane = spool(tmp_path, max_bytes=1_000_000), Plane()
     for number in range(3000):
-        held.append(RecordKind.WINDOW, f"{number:05d}".encode() + b"x" * 1000)
-    assert held.used_bytes() < 1_500_000
-    rows = sqlite3.connect(tmp_path / "spool.sqlite").execute("SELECT kind, payload FROM record").fetchall()
-    windows = [payload for kind, payload in rows if kind == "window"]
-    events = [msgspec.msgpack.decode(payload, type=Event) for kind, payload in rows if kind == "event"]
-    gaps = [event for event in events if event.code == "spool.gap"]
-    assert [event.code for event in events if event.code != "spool.gap"] == ["keep.me"]
-    assert sum(int(gap.facts["records"]) for gap in gaps) == held.dropped == 3000 - len(windows)
-    assert windows[-1].startswith(b"02999")
+        kind = RecordKind.EVENT if number % 100 == 50 else RecordKind.WINDOW
+        held.append(kind, b"%05d" % number + b"x" * 1000)
+        assert held.used_bytes() < 1_400_000
+    drain(held, plane)
+    assert held.depth == 0
+    gaps = {key for b in plane.received for r in b.records if r.kind == "gap" for key in [(r.boot_id, r.seq)]}
+    stored = set(plane.stored) - gaps
+    used = {(OLD, n) for n in range(300)} | {(BOOT, n) for n in range(held._seq)}
+    assert stored | gaps | told(plane) == used
+    assert not stored & told(plane)
+    assert len(told(plane)) == held.dropped > 2000
+    kinds = [r.kind for b in plane.received for r in b.records]
+    assert kinds.count(RecordKind.EVENT) == 30
+    assert (BOOT, 2999) in stored
+    counts = [msgspec.msgpack.decode(r.payload, type=Gap) for b in plane.received for r in b.records if r.kind == "gap"]
+    assert sum(sum(gap.records.values()) for gap in counts) == held.dropped
+    held.close()
+
+
+def test_alarms_go_before_windows_but_never_all_of_them(tmp_path: Path) -> None:
+    held, plane = spool(tmp_path, max_bytes=1_000_000), Plane()
+    for number in range(800):
+        held.append(RecordKind.WINDOW, b"%05d" % number + b"x" * 600)
+    for number in range(3000):
+        held.append(RecordKind.EVENT, b"%05d" % number + b"x" * 600)
+    drain(held, plane)
+    kinds = [r.kind for b in plane.received for r in b.records]
+    assert kinds.count(RecordKind.WINDOW) == 800
+    assert 50 < kinds.count(RecordKind.EVENT) < 1000
+    held.close()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from(["window", "event", "drop", "restart", "send", "lost"]), max_size=80))
+def test_every_number_is_waiting_acknowledged_or_in_a_gap(tmp_path_factory: pytest.TempPathFactory, steps) -> None:
+    root, plane, boots = tmp_path_factory.mktemp("spool"), Plane(), [OLD]
+    held, used = spool(root, OLD), set()
+    uplink, now = Uplink(held, plane, "t", retry_s=1.0), 0.0
+    for step in steps:
+        now += 0.4
+        if step in {"window", "event"}:
+            held.append(RecordKind(step), b"x" * 100)
+        elif step == "drop":
+            held._bytes["event"] += len(boots)  # whichever kind comes: eviction itself is what is looked at
+            if held._database.execute("SELECT 1 FROM record WHERE kind = 'window'").fetchone():
+                held._evict()
+        elif step == "restart":
+            used |= {(boots[-1], n) for n in range(held._seq)}
+            held.close()
+            boots.append(f"{len(boots):016x}")
+            held = spool(root, boots[-1])
+            uplink = Uplink(held, plane, "t", retry_s=1.0)
+        else:
+            before = len(plane.received)
+            uplink.tick(now)
+            if step == "send":
+                for number in range(before, len(plane.received)):
+                    uplink.acknowledged(plane.ack_of(number))
+    drain(held, plane)
+    used |= {(boots[-1], n) for n in range(held._seq)}
+    assert held.depth == 0
+    assert set(plane.stored) | told(plane) == used
+    held.close()
+
+
+def test_what_comes_after_a_partition_goes_ahead_of_what_waited(tmp_path: Path) -> None:
+    held, plane = spool(tmp_path), Plane()
+    for number in range(5000):
+        held.append(RecordKind.WINDOW, b"%05d" % number)
+    uplink = Uplink(held, plane, "t", retry_s=10.0)
+    uplink.tick(0.0)
+    assert len(plane.received) == 4
+    held.append(RecordKind.EVENT, b"now")
+    uplink.acknowledged(plane.ack_of(0))
+    uplink.tick(0.1)
+    assert [r.payload for r in plane.received[4].records] == [b"now"]
+    held.close()
+
+
+def test_a_full_disk_releases_the_ballast_and_counts_what_it_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's own limit plays the full disk: the same error, the same code path."""
+    held, plane = spool(tmp_path, ballast_bytes=1_000_000), Plane()
+    for number in range(100):
+        held.append(RecordKind.WINDOW, b"%05d" % number + b"x" * 2000)
+    pages = held._database.execute("PRAGMA page_count").fetchone()[0]
+    held._database.execute(f"PRAGMA max_page_count = {pages}")
+    for number in range(200):
+        held.append(RecordKind.WINDOW, b"%05d" % number + b"x" * 2000)
+    assert not (tmp_path / "ballast").exists()
+    assert held.dropped > 0
+    monkeypatch.setattr(held, "_evict", lambda: None)
+    refused = 0
+    for _ in range(50):
+        try:
+            held.append(RecordKind.WINDOW, b"y" * 2000)
+        except CapacityError:
+            refused += 1
+    assert refused
+    monkeypatch.undo()
+    held._database.execute("PRAGMA max_page_count = 1000000")
+    held.append(RecordKind.EVENT, b"room again")
+    drain(held, plane)
+    assert (tmp_path / "ballast").stat().st_size == 1_000_000
+    assert len(told(plane)) == held.dropped >= refused
+    assert set(plane.stored) | told(plane) == {(BOOT, n) for n in range(held._seq)}
+    held.close()
+
+
+@pytest.mark.slow
+def test_a_day_without_connection_fits_and_drains(tmp_path: Path) -> None:
+    """864,000 records of 150 bytes (10 a second for 24 hours): at most 256 MB, none dropped, all arrive once."""
+    held, plane = spool(tmp_path, max_bytes=256_000_000), Plane()
+    held._database.execute("BEGIN")
+    held._database.executemany(
+        "INSERT INTO record (boot_id, seq, kind, payload) VALUES (?, ?, 'window', ?)",
+        ((BOOT, number, b"%08d" % number + b"x" * 142) for number in range(864_000)),
+    )
+    held._database.execute("COMMIT")
+    held._seq = 864_000
+    held.append(RecordKind.EVENT, b"connected")
+    assert held.used_bytes() < 256_000_000
+    assert sum(p.stat().st_size for p in tmp_path.glob("spool.sqlite*")) < 256_000_000
+    assert held.dropped == 0
+    drain(held, plane)
+    assert held.depth == 0
+    assert len(plane.stored) == 864_001
+    assert sum(len(batch.records) for batch in plane.received) == 864_001
     held.close()
 
 

@@ -108,7 +108,7 @@ def test_values_out_of_bounds_are_refused(change: dict[str, object]) -> None:
 def test_control_messages_survive_the_wire() -> None:
     for message in (
         Desired(generation=4, bundle=DIGEST),
-        Ack(boot_id=BOOT, through_seq=9),
+        Ack(boot_id=BOOT, from_seq=3, through_seq=9),
         Reported(boot_id=BOOT, at_ms=5, active=DIGEST),
     ):
         assert decode(encode(message), type(message)) == message

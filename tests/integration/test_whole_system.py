@@ -80,7 +80,7 @@ class Plane:
                 if record.kind is RecordKind.WINDOW:
                     self.window_keys.add((record.boot_id, record.seq))
                 self.stored[record.boot_id, record.seq] = record.payload
-            ack = Ack(boot_id=records[-1].boot_id, through_seq=records[-1].seq)
+            ack = Ack(boot_id=records[-1].boot_id, from_seq=records[0].seq, through_seq=records[-1].seq)
             self.client.publish(agent_topic("line-1", Channel.ACK), encode(ack), 1)
 
     def windows(self) -> list[Window]:
