@@ -168,7 +168,7 @@ class StateFile:
         data = msgspec.json.encode(_Envelope(msgspec.Raw(body), sha256(body)))
         if self._path.exists():
             old = self._path.read_bytes()
-            write_atomically(self._backup, old)
+            write_atomically(self._backup, old, sync_folder=False)
         write_atomically(self._path, data)
 
 

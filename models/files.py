@@ -4,8 +4,15 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, sync_folder: bool = True) -> None:
     """Replaces a file's content: temporary file in the same folder, flush, fsync, rename, fsync of the folder.
+
+    Args:
+        path: Of the file.
+        data: Its new content.
+        mode: Permissions of the new file.
+        sync_folder: Whether the new content must survive a power cut that comes at once; without, the old or the new
+            one does.
 
     Raises:
         OSError: The disk refused; the old file is untouched and the temporary one removed.
@@ -24,7 +31,8 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if sync_folder:
+        sync_directory(path.parent)
 
 
 def sync_file(path: Path) -> None:
