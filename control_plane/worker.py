@@ -197,6 +197,7 @@ def _work(held: Claim, scratch: Path, say: Say) -> dict[str, Any]:
             folds=int(params.get("folds", 5)),
             good_class=params.get("good_class", ""),
             abstain_budget=float(params.get("abstain_budget", 0.0)),
+            precision=params.get("precision", "float32"),
         )
         return train(Path(params["root"]), settings, scratch / "bundle", progress=say).summary()
     from control_plane.training.importing import ImportSettings, import_onnx  # noqa: PLC0415

@@ -43,6 +43,7 @@ class NewTrainingRun(Strict):
     folds: int = Field(default=5, ge=2, le=50)
     good_class: str = Field(default="", max_length=64, description="Empty = sound, good or ok.")
     abstain_budget: float = Field(default=0.0, ge=0.0, le=1.0, description="Most items the line may be unsure of.")
+    precision: Literal["float32", "int8"] = "float32"
     actor: str = Actor
 
 

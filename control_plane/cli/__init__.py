@@ -23,7 +23,7 @@ app = typer.Typer(
     **Try it:** `sortline demo` · **Train alone:** `sortline train --data DIR --name apples --output BUNDLE` ·
     **Serve:** `sortline broker add agent-1`, `sortline broker run`, `sortline serve`""",
 )
-for command in (serving.serve, serving.worker, serving.demo, learning.train, learning.evaluate):
+for command in (serving.serve, serving.worker, serving.demo, learning.train, learning.evaluate, learning.quantise):
     app.command()(command)
 app.command("import-onnx")(learning.import_onnx)
 for name, group in (
