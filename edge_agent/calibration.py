@@ -210,6 +210,7 @@ def _sketch(found: Calibration, seen: Survey, lanes: Lanes) -> Sketch:
         f" {found.px_per_frame:.1f} px/frame, {found.belt_mm_s:.0f} mm/s",
         subtitle=f"{found.items} items in {found.frames} frames, {len(found.lane_rows)} lanes,"
         f" {found.width_px} x {found.height_px} px, {found.date}",
+        outlets_mm=found.outlets_mm,
     )
 
 

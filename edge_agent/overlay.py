@@ -1,6 +1,6 @@
-"""A picture that shows what was calibrated: lanes, centre lines, sizes, direction and a ruler in millimetres."""
+"""A picture that shows what was calibrated: lanes, centre lines, sizes, direction, a ruler, the way to each outlet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +14,8 @@ Colour = tuple[int, int, int]
 
 _HEAD_PX: Final = 64
 _RULER_PX: Final = 54
+_OUTLET_PX: Final = 34
+_MOST_OUTLETS: Final = 8
 _LEAST_WIDTH: Final = 1100
 _PAPER: Final[Colour] = (32, 30, 28)
 _INK: Final[Colour] = (235, 235, 235)
@@ -35,6 +37,8 @@ class Sketch:
     right_to_left: bool
     title: str
     subtitle: str
+    outlets_mm: Mapping[str, float]
+    """Distance of each outlet from column 0."""
 
 
 def draw(image: Image, sketch: Sketch) -> Image:
@@ -52,7 +56,8 @@ def draw(image: Image, sketch: Sketch) -> Image:
     for blob in sketch.blobs:
         _draw_item(picture, blob, sketch, zoom)
     width = picture.shape[1]
-    return np.vstack((_headline(width, sketch), picture, _ruler(width, sketch.mm_per_px / zoom)))
+    ruler = _ruler(width, sketch.mm_per_px / zoom)
+    return np.vstack((_headline(width, sketch), picture, ruler, _outlets(width, image.shape[1], sketch)))
 
 
 def _text(image: Image, text: str, at: tuple[int, int], colour: Colour) -> None:
@@ -122,4 +127,34 @@ def _ruler(width: int, mm_per_px: float) -> Image:
             (wide, _), _ = cv2.getTextSize(text, _FONT, 0.5, 1)
             left = min(max(x - wide // 2, 2), width - wide - 2)
             cv2.putText(strip, text, (left, 42), _FONT, 0.5, _INK, 1, cv2.LINE_AA)
+    return strip
+
+
+def _outlets(width: int, width_px: int, sketch: Sketch) -> Image:
+    """The belt behind the picture, to a scale of its own: what the camera sees, and an arrow to each outlet."""
+    near_first = sorted(sketch.outlets_mm.items(), key=lambda pair: pair[1])
+    shown, seen_mm = near_first[:_MOST_OUTLETS], width_px * sketch.mm_per_px
+    strip = np.full((_OUTLET_PX * (len(shown) + 1), width, 3), _PAPER, np.uint8)
+    if not shown:
+        cv2.putText(strip, "no outlet needs an ejection", (12, 22), _FONT, 0.5, _FAINT, 1, cv2.LINE_AA)
+        return strip
+    far_mm = max(seen_mm, shown[-1][1])
+    px_per_mm = (width - 230) / far_mm
+    end = 12 + round(seen_mm * px_per_mm)
+    strip[4:, 12:end] = _LANES[0]
+    strip[5:-1, 13 : end - 1] = _PAPER
+    text = f"camera sees {seen_mm:.0f} mm"
+    (wide, _), _ = cv2.getTextSize(text, _FONT, 0.5, 1)
+    at = (20, 23) if wide + 20 < end else (end + 8, 23)
+    cv2.putText(strip, text, at, _FONT, 0.5, _LANES[0], 1, cv2.LINE_AA)
+    if len(near_first) > len(shown):
+        more = f"and {len(near_first) - len(shown)} more outlets"
+        cv2.putText(strip, more, (width - 220, 23), _FONT, 0.5, _FAINT, 1, cv2.LINE_AA)
+    for row, (name, mm) in enumerate(shown, start=1):
+        y, x = row * _OUTLET_PX + _OUTLET_PX // 2, 12 + max(round(mm * px_per_mm), 1)
+        cv2.arrowedLine(strip, (12, y), (x, y), _ARROW, 2, cv2.LINE_AA, tipLength=min(0.5, 12.0 / (x - 11)))
+        legible = "".join(c if " " <= c <= "~" else "?" for c in name)[:24]
+        cv2.putText(strip, f"{legible} {mm:.0f} mm", (x + 8, y + 5), _FONT, 0.5, _INK, 1, cv2.LINE_AA)
+        if mm < seen_mm:
+            cv2.putText(strip, "inside the picture!", (x + 8, y - 10), _FONT, 0.4, _LANES[1], 1, cv2.LINE_AA)
     return strip

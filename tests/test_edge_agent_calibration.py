@@ -346,7 +346,7 @@ def test_the_written_geometry_is_what_the_agent_reads(tmp_path: Path) -> None:
 
 def test_the_overlay_shows_lanes_ruler_and_direction() -> None:
     image = np.full((200, 400, 3), 60, np.uint8)
-    sketch = Sketch(0.5, (Lane(20, 100), Lane(100, 180)), (Blob(200.0, 60.0, 70.0, 66.0),), False, "title", "more")
+    sketch = Sketch(0.5, (Lane(20, 100), Lane(100, 180)), (Blob(200.0, 60.0, 70.0, 66.0),), False, "title", "more", {})
     right = draw(image, sketch)
     left = draw(image, replace(sketch, right_to_left=True))
     assert right.shape[1] == 1200
@@ -355,6 +355,26 @@ def test_the_overlay_shows_lanes_ruler_and_direction() -> None:
     # Rows outside the lanes are dimmed, the item's outline is white.
     assert right[64 + 10].max() < 60
     assert (right[64 + 60 * 3, :, :] == 255).all(axis=1).any()
+
+
+def green_columns(picture: np.ndarray, rows: slice) -> int:
+    """How many columns an arrow reaches over in these rows."""
+    strip = picture[rows].astype(int)
+    return int(((strip[:, :, 1] > 150) & (strip[:, :, 2] < 160)).any(axis=0).sum())
+
+
+def test_the_overlay_shows_how_far_each_outlet_is() -> None:
+    image = np.full((200, 400, 3), 60, np.uint8)
+    outlets = {"reject": 900.0, "juice": 450.0}
+    sketch = Sketch(0.5, (Lane(20, 180),), (), False, "title", "more", outlets)
+    picture = draw(image, sketch)
+    foot = 64 + 200 * 3 + 54
+    assert picture.shape[0] == foot + 34 * 3
+    juice, reject = (green_columns(picture, slice(foot + 34 * k, foot + 34 * (k + 1))) for k in (1, 2))
+    assert juice / reject == pytest.approx(0.5, abs=0.03), "the nearest outlet comes first, both to one scale"
+    many = {f"outlet-{k}-\u00e9\x00" + "x" * 40: 0.5 + 1000.0 * k for k in range(20)}
+    assert draw(image, replace(sketch, outlets_mm=many)).shape[0] == foot + 34 * 9
+    assert draw(image, replace(sketch, outlets_mm={})).shape[0] == foot + 34
 
 
 def drift(line: SimulatedLine, encoder: ImageEncoder, frames: int, *, mirror: bool = False) -> np.ndarray:
