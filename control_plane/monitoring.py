@@ -83,6 +83,15 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     classes: dict[str, int]
     outlets: dict[str, int]
     ejections: dict[str, int]
+    shots: dict[str, int]
+    """What became of the shots; see `models.windows.Window`."""
+    ejectors: dict[str, int]
+    """`lane/outlet/what`: fired, and with a photo-eye confirmed, missed, double, unexpected."""
+    lead_ms: dict[str, float]
+    """Learnt lead per ejector."""
+    jitter_p99_ms: float | None
+    camera: dict[str, int]
+    """Faults named, and what went by while the camera was blind."""
     truth: dict[str, int]
     escape_rate: float | None
     """Where the truth is known: defective items that were let through / defective items."""
@@ -259,6 +268,11 @@ def agent_status(
         classes=window.classes if window else {},
         outlets=window.outlets if window else {},
         ejections=window.ejections if window else {},
+        shots=window.shots if window else {},
+        ejectors=window.ejectors if window else {},
+        lead_ms=window.lead_ms if window else {},
+        jitter_p99_ms=_jitter(window),
+        camera=window.camera if window else {},
         truth=window.truth if window else {},
         escape_rate=escape,
         false_reject_rate=waste,
@@ -273,6 +287,10 @@ def agent_status(
         live=msgspec.to_builtins(live) if live else None,
         completeness=completeness_of(sequence),
     )
+
+
+def _jitter(window: Window | None) -> float | None:
+    return round(window.jitter_ms.quantile(0.99), 3) if window and window.jitter_ms.count else None
 
 
 def _quantile(window: Window | None, q: float) -> float | None:

@@ -59,6 +59,7 @@ class LineCounter:
         self._features: FeatureCounter | None = None
         self._queue: EjectionQueue | None = None
         self._last_ejectors: dict[str, int] = {}
+        self._last_shots: dict[str, int] = {}
         self.shadow: Shadow | None = None
         """A challenger whose counts belong into the windows; see `use_shadow`."""
         self._last_shadow: dict[str, int] = {}
@@ -160,6 +161,8 @@ class LineCounter:
                 nulls=nulls,
                 ejections=self._since(truth, "ejections"),
                 ejectors=self._ejectors(),
+                shots=self._shots(),
+                lead_ms=self._queue.leads_ms() if self._queue else {},
                 jitter_ms=self._jitter(),
                 shadow=self._shadow(),
                 shadow_bundle=self.shadow.judge.digest if self.shadow else "",
@@ -176,6 +179,11 @@ class LineCounter:
         ledger = self._queue.ledger if self._queue else None
         now = ledger.counts() if ledger else {}
         before, self._last_ejectors = self._last_ejectors, now
+        return _grown(now, before)
+
+    def _shots(self) -> dict[str, int]:
+        now = self._queue.counts() if self._queue else {}
+        before, self._last_shots = self._last_shots, now
         return _grown(now, before)
 
     def _shadow(self) -> dict[str, int]:

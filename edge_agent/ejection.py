@@ -105,6 +105,21 @@ class EjectionQueue:
         self.failed = 0
         """Shots the ejector's driver broke on."""
 
+    def counts(self) -> dict[str, int]:
+        """What became of the shots since the start."""
+        return {
+            "fired": self.fired,
+            "late": self.late,
+            "overdue": self.overdue,
+            "close": self.close,
+            "refused": self.refused,
+            "failed": self.failed,
+        }
+
+    def leads_ms(self) -> dict[str, float]:
+        """`lane/outlet` -> learnt lead, of the ejectors that have one."""
+        return {f"{lane}/{outlet}": round(lead_s * 1000.0, 2) for (lane, outlet), lead_s in self._leads.items()}
+
     def lead_s(self, lane: int, outlet: str) -> float:
         """Seconds from command to effect of this ejector: learnt, or as configured."""
         return self._leads.get((lane, outlet), self.rules.lead_ms / 1000.0)

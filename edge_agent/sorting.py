@@ -382,8 +382,10 @@ class LineCore:
         if distance_mm is not None:
             blind = track.item_mm < self.blind_to_mm
             shot = Shot(track.lane, outlet, track.item_id, track.item_mm + distance_mm, blind=blind)
+            late = self.queue.late
             if not self.queue.schedule(shot):
-                self.counter.count("verdicts_late")
+                # Refused as late, or by rule (too close to the shot before): the queue says which.
+                self.counter.count("verdicts_late", self.queue.late - late)
                 outlet = judge.recipe.late_outlet
         own = judge is self.judge
         self.items_on_bundle += own

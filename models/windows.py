@@ -233,6 +233,12 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     """Fired, and where the truth or a confirmation sensor is known: on_time, late, wrong, gap."""
     ejectors: dict[Label, Count] = {}
     """Per ejector, `lane/outlet/what`: fired, and with a photo-eye confirmed, missed, double, unexpected."""
+    shots: dict[Label, Count] = {}
+    """What became of the shots: fired; late (the verdict came behind the last moment), close (by the rule for items
+    nearer than the ejector's pitch), refused (queue full): these items took the late outlet; overdue (dropped behind
+    the fire window), failed (the driver broke)."""
+    lead_ms: dict[Label, float] = {}
+    """Per ejector, `lane/outlet`, the learnt time from command to effect at the end of the window."""
     jitter_ms: Histogram = msgspec.field(default_factory=Histogram)
     """How late after its place each ejection was commanded."""
     truth: dict[Label, Count] = {}
@@ -297,7 +303,7 @@ def _window_error(expected: object, got: object) -> MessageError:
     return MessageError("window.inconsistent", "A window's counts contradict each other.", expected=expected, got=got)
 
 
-_TABLES: Final = ("classes", "grades", "outlets", "ejections", "ejectors", "camera", "shadow", "truth")
+_TABLES: Final = ("classes", "grades", "outlets", "ejections", "ejectors", "shots", "camera", "shadow", "truth")
 
 
 def merge(a: Window, b: Window) -> Window:
@@ -340,6 +346,7 @@ def merge(a: Window, b: Window) -> Window:
         inference_ms=a.inference_ms.merged(b.inference_ms),
         jitter_ms=a.jitter_ms.merged(b.jitter_ms),
         features=counts.astype("<u4").tobytes(),
+        lead_ms={**a.lead_ms, **b.lead_ms},
         simulated=a.simulated or b.simulated,
         lifetime_items=max(a.lifetime_items, b.lifetime_items),
     )

@@ -16,6 +16,7 @@ from models.errors import ConfigError
 from models.messages import Channel, Event, Live, Phase, Presence, agent_topic, encode
 from models.windows import FeatureCounter
 from tests.simulators.plane import make_client, make_services
+from tests.simulators.processes import wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
 from tests.test_control_plane_fleet import BOOT, batch, reported, window
 
@@ -175,6 +176,28 @@ def test_the_row_of_an_agent_carries_its_ages(client: TestClient, services: Serv
     ages = [int(value) for value in re.findall(r'data-at="(\d+)"', text)]
     assert len(ages) == 2
     assert all(value > 1_700_000_000_000 for value in ages)
+
+
+def test_an_agents_page_shows_its_ejectors_and_what_its_camera_missed(
+    client: TestClient, services: Services, tmp_path: Path
+) -> None:
+    digest = fill(services, client, tmp_path / "b")
+    seen = window(
+        bundle=digest,
+        shots={"fired": 41, "close": 3},
+        ejectors={"0/reject/missed": 3, "0/reject/fired": 41, "0/<b>/fired": 1, "nonsense": 7},
+        lead_ms={"0/reject": 33.9},
+        camera={"camera.frozen": 1, "blind_mm": 2290},
+    )
+    services.fleet.take(agent_topic("line-1", Channel.BATCH), batch(seen, first=2))
+    wait_until(lambda: client.get("/api/v1/agents/line-1").json()["shots"], 10, "the window")
+    status = client.get("/api/v1/agents/line-1").json()
+    assert (status["lead_ms"], status["camera"]["camera.frozen"]) == ({"0/reject": 33.9}, 1)
+    text = client.get("/agents/line-1").text
+    assert "lane 0, reject: 41 fired, 3 missed, lead 34 ms" in text
+    assert "fired 41, close 3" in text
+    assert "camera.frozen 1" in text
+    assert "<b>" not in text
 
 
 def test_charts_stay_whole_without_data() -> None:

@@ -224,7 +224,33 @@ def test_on_the_line_photo_eyes_teach_the_lead_and_find_the_dying_valve(tmp_path
     window.check()
     assert window.ejectors["1/reject/missed"] >= line.truth().ejections["dead"] - 2
     assert window.jitter_ms.count == queue.fired
+    assert window.shots["fired"] == queue.fired
+    assert window.lead_ms["0/reject"] == pytest.approx(30.0, abs=3.0)
     assert window.ejectors["0/reject/confirmed"] + window.ejectors["1/reject/confirmed"] > 150
+
+
+def test_an_item_refused_by_the_rule_for_close_items_is_not_called_late(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "b", bias=4.0)  # nearly everything is rejected
+    world = open_world(LineConfig(lanes=1, ejector_pitch_mm=150.0, close_items="skip"), virtual=True)
+    line = world.simulation
+    assert isinstance(line, SimulatedLine)
+    queue = world.ejection_queue(LineConfig(ejector_pitch_mm=150.0, close_items="skip"), line.now)
+    core = LineCore(
+        geometry=line.geometry, counter=LineCounter(1, truth=line.truth, clock=line.now), queue=queue, clock=line.now
+    )
+    core.use(Judge(tmp_path / "b"))
+    for _ in range(150):
+        before_s = line.now()
+        frame = line.read(1.0)
+        queue.run_to(before_s, line.now())
+        assert frame is not None
+        core.process(frame)
+    window = core.counter.close_window()
+    assert window.shots["close"] > 5
+    assert window.verdicts_late == 0
+    # What the rule refused went to the late outlet, and is counted there.
+    assert window.outlets["pass"] >= window.shots["close"]
+    assert window.outlets["reject"] == window.items - window.outlets["pass"]
 
 
 def test_a_device_that_does_the_last_millimetres_gets_each_shot_once_and_ahead_of_time() -> None:

@@ -129,6 +129,10 @@ def events(request: Request) -> StreamingResponse:
     return StreamingResponse(_stream(request), media_type="text/event-stream", headers=headers)
 
 
+_SEEN = ("fired", "confirmed", "missed", "double", "unexpected")
+"""What is known of an ejector, in the order a person asks."""
+
+
 async def _stream(request: Request) -> AsyncIterator[str]:
     services = services_of(request)
     template = _environment.get_template("_row.html")
@@ -182,7 +186,21 @@ def agent(agent_id: str, request: Request) -> HTMLResponse:
         classes=classes,
         drift=drift,
         events=happened,
+        ejectors=_ejectors(status.ejectors, status.lead_ms),
     )
+
+
+def _ejectors(counts: dict[str, int], lead_ms: dict[str, float]) -> list[str]:
+    """`lane 0, reject: 41 fired, 40 confirmed, 1 missed, lead 32 ms`, one line per ejector."""
+    found: dict[str, list[str]] = {}
+    for word in _SEEN:
+        for name, count in counts.items():
+            ejector, _, what = name.rpartition("/")
+            if what == word:
+                found.setdefault(ejector, []).append(f"{count} {word}")
+    for ejector, lead in lead_ms.items():
+        found.setdefault(ejector, []).append(f"lead {lead:.0f} ms")
+    return [f"lane {key.replace('/', ', ')}: {', '.join(words)}" for key, words in sorted(found.items())]
 
 
 def _changes(windows: list[tuple[datetime, Window]]) -> list[Mark]:
