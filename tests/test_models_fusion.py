@@ -16,12 +16,21 @@ rows = arrays(np.float32, st.tuples(st.integers(1, 9), st.just(3)), elements=st.
 )
 
 
-@given(rows, st.randoms())
-def test_the_order_of_the_views_does_not_matter(views: np.ndarray, random: object) -> None:
+@given(rows, st.randoms(), st.integers(1, 16))
+def test_the_order_of_the_views_does_not_matter(views: np.ndarray, random: object, top_k: int) -> None:
     order = list(range(len(views)))
     random.shuffle(order)  # type: ignore[attr-defined]
-    spec = FusionSpec(scale=1.3, offset=-0.4)
+    spec = FusionSpec(top_k=top_k, scale=1.3, offset=-0.4)
     assert fuse(views, spec, 0) == pytest.approx(fuse(views[order], spec, 0), abs=1e-9)
+    first, again = RECIPE.decide(views), RECIPE.decide(views[order])
+    assert first.defect == pytest.approx(again.defect, abs=1e-9)
+
+
+@given(rows, st.integers(0, 8), st.integers(1, 4))
+def test_a_view_that_shows_more_of_a_defect_never_makes_an_item_better(views: np.ndarray, row: int, top_k: int) -> None:
+    spec, worse = FusionSpec(top_k=top_k), views.copy()
+    worse[row % len(views)] = [worse[row % len(views), 0] / 2.0, 1.0 - worse[row % len(views), 0] / 2.0, 0.0]
+    assert fuse(worse, spec, 0)[0] <= fuse(views, spec, 0)[0] + 1e-9
 
 
 @given(rows)
