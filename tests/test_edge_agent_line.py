@@ -137,6 +137,16 @@ def test_without_a_bundle_items_pass_and_are_counted() -> None:
     assert line.truth().ejections == {}
 
 
+def test_a_large_batch_is_judged_like_its_views_one_by_one(bundle: Path) -> None:
+    classifier = Judge(bundle).classifier
+    views = np.random.default_rng(4).integers(0, 256, (7, 64, 64, 3), dtype=np.uint8)
+    whole = classifier.classify(views)
+    single = [classifier.classify(view[None]) for view in views]
+    assert whole.probabilities.shape[0] == whole.embedding.shape[0] == 7
+    assert np.allclose(whole.probabilities, np.concatenate([a.probabilities for a in single]), atol=1e-6)
+    assert np.allclose(whole.embedding, np.concatenate([a.embedding for a in single]), rtol=1e-5)
+
+
 def test_a_model_that_breaks_while_it_works_is_put_aside(bundle: Path) -> None:
     line = SimulatedLine(SMALL, virtual=True)
     judge = Judge(bundle)
