@@ -46,12 +46,10 @@ class Certificates:
         self._trust: frozenset[str] = frozenset()
         self._admission: _Admission
         self.context: ssl.SSLContext
-        self.changed_context = False
-        """Whether connections should be accepted with the new `context` from now on; the listener resets it."""
+        """For connections from now on."""
         self.withdrawn_trust = False
         """Whether a root is not trusted any more: every connection must prove itself again."""
         self.reload()
-        self.changed_context = False
 
     def reload(self) -> bool:
         """Reads again what changed; returns whether anything did.
@@ -108,7 +106,7 @@ class Certificates:
             ) from error
         roots = frozenset(trust.split("-----END CERTIFICATE-----\n")[:-1])
         self.withdrawn_trust = self.withdrawn_trust or not self._trust <= roots
-        self.context, self._trust, self.changed_context = context, roots, True
+        self.context, self._trust = context, roots
 
     def identify(self, peer: Any) -> Identity | None:
         """The identity of a verified certificate; None = this client may not connect.

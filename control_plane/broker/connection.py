@@ -24,10 +24,15 @@ _JOIN_BYTES = 64 * 1024
 
 
 class Connection(asyncio.Protocol):
-    """One client's socket."""
+    """One client's socket.
 
-    def __init__(self, broker: Broker) -> None:
-        self._broker = broker
+    Args:
+        broker: The exchange.
+        accepted_s: When the socket was accepted, by the broker's clock: the deadline of CONNECT runs from there.
+    """
+
+    def __init__(self, broker: Broker, accepted_s: float) -> None:
+        self._broker, self._accepted_s = broker, accepted_s
         self._loop = asyncio.get_running_loop()
         self._reader = packets.PacketReader(broker.limits.connect_bytes)
         self._transport: asyncio.Transport | None = None
@@ -57,8 +62,7 @@ class Connection(asyncio.Protocol):
             self.drop("too_many_connections")
             return
         self._broker.connections.add(self)
-        # A TLS handshake has taken of the same time.
-        left_s = self._broker.limits.connect_deadline_s - (self._broker.clock() - self._last_seen_s)
+        left_s = self._broker.limits.connect_deadline_s - (self._broker.clock() - self._accepted_s)
         self._timer = self._loop.call_later(max(0.1, left_s), self.drop, "connect_deadline")
 
     def data_received(self, data: bytes) -> None:

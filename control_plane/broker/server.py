@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from control_plane.broker.certificates import Certificates
-from control_plane.broker.connection import Connection
+from control_plane.broker.door import Door
 from control_plane.broker.exchange import Broker
 from models.errors import ConfigError, UnavailableError
 
@@ -36,15 +36,15 @@ async def serve(
         UnavailableError: `broker.port_in_use`.
     """
     listener = _bind(host, port)
-    server = await _accept(broker, listener)
+    door = Door(broker, listener)
     address = listener.getsockname()
     on_ready(address[0], address[1])
-    upkeep = asyncio.create_task(_upkeep(broker, listener, server), name="upkeep")
+    upkeep = asyncio.create_task(_upkeep(broker), name="upkeep")
     await stop.wait()
     upkeep.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await upkeep
-    listener.close()
+    door.close()
     for connection in list(broker.connections):
         connection.drop("shutdown")
     broker.verifier.shutdown(wait=False, cancel_futures=True)
@@ -68,42 +68,22 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _accept(broker: Broker, listener: socket.socket) -> asyncio.Server:
-    """Accepts from the listening socket; a new context means accepting anew, and no client notices."""
-    loop, credentials = asyncio.get_running_loop(), broker.credentials
-    options: dict[str, Any] = {}
-    if isinstance(credentials, Certificates):
-        credentials.changed_context = False
-        options = {
-            "ssl": credentials.context,
-            "ssl_handshake_timeout": broker.limits.connect_deadline_s,
-            "ssl_shutdown_timeout": broker.limits.connect_deadline_s,
-        }
-    return await loop.create_server(lambda: Connection(broker), sock=listener.dup(), backlog=512, **options)
-
-
-async def _upkeep(broker: Broker, listener: socket.socket, server: asyncio.Server) -> None:
+async def _upkeep(broker: Broker) -> None:
     """Every second: follow the files, expire sessions; every ten: statistics."""
     turn, credentials = 0, broker.credentials
-    try:
-        while True:
-            try:
-                credentials.reload()
-            except ConfigError as error:
-                broker.counters["credentials_broken"] += 1
-                log.warning("%s", error)
-            if isinstance(credentials, Certificates) and credentials.changed_context:
-                previous, server = server, await _accept(broker, listener)
-                previous.close()
-                log.info("the site's certificates changed")
-                if credentials.withdrawn_trust:
-                    credentials.withdrawn_trust = False
-                    for connection in list(broker.connections):
-                        connection.drop("identity_removed")
-            broker.expire_sessions()
-            if turn % 10 == 0:
-                broker.publish_stats()
-            turn += 1
-            await asyncio.sleep(1.0)
-    finally:
-        server.close()
+    while True:
+        try:
+            if credentials.reload():
+                log.info("identities changed")
+        except ConfigError as error:
+            broker.counters["credentials_broken"] += 1
+            log.warning("%s", error)
+        if isinstance(credentials, Certificates) and credentials.withdrawn_trust:
+            credentials.withdrawn_trust = False
+            for connection in list(broker.connections):
+                connection.drop("identity_removed")
+        broker.expire_sessions()
+        if turn % 10 == 0:
+            broker.publish_stats()
+        turn += 1
+        await asyncio.sleep(1.0)

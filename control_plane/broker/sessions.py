@@ -19,6 +19,10 @@ class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     connect_deadline_s: float = 5.0
     """From accept to a verified CONNECT."""
+    silent: int = 512
+    """Accepted sockets that have not said anything; one more pushes out the oldest."""
+    handshakes: int = 32
+    """TLS handshakes at a time; who comes meanwhile waits, and pushes out one that has taken longer than a second."""
     connect_bytes: int = 4096
     """Largest packet before authentication; a will is part of CONNECT."""
     packet_bytes: int = MIB
