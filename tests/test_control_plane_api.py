@@ -220,6 +220,11 @@ def test_the_command_says_what_is_wrong(arguments: list[str], status: int, text:
     assert text in capfd.readouterr().err
 
 
+def test_the_command_hands_on_the_exit_status_of_what_it_ran(tmp_path: Path, capfd) -> None:
+    assert main(["broker", "run", "--data-dir", str(tmp_path)]) == 1
+    assert "broker.bad_tls" in capfd.readouterr().err
+
+
 def test_the_command_shows_a_bundle_as_json(tmp_path: Path, capsys) -> None:
     import json
 

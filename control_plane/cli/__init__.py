@@ -43,9 +43,8 @@ for name, group in (
 def main(argv: list[str] | None = None) -> int:
     """Entry of the command; returns the exit status."""
     try:
-        app(args=argv, standalone_mode=False)
-    except typer.Exit as done:
-        return int(done.exit_code)
+        # A command that ends with an exit status hands it back here; the others return nothing.
+        return int(app(args=argv, standalone_mode=False) or 0)
     except SortlineError as error:
         return _complain(error)
     except (KeyboardInterrupt, typer.Abort):
@@ -56,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         show()  # a usage error of the command line itself
         return 2
-    return 0
 
 
 _EXIT = ((ConfigError, 2), (UnavailableError, 4), (ConflictError, 3))
