@@ -72,6 +72,20 @@ def test_a_box_enrols_with_nothing_but_its_token(site: Site, url: str, tmp_path:
     assert caught.value.code == "identity.other_agent"
 
 
+def test_a_box_gets_the_root_of_signatures_with_its_first_certificate_and_keeps_it(
+    site: Site, url: str, tmp_path: Path
+) -> None:
+    anchor = tmp_path / "box" / "trust" / "root.json"
+    site.enrolment._trust_root = lambda: '{"root": 1}'
+    enrol(tmp_path / "box" / "identity", invite(site), url)
+    assert anchor.read_text() == '{"root": 1}'
+    site.enrolment._trust_root = lambda: '{"root": 2}'
+    site.enrolment.authority.rotate(site.now)
+    site.publisher.publish()
+    assert renew(tmp_path / "box" / "identity", time.time())
+    assert anchor.read_text() == '{"root": 1}', "later roots come signed by the earlier ones, not by this way"
+
+
 def test_a_server_that_is_not_the_tokens_site_never_sees_the_secret(site: Site, url: str, tmp_path: Path) -> None:
     (tmp_path / "evil").mkdir()
     evil = make_site(tmp_path / "evil", other=True)

@@ -24,6 +24,7 @@ from control_plane.monitoring import AgentStatus, agent_status
 from control_plane.rollout_executor import RolloutExecutor
 from control_plane.store import Store
 from control_plane.tables import Agent, EventRow, Model, ModelVersion, WindowRow, utc_now
+from control_plane.trust.ceremony import Folder
 from models.bundle import PROFILE
 from models.errors import SortlineError
 from models.messages import Live, decode_packed
@@ -144,6 +145,7 @@ def _open_identity(config: ControlPlaneConfig, engine: Engine) -> tuple[Enrolmen
         authority,
         new_secret=lambda: secrets.token_urlsafe(24),
         broker=(config.identity.broker_host or config.broker.host, config.identity.broker_port or config.broker.port),
+        trust_root=lambda: _newest_root(Folder(config.root / "trust")),
     )
     profile = config.identity.mosquitto_profile
     followers = (lambda: update_profile(authority.folder / SITE, Path(profile).resolve()),) if profile else ()
@@ -151,6 +153,12 @@ def _open_identity(config: ControlPlaneConfig, engine: Engine) -> tuple[Enrolmen
     enrolment.publish = publisher.publish
     publisher.publish()
     return enrolment, publisher
+
+
+def _newest_root(folder: Folder) -> str:
+    """Root metadata for a box that enrols: the anchor of what it believes later; empty where nothing is signed."""
+    roots = folder.roots()
+    return roots[-1].decode() if roots else ""
 
 
 def services_of(request: Request) -> Services:
