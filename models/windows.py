@@ -335,13 +335,16 @@ def merge(a: Window, b: Window) -> Window:
     tables = {name: _add(getattr(a, name), getattr(b, name)) for name in _TABLES}
     counts_a, counts_b = a.feature_counts(), b.feature_counts()
     counts = counts_a + counts_b if len(counts_a) and len(counts_b) else (counts_a if len(counts_a) else counts_b)
+    # A window that says nothing of features has items all the same: their features are not known.
+    rows = len(counts)
+    nulls = _add_rows(a.nulls or (a.items,) * rows, b.nulls or (b.items,) * rows)
     return msgspec.structs.replace(
         a,
         **summed,
         **tables,
         started_ms=min(a.started_ms, b.started_ms),
         lanes=_add_rows(a.lanes, b.lanes),
-        nulls=_add_rows(a.nulls, b.nulls),
+        nulls=nulls,
         latency_ms=a.latency_ms.merged(b.latency_ms),
         inference_ms=a.inference_ms.merged(b.inference_ms),
         jitter_ms=a.jitter_ms.merged(b.jitter_ms),

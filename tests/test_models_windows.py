@@ -106,6 +106,19 @@ def test_windows_of_different_bundles_do_not_add() -> None:
     assert caught.value.code == "window.not_mergeable"
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_window_without_features_adds_items_whose_features_are_not_known(swapped: bool) -> None:
+    profile = build_profile(reference(), NAMES, {"sound": 800})
+    seen = reference(2, 1)
+    seen[0, 1] = np.nan
+    full = window_of(seen, profile)
+    bare = msgspec.structs.replace(window_of(reference(3, 3), profile), features=b"", nulls=())
+    merged = merge(bare, full) if swapped else merge(full, bare)
+    merged.check()
+    assert merged.items == 4
+    assert merged.nulls == (3, 4, *(3,) * (len(NAMES) - 2))
+
+
 @pytest.mark.parametrize(
     "change",
     [
