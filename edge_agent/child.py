@@ -19,7 +19,7 @@ from edge_agent.line_config import LineConfig
 from edge_agent.pipe import FromLine, Load, LoadShadow, Pipe, Ready
 from models.errors import SortlineError
 from models.files import write_atomically
-from models.messages import Fault
+from models.messages import Fault, Swap
 
 log = logging.getLogger("sortline.child")
 Deliver = Callable[[Any], bool]
@@ -110,13 +110,21 @@ class LineChild:
             self._process.kill()
             return self._process.wait()
 
-    def load(self, digest: str, directory: Path) -> None:
+    def load(
+        self, digest: str, directory: Path, *, swap: Swap = Swap.BELT_GAP, swap_within_s: float | None = None
+    ) -> None:
         """Asks the line to switch to this bundle.
+
+        Args:
+            digest: Of the bundle.
+            directory: Its slot.
+            swap: What the line waits for.
+            swap_within_s: Longest wait; None = the line's own.
 
         Raises:
             UnavailableError: The line does not read.
         """
-        self._pipe.send(Load(digest=digest, directory=str(directory)))
+        self._pipe.send(Load(digest=digest, directory=str(directory), swap=swap, swap_within_s=swap_within_s))
 
     def load_shadow(self, digest: str, directory: Path | None, samples: str) -> None:
         """Asks the line to take this challenger, or none (empty digest).

@@ -30,7 +30,7 @@ from edge_agent.counting import LineCounter
 from edge_agent.fail_safe import FailSafe
 from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
-from edge_agent.loading import LoadedShadow, Loader, fault_of, return_memory
+from edge_agent.loading import LoadedJudge, LoadedShadow, Loader, fault_of, is_due, return_memory
 from edge_agent.pipe import (
     Beat,
     Faulted,
@@ -102,6 +102,8 @@ class Line:
         self._refused = self._refused_seen = 0
         """Frames the watch refused, and those the sorting thread knows of: it must not take them for dropped."""
         self._champion: Judge | None = None
+        self._waiting: tuple[LoadedJudge, str] | None = None
+        """The bundle that is ready, and the lot that ran when it became so."""
         self._loader = Loader(config.threads, self._say, lambda: self._champion)
         simulation = self._world.simulation
         self._counter = LineCounter(
@@ -284,7 +286,7 @@ class Line:
         """Takes over what the loader has ready: one assignment between two frames, a bundle at a gap on the belt."""
         if self._loader.shadow:
             self._switch_shadow(core, self._loader.shadow.pop())
-        if not self._loader.judge or not self._may_switch(core, self._loader.judge[0].since_s):
+        if not self._loader.judge or not self._may_switch(core, self._loader.judge[0]):
             return
         started = time.perf_counter()
         loaded = self._loader.judge.pop()
@@ -326,14 +328,20 @@ class Line:
             self._counter.use_shadow(None)
             self._say(ShadowFailed(digest=shadow.judge.digest, fault=fault_of(error)))
 
-    def _may_switch(self, core: LineCore, since_s: float) -> bool:
-        """At a gap, where there is nothing to keep running, or when the wait is over.
+    def _may_switch(self, core: LineCore, loaded: LoadedJudge) -> bool:
+        """At once where there is nothing to keep running; else when what the bundle waits for has come.
 
         Items in sight keep the bundle that took their first view either way: the gap only spares them two models.
         """
-        if core.judge is None or core.tracker.open == 0:
-            return True
-        return time.monotonic() - since_s > self._config.swap_within_s
+        if self._waiting is None or self._waiting[0] is not loaded:
+            self._waiting = (loaded, self._counter.lot)
+        return core.judge is None or is_due(
+            loaded,
+            waited_s=time.monotonic() - loaded.since_s,
+            line_within_s=self._config.swap_within_s,
+            at_gap=core.tracker.open == 0,
+            lot_changed=self._counter.lot != self._waiting[1],
+        )
 
     # -- camera thread ----------------------------------------------------------------------------------------
 

@@ -19,10 +19,12 @@ from edge_agent.pipe import FromLine, Load, LoadFailed, LoadShadow, ShadowFailed
 from edge_agent.shadow import SampleFolder, Shadow
 from edge_agent.tuning import choose, facts, tune_model
 from models.errors import BundleError, SortlineError
-from models.messages import Fault
+from models.messages import Fault, Swap
 
 _WAITING: Final = 4
 _POLL_S: Final = 0.5
+_LOT_WITHIN_S: Final = 3600.0
+"""A bundle that waits for a lot change without a deadline of its own takes over after so long."""
 
 
 def fault_of(error: SortlineError) -> Fault:
@@ -45,6 +47,26 @@ class LoadedJudge:
     load_ms: float
     since_s: float
     """Monotonic."""
+    swap: Swap = Swap.BELT_GAP
+    swap_within_s: float | None = None
+    """Longest wait; None = the line's own."""
+
+
+def is_due(loaded: LoadedJudge, *, waited_s: float, line_within_s: float, at_gap: bool, lot_changed: bool) -> bool:
+    """Whether a bundle that is ready may take over between these two frames. Pure.
+
+    Args:
+        loaded: The bundle, and what it waits for.
+        waited_s: How long it has waited.
+        line_within_s: The line's own longest wait for a gap.
+        at_gap: No item is in sight.
+        lot_changed: Another lot has begun since it was ready.
+    """
+    if loaded.swap is Swap.NOW:
+        return True
+    if loaded.swap is Swap.LOT_CHANGE and not lot_changed:
+        return waited_s > (_LOT_WITHIN_S if loaded.swap_within_s is None else loaded.swap_within_s)
+    return at_gap or waited_s > (line_within_s if loaded.swap_within_s is None else loaded.swap_within_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +124,8 @@ class Loader:
             if isinstance(load, Load):
                 threads = self.threads_for(Path(load.directory), load.digest)
                 judge = Judge(Path(load.directory), digest=load.digest, threads=threads)
-                self.judge.append(LoadedJudge(judge, (time.perf_counter() - started) * 1000.0, time.monotonic()))
+                load_ms = (time.perf_counter() - started) * 1000.0
+                self.judge.append(LoadedJudge(judge, load_ms, time.monotonic(), load.swap, load.swap_within_s))
             else:
                 shadow = self._challenger(load) if load.digest else None
                 self.shadow.append(LoadedShadow(shadow, (time.perf_counter() - started) * 1000.0))

@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 import msgspec
 
 from models.errors import MessageError, UnavailableError
-from models.messages import Fault, Live
+from models.messages import Fault, Live, Swap
 from models.windows import Window
 
 MAX_FRAME_BYTES: Final = 256 * 1024
@@ -25,6 +25,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     digest: str
     directory: str
     """A verified bundle; the line reads it, nothing else."""
+    swap: Swap = Swap.BELT_GAP
+    """What to wait for before the switch."""
+    swap_within_s: float | None = None
+    """Longest wait; None = the line's own."""
 
 
 class LoadShadow(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -19,7 +19,7 @@ import msgspec
 from models.bundle import sha256
 from models.errors import ConflictError
 from models.files import write_atomically
-from models.messages import Digest, OptionalDigest, Phase
+from models.messages import Digest, OptionalDigest, Phase, Swap
 
 _MAX_BLOCKED: Final = 32
 _MAX_STATE_BYTES: Final = 64 * 1024
@@ -77,6 +77,9 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     trial_items: Annotated[int, msgspec.Meta(ge=0)] = 0
     trial_s: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
     rollout_id: str = ""
+    swap: Swap = Swap.BELT_GAP
+    """What the line waits for before the bundle on trial judges."""
+    swap_within_s: float | None = None
     blocked: tuple[Digest, ...] = ()
 
 
@@ -86,7 +89,7 @@ def advance(state: SlotState, trigger: Trigger, **changes: object) -> SlotState:
     Args:
         state: Now.
         trigger: What happened.
-        changes: With DESIRED: generation, target, trial_items, trial_s, rollout_id.
+        changes: With DESIRED: generation, target, trial_items, trial_s, rollout_id, swap, swap_within_s.
 
     Raises:
         ConflictError: `slots.not_allowed`: this cannot happen in this phase.

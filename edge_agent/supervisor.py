@@ -275,14 +275,19 @@ class Supervisor:
 
     def load_active(self) -> None:
         """Makes the line use the active bundle: by a swap while it runs, else at its next start."""
-        line, active = self._line, self._updater.state.active
+        line, state = self._line, self._updater.state
+        active = state.active
         if line is None:
             return
         if not active:
             line.kill()
             return
         try:
-            line.load(active, self._updater.slot(active))
+            if state.phase is Phase.TRIAL:
+                line.load(active, self._updater.slot(active), swap=state.swap, swap_within_s=state.swap_within_s)
+            else:
+                # The way back waits for no lot.
+                line.load(active, self._updater.slot(active))
         except SortlineError as error:
             log.warning("load not sent: %s", error)
             line.kill()

@@ -145,6 +145,8 @@ class Updater:
                 target=desired.bundle,
                 trial_items=desired.trial_items,
                 trial_s=desired.trial_s,
+                swap=desired.swap,
+                swap_within_s=desired.swap_within_s,
                 **facts,
             )
         )
