@@ -76,15 +76,27 @@ class JobsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Jobs give way to everything else on the machine."""
 
 
+class RolloutsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The process that moves rollouts forward: one of all replicas, by a lease in the database."""
+
+    period_s: Annotated[float, msgspec.Meta(ge=0.05, le=60.0)] = 1.0
+    """Between two turns."""
+    lease_s: Annotated[float, msgspec.Meta(ge=1.0, le=600.0)] = 10.0
+    """A leader that was silent for so long is replaced; clocks of the replicas must agree to a fraction of it."""
+
+
 class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One control plane."""
 
     data_dir: str = "sortline-data"
     database: str = ""
     """SQLAlchemy URL; empty = SQLite in `data_dir`."""
+    database_wait_s: Annotated[float, msgspec.Meta(ge=0.1, le=60.0)] = 5.0
+    """A request waits so long for a database that is locked or away, then is refused with 503."""
     server: ServerConfig = ServerConfig()
     broker: BrokerConfig = BrokerConfig()
     jobs: JobsConfig = JobsConfig()
+    rollouts: RolloutsConfig = RolloutsConfig()
     identity: IdentityConfig = IdentityConfig()
 
     @property

@@ -20,8 +20,12 @@ from models.errors import ConfigError, UnavailableError
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-def open_database(url: str) -> Engine:
+def open_database(url: str, *, wait_s: float = 10.0) -> Engine:
     """An engine for this URL.
+
+    Args:
+        url: SQLAlchemy's.
+        wait_s: Longest wait for a lock, a connection, or a server that does not answer.
 
     Raises:
         ConfigError: `database.unsupported`.
@@ -30,12 +34,19 @@ def open_database(url: str) -> Engine:
     if parsed.get_backend_name() == "sqlite":
         if parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(url, connect_args={"timeout": 10.0, "check_same_thread": False})
+        engine = create_engine(url, connect_args={"timeout": wait_s, "check_same_thread": False}, pool_timeout=wait_s)
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_immediate)
         return engine
     if parsed.get_backend_name() == "postgresql":
-        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+        # A process that is stopped within a transaction must not hold its locks for ever: the server ends it.
+        limits = f"-c lock_timeout={int(wait_s * 1000)} -c idle_in_transaction_session_timeout={int(wait_s * 1000)}"
+        return create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_pre_ping=True,
+            pool_timeout=wait_s,
+            connect_args={"options": limits, "connect_timeout": max(2, int(wait_s))},
+        )
     raise ConfigError(
         "database.unsupported",
         "This database is not supported.",
@@ -48,7 +59,7 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     # The driver must not begin transactions of its own: ours start as writers, so two never deadlock on an upgrade.
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=10000"):
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -21,6 +21,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from sqlalchemy import Engine
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session, col, select
 
 from control_plane.config import BrokerConfig
@@ -95,6 +97,7 @@ class FleetLink:
         self._incoming: queue.Queue[tuple[str, bytes]] = queue.Queue(_MAX_WAITING)
         self._stopping = threading.Event()
         self._sentinel_seen = threading.Event()
+        self._missed = threading.Event()
         self._control = self._client("control", client_id, ("presence", "reported"), sentinel=True)
         self._bulk = self._client("bulk", client_id, ("batch", "live", "request"), sentinel=False)
         self.publisher = Publisher(config, engine, store, self._bulk, self.counters)
@@ -117,7 +120,7 @@ class FleetLink:
         client.max_queued_messages_set(0)  # bounded by the number of agents: blobs are sent a few at a time
         client.max_inflight_messages_set(64)
         client.reconnect_delay_set(1, 15)
-        topics = [(f"{ROOT}/agents/+/{channel}", 1) for channel in channels]
+        topics = _topics(*channels)
 
         def connected(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
             if reason.is_failure:
@@ -180,8 +183,9 @@ class FleetLink:
         try:
             self._incoming.put_nowait((message.topic, bytes(message.payload)))
         except queue.Full:
-            # A dropped batch was not acknowledged, so its agent sends it again.
+            # A dropped batch was not acknowledged, so its agent sends it again; the rest is asked for again.
             self.counters["incoming_dropped"] += 1
+            self._missed.set()
 
     # -- taking in --------------------------------------------------------------------------------------------
 
@@ -191,16 +195,29 @@ class FleetLink:
                 topic, payload = self._incoming.get(timeout=0.5)
             except queue.Empty:
                 continue
+            self._take_at_last(topic, payload)
+            if self._missed.is_set() and self._control.is_connected():
+                # Presence and reports are retained: asking again brings back what was dropped while we waited.
+                self._missed.clear()
+                self._control.subscribe(_topics("presence", "reported"))
+
+    def _take_at_last(self, topic: str, payload: bytes) -> None:
+        """Takes a message in; while the database is away, again and again: nothing was acknowledged meanwhile."""
+        while not self._stopping.is_set():
             try:
                 self.take(topic, payload)
             except MessageError as error:
                 self.counters[f"refused_{error.code}"] += 1
                 log.warning("message on %s refused: %s", topic, error)
+            except (OperationalError, InterfaceError, PoolTimeout) as error:
+                self.counters["database_away"] += 1
+                log.warning("message on %s waits for the database: %s", topic, error)
+                self._stopping.wait(0.5)
+                continue
             except Exception:
-                # The database may be away: nothing was acknowledged, so nothing is lost.
                 self.counters["ingest_failed"] += 1
                 log.exception("message on %s not taken in", topic)
-                self._stopping.wait(0.5)
+            return
 
     def take(self, topic: str, payload: bytes) -> None:
         """Takes in one message.
@@ -373,6 +390,10 @@ class FleetLink:
         self._control.publish(topic, encode(desired), qos=1, retain=True)
 
 
+def _topics(*channels: str) -> list[tuple[str, int]]:
+    return [(f"{ROOT}/agents/+/{channel}", 1) for channel in channels]
+
+
 def _agent(session: Session, agent_id: str) -> Agent:
     """The agent's row; a new agent is known from its first word (the broker has checked who it is).
 
@@ -384,9 +405,10 @@ def _agent(session: Session, agent_id: str) -> Agent:
         raise MessageError("identity.revoked", "The agent's identity was revoked.", expected="enrolled", got=agent_id)
     agent = session.get(Agent, agent_id)
     if agent is None:
-        agent = Agent(id=agent_id)
-        session.add(agent)
-        session.flush()
+        # Two replicas hear the first word at once.
+        insert: Any = postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert
+        session.execute(insert(Agent).values(**Agent(id=agent_id).model_dump()).on_conflict_do_nothing())
+        agent = session.get_one(Agent, agent_id)
     return agent
 
 

@@ -37,8 +37,6 @@ from models.errors import InputError, SortlineError
 from models.messages import Mode, Swap
 
 log = logging.getLogger("sortline.rollout")
-_PERIOD_S: Final = 1.0
-LEASE_S: Final = 10.0
 _LEASE: Final = "rollouts"
 
 
@@ -59,6 +57,8 @@ class RolloutExecutor:
         engine: Database.
         fleet: Publishes chunks and desired states.
         holder: Who we are in the lease; two processes must never share it.
+        period_s: Between two turns.
+        lease_s: Without a turn for so long, another may lead.
         findings: What the quality gates say of a rollout now; none by default.
     """
 
@@ -68,9 +68,12 @@ class RolloutExecutor:
         fleet: Publisher,
         holder: str,
         *,
+        period_s: float = 1.0,
+        lease_s: float = 10.0,
         findings: Callable[[Session, Rollout], list[Finding]] = lambda _session, _rollout: [],
     ) -> None:
         self._engine, self._fleet, self._holder, self._findings = engine, fleet, holder, findings
+        self._period_s, self._lease_s = period_s, lease_s
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
@@ -99,7 +102,7 @@ class RolloutExecutor:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._wake.wait(_PERIOD_S)
+            self._wake.wait(self._period_s)
             self._wake.clear()
             if self._stop.is_set():
                 return
@@ -112,7 +115,7 @@ class RolloutExecutor:
     def step(self, now: datetime) -> int:
         """One turn for every rollout that may move; returns the number of steps taken."""
         with writing(self._engine) as session:
-            fence = take_lease(session, _LEASE, self._holder, seconds=LEASE_S, now=now)
+            fence = take_lease(session, _LEASE, self._holder, seconds=self._lease_s, now=now)
             session.commit()
         taken_over, self._fence = fence != self._fence, fence
         if fence is None:

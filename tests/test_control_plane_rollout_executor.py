@@ -1,23 +1,26 @@
 """Rollouts on a real database: what is planned is written once, by the one that leads, and people may always act."""
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 from sqlmodel import select
 
 from control_plane.api.services import Services
 from control_plane.assignments import Wish, assign
 from control_plane.database import broken_audit_entry, reading, writing
-from control_plane.rollout_executor import LEASE_S, RolloutExecutor
+from control_plane.rollout_executor import RolloutExecutor
 from control_plane.rollout_records import act, describe
 from control_plane.tables import Agent, Audit, RolloutAgent, RolloutState, utc_now
 from models.errors import ConflictError, InputError
 from models.messages import Channel, Mode, Phase, Swap, encode
-from tests.simulators.plane import make_services
-from tests.test_control_plane_fleet import register_tiny, reported, say, start_rollout, state_of
+from tests.simulators.plane import make_client, make_services
+from tests.test_control_plane_fleet import batch, register_tiny, reported, say, start_rollout, state_of, window
 
 
 @pytest.fixture
@@ -268,15 +271,15 @@ def test_a_leader_that_slept_beyond_its_lease_writes_nothing(services: Services,
     late: list[int] = []
 
     def sleep_first(rollout: int, fence: int, at: object) -> int:
-        assert waker.step(now + timedelta(seconds=LEASE_S + 1)) == 2
+        assert waker.step(now + timedelta(seconds=10.0 + 1)) == 2
         late.append(original(rollout, fence, at))
         return late[-1]
 
     sleeper._advance = sleep_first
     assert sleeper.step(now) == 0
     assert late == [0]
-    assert (waker.leading, waker.step(now + timedelta(seconds=LEASE_S + 2))) == (True, 0)
-    assert sleeper.step(now + timedelta(seconds=LEASE_S + 3)) == 0
+    assert (waker.leading, waker.step(now + timedelta(seconds=10.0 + 2))) == (True, 0)
+    assert sleeper.step(now + timedelta(seconds=10.0 + 3)) == 0
     assert not sleeper.leading
     with reading(services.engine) as session:
         parts = session.exec(select(RolloutAgent).where(RolloutAgent.rollout_id == rollout_id)).all()
@@ -293,7 +296,7 @@ def test_what_a_dead_leader_committed_but_did_not_tell_is_told_by_the_next(plane
     told_to: list[str] = []
     plane.fleet.publish_desired = lambda agent: told_to.append(f"{agent.id} {agent.desired_bundle[:4]}")
     following = RolloutExecutor(plane.engine, plane.fleet, "following")
-    following.step(utc_now() + timedelta(seconds=LEASE_S + 1))
+    following.step(utc_now() + timedelta(seconds=10.0 + 1))
     assert sorted(told_to) == [f"line-0 {bundle[:4]}", f"line-1 {bundle[:4]}"]
 
 
@@ -321,3 +324,75 @@ def test_the_generation_is_above_whatever_the_agent_reports(services: Services) 
         with pytest.raises(InputError):
             assign(session, "nobody", Wish(bundle="a" * 64))
         session.commit()
+
+
+def test_the_api_previews_starts_and_acts_and_says_what_it_refuses(plane: Services, tmp_path: Path) -> None:
+    register_tiny(plane, tmp_path / "1")
+    fleet_of(plane, 4)
+    say(plane, Channel.BATCH, batch(window(items=170)), "line-0")
+    aws = {
+        "jobExecutionsRolloutConfig": {"maximumPerMinute": 3},
+        "abortConfig": {
+            "criteriaList": [
+                {"failureType": "ALL", "action": "CANCEL", "thresholdPercentage": 20, "minNumberOfExecutedThings": 2}
+            ]
+        },
+    }
+    with make_client(plane) as client:
+        body = {"model": "tiny", "selector": "site in (north,south)", "waves": [["line-0"], "100%"], "actor": "maria"}
+        seen = client.post("/api/v1/rollouts/preview", json=body | aws).json()
+        assert [(w["agents"], w["items_per_h"], w["unknown"]) for w in seen["waves"]] == [(1, 61_200, 0), (3, 0, 3)]
+        assert seen["worst_case"]["agents"] == 4
+        assert client.get("/api/v1/rollouts").json() == []
+        made = client.post("/api/v1/rollouts", json=body | aws | {"needs_approval": True})
+        assert made.status_code == 201
+        assert made.json()["rate"]["per_minute"] == 3
+        path = f"/api/v1/rollouts/{made.json()['id']}"
+        for action, actor, status, code in (
+            ("approve", "maria", 409, "rollout.self_approval"),
+            ("resume", "otto", 409, "rollout.not_allowed"),
+            ("explode", "otto", 422, "api.malformed"),
+            ("approve", "otto", 200, None),
+            ("pause", "otto", 200, None),
+            ("abort", "otto", 200, None),
+        ):
+            answer = client.post(f"{path}/{action}", json={"actor": actor, "reason": "r"})
+            assert (answer.status_code, answer.json().get("code")) == (status, code), action
+        assert answer.json()["reason"] == "abort by otto: r"
+        for wrong in ({"abortConfig": {"criteriaList": []}}, {"selector": "a="}, {"waves": [["nobody"]]}):
+            refused = client.post("/api/v1/rollouts", json=body | wrong)
+            assert refused.status_code == 422
+            assert refused.json()["code"].startswith("rollout.bad_")
+        page = client.get("/rollouts").text
+        assert "abort by otto: r" in page
+        examples = client.get("/openapi.json").json()["components"]["schemas"]["NewRollout"]["properties"]
+        assert all(examples[name].get("examples") for name in ("jobExecutionsRolloutConfig", "abortConfig", "waves"))
+
+
+def test_the_page_shows_what_people_wrote_as_text(plane: Services, tmp_path: Path) -> None:
+    register_tiny(plane, tmp_path / "1")
+    fleet_of(plane, 1)
+    rollout_id = start_rollout(plane, actor="<b>x</b>")
+    person(plane, rollout_id, "pause", reason="<script>alert(1)</script>")
+    with make_client(plane) as client:
+        text = client.get("/rollouts").text
+    assert "<script>alert" not in text
+    assert "<b>x</b>" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_database_that_is_locked_is_said_with_503(tmp_path: Path) -> None:
+    found = make_services(tmp_path / "plane", wait_s=0.2)
+    register_tiny(found, tmp_path / "1")
+    fleet_of(found, 1)
+    path = tmp_path / "plane" / "sortline.sqlite"
+    with make_client(found) as client, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        answer = client.post("/api/v1/rollouts", json={"model": "tiny"})
+        assert (answer.status_code, answer.json()["code"]) == (503, "database.unavailable")
+        assert answer.headers["retry-after"] == "5"
+        with pytest.raises(OperationalError):
+            say(found, Channel.REPORTED, encode(reported()), "line-0")
+        other.execute("ROLLBACK")
+        assert client.post("/api/v1/rollouts", json={"model": "tiny"}).status_code == 201
+    found.engine.dispose()

@@ -1,5 +1,6 @@
 """Makes the application: routes, guards, and the one place where our errors become HTTP."""
 
+import logging
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,6 +11,8 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from control_plane import metrics_export
@@ -18,10 +21,11 @@ from control_plane.api.answers import status_of
 from control_plane.api.schemas import ErrorBody
 from control_plane.api.services import Services, services_of
 from control_plane.database import check_alive, migration_state
-from control_plane.pages import mount_pages
-from models.errors import ConflictError, InputError, SortlineError
+from control_plane.pages import mount_pages, unavailable_page
+from models.errors import ConflictError, InputError, SortlineError, UnavailableError
 
 _CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+log = logging.getLogger("sortline.api")
 _MIN_FREE_BYTES = 200 * 1024 * 1024
 Given = Annotated[Services, Depends(services_of)]
 
@@ -99,6 +103,17 @@ def _map_errors(app: FastAPI) -> None:
     @app.exception_handler(SortlineError)
     async def ours(_request: Request, error: SortlineError) -> JSONResponse:
         return _answer(status_of(error), error.as_dict())
+
+    @app.exception_handler(OperationalError)
+    @app.exception_handler(InterfaceError)
+    @app.exception_handler(PoolTimeout)
+    async def database_away(request: Request, error: SQLAlchemyError) -> Response:
+        """Locked, slow or gone: the caller tries again, and nothing was done."""
+        log.warning("%s %s refused, the database is away: %s", request.method, request.url.path, error)
+        problem = UnavailableError("database.unavailable", "The database does not answer; try again.")
+        answer = unavailable_page(request) or _answer(503, problem.as_dict())
+        answer.headers["retry-after"] = "5"
+        return answer
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_request: Request, error: RequestValidationError) -> JSONResponse:

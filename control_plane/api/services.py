@@ -122,14 +122,14 @@ def _profile(store: Store, digest: str) -> Profile:
 
 def open_services(config: ControlPlaneConfig) -> Services:
     """Opens database, store and fleet; connects nothing yet."""
-    engine = open_database(config.database_url)
+    engine = open_database(config.database_url, wait_s=config.database_wait_s)
     store = Store(config.root / "store")
     # Replicas are told apart by a random part: process ids repeat in containers.
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     enrolment, publisher = _open_identity(config, engine)
     certificates = config.certificates_folder if config.broker.tls else None
     fleet = FleetLink(config.broker, engine, store, client_id=f"control-plane-{name[-40:]}", certificates=certificates)
-    rollouts = RolloutExecutor(engine, fleet, name)
+    rollouts = RolloutExecutor(engine, fleet, name, period_s=config.rollouts.period_s, lease_s=config.rollouts.lease_s)
     return Services(
         config, engine, store, fleet, rollouts, token=config.token, enrolment=enrolment, publisher=publisher
     )

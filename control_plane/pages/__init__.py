@@ -18,18 +18,18 @@ import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from jinja2 import Environment, FileSystemLoader, select_autoescape
 from sqlmodel import desc, select
 
 from control_plane.api.recipes import version_of
 from control_plane.api.services import Services, services_of
 from control_plane.database import reading
 from control_plane.monitoring import DRIFT_LIMIT, LATENCY_BUDGET_MS, ORDER, AgentStatus, State
+from control_plane.pages import rollouts
 from control_plane.pages.charts import Mark, lines, meter, mix, shares
 from control_plane.pages.cost_chart import cost_chart
+from control_plane.pages.rendering import environment, page, unavailable_page
 from control_plane.recipes import changed, described, held_out_in, parse_change
-from control_plane.rollout_records import describe
-from control_plane.tables import EventRow, Job, Model, ModelVersion, Rollout, WindowRow, utc_now
+from control_plane.tables import EventRow, Job, Model, ModelVersion, WindowRow
 from models.errors import InputError
 from models.messages import decode_packed
 from models.windows import Window
@@ -44,8 +44,8 @@ _WORDS = {
     State.FAILURE: "Failure",
     State.OFFLINE: "Offline",
 }
+__all__ = ["mount_pages", "unavailable_page"]
 router = APIRouter(include_in_schema=False)
-_environment = Environment(loader=FileSystemLoader(_HERE / "templates"), autoescape=select_autoescape())
 
 
 def class_order(classes: dict[str, int]) -> list[str]:
@@ -58,30 +58,16 @@ def counts(table: dict[str, object]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.items())
 
 
-_environment.globals.update(meter=meter, mix=mix, words=_WORDS, class_order=class_order, counts=counts)
+environment.globals.update(meter=meter, mix=mix, words=_WORDS, class_order=class_order, counts=counts)
 
 
 def mount_pages(app: FastAPI) -> None:
     """Adds pages and their static files."""
     app.mount("/static", StaticFiles(directory=_HERE / "static"), name="static")
     app.include_router(router)
+    app.include_router(rollouts.router)
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((_HERE / "static").iterdir()))).hexdigest()
-    _environment.globals["version"] = digest[:8]
-
-
-def _page(request: Request, template: str, page: str, **facts: Any) -> HTMLResponse:
-    services = services_of(request)
-    text = _environment.get_template(template).render(
-        page=page,
-        root=request.scope.get("root_path", ""),
-        broker_connected=services.fleet.connected,
-        **facts,
-    )
-    policy = (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    )
-    return HTMLResponse(text, headers={"content-security-policy": policy, "referrer-policy": "no-referrer"})
+    environment.globals["version"] = digest[:8]
 
 
 def fleet_row(status: AgentStatus, now_ms: int) -> dict[str, Any]:
@@ -119,7 +105,7 @@ def fleet(request: Request) -> HTMLResponse:
     rows = _rows(services_of(request))
     counts = {state: sum(row["status"].state is state for row in rows) for state in State}
     classes = class_order({name: 1 for row in rows for name in row["status"].classes})
-    return _page(request, "fleet.html", "Fleet", rows=rows, counts=counts, classes=classes)
+    return page(request, "fleet.html", "Fleet", rows=rows, counts=counts, classes=classes)
 
 
 @router.get("/events")
@@ -135,7 +121,7 @@ _SEEN = ("fired", "confirmed", "missed", "double", "unexpected")
 
 async def _stream(request: Request) -> AsyncIterator[str]:
     services = services_of(request)
-    template = _environment.get_template("_row.html")
+    template = environment.get_template("_row.html")
     sent: dict[str, str] = {}
     root = request.scope.get("root_path", "")
     while not await request.is_disconnected():
@@ -175,7 +161,7 @@ def agent(agent_id: str, request: Request) -> HTMLResponse:
     verdicts = shares([(at, w.classes) for at, w in windows], classes, marks=marks)
     row = fleet_row(status, time.time_ns() // 1_000_000)
     drift = sorted(status.drift_by_feature.items(), key=lambda pair: -pair[1])
-    return _page(
+    return page(
         request,
         "agent.html",
         "Fleet",
@@ -219,7 +205,7 @@ def models(request: Request) -> HTMLResponse:
     with reading(services_of(request).engine) as session:
         names = {model.id: model.name for model in session.exec(select(Model))}
         versions = session.exec(select(ModelVersion).order_by(desc(ModelVersion.id)).limit(200)).all()
-    return _page(request, "models.html", "Models", versions=versions, names=names)
+    return page(request, "models.html", "Models", versions=versions, names=names)
 
 
 _FIELDS = (
@@ -247,7 +233,7 @@ def version(reference: str, request: Request, variety: str = "") -> HTMLResponse
         refused = str(error)
     shown |= {"version": name, "bundle": found.bundle}
     facts = {"version": found, "chart": cost_chart(shown), "fields": _FIELDS, "asked": asked, "refused": refused}
-    return _page(request, "version.html", "Models", shown=shown, command=_command(name, variety, asked), **facts)
+    return page(request, "version.html", "Models", shown=shown, command=_command(name, variety, asked), **facts)
 
 
 def _asked(request: Request, terms: dict[str, Any]) -> dict[str, Any]:
@@ -286,24 +272,15 @@ def _command(name: str, variety: str, asked: dict[str, Any]) -> str:
     return " \\\n  ".join([*words, '--reason "..."'])
 
 
-@router.get("/rollouts", response_class=HTMLResponse)
-def rollouts(request: Request) -> HTMLResponse:
-    """Rollouts and the progress of their agents."""
-    with reading(services_of(request).engine) as session:
-        found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(50)).all()
-        described = [describe(session, rollout, utc_now()) for rollout in found]
-    return _page(request, "rollouts.html", "Rollouts", rollouts=described)
-
-
 @router.get("/training", response_class=HTMLResponse)
 def training(request: Request) -> HTMLResponse:
     """Training runs."""
     with reading(services_of(request).engine) as session:
         jobs = session.exec(select(Job).order_by(desc(Job.id)).limit(50)).all()
-    return _page(request, "training.html", "Training", jobs=jobs)
+    return page(request, "training.html", "Training", jobs=jobs)
 
 
 @router.get("/docs", response_class=HTMLResponse)
 def docs(request: Request) -> HTMLResponse:
     """The API by tag, from its own OpenAPI document: no third-party viewer."""
-    return _page(request, "docs.html", "API", document=request.app.openapi())
+    return page(request, "docs.html", "API", document=request.app.openapi())

@@ -10,10 +10,13 @@ from control_plane.config import BrokerConfig, ControlPlaneConfig, ServerConfig
 from control_plane.database import migrate
 
 
-def make_services(root: Path, *, database: str = "", port: int = 0, token_file: str = "") -> Services:
+def make_services(
+    root: Path, *, database: str = "", port: int = 0, token_file: str = "", wait_s: float = 5.0
+) -> Services:
     config = ControlPlaneConfig(
         data_dir=str(root),
         database=database,
+        database_wait_s=wait_s,
         broker=BrokerConfig(enabled=bool(port), port=port or 1883),
         server=ServerConfig(token_file=token_file),
     )

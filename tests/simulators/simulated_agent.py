@@ -117,6 +117,8 @@ class SimulatedAgent:
         """Every record ever made, by (boot, seq): the oracle of what the database must hold."""
         self.taken: list[tuple[int, str]] = []
         """Every desired state taken up, as (generation, bundle), in order."""
+        self.taken_s: dict[str, float] = {}
+        """Monotonic time at which each bundle was first asked of it."""
         self.committed_s: dict[str, float] = {}
         """Monotonic time of the last commit of each bundle."""
         self.connected = False
@@ -228,6 +230,7 @@ class SimulatedAgent:
             self.counters["desired_stale"] += desired.generation < held.generation
             return
         self.taken.append((desired.generation, desired.bundle))
+        self.taken_s.setdefault(desired.bundle, time.monotonic())
         held.generation = desired.generation
         self._drop_fetch()
         if desired.bundle in held.blocked:
