@@ -1,0 +1,134 @@
+// Live cards of rollouts: the server renders every card; this module replaces those that changed, and calls the API.
+// Opened details and a reason that is being typed survive a replacement. A silent stream is said, never hidden.
+const prefix = document.body.dataset.root;
+const cards = document.getElementById("cards");
+const banner = document.getElementById("stale");
+const refused = document.getElementById("refused");
+const actor = document.getElementById("actor");
+let lastEvent = Date.now();
+let offset = 0; // server clock minus this browser's, so that ages are the server's
+
+const remembered = (key, store) => { try { return store.getItem(key) || ""; } catch { return ""; } };
+const remember = (key, value, store) => { try { store.setItem(key, value); } catch { /* storage may be forbidden */ } };
+actor.value = remembered("sortline-actor", localStorage);
+actor.addEventListener("change", () => remember("sortline-actor", actor.value.trim(), localStorage));
+
+const age = (seconds) => {
+  if (seconds < 2) return "1 s";
+  if (seconds < 100) return `${Math.floor(seconds)} s`;
+  if (seconds < 6000) return `${Math.floor(seconds / 60)} min`;
+  return seconds < 172800 ? `${Math.floor(seconds / 3600)} h` : `${Math.floor(seconds / 86400)} d`;
+};
+
+const complain = (text) => { refused.textContent = text; refused.hidden = !text; };
+
+const send = async (path, body) => {
+  const token = remembered("sortline-token", sessionStorage);
+  const headers = { "content-type": "application/json", ...(token ? { authorization: `Bearer ${token}` } : {}) };
+  const options = { method: "POST", headers, body: JSON.stringify({ actor: actor.value.trim() || "page", ...body }) };
+  const answer = await fetch(`${prefix}/api/v1/rollouts${path}`, options);
+  if (answer.status === 401) {
+    const given = window.prompt("Changes need the token of this control plane:");
+    if (given) { remember("sortline-token", given.trim(), sessionStorage); return send(path, body); }
+  }
+  const found = await answer.json();
+  if (!answer.ok) throw new Error(`${found.message}${found.expected ? ` Expected ${found.expected}.` : ""}${found.got ? ` Got ${found.got}.` : ""}`);
+  return found;
+};
+
+const attempt = async (action) => {
+  complain("");
+  try { return await action(); } catch (error) { complain(error.message); return null; }
+};
+
+const replace = (changed) => {
+  for (const { id, html } of [...changed].reverse()) {
+    const holder = document.createElement("div");
+    holder.innerHTML = html; // rendered and escaped by the server's own template
+    const fresh = holder.firstElementChild;
+    const old = cards.querySelector(`[data-rollout="${id}"]`);
+    if (!old) { cards.prepend(fresh); continue; }
+    fresh.querySelector("details").open = old.querySelector("details").open;
+    const [before, after] = [old.querySelector(".reason"), fresh.querySelector(".reason")];
+    if (before && after) after.value = before.value;
+    const focused = before && before === document.activeElement;
+    old.replaceWith(fresh);
+    if (focused) after?.focus();
+  }
+  document.getElementById("none")?.remove();
+};
+
+const tick = () => {
+  const now = Date.now();
+  for (const cell of document.querySelectorAll("[data-at]")) {
+    cell.textContent = cell.dataset.at === "0" ? "never" : age((now + offset - Number(cell.dataset.at)) / 1000);
+  }
+  banner.hidden = now - lastEvent < 10000;
+  document.getElementById("stale-age").textContent = age((now - lastEvent) / 1000);
+};
+
+cards.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-act]");
+  if (!button) return;
+  const card = button.closest("[data-rollout]");
+  button.disabled = true;
+  const reason = card.querySelector(".reason").value.trim();
+  const done = await attempt(() => send(`/${card.dataset.rollout}/${button.dataset.act}`, { reason }));
+  button.disabled = false;
+  if (done) card.querySelector(".reason").value = "";
+});
+
+const form = document.getElementById("form");
+const radius = document.getElementById("radius");
+const start = document.getElementById("start");
+const order = () => {
+  const given = Object.fromEntries(new FormData(form));
+  const criteria = { failureType: "ALL", action: "CANCEL", thresholdPercentage: Number(given.abort), minNumberOfExecutedThings: Number(given.after) };
+  return {
+    model: given.model, mode: given.mode, selector: given.selector.trim(), swap: given.swap,
+    waves: given.waves.split(",").map((size) => size.trim()).filter(Boolean),
+    trial_items: Number(given.items), needs_approval: given.approval === "on",
+    abortConfig: { criteriaList: [criteria] },
+    jobExecutionsRolloutConfig: { maximumPerMinute: Number(given.rate) },
+    waveConfig: { successAction: given.ask === "on" ? "PAUSE" : "NEXTGROUP" },
+    ...(given.start.trim() ? { schedulingConfig: { startTime: given.start.trim() } } : {}),
+  };
+};
+
+const showRadius = (found) => {
+  const table = document.createElement("table");
+  const line = (tag, cells) => {
+    const row = table.insertRow();
+    for (const text of cells) { const cell = document.createElement(tag); cell.textContent = text; row.append(cell); }
+  };
+  line("th", ["Wave", "Agents", "Lanes", "Items per hour", "Who"]);
+  found.waves.forEach((wave, k) => {
+    const items = wave.items_per_h.toLocaleString("en") + (wave.unknown ? ` + ${wave.unknown} agents without figures` : "");
+    line("td", [k + 1, wave.agents, wave.lanes, items, wave.names.slice(0, 6).join(", ") + (wave.names.length > 6 ? " …" : "")]);
+  });
+  const worst = document.createElement("p");
+  worst.className = found.worst_case.stops_itself ? "worst" : "worst warn";
+  worst.textContent = `Worst case: ${found.worst_case.items.toLocaleString("en")} items judged on trial by ${found.worst_case.agents} agents; ${found.worst_case.reason}.`;
+  radius.replaceChildren(table, worst);
+  radius.hidden = start.hidden = false;
+};
+
+document.getElementById("look").addEventListener("click", async () => {
+  const found = await attempt(() => send("/preview", order()));
+  if (found) showRadius(found);
+});
+form.addEventListener("input", () => { radius.hidden = start.hidden = true; });
+form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if (start.hidden) return;
+  start.disabled = true;
+  const made = await attempt(() => send("", order()));
+  start.disabled = false;
+  if (made) { radius.hidden = start.hidden = true; document.getElementById("new").open = false; }
+});
+
+const source = new EventSource(`${prefix}/rollouts/events`);
+source.addEventListener("cards", (event) => { lastEvent = Date.now(); replace(JSON.parse(event.data)); tick(); });
+source.addEventListener("tick", (event) => { lastEvent = Date.now(); offset = Number(event.data) - lastEvent; });
+tick();
+setInterval(tick, 1000);
