@@ -324,7 +324,8 @@ class FleetLink:
     def _insert(self, session: Session, table: Any, rows: list[dict[str, Any]]) -> None:
         """Inserts what is not there yet: a repeated record changes nothing."""
         insert: Any = postgresql_insert if self._engine.dialect.name == "postgresql" else sqlite_insert
-        new = session.connection().execute(insert(table.__table__).on_conflict_do_nothing(), rows).rowcount
+        # One statement for all rows: of many, PostgreSQL's driver does not tell how many were new.
+        new = session.connection().execute(insert(table.__table__).values(rows).on_conflict_do_nothing()).rowcount
         self.counters["stored"] += new
         self.counters["duplicates"] += len(rows) - new
 
