@@ -15,6 +15,7 @@ import numpy as np
 
 from models.errors import MessageError
 from models.messages import KEEP_ALIVE_S, Live, Phase
+from models.recipe import UNSURE
 from models.windows import Profile, Window, merge, stability_index
 
 LATE_S: Final = 2.0 * KEEP_ALIVE_S
@@ -82,6 +83,10 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     p99_ms: float | None
     classes: dict[str, int]
     outlets: dict[str, int]
+    grades: dict[str, int]
+    """As the recipe graded them, `unsure` among them."""
+    unsure_share: float | None
+    """Items on which the line abstained / items."""
     ejections: dict[str, int]
     shots: dict[str, int]
     """What became of the shots; see `models.windows.Window`."""
@@ -267,6 +272,8 @@ def agent_status(
         p99_ms=p99,
         classes=window.classes if window else {},
         outlets=window.outlets if window else {},
+        grades=window.grades if window else {},
+        unsure_share=round(window.grades.get(UNSURE, 0) / window.items, 5) if window and window.items else None,
         ejections=window.ejections if window else {},
         shots=window.shots if window else {},
         ejectors=window.ejectors if window else {},

@@ -11,6 +11,8 @@ from control_plane.store import Store
 from control_plane.tables import Model, ModelVersion, Stage
 from models.errors import InputError
 
+_LARGE = "held_out"
+
 
 def register(
     session: Session,
@@ -24,7 +26,8 @@ def register(
 ) -> ModelVersion:
     """Keeps a bundle and gives it the next number under its name; the same bundle again is the same version.
 
-    `origin` says where it comes from, beyond what the bundle itself knows; it stands in the version's lineage.
+    `origin` says where it comes from, beyond what the bundle itself knows; it stands in the version's lineage. The
+    held-out items stay in the bundle: a list of versions must not carry thousands of probabilities.
 
     Raises:
         BundleError: The bundle is not whole.
@@ -46,7 +49,7 @@ def register(
         bundle=bundle.digest,
         size_bytes=bundle.manifest.size_bytes,
         metrics=metrics,
-        lineage=bundle.lineage | (origin or {}),
+        lineage={key: value for key, value in bundle.lineage.items() if key != _LARGE} | (origin or {}),
         job_id=job_id,
         created_by=actor,
         created_at=now,

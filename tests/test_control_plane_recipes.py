@@ -20,11 +20,11 @@ from control_plane.tables import Audit
 from models.bundle import LINEAGE, PARTS, RECIPE, pack, read_bundle, write_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
-from models.messages import Channel, agent_topic, encode
+from models.messages import Channel, Presence, agent_topic, encode
 from models.recipe import Recipe
 from tests.simulators.plane import make_client, make_services
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
-from tests.test_control_plane_fleet import reported
+from tests.test_control_plane_fleet import BOOT, A, batch, reported, window
 from tests.test_control_plane_tuning import held
 
 RECIPE_URL = "/api/v1/versions/apples:1/recipe"
@@ -93,6 +93,7 @@ def test_a_change_becomes_a_version_with_its_reason_author_and_origin(client: Te
     assert made.json()["metrics"]["costs"]["abstain"]["value"] <= 0.05
     version = client.get("/api/v1/versions/apples:2").json()
     assert version["lineage"]["recipe_of"] == "apples:1"
+    assert "held_out" not in version["lineage"], "it stays in the bundle"
     assert version["created_by"] == "ida"
     shown = client.get("/api/v1/versions/apples/recipe").json()
     assert shown["terms"]["escaped"] == 2.0
@@ -216,6 +217,18 @@ def test_the_command_shows_tunes_and_sets(bundle: Path, tmp_path: Path, capsys: 
     shown = json.loads(capsys.readouterr().out)
     assert shown["recipe"]["reason"] == "test"
     assert shown["thresholds"]["defect"]["threshold"] == pytest.approx(tuned["thresholds"]["defect"]["threshold"])
+
+
+def test_the_share_of_unsure_items_is_told_per_agent(client: TestClient, services: Services) -> None:
+    services.fleet.take(agent_topic("line-1", Channel.PRESENCE), encode(Presence(online=True, boot_id=BOOT)))
+    services.fleet.take(agent_topic("line-1", Channel.REPORTED), encode(reported(active=A)))
+    payload = batch(window(40, grades={"sound": 37, "unsure": 3}), window(60, grades={"sound": 60}))
+    services.fleet.take(agent_topic("line-1", Channel.BATCH), payload)
+    status = client.get("/api/v1/agents/line-1").json()
+    assert status["grades"] == {"sound": 97, "unsure": 3}
+    assert status["unsure_share"] == pytest.approx(0.03)
+    assert "unsure about 3.0 %" in client.get("/agents/line-1").text
+    assert 'sortline_unsure_share{agent="line-1"} 0.03' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,19 @@ def test_items_the_line_is_unsure_of_take_their_outlet_and_are_counted_as_such(t
     assert window.outlets["recheck"] == window.grades[UNSURE]
 
 
+def test_the_lot_in_work_chooses_the_terms(tmp_path: Path) -> None:
+    nothing = Terms(wasted=1e6, escaped=0.0)
+    recipe = Recipe(classes=("sound", "defect"), good_class="sound", lots={"juice-only": nothing})
+    write_bundle(tmp_path / "b", "tiny", tiny_files() | {RECIPE: msgspec.json.encode(recipe)})
+    for lot, rejects in (("", True), ("juice-only", False)):
+        line = SimulatedLine(SimulationConfig(apples=8, varieties=("golden",)), virtual=True)
+        core = core_of(line, Judge(tmp_path / "b"))
+        core.counter.lot = lot
+        drive(line, core, 60)
+        outlets = core.counter.close_window().outlets
+        assert ("reject" in outlets) == rejects, outlets
+
+
 def test_the_line_reports_that_its_budget_is_exceeded_once_and_that_it_is_kept_again(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     pipe = Pipe(ours)

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from fastapi import APIRouter, Depends
@@ -13,25 +13,37 @@ from control_plane.database import audit, reading, writing
 from control_plane.recipes import Change, changed, described, held_out_in, parse_change, with_recipe
 from control_plane.registry import find_version, register
 from control_plane.tables import ModelVersion, utc_now
-from models.bundle import RECIPE
+from control_plane.training.tuning import HeldOut
+from models.bundle import LINEAGE, RECIPE
 from models.recipe import Recipe, parse_recipe
 
 router = APIRouter(prefix="/api/v1/versions/{reference}/recipe", tags=["recipes"])
 Given = Annotated[Services, Depends(services_of)]
 
 
-def version_of(services: Services, reference: str) -> tuple[str, ModelVersion, Recipe]:
-    """Name, version and recipe of what is registered under this reference."""
+class Registered(NamedTuple):
+    """What is registered under a reference, as recipes need it."""
+
+    name: str
+    version: ModelVersion
+    recipe: Recipe
+    held: HeldOut | None
+
+
+def registered(services: Services, reference: str) -> Registered:
+    """Name, version, recipe and held-out items of what is registered under this reference."""
     with reading(services.engine) as session:
         model, version = find_version(session, reference)
-    return f"{model.name}:{version.number}", version, parse_recipe(services.store.part(version.bundle, RECIPE))
+    recipe = parse_recipe(services.store.part(version.bundle, RECIPE))
+    lineage = msgspec.json.decode(services.store.part(version.bundle, LINEAGE), type=dict[str, Any])
+    return Registered(f"{model.name}:{version.number}", version, recipe, held_out_in(lineage, recipe))
 
 
 @router.get("")
 def show_recipe(reference: str, services: Given, variety: str = "", lot: str = "") -> dict[str, Any]:
     """Grades, terms in force for a variety and lot, thresholds that follow, and their cost on held-out items."""
-    name, version, recipe = version_of(services, reference)
-    found = described(recipe, held_out_in(version.lineage, recipe), variety=variety, lot=lot)
+    name, version, recipe, held = registered(services, reference)
+    found = described(recipe, held, variety=variety, lot=lot)
     return {"version": name, "bundle": version.bundle} | found
 
 
@@ -43,8 +55,8 @@ def _change(body: RecipeChange) -> Change:
 @router.post("/preview")
 def preview_recipe(reference: str, body: RecipeChange, services: Given) -> dict[str, Any]:
     """What a change would do, without making it: the same answer as for the recipe itself."""
-    name, version, recipe = version_of(services, reference)
-    held, change = held_out_in(version.lineage, recipe), _change(body)
+    name, version, recipe, held = registered(services, reference)
+    change = _change(body)
     found = described(changed(recipe, change, held), held, variety=change.variety or "", lot=change.lot or "")
     return {"version": name, "bundle": version.bundle} | found
 
@@ -52,9 +64,9 @@ def preview_recipe(reference: str, body: RecipeChange, services: Given) -> dict[
 @router.post("", status_code=201)
 def change_recipe(reference: str, body: NewRecipe, services: Given) -> dict[str, Any]:
     """Makes a new version: the same bundle with another recipe, to be rolled out like any model."""
-    name, version, recipe = version_of(services, reference)
-    held, change = held_out_in(version.lineage, recipe), _change(body)
-    wanted, now = changed(recipe, change, held), utc_now()
+    name, version, recipe, held = registered(services, reference)
+    change, now = _change(body), utc_now()
+    wanted = changed(recipe, change, held)
     with tempfile.TemporaryDirectory(dir=services.config.root) as scratch:
         before = services.store.write_directory(version.bundle, Path(scratch) / "before")
         with_recipe(before, Path(scratch) / "after", wanted, reason=body.reason)

@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from sqlmodel import desc, select
 
-from control_plane.api.recipes import version_of
+from control_plane.api.recipes import registered
 from control_plane.api.services import Services, services_of
 from control_plane.database import reading
 from control_plane.monitoring import DRIFT_LIMIT, LATENCY_BUDGET_MS, ORDER, AgentStatus, State
@@ -28,7 +28,7 @@ from control_plane.pages import rollouts
 from control_plane.pages.charts import Mark, lines, meter, mix, shares
 from control_plane.pages.cost_chart import cost_chart
 from control_plane.pages.rendering import environment, page, unavailable_page
-from control_plane.recipes import changed, described, held_out_in, parse_change
+from control_plane.recipes import changed, described, parse_change
 from control_plane.tables import EventRow, Job, Model, ModelVersion, WindowRow
 from models.errors import InputError
 from models.messages import decode_packed
@@ -221,8 +221,7 @@ _FIELDS = (
 def version(reference: str, request: Request, variety: str = "") -> HTMLResponse:
     """One version: its recipe, what it costs on held-out items, and what other terms would cost."""
     services = services_of(request)
-    name, found, recipe = version_of(services, reference)
-    held = held_out_in(found.lineage, recipe)
+    name, found, recipe, held = registered(services, reference)
     shown, refused, asked = described(recipe, held, variety=variety), "", {}
     try:
         asked = _asked(request, shown["terms"])
