@@ -35,13 +35,14 @@ from models.messages import (
     encode,
 )
 from models.windows import Window
-from tests.simulators.processes import embedded_broker, free_port, mosquitto_broker, running, wait_until
+from tests.simulators.processes import free_port, running, wait_until
+from tests.simulators.site import Site, embedded_mtls, make_site, mosquitto_mtls
 from tests.simulators.tiny_bundle import tiny_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKERS = [
-    pytest.param(embedded_broker, id="embedded"),
-    pytest.param(mosquitto_broker, id="mosquitto", marks=pytest.mark.mosquitto),
+    pytest.param(embedded_mtls, id="embedded"),
+    pytest.param(mosquitto_mtls, id="mosquitto", marks=pytest.mark.mosquitto),
 ]
 
 
@@ -50,6 +51,8 @@ class Plane:
     """The control plane's end of the wire, small: publishes bundles and wishes, stores and acknowledges batches."""
 
     port: int
+    site: Site | None = None
+    """Whose certificates are shown; None = a broker that admits everyone."""
     reported: Reported | None = None
     stored: dict[tuple[str, int], bytes] = field(default_factory=dict)
     window_keys: set[tuple[str, int]] = field(default_factory=set)
@@ -58,7 +61,10 @@ class Plane:
 
     def __enter__(self) -> Self:
         self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="plane", protocol=mqtt.MQTTv311)
-        self.client.username_pw_set("plane", "x")
+        if self.site is None:
+            self.client.username_pw_set("plane", "x")
+        else:
+            self.client.tls_set_context(self.site.tls(self.site.files / "control.pem"))
         self.client.on_message = self._take
         self.client.on_connect = lambda *_: self.client.subscribe("sortline/v1/agents/#", 1)
         self.client.connect("127.0.0.1", self.port)
@@ -105,13 +111,20 @@ class Plane:
 @pytest.fixture(params=BROKERS)
 def plane(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Plane]:
     opened: Callable = request.param
-    with opened(tmp_path) as port, Plane(port) as found:
+    site = make_site(tmp_path)
+    site.identity("line-1", tmp_path / "line-1-identity")
+    with opened(site, tmp_path) as port, Plane(port, site) as found:
         yield found
+    site.engine.dispose()
 
 
 def agent(plane: Plane, state: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "edge_agent", "run", "--id", "line-1", "--broker", f"127.0.0.1:{plane.port}"]
-    environment = os.environ | {"SORTLINE_AGENT__BROKER__RECONNECT_MAX_S": "1.5", "SORTLINE_AGENT__LINE__WINDOW_S": "1"}
+    environment = os.environ | {
+        "SORTLINE_AGENT__BROKER__RECONNECT_MAX_S": "1.5",
+        "SORTLINE_AGENT__LINE__WINDOW_S": "1",
+        "SORTLINE_AGENT__IDENTITY__FOLDER": str(plane.site.folder.parent / "line-1-identity"),
+    }
     with (state.parent / "log").open("ab") as log:
         return subprocess.Popen([*command, "--state-dir", str(state), *flags], cwd=ROOT, env=environment, stderr=log)
 

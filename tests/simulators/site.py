@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -29,6 +30,7 @@ from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.listener import DeviceListener
 from control_plane.identity.mosquitto import update_profile, write_profile
 from control_plane.identity.publication import Publisher, refresh_site
+from edge_agent.identity import ANCHORS, FACTS, PAIR, Facts
 from models.identity import Enrolled, RenewalRequest, renewal_statement
 from tests.simulators.processes import MOSQUITTO, embedded_broker, free_port, listens, running, wait_until
 
@@ -80,6 +82,16 @@ class Site:
     @property
     def files(self) -> Path:
         return self.folder / SITE
+
+    def identity(self, agent: str, folder: Path) -> Path:
+        """Enrols an agent and lays its identity down as its own command would."""
+        folder.mkdir(parents=True)
+        key = new_key()
+        answer = self.enrol(agent, key)
+        (folder / PAIR).write_bytes(key_text(key) + answer.certificate_pem.encode())
+        (folder / ANCHORS).write_text(answer.ca_pem)
+        (folder / FACTS).write_bytes(msgspec.json.encode(Facts.of(answer, "https://127.0.0.1:1")))
+        return folder
 
     def tls(self, pair: Path | None) -> ssl.SSLContext:
         """A client's context: trusts the site, shows a pair of key and chain."""
