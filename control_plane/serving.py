@@ -64,7 +64,7 @@ def serve(config: ControlPlaneConfig) -> int:
 
 def _device_listener(config: ControlPlaneConfig, services: Services) -> DeviceListener | None:
     """The HTTPS listener for agents, where the site has a certificate authority."""
-    if services.enrolment is None or services.publisher is None:
+    if services.enrolment is None or services.site_files is None:
         return None
     listener = _listen(config.identity.host, config.identity.port)
     host, port = listener.getsockname()[:2]
@@ -75,7 +75,7 @@ def _device_listener(config: ControlPlaneConfig, services: Services) -> DeviceLi
         counters[name] += 1
 
     app = create_device_app(services.enrolment, counters)
-    return DeviceListener(app, listener, config.identity_folder / SITE / "server.pem", services.publisher, tell)
+    return DeviceListener(app, listener, config.identity_folder / SITE / "server.pem", services.site_files, tell)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -88,15 +88,22 @@ def read_facts(folder: Path) -> Facts | None:
 def with_identity(config: AgentConfig) -> AgentConfig:
     """The configuration of an enrolled agent: its name, its certificates, and the broker it was told of.
 
-    What the configuration says itself about the broker's address stays.
+    What the configuration says itself about the broker's address stays. An identity that cannot be read is logged: the
+    line runs without a broker.
 
     Raises:
-        ConfigError: `identity.unreadable`, `identity.other_agent`.
+        ConfigError: `identity.other_agent`.
     """
     folder = identity_folder(config)
     if config.broker.tls_cert or config.broker.password_file:
         return config
-    facts = read_facts(folder)
+    broker = msgspec.structs.replace(config.broker, tls_ca=str(folder / ANCHORS), tls_cert=str(folder / PAIR))
+    try:
+        facts = read_facts(folder)
+    except ConfigError as error:
+        # The line must run whatever became of this file; the broker is asked by certificate or not at all.
+        log.error("%s", error)  # noqa: TRY400  the message says it all
+        return msgspec.structs.replace(config, broker=broker)
     if facts is None:
         return config
     default = AgentConfig()
@@ -107,10 +114,8 @@ def with_identity(config: AgentConfig) -> AgentConfig:
             expected=config.id,
             got=facts.agent,
         )
-    broker = config.broker
     if facts.broker_host and (broker.host, broker.port) == (BrokerConfig().host, BrokerConfig().port):
         broker = msgspec.structs.replace(broker, host=facts.broker_host, port=facts.broker_port or broker.port)
-    broker = msgspec.structs.replace(broker, tls_ca=str(folder / ANCHORS), tls_cert=str(folder / PAIR))
     return msgspec.structs.replace(config, id=facts.agent, broker=broker)
 
 

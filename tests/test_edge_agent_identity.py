@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from edge_agent import enrolling
-from edge_agent.config import AgentConfig, BrokerConfig
+from edge_agent.config import AgentConfig, BrokerConfig, IdentityConfig
 from edge_agent.enrolling import enrol, renew
 from edge_agent.identity import FACTS, NEXT_KEY, PAIR, BrokerTls, IdentityUpkeep, read_facts, with_identity
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, UnavailableError
@@ -263,6 +263,14 @@ def test_broken_identity_files_are_named_not_guessed(site: Site, url: str, tmp_p
     with pytest.raises(SortlineError) as broken:
         renew(folder, time.time())
     assert broken.value.code == "identity.unreadable"
+    config = with_identity(
+        AgentConfig(id="line-1", state_dir=str(tmp_path), identity=IdentityConfig(folder=str(folder)))
+    )
+    assert config.id == "line-1"
+    assert config.broker.tls_cert, "the line runs; the broker is asked by certificate or not at all"
+    (folder / PAIR).write_bytes(b"torn")
+    with pytest.raises(ConfigError):
+        tls(folder).follow()
 
 
 def test_the_command_enrols_and_reads_the_token_from_its_input(site: Site, url: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from control_plane.fleet import FleetLink
 from control_plane.identity.authority import INDEX, SITE, Authority
 from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.mosquitto import update_profile
-from control_plane.identity.publication import Publisher
+from control_plane.identity.publication import SiteFiles
 from control_plane.monitoring import AgentStatus, agent_status
 from control_plane.rollout_executor import RolloutExecutor
 from control_plane.store import Store
@@ -47,7 +47,7 @@ class Services:
     token: str = ""
     enrolment: Enrolment | None = None
     """None where the site has no certificate authority."""
-    publisher: Publisher | None = None
+    site_files: SiteFiles | None = None
     started_s: float = field(default_factory=time.monotonic)
 
     def statuses(self) -> list[AgentStatus]:
@@ -126,16 +126,16 @@ def open_services(config: ControlPlaneConfig) -> Services:
     store = Store(config.root / "store")
     # Replicas are told apart by a random part: process ids repeat in containers.
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    enrolment, publisher = _open_identity(config, engine)
+    enrolment, site_files = _open_identity(config, engine)
     certificates = config.certificates_folder if config.broker.tls else None
     fleet = FleetLink(config.broker, engine, store, client_id=f"control-plane-{name[-40:]}", certificates=certificates)
     rollouts = RolloutExecutor(engine, fleet, name, period_s=config.rollouts.period_s, lease_s=config.rollouts.lease_s)
     return Services(
-        config, engine, store, fleet, rollouts, token=config.token, enrolment=enrolment, publisher=publisher
+        config, engine, store, fleet, rollouts, token=config.token, enrolment=enrolment, site_files=site_files
     )
 
 
-def _open_identity(config: ControlPlaneConfig, engine: Engine) -> tuple[Enrolment | None, Publisher | None]:
+def _open_identity(config: ControlPlaneConfig, engine: Engine) -> tuple[Enrolment | None, SiteFiles | None]:
     """Enrolment over the site's authority, where there is one; brings its files up to date."""
     if not (config.identity_folder / INDEX).exists():
         return None, None
@@ -149,10 +149,10 @@ def _open_identity(config: ControlPlaneConfig, engine: Engine) -> tuple[Enrolmen
     )
     profile = config.identity.mosquitto_profile
     followers = (lambda: update_profile(authority.folder / SITE, Path(profile).resolve()),) if profile else ()
-    publisher = Publisher(authority, enrolment.admitted, clock=utc_now, followers=followers)
-    enrolment.publish = publisher.publish
-    publisher.publish()
-    return enrolment, publisher
+    site_files = SiteFiles(authority, enrolment.admitted, clock=utc_now, followers=followers)
+    enrolment.publish = site_files.publish
+    site_files.publish()
+    return enrolment, site_files
 
 
 def _newest_root(folder: Folder) -> str:

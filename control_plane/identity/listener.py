@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import uvicorn
 
-from control_plane.identity.publication import Publisher
+from control_plane.identity.publication import SiteFiles
 from control_plane.identity.tls import load_pair, server_context
 from models.errors import SortlineError
 
@@ -25,14 +25,14 @@ class DeviceListener:
         app: `control_plane.api.devices.create_device_app`.
         listener: A listening socket.
         server_pem: Key and chain of the server.
-        publisher: Is run at the start and each minute.
+        site_files: Are brought up to date at the start and each minute.
         tell: Gets names of counters.
     """
 
     def __init__(
-        self, app: Any, listener: socket.socket, server_pem: Path, publisher: Publisher, tell: Callable[[str], None]
+        self, app: Any, listener: socket.socket, server_pem: Path, site_files: SiteFiles, tell: Callable[[str], None]
     ) -> None:
-        self._pem, self._publisher, self._tell = server_pem, publisher, tell
+        self._pem, self._site_files, self._tell = server_pem, site_files, tell
         self._context = server_context(server_pem)
         self._stopping = threading.Event()
         settings = uvicorn.Config(
@@ -71,7 +71,7 @@ class DeviceListener:
 
     def follow(self) -> None:
         """Brings the site's files up to date; connections from now on see the newest certificate."""
-        if self._publisher.publish():
+        if self._site_files.publish():
             load_pair(self._context, self._pem)
 
     def _upkeep(self) -> None:

@@ -136,7 +136,7 @@ def _replace(path: Path, data: bytes, *, mode: int) -> bool:
     return True
 
 
-class Publisher:
+class SiteFiles:
     """Keeps the site's files in step with the database.
 
     Args:

@@ -303,6 +303,14 @@ def test_an_agent_that_enrolls_now_is_admitted_now(place: Place) -> None:
     wait_until(heard, 5, "the first message")
 
 
+def test_a_replaced_boxs_certificate_is_refused_while_its_name_lives_on(place: Place) -> None:
+    old = place.site.folder / "line-1.pair"
+    new = place.site.pair("line-1", place.site.folder / "new.pair")
+    wait_until(lambda: place.connect(old, "line-1").code != 0, 5, "the refusal of the old certificate")
+    assert place.connect(new, "line-1").code == 0
+    assert place.connect(old, "line-1").code != 0
+
+
 def test_an_old_revocation_list_locks_nobody_out(place: Place) -> None:
     """The upkeep did not run for a year: good agents still connect, revoked ones still do not."""
     site = place.site

@@ -29,7 +29,7 @@ from control_plane.identity.authority import SITE, Authority
 from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.listener import DeviceListener
 from control_plane.identity.mosquitto import update_profile, write_profile
-from control_plane.identity.publication import Publisher, refresh_site
+from control_plane.identity.publication import SiteFiles, refresh_site
 from edge_agent.identity import ANCHORS, FACTS, PAIR, Facts
 from models.identity import Enrolled, RenewalRequest, renewal_statement
 from tests.simulators.processes import MOSQUITTO, embedded_broker, free_port, listens, running, wait_until
@@ -74,7 +74,7 @@ class Site:
     folder: Path
     engine: Engine
     enrolment: Enrolment
-    publisher: Publisher
+    publisher: SiteFiles
     now: datetime
     counters: Counter[str] = field(default_factory=Counter)
     followers: list[Callable[[], object]] = field(default_factory=list)
@@ -160,7 +160,7 @@ def make_site(
         for follower in followers:
             follower()
 
-    publisher = Publisher(authority, enrolment.admitted, clock=lambda: site.now, followers=(follow,))
+    publisher = SiteFiles(authority, enrolment.admitted, clock=lambda: site.now, followers=(follow,))
     site = Site(root / "identity", engine, enrolment, publisher, now, followers=followers)
     enrolment.publish = site.publisher.publish
     site.publisher.publish()
