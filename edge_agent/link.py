@@ -85,6 +85,8 @@ class Link:
         client.on_disconnect = self._guard(self._on_disconnect)
         client.on_message = self._guard(self._on_message)
         client.on_subscribe = self._guard(self._on_subscribe)
+        # paho 2.2 else writes from whatever thread publishes, and two threads must not use one TLS connection at once.
+        client.on_socket_register_write = lambda *_: None
         self._client = client
         self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
 
