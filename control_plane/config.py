@@ -85,6 +85,13 @@ class RolloutsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A leader that was silent for so long is replaced; clocks of the replicas must agree to a fraction of it."""
 
 
+class TrustConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Signed metadata and online keys (made by `sortline keys init`)."""
+
+    folder: str = ""
+    """Empty = `trust` in `data_dir`."""
+
+
 class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One control plane."""
 
@@ -98,6 +105,7 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     jobs: JobsConfig = JobsConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
     identity: IdentityConfig = IdentityConfig()
+    trust: TrustConfig = TrustConfig()
 
     @property
     def identity_folder(self) -> Path:
@@ -115,6 +123,11 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     def root(self) -> Path:
         """`data_dir` as a path."""
         return Path(self.data_dir).resolve()
+
+    @property
+    def trust_folder(self) -> Path:
+        """Where signed metadata and online keys are."""
+        return Path(self.trust.folder).resolve() if self.trust.folder else self.root / "trust"
 
     @property
     def database_url(self) -> str:

@@ -27,6 +27,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from control_plane.cli.keys import BANNER
 from control_plane.client import Client
 from models.errors import ConflictError, SortlineError, UnavailableError
 from models.files import write_atomically
@@ -159,6 +160,8 @@ def _interrupt(*_: object) -> None:
 def _play(run: _Run) -> None:
     options = run.options
     _measure(run)
+    with run.stage("Making signing keys"):
+        _make_keys(run)
     with run.stage("Making a certificate authority, starting broker and control plane"):
         client = _start_servers(run)
     run.console.print(f"  pages [bold]{client.url}/[/]  API [bold]{client.url}/docs[/]", highlight=False)
@@ -169,6 +172,8 @@ def _play(run: _Run) -> None:
         _collect(run)
     with run.stage("Training, evaluating, converting, checking parity, registering"):
         _train(run, client)
+    with run.stage("Releasing it with the release key: agents accept nothing else"):
+        _release(run, client)
     with run.stage("Rolling out over MQTT: one agent first, then all"):
         _roll_out(run, client)
     _watch(run, client)
@@ -322,6 +327,25 @@ def _train(run: _Run, client: Client) -> None:
 def _figure(figure: dict[str, Any]) -> str:
     interval = f" ({figure['low']:.3f} to {figure['high']:.3f})" if figure.get("low") is not None else ""
     return f"{figure['value']:.3f}{interval}"
+
+
+def _trust(run: _Run) -> Path:
+    return run.root / "control-plane" / "trust"
+
+
+def _make_keys(run: _Run) -> None:
+    """The development profile: every key on this machine, and it says so."""
+    if not (_trust(run) / "1.root.json").exists():
+        _command(run, "demo.no_keys", "control_plane", "keys", "init", "--development", "--trust", str(_trust(run)))
+    run.console.print(f"  [bold white on red] {BANNER} [/]", highlight=False)
+
+
+def _release(run: _Run, client: Client) -> None:
+    key = _trust(run) / "development" / "release.pem"
+    what = ("models", "release", "apples", "--key", str(key), "--server", client.url)
+    _command(run, "demo.not_released", "control_plane", *what)
+    trust = client.get("/api/v1/trust")
+    run.facts["trust"] = {"kind": trust["kind"], "versions": {r["role"]: r["version"] for r in trust["roles"]}}
 
 
 def _roll_out(run: _Run, client: Client) -> None:

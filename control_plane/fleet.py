@@ -31,6 +31,7 @@ from control_plane.identity.tls import client_context, load_client
 from control_plane.publishing import Publisher
 from control_plane.store import Store
 from control_plane.tables import Agent, EventRow, Identity, IdentityState, WindowRow, utc_now
+from control_plane.trust.assignments import Assignments
 from models.errors import ConfigError, MessageError, SortlineError
 from models.messages import (
     KEEP_ALIVE_S,
@@ -38,20 +39,18 @@ from models.messages import (
     MAX_REPORTED_BYTES,
     ROOT,
     SENTINEL_TOPIC,
+    TRUST_TOPIC,
     Ack,
     Batch,
     Channel,
-    Desired,
     Event,
     Gap,
     Live,
-    Mode,
     Presence,
     Record,
     RecordKind,
     Reported,
     Request,
-    Swap,
     agent_topic,
     decode,
     decode_batch,
@@ -73,6 +72,7 @@ class FleetLink:
         config: The broker.
         engine: Database.
         store: Where bundles are.
+        assignments: Signs what agents shall run.
         client_id: Prefix of the two MQTT client ids.
         certificates: Folder with `ca.pem`, `control.pem`, `bulk.pem`; None = password, no TLS.
 
@@ -85,12 +85,15 @@ class FleetLink:
         config: BrokerConfig,
         engine: Engine,
         store: Store,
+        assignments: Assignments,
         *,
         client_id: str = "control-plane",
         certificates: Path | None = None,
     ) -> None:
         self._certificates = certificates
         self._config, self._engine = config, engine
+        self.assignments = assignments
+        self._trust_published = 0
         self.counters: Counter[str] = Counter()
         self.live: dict[str, tuple[float, Live]] = {}
         """Last live figures per agent with their monotonic time: lossy by contract, so they may stay in memory."""
@@ -351,6 +354,8 @@ class FleetLink:
         """After the broker lost its store: the sentinel, every bundle some agent shall run and every desired state."""
         self.publisher.store_lost()
         self._control.publish(SENTINEL_TOPIC, b"1", qos=1, retain=True)
+        self._trust_published = 0
+        self.publish_trust()
         with reading(self._engine) as session:
             agents = session.exec(select(Agent).where(col(Agent.desired_bundle) != "")).all()
         for agent in agents:
@@ -373,23 +378,32 @@ class FleetLink:
         """
         self.publisher.want(digest)
 
+    def publish_trust(self) -> None:
+        """Publishes the signed metadata (retained) when it is newer than what was published last."""
+        with reading(self._engine) as session:
+            version = self.assignments.version(session)
+            if version == self._trust_published:
+                return
+            data = self.assignments.current_set(session)
+        if data:
+            self._control.publish(TRUST_TOPIC, data, qos=1, retain=True)
+            self._trust_published = version
+            self.counters["trust_published"] += 1
+
     def publish_desired(self, agent: Agent) -> None:
-        """Publishes what an agent shall run (retained); where nothing is desired any more, clears it."""
-        topic = agent_topic(agent.id, Channel.DESIRED)
-        if not agent.desired_bundle:
-            self._control.publish(topic, b"", qos=1, retain=True)
-            return
-        desired = Desired(
-            generation=agent.generation,
-            bundle=agent.desired_bundle,
-            rollout_id=str(agent.rollout_id or ""),
-            trial_items=agent.trial_items,
-            trial_s=agent.trial_s,
-            mode=Mode(agent.mode),
-            swap=Swap(agent.swap),
-            swap_within_s=agent.swap_within_s,
-        )
-        self._control.publish(topic, encode(desired), qos=1, retain=True)
+        """Publishes what an agent shall run (retained), exactly as it was signed, after the metadata that proves it.
+
+        Where nothing is desired any more, the message is cleared.
+        """
+        with writing(self._engine) as session:
+            # Whoever changed the row may have left the signing to us.
+            if self.assignments.seal(session, utc_now()):
+                session.commit()
+            document = self.assignments.document(session, agent.id)
+        self.publish_trust()
+        if document or not agent.desired_bundle:
+            topic = agent_topic(agent.id, Channel.DESIRED)
+            self._control.publish(topic, document, qos=1, retain=True)
 
 
 def _topics(*channels: str) -> list[tuple[str, int]]:

@@ -60,6 +60,7 @@ class RolloutExecutor:
         period_s: Between two turns.
         lease_s: Without a turn for so long, another may lead.
         findings: What the quality gates say of a rollout now; none by default.
+        seal: Signs what changed, in the transaction that changes it.
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class RolloutExecutor:
         period_s: float = 1.0,
         lease_s: float = 10.0,
         findings: Callable[[Session, Rollout], list[Finding]] = lambda _session, _rollout: [],
+        seal: Callable[[Session, datetime], object] = lambda _session, _now: None,
     ) -> None:
         self._engine, self._fleet, self._holder, self._findings = engine, fleet, holder, findings
         self._period_s, self._lease_s = period_s, lease_s
+        self._seal = seal
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
@@ -160,6 +163,8 @@ class RolloutExecutor:
             if steps:
                 rollout.updated_at = now
                 session.add(rollout)
+            if changed:
+                self._seal(session, now)
             session.commit()
         self.publish(changed)
         return len(steps)

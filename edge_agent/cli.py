@@ -33,6 +33,8 @@ _EPILOG = """examples:
                                         learn scale, lanes, direction and speed; writes geometry.toml
   sortline-agent picture --bundle DIR --camera line.mp4
                                         see what the line sees and decides; writes line.png
+  sortline-agent import /media/stick --id line-1
+                                        take up signed metadata, assignment and bundle from a stick
   sortline-agent selftest DIR           would this machine accept this bundle?
 """
 
@@ -80,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     picture.add_argument("--seconds", type=float, default=6.0, help="of the camera's time (default: 6)")
     picture.add_argument("--output", type=Path, default=Path("line.png"), metavar="FILE", help="default: line.png")
     picture.add_argument("--json", action="store_true")
+    stick = commands.add_parser("import", help="take up what `sortline export` wrote: for a line without network")
+    stick.add_argument("folder", type=Path, metavar="DIR", help="for example on a stick")
+    stick.add_argument("--id", help="agent id")
+    stick.add_argument("--config", type=Path, metavar="FILE", help="TOML of the agent")
+    stick.add_argument("--state-dir", metavar="DIR", help="of the agent, which may be running")
+    stick.add_argument("--json", action="store_true")
     selftest = commands.add_parser("selftest", help="try a bundle as an agent would before it accepts it")
     selftest.add_argument("directory", type=Path, metavar="BUNDLE")
     selftest.add_argument("--budget-ms", type=float, default=50.0)
@@ -330,6 +338,22 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _import(arguments: argparse.Namespace) -> int:
+    """Verifies here, so that the person with the stick hears the answer; then the agent does the rest."""
+    from edge_agent.gate import verify_now  # noqa: PLC0415
+    from edge_agent.identity import with_identity  # noqa: PLC0415
+    from edge_agent.importing import read_export, stage_import  # noqa: PLC0415
+
+    config = with_identity(_config(arguments))
+    root = Path(config.state_dir).resolve()
+    offered, document = read_export(arguments.folder)
+    facts = verify_now(root, config.trust, config.id, offered, document)
+    desired = stage_import(arguments.folder, root)
+    found = {"agent": config.id, "generation": desired.generation, "bundle": desired.bundle}
+    _print(found | facts, as_json=arguments.json)
+    return 0
+
+
 def _selftest(arguments: argparse.Namespace) -> int:
     from edge_agent.selftest import main as selftest  # noqa: PLC0415
 
@@ -390,6 +414,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "collect": _collect,
     "calibrate": _calibrate,
     "picture": _picture,
+    "import": _import,
     "selftest": _selftest,
     "capacity": _capacity,
     "status": _status,

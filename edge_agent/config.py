@@ -77,6 +77,21 @@ class IdentityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Between two looks whether the certificate is due."""
 
 
+class TrustConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is believed (`models/TRUST.md`)."""
+
+    root: str = ""
+    """The trust anchor: the root this box was given when it was enrolled; empty = `root.json` in `folder`."""
+    folder: str = ""
+    """Memory of what was verified; empty = `trust` in `state_dir`."""
+    refresh_s: Seconds = 300.0
+    """Fresh metadata without a new assignment is looked at so much later."""
+    retry_s: Seconds = 30.0
+    """What was refused is looked at again after this; the pause doubles."""
+    timeout_s: Seconds = 60.0
+    """Of one verification."""
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One agent."""
 
@@ -90,6 +105,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     spool: SpoolConfig = SpoolConfig()
     delivery: DeliveryConfig = DeliveryConfig()
     identity: IdentityConfig = IdentityConfig()
+    trust: TrustConfig = TrustConfig()
 
 
 def load_agent_config(

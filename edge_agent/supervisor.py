@@ -23,7 +23,9 @@ import msgspec
 from edge_agent.challenger import Challenger
 from edge_agent.child import LineChild, LineGone, SelfTestDone
 from edge_agent.config import AgentConfig
+from edge_agent.gate import Gate, Verified
 from edge_agent.identity import IdentityUpkeep, identity_folder
+from edge_agent.importing import Stick, StickOrNetwork
 from edge_agent.link import Incoming, Link, LinkChanged, bounded_queue
 from edge_agent.pipe import (
     Beat,
@@ -46,6 +48,7 @@ from models.errors import CapacityError, ConflictError, MessageError, SortlineEr
 from models.messages import (
     BLOBS,
     SENTINEL_TOPIC,
+    TRUST_TOPIC,
     Ack,
     Channel,
     Desired,
@@ -120,14 +123,22 @@ class Supervisor:
             identity_folder(config), check_s=config.identity.check_s, counters=self.counters
         )
         self._uplink = Uplink(self._spool, self._link, self._topic(Channel.BATCH), retry_s=config.spool.retry_s)
+        self._stick = Stick(self._root)
         self._updater = Updater(
             self._root,
             config.delivery,
             StateFile(self._root, lambda path: self.event("state.quarantined", str(path))),
-            Transfer(self._root, config.id, config.delivery, self._link, self.counters),
+            Transfer(
+                self._root,
+                config.id,
+                config.delivery,
+                StickOrNetwork(self._link, self._stick, self.enqueue),
+                self.counters,
+            ),
             self,
         )
         self._challenger = Challenger(self._root, config.delivery, self._updater.transfer, self)
+        self._gate = Gate(self._root, config.trust, config.id, self, lambda: self._updater.state.generation)
 
     def _topic(self, channel: Channel) -> str:
         return agent_topic(self.config.id, channel)
@@ -200,6 +211,10 @@ class Supervisor:
             case SelfTestDone():
                 if not self._challenger.tested(event):
                     self._updater.tested(event)
+            case Verified():
+                desired = self._gate.done(event)
+                if desired is not None:
+                    self._desire(desired)
             case LineGone():
                 if event.child is self._line:
                     self._line_gone(event.reason)
@@ -214,7 +229,7 @@ class Supervisor:
         log.info("broker %s %s", "connected" if change.connected else "lost", change.reason)
         if change.connected:
             self._link.subscribe(
-                [self._topic(c) for c in (Channel.DESIRED, Channel.ACK, Channel.BLOB)] + [SENTINEL_TOPIC]
+                [TRUST_TOPIC, *(self._topic(c) for c in (Channel.DESIRED, Channel.ACK, Channel.BLOB)), SENTINEL_TOPIC]
             )
             birth = Presence(online=True, boot_id=self.boot_id, at_ms=wall_ms())
             self._link.publish(self._topic(Channel.PRESENCE), encode(birth), retain=True)
@@ -224,7 +239,10 @@ class Supervisor:
         try:
             if message.topic == self._topic(Channel.DESIRED):
                 if message.payload:
-                    self._desire(decode(message.payload, Desired))
+                    self._gate.offer_document(message.payload)
+            elif message.topic == TRUST_TOPIC:
+                if message.payload:
+                    self._gate.offer_set(message.payload)
             elif message.topic == self._topic(Channel.ACK):
                 self._uplink.acknowledged(decode(message.payload, Ack))
             elif message.topic.startswith(BLOBS) or message.topic == self._topic(Channel.BLOB):
@@ -235,6 +253,14 @@ class Supervisor:
         except MessageError as error:
             self.counters[f"refused_{error.code}"] += 1
             log.warning("message refused: %s", error)
+
+    def _look_at_stick(self) -> None:
+        """What was imported is offered like what the broker gives."""
+        news = self._stick.news()
+        if news is not None:
+            self.event("stick.found", "An imported folder is being looked at.")
+            self._gate.offer_set(news[0])
+            self._gate.offer_document(news[1])
 
     def _desire(self, desired: Desired) -> None:
         self.counters["desired_stale"] += desired.generation < self._updater.state.generation
@@ -372,6 +398,8 @@ class Supervisor:
     def _tick(self) -> None:
         now = time.monotonic()
         elapsed_s, self._last_tick_s = now - self._last_tick_s, now
+        self._look_at_stick()
+        self._gate.tick()
         self._updater.tick(elapsed_s, self._beat)
         self._challenger.tick(settled=self._settled)
         self._tick_line(now)
@@ -422,6 +450,7 @@ class Supervisor:
                     counters=counters,
                     versions={"python": platform.python_version()},
                     hardware={"machine": platform.machine(), "cores": str(os.cpu_count() or 1), **self._tuned},
+                    trust=self._gate.facts,
                     lanes=self._lanes,
                     labels=self.config.labels,
                     rss_mb=round(_rss_mb(os.getpid()) + (_rss_mb(self._line.pid) if self._line else 0.0), 1),

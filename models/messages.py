@@ -216,6 +216,8 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     counters: dict[str, Counter] = {}
     versions: dict[str, str] = {}
     hardware: dict[str, str] = {}
+    trust: dict[str, str] = {}
+    """Versions of the roles that were verified last, reference time; `development` where the keys are no real ones."""
     lanes: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     labels: dict[str, str] = {}
     """site, line, ...: selectors of rollouts."""

@@ -39,7 +39,6 @@ from tuf.api.exceptions import (
 from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
-from models.bundle import MAX_MANIFEST_BYTES
 from models.errors import MessageError, TrustError
 from models.messages import Desired, decode
 
@@ -47,6 +46,8 @@ MAX_SET_BYTES: Final = 120 * 1024
 """Fits the payload limit of every broker we know of; about 800 assignments."""
 MAX_TRUSTED_BYTES: Final = 4 * MAX_SET_BYTES
 MAX_ROOTS: Final = 64
+MAX_MANIFEST_BYTES: Final = 120 * 1024
+"""As in `models.bundle`, which would bring numpy into a process that lives for half a second."""
 ASSIGN: Final = "assign"
 """The delegated role that signs assignments; terminating, paths `assign/*`."""
 ROLES: Final = ("timestamp", "snapshot", "targets", ASSIGN)

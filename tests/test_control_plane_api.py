@@ -137,7 +137,9 @@ def test_the_network_is_not_served_without_a_token() -> None:
 
 def test_probes_and_metrics(client: TestClient, services: Services, tmp_path: Path) -> None:
     fill(services, client, tmp_path / "b")
-    assert client.get("/healthz").json() == {"status": "ok"}
+    health = client.get("/healthz").json()
+    assert health["status"] == "ok"
+    assert health["trust"].startswith("development keys")
     ready = client.get("/readyz")
     assert ready.status_code == 200
     assert ready.json()["checks"]["database"] == "ok"

@@ -40,6 +40,7 @@ from models.messages import (
     encode_batch,
 )
 from models.windows import FeatureCounter, Window
+from tests.simulators.plane import release
 from tests.simulators.tiny_bundle import tiny_bundle
 
 BOOT = "0123456789abcdef"
@@ -136,7 +137,7 @@ def register_tiny(services: Services, root: Path, **options: object) -> str:
     with writing(services.engine) as session:
         version = register(session, services.store, root, actor="t", now=utc_now())
         session.commit()
-        return version.bundle
+    return release(services, version.bundle)
 
 
 def test_a_bundle_is_registered_once_and_found_by_name_number_and_digest(services: Services, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tuf.api.metadata import Metadata
 
 from control_plane.trust import ceremony
 from control_plane.trust import metadata as md
+from models import bundle, trust
 from models.bundle import Manifest, sha256
 from models.errors import TrustError
 from models.trust import ASSIGN, MAX_SET_BYTES, MAX_TRUSTED_BYTES, Outcome, make_set, parse_set, verify, version_of
@@ -435,6 +436,10 @@ def test_keys_are_encrypted_private_and_never_overwritten(repository: Repository
     assert all(p.stat().st_mode & 0o077 == 0 for p in online)
     private = [p for p in repository.folder.path.rglob("*") if p.is_file() and b"PRIVATE" in p.read_bytes()]
     assert sorted(private) == sorted(online), "no offline key is in the folder that goes to the control plane"
+
+
+def test_both_modules_mean_the_same_manifest() -> None:
+    assert trust.MAX_MANIFEST_BYTES == bundle.MAX_MANIFEST_BYTES
 
 
 def test_metadata_of_one_role_is_not_taken_for_another(repository: Repository, device: Device) -> None:

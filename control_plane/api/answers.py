@@ -10,6 +10,7 @@ from models.errors import (
     InputError,
     MessageError,
     SortlineError,
+    TrustError,
     UnavailableError,
 )
 
@@ -17,6 +18,7 @@ STATUS: Final[dict[type[SortlineError], int]] = {
     InputError: 422,
     BundleError: 422,
     MessageError: 422,
+    TrustError: 422,
     ConfigError: 500,
     ConflictError: 409,
     UnavailableError: 503,

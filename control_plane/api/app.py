@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from control_plane import metrics_export
-from control_plane.api import identities, learning, operating, recipes, rollouts
+from control_plane.api import identities, learning, operating, recipes, rollouts, trust
 from control_plane.api.answers import status_of
 from control_plane.api.schemas import ErrorBody
 from control_plane.api.services import Services, services_of
@@ -38,7 +38,9 @@ def create_app(services: Services) -> FastAPI:
         if services.config.broker.enabled:
             services.fleet.start()
             services.rollouts.start()
+        services.renewal.start()
         yield
+        services.renewal.stop()
         if services.config.broker.enabled:
             services.rollouts.stop()
             services.fleet.stop()
@@ -62,6 +64,7 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(recipes.router)
     app.include_router(identities.router)
     app.include_router(rollouts.router)
+    app.include_router(trust.router)
     _add_probes(app)
     mount_pages(app)
     return app
@@ -130,9 +133,9 @@ def _answer(status: int, body: dict[str, Any]) -> JSONResponse:
 
 def _add_probes(app: FastAPI) -> None:
     @app.get("/healthz", tags=["system"])
-    def healthz() -> dict[str, str]:
-        """The process lives."""
-        return {"status": "ok"}
+    def healthz(services: Given) -> dict[str, str]:
+        """The process lives; and with what kind of keys it signs."""
+        return {"status": "ok", "trust": services.fleet.assignments.kind}
 
     @app.get("/readyz", tags=["system"])
     def readyz(services: Given, response: Response) -> dict[str, Any]:

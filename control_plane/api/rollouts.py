@@ -50,6 +50,7 @@ def new_rollout(body: NewRollout, services: Given) -> dict[str, Any]:
     now = utc_now()
     with writing(services.engine) as session:
         rollout = create_rollout(session, order_of(body), actor=body.actor, now=now)
+        services.fleet.assignments.check_released(session, rollout.bundle)
         services.fleet.publisher.check_room(rollout.bundle)
         session.commit()
         facts = describe(session, rollout, now)

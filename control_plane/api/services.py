@@ -24,7 +24,9 @@ from control_plane.monitoring import AgentStatus, agent_status
 from control_plane.rollout_executor import RolloutExecutor
 from control_plane.store import Store
 from control_plane.tables import Agent, EventRow, Model, ModelVersion, WindowRow, utc_now
+from control_plane.trust.assignments import Assignments
 from control_plane.trust.ceremony import Folder
+from control_plane.trust.renewal import Renewal
 from models.bundle import PROFILE
 from models.errors import SortlineError
 from models.messages import Live, decode_packed
@@ -44,6 +46,7 @@ class Services:
     store: Store
     fleet: FleetLink
     rollouts: RolloutExecutor
+    renewal: Renewal
     token: str = ""
     enrolment: Enrolment | None = None
     """None where the site has no certificate authority."""
@@ -121,31 +124,55 @@ def _profile(store: Store, digest: str) -> Profile:
 
 
 def open_services(config: ControlPlaneConfig) -> Services:
-    """Opens database, store and fleet; connects nothing yet."""
+    """Opens database, store, trust and fleet; connects nothing yet."""
     engine = open_database(config.database_url, wait_s=config.database_wait_s)
     store = Store(config.root / "store")
+    assignments = Assignments(Folder(config.trust_folder))
     # Replicas are told apart by a random part: process ids repeat in containers.
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    enrolment, site_files = _open_identity(config, engine)
+    enrolment, site_files = _open_identity(config, engine, assignments)
     certificates = config.certificates_folder if config.broker.tls else None
-    fleet = FleetLink(config.broker, engine, store, client_id=f"control-plane-{name[-40:]}", certificates=certificates)
-    rollouts = RolloutExecutor(engine, fleet, name, period_s=config.rollouts.period_s, lease_s=config.rollouts.lease_s)
+    fleet = FleetLink(
+        config.broker,
+        engine,
+        store,
+        assignments,
+        client_id=f"control-plane-{name[-40:]}",
+        certificates=certificates,
+    )
+    rollouts = RolloutExecutor(
+        engine,
+        fleet,
+        name,
+        period_s=config.rollouts.period_s,
+        lease_s=config.rollouts.lease_s,
+        seal=assignments.seal,
+    )
+    renewal = Renewal(engine, fleet, name)
     return Services(
-        config, engine, store, fleet, rollouts, token=config.token, enrolment=enrolment, site_files=site_files
+        config, engine, store, fleet, rollouts, renewal, token=config.token, enrolment=enrolment, site_files=site_files
     )
 
 
-def _open_identity(config: ControlPlaneConfig, engine: Engine) -> tuple[Enrolment | None, SiteFiles | None]:
+def _open_identity(
+    config: ControlPlaneConfig, engine: Engine, assignments: Assignments
+) -> tuple[Enrolment | None, SiteFiles | None]:
     """Enrolment over the site's authority, where there is one; brings its files up to date."""
     if not (config.identity_folder / INDEX).exists():
         return None, None
     authority = Authority(config.identity_folder)
+
+    def trust_root() -> str:
+        """For a box that enrols: the anchor of what it believes later; empty where nothing is signed."""
+        with reading(engine) as session:
+            return assignments.part(session, "root").decode()
+
     enrolment = Enrolment(
         engine,
         authority,
         new_secret=lambda: secrets.token_urlsafe(24),
         broker=(config.identity.broker_host or config.broker.host, config.identity.broker_port or config.broker.port),
-        trust_root=lambda: _newest_root(Folder(config.root / "trust")),
+        trust_root=trust_root,
     )
     profile = config.identity.mosquitto_profile
     followers = (lambda: update_profile(authority.folder / SITE, Path(profile).resolve()),) if profile else ()
@@ -153,12 +180,6 @@ def _open_identity(config: ControlPlaneConfig, engine: Engine) -> tuple[Enrolmen
     enrolment.publish = site_files.publish
     site_files.publish()
     return enrolment, site_files
-
-
-def _newest_root(folder: Folder) -> str:
-    """Root metadata for a box that enrols: the anchor of what it believes later; empty where nothing is signed."""
-    roots = folder.roots()
-    return roots[-1].decode() if roots else ""
 
 
 def services_of(request: Request) -> Services:

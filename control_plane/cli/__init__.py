@@ -6,7 +6,7 @@ libraries are imported by the commands that need them, so that `--help` is quick
 
 import typer
 
-from control_plane.cli import identity, learning, operating, serving
+from control_plane.cli import identity, keys, learning, operating, serving
 from control_plane.cli.bundles import bundles
 from control_plane.cli.output import err
 from control_plane.cli.recipe import recipes
@@ -21,17 +21,21 @@ app = typer.Typer(
     help="""Train, register and roll out models for visual sorting lines, and watch the fleet.
 
     **Try it:** `sortline demo` · **Train alone:** `sortline train --data DIR --name apples --output BUNDLE` ·
-    **Serve:** `sortline broker add agent-1`, `sortline broker run`, `sortline serve`""",
+    **Serve:** `sortline keys init`, `sortline broker add agent-1`, `sortline broker run`, `sortline serve`""",
 )
 for command in (serving.serve, serving.worker, serving.demo, learning.train, learning.evaluate, learning.quantise):
     app.command()(command)
 app.command("import-onnx")(learning.import_onnx)
+app.command()(keys.export)
+operating.models.command()(keys.release)
+operating.models.command()(keys.withdraw)
 for name, group in (
     ("datasets", operating.datasets),
     ("models", operating.models),
     ("recipe", recipes),
     ("rollouts", rollouts),
     ("agents", operating.agents),
+    ("keys", keys.keys),
     ("bundle", bundles),
     ("broker", serving.broker),
     ("ca", identity.authority),

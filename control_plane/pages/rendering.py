@@ -32,6 +32,7 @@ def page(request: Request, template: str, name: str, http_status: int = 200, /, 
         page=name,
         root=request.scope.get("root_path", ""),
         broker_connected=services_of(request).fleet.connected,
+        trust=services_of(request).fleet.assignments.kind,
         **facts,
     )
     headers = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer"}

@@ -7,21 +7,38 @@ would refuse it anyway; metadata from offline keys is verified before it is kept
 """
 
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
+from sqlalchemy import func
 from sqlmodel import Session, col, delete, desc, select
 
-from control_plane.tables import AssignmentRow, TrustMetadata
+from control_plane.tables import Agent, AssignmentRow, TrustMetadata
 from control_plane.trust import metadata as md
 from control_plane.trust.ceremony import Folder, RoleStatus, status
 from models.errors import ConflictError
-from models.messages import Desired, encode
+from models.messages import Desired, Mode, Swap, encode
 from models.trust import ASSIGN, is_development, make_set, version_of
 
 RESIGN_AFTER: Final = timedelta(hours=1)
 """Timestamp and snapshot are signed again so often, although they live seven days: a freeze shows within hours."""
+NO_KEYS: Final = "no keys: nothing can be rolled out"
+DEVELOPMENT: Final = "development keys: whoever reads this machine can release any model"
 _KEPT_VERSIONS: Final = 5
 _ONLINE: Final = (ASSIGN, "snapshot", "timestamp")
+
+
+def desired_of(agent: Agent) -> Desired:
+    """What an agent shall run, as it hears it."""
+    return Desired(
+        generation=agent.generation,
+        bundle=agent.desired_bundle,
+        rollout_id=str(agent.rollout_id or ""),
+        trial_items=agent.trial_items,
+        trial_s=agent.trial_s,
+        mode=Mode(agent.mode),
+        swap=Swap(agent.swap),
+        swap_within_s=agent.swap_within_s,
+    )
 
 
 class Assignments:
@@ -33,6 +50,11 @@ class Assignments:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
+        self.kind = NO_KEYS
+        """For people, without asking the database: real keys, development keys or none."""
+        roots = folder.roots()
+        if roots:
+            self._see(roots[-1])
 
     # -- what offline keys signed -----------------------------------------------------------------------------
 
@@ -51,6 +73,7 @@ class Assignments:
         if targets and version_of(targets) > version_of(self._latest(session, "targets")):
             self.take_targets(session, targets, now)
         if known:
+            self._see(known)
             self.seal(session, now)
 
     def take_root(self, session: Session, data: bytes, now: datetime) -> None:
@@ -61,6 +84,10 @@ class Assignments:
         """
         root = md.check_next_root(data, self._latest(session, "root") or None)
         self._keep(session, "root", root.signed.version, data, now)
+        self._see(data)
+
+    def _see(self, root: bytes) -> None:
+        self.kind = DEVELOPMENT if is_development(root) else "ok"
 
     def take_targets(self, session: Session, data: bytes, now: datetime) -> None:
         """Keeps new targets: what is released from now on.
@@ -80,10 +107,7 @@ class Assignments:
         Raises:
             ConflictError: `trust.not_released`, `trust.not_initialised`.
         """
-        targets = self._latest(session, "targets")
-        if not targets:
-            raise _not_initialised()
-        if f"bundles/{bundle}" not in md.read_targets(targets).signed.targets:
+        if bundle not in self.released(session):
             raise ConflictError(
                 "trust.not_released",
                 "No release key has signed this bundle; release it first: sortline models release.",
@@ -91,10 +115,24 @@ class Assignments:
                 got=bundle,
             )
 
+    def released(self, session: Session) -> dict[str, dict[str, Any]]:
+        """What the release key lists: bundle digest and what it says about it.
+
+        Raises:
+            ConflictError: `trust.not_initialised`.
+        """
+        targets = self._latest(session, "targets")
+        if not targets:
+            raise _not_initialised()
+        listed = md.read_targets(targets).signed.targets
+        return {path.removeprefix("bundles/"): dict(entry.custom or {}) for path, entry in listed.items()}
+
     # -- what online keys sign --------------------------------------------------------------------------------
 
     def assign(self, session: Session, agent_id: str, desired: Desired, now: datetime) -> None:
         """Writes what an agent shall run; `seal` before the commit signs it together with all others.
+
+        Whoever changes the agent's row need not call this: `seal` finds rows whose generation grew.
 
         Raises:
             ConflictError: `trust.not_released`, `trust.not_initialised`.
@@ -107,7 +145,8 @@ class Assignments:
     def seal(self, session: Session, now: datetime, *, force: bool = False) -> bool:
         """Signs the assignments, the snapshot and the timestamp when something changed or is getting old.
 
-        In the caller's writing transaction; returns whether anything was signed.
+        In the caller's writing transaction; returns whether anything was signed. An agent whose generation grew gets
+        its new assignment; one whose bundle is not released keeps the one it has.
 
         Raises:
             ConfigError: `keys.no_online_key`.
@@ -117,7 +156,7 @@ class Assignments:
         targets = self._latest(session, "targets")
         if not roots or not targets:
             return False
-        session.flush()
+        self._take_agents(session, now)
         root = md.read_root(roots[-1]).signed
         roles = md.roles_of(root) | {ASSIGN: md.assign_keys_of(md.read_targets(targets).signed)}
         parts = {role: self._latest(session, role) for role in _ONLINE} | {"targets": targets}
@@ -145,6 +184,23 @@ class Assignments:
         for role in _ONLINE:
             self._keep(session, role, version_of(parts[role]), parts[role], now)
         return True
+
+    def _take_agents(self, session: Session, now: datetime) -> None:
+        session.flush()
+        released = self.released(session)
+        query = (
+            select(Agent)
+            .outerjoin(AssignmentRow, col(AssignmentRow.agent_id) == col(Agent.id))
+            .where(
+                col(Agent.desired_bundle).in_(list(released)),
+                func.coalesce(col(AssignmentRow.generation), -1) < col(Agent.generation),
+            )
+        )
+        for agent in session.exec(query).all():
+            self.assign(session, agent.id, desired_of(agent), now)
+        idle = select(Agent.id).where(Agent.desired_bundle == "")
+        session.exec(delete(AssignmentRow).where(col(AssignmentRow.agent_id).in_(idle)))
+        session.flush()
 
     # -- what is published ------------------------------------------------------------------------------------
 

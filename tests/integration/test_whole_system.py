@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
@@ -19,9 +20,9 @@ from models.bundle import MODEL, blobs_of, read_bundle
 from models.messages import (
     MAX_REPORTED_BYTES,
     SENTINEL_TOPIC,
+    TRUST_TOPIC,
     Ack,
     Channel,
-    Desired,
     Mode,
     Phase,
     RecordKind,
@@ -38,6 +39,7 @@ from models.windows import Window
 from tests.simulators.processes import free_port, running, wait_until
 from tests.simulators.site import Site, embedded_mtls, make_site, mosquitto_mtls
 from tests.simulators.tiny_bundle import tiny_bundle
+from tests.simulators.trust_repository import Repository
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKERS = [
@@ -48,9 +50,10 @@ BROKERS = [
 
 @dataclass
 class Plane:
-    """The control plane's end of the wire, small: publishes bundles and wishes, stores and acknowledges batches."""
+    """The control plane's end of the wire, small: publishes bundles and signed wishes, acknowledges batches."""
 
     port: int
+    repository: Repository
     site: Site | None = None
     """Whose certificates are shown; None = a broker that admits everyone."""
     reported: Reported | None = None
@@ -94,14 +97,16 @@ class Plane:
 
     def offer(self, directory: Path, *, poison: bool = False) -> str:
         bundle = read_bundle(directory)
+        self.repository.release_manifest(bundle.manifest)
         model = {chunk.sha256 for entry in bundle.manifest.files if entry.path == MODEL for chunk in entry.chunks}
         for digest, data in blobs_of(bundle.manifest, lambda entry: (directory / entry.path).read_bytes()):
             self.client.publish(blob_topic(digest), b"poison" if poison and digest in model else data, 1, True)
         return bundle.digest
 
     def wish(self, digest: str, generation: int, **options: object) -> None:
-        desired = Desired(generation=generation, bundle=digest, **({"trial_items": 10} | options))
-        self.client.publish(agent_topic("line-1", Channel.DESIRED), encode(desired), 1, True)
+        document = self.repository.assign("line-1", digest, generation, **({"trial_items": 10} | options))
+        self.client.publish(TRUST_TOPIC, self.repository.seal(), 1, True)
+        self.client.publish(agent_topic("line-1", Channel.DESIRED), document, 1, True)
 
     def phase(self, phase: Phase, digest: str) -> bool:
         found = self.reported
@@ -113,13 +118,16 @@ def plane(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Plane]:
     opened: Callable = request.param
     site = make_site(tmp_path)
     site.identity("line-1", tmp_path / "line-1-identity")
-    with opened(site, tmp_path) as port, Plane(port, site) as found:
+    repository = Repository(tmp_path / "keys", now=datetime.now(UTC))
+    with opened(site, tmp_path) as port, Plane(port, repository, site) as found:
         yield found
     site.engine.dispose()
 
 
 def agent(plane: Plane, state: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "edge_agent", "run", "--id", "line-1", "--broker", f"127.0.0.1:{plane.port}"]
+    (state / "trust").mkdir(parents=True, exist_ok=True)
+    (state / "trust" / "root.json").write_bytes(plane.repository.anchor)
     environment = os.environ | {
         "SORTLINE_AGENT__BROKER__RECONNECT_MAX_S": "1.5",
         "SORTLINE_AGENT__LINE__WINDOW_S": "1",
@@ -305,7 +313,7 @@ def test_a_broker_that_loses_its_store_is_filled_again(tmp_path: Path) -> None:
     from control_plane.database import writing
     from control_plane.registry import register
     from control_plane.tables import Agent, utc_now
-    from tests.simulators.plane import make_services
+    from tests.simulators.plane import make_services, release
 
     tiny_bundle(tmp_path / "b")
     port = free_port()
@@ -315,13 +323,14 @@ def test_a_broker_that_loses_its_store_is_filled_again(tmp_path: Path) -> None:
         digest = register(session, services.store, tmp_path / "b", actor="t", now=utc_now()).bundle
         session.add(Agent(id="line-1", generation=4, desired_bundle=digest))
         session.commit()
+    release(services, digest)
     services.fleet.start()
     try:
         for life in (1, 2):
             with running(command, stdout=subprocess.DEVNULL):
                 wait_until(lambda: services.fleet.connected, 25, "the connection")
                 wait_until(lambda life=life: services.fleet.counters["republished"] >= life, 15, "the republication")
-                with Plane(port) as watcher:
+                with Plane(port, Repository(tmp_path / f"keys-{life}")) as watcher:
                     _hears_desired(watcher)
     finally:
         services.fleet.stop()

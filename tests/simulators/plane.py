@@ -7,7 +7,11 @@ from fastapi.testclient import TestClient
 from control_plane.api.app import create_app
 from control_plane.api.services import Services, open_services
 from control_plane.config import BrokerConfig, ControlPlaneConfig, ServerConfig
-from control_plane.database import migrate
+from control_plane.database import migrate, writing
+from control_plane.tables import utc_now
+from control_plane.trust import ceremony
+from control_plane.trust.ceremony import Folder
+from control_plane.trust.keys import load_key
 
 
 def make_services(
@@ -22,7 +26,27 @@ def make_services(
     )
     config.root.mkdir(parents=True, exist_ok=True)
     migrate(config.database_url)
-    return open_services(config)
+    keys = config.trust_folder / "development"
+    if not keys.exists():
+        ceremony.initialise(Folder(config.trust_folder), [keys / "root-1.pem"], keys / "release.pem", None, utc_now())
+    services = open_services(config)
+    with writing(services.engine) as session:
+        services.fleet.assignments.take_folder(session, utc_now())
+        session.commit()
+    return services
+
+
+def release(services: Services, digest: str) -> str:
+    """Releases a stored bundle with the development key."""
+    folder = Folder(services.config.trust_folder)
+    key = load_key(folder.path / "development" / "release.pem", None)
+    assignments = services.fleet.assignments
+    with writing(services.engine) as session:
+        targets, root = (assignments.part(session, role) for role in ("targets", "root"))
+        fresh = ceremony.release(targets, root, services.store.manifest(digest), key, utc_now())
+        assignments.take_targets(session, fresh, utc_now())
+        session.commit()
+    return digest
 
 
 def make_client(services: Services) -> TestClient:

@@ -9,7 +9,7 @@ from tuf.api.metadata import Metadata
 from control_plane.trust import ceremony
 from control_plane.trust import metadata as md
 from control_plane.trust.keys import Signer, load_key
-from models.bundle import FileEntry, Manifest, sha256
+from models.bundle import Chunk, FileEntry, Manifest, sha256
 from models.messages import Desired, encode
 from models.trust import ASSIGN, Outcome, make_set, verify, version_of
 
@@ -19,7 +19,9 @@ PASSPHRASE = "correct horse battery"
 
 def manifest(name: str = "apples", content: bytes = b"model") -> Manifest:
     digest = sha256(content)
-    return Manifest(name=name, files=(FileEntry(path="card.md", size_bytes=5, sha256=digest, chunks=(digest,)),))
+    return Manifest(
+        name=name, files=(FileEntry(path="card.md", size_bytes=5, sha256=digest, chunks=(Chunk(digest, 5),)),)
+    )
 
 
 @dataclass
@@ -51,7 +53,10 @@ class Repository:
 
     def release(self, content: bytes = b"model", *, signer: Signer | None = None) -> str:
         """Releases a bundle; returns its digest."""
-        found = manifest(content=content)
+        return self.release_manifest(manifest(content=content), signer=signer)
+
+    def release_manifest(self, found: Manifest, *, signer: Signer | None = None) -> str:
+        """Releases a real bundle; returns its digest."""
         key = signer or self.release_key
         self.parts["targets"] = ceremony.release(self.parts["targets"], self.folder.root, found, key, self.now)
         self.folder.write("targets.json", self.parts["targets"])

@@ -1,0 +1,77 @@
+"""Routes of trust: who signs, what is released; takes what offline keys signed, gives what a USB stick needs."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from control_plane.api.services import Services, services_of
+from control_plane.database import audit, reading, writing
+from control_plane.tables import utc_now
+from models.errors import InputError
+from models.trust import parse_set, version_of
+
+router = APIRouter(prefix="/api/v1", tags=["trust"])
+Given = Annotated[Services, Depends(services_of)]
+
+
+@router.get("/trust")
+def show_trust(services: Given) -> dict[str, Any]:
+    """Roles with keys, versions and expiry, and the released bundles."""
+    found = services.fleet.assignments
+    with reading(services.engine) as session:
+        roles = found.status(session, utc_now())
+        return {
+            "kind": found.kind,
+            "development": found.development(session),
+            "roles": [asdict(role) for role in roles],
+            "released": found.released(session) if roles else {},
+        }
+
+
+@router.get("/trust/set", response_class=Response)
+def get_set(services: Given) -> Response:
+    """The signed metadata, as agents get it."""
+    with reading(services.engine) as session:
+        return _bytes(services.fleet.assignments.current_set(session), "signed metadata")
+
+
+@router.post("/trust/set")
+async def take_set(request: Request, services: Given, actor: str = "unknown") -> dict[str, Any]:
+    """Takes in roots and targets that offline keys signed; other parts are ignored. All or nothing."""
+    given = parse_set(await request.body())
+    found, now, taken = services.fleet.assignments, utc_now(), []
+    with writing(services.engine) as session:
+        for root in map(bytes, given.roots):
+            if version_of(root) > version_of(found.part(session, "root")):
+                found.take_root(session, root, now)
+                taken.append(f"root {version_of(root)}")
+        targets = given.part("targets")
+        if targets and targets != found.part(session, "targets"):
+            found.take_targets(session, targets, now)
+            taken.append(f"targets {version_of(targets)}")
+        if taken:
+            audit(session, actor, "trust.take", ", ".join(taken), {"taken": taken}, now)
+        found.seal(session, now)
+        session.commit()
+    services.fleet.publish_trust()
+    return {"taken": taken}
+
+
+@router.get("/agents/{agent_id}/assignment", response_class=Response)
+def get_assignment(agent_id: str, services: Given) -> Response:
+    """What one agent shall run, exactly as it was signed."""
+    with reading(services.engine) as session:
+        return _bytes(services.fleet.assignments.document(session, agent_id), "assignment of this agent")
+
+
+@router.get("/blobs/{digest}", response_class=Response)
+def get_blob(digest: str, services: Given) -> Response:
+    """Stored bytes by their sha256: manifests and files of bundles."""
+    return _bytes(services.store.get(digest), "content")
+
+
+def _bytes(data: bytes, what: str) -> Response:
+    if not data:
+        raise InputError("trust.unknown", f"There is no {what}.", expected=what, got="nothing")
+    return Response(data, media_type="application/octet-stream")

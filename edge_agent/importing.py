@@ -1,0 +1,187 @@
+"""The way in without a network: a folder, for example from a stick, with what the broker would have given.
+
+`stage_import` copies it beside the agent's state, whole or not at all; a running supervisor (or the next one) finds it
+and treats it as if it had arrived over the network: the same verification, the same fetch, self-test and trial. The
+folder of `sortline export`: `tuf.json`, `desired.json`, and every blob under the path of its topic.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from edge_agent.link import Incoming
+from models.chunking import CHUNK_BYTES
+from models.errors import CapacityError, InputError, SortlineError
+from models.files import sync_directory
+from models.messages import BLOBS, MAX_CONTROL_BYTES, Desired, decode
+
+log = logging.getLogger("sortline.importing")
+SET, DESIRED, STAGED = "tuf.json", "desired.json", "import"
+_MAX_SET_BYTES: Final = 120 * 1024
+_MAX_FILES: Final = 20_000
+
+
+def read_export(source: Path) -> tuple[bytes, bytes]:
+    """Signed metadata and desired state of a folder, not verified.
+
+    Raises:
+        InputError: `import.not_an_export`.
+    """
+    return _read(source / SET, _MAX_SET_BYTES), _read(source / DESIRED, MAX_CONTROL_BYTES)
+
+
+def stage_import(source: Path, state_dir: Path) -> Desired:
+    """Puts the content of a folder where the agent looks.
+
+    Args:
+        source: Written by `sortline export`.
+        state_dir: Of the agent; it may be running.
+
+    Returns:
+        What the folder wants, not verified yet.
+
+    Raises:
+        InputError: `import.not_an_export`: something is missing, too large or no regular file.
+        MessageError: `desired.json` is none.
+        CapacityError: `import.disk_full`.
+    """
+    offered, document = read_export(source)
+    desired = decode(document, Desired)
+    files = {SET: offered, DESIRED: document}
+    blobs = sorted(path for path in (source / BLOBS).rglob("*") if not path.is_dir())
+    if not blobs or len(blobs) > _MAX_FILES:
+        raise _no_export(source, f"1 to {_MAX_FILES} blobs", len(blobs))
+    building, staged = state_dir / f".{STAGED}.partial", state_dir / STAGED
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        for name, data in files.items():
+            _write(building / name, data)
+        for path in blobs:
+            _write(building / path.relative_to(source), _read(path, CHUNK_BYTES))
+        shutil.rmtree(staged, ignore_errors=True)
+        building.rename(staged)
+        sync_directory(state_dir)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise CapacityError("import.disk_full", "The folder does not fit beside the agent.", got=error) from error
+    return desired
+
+
+class Stick:
+    """What was staged, seen from the supervisor.
+
+    Args:
+        state_dir: Of the agent.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir, self._folder = state_dir, state_dir / STAGED
+        self._seen = 0
+        self._bundle = ""
+
+    @property
+    def present(self) -> bool:
+        """Whether blobs may be had here."""
+        return bool(self._bundle)
+
+    def news(self) -> tuple[bytes, bytes] | None:
+        """Set and desired state of a folder that was not looked at yet; one whose bundle is in a slot is removed."""
+        if self._bundle and (self._state_dir / "slots" / self._bundle).is_dir():
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._bundle = ""
+        try:
+            stamp = self._folder.stat().st_ino
+            if stamp == self._seen:
+                return None
+            self._seen = stamp
+            found = read_export(self._folder)
+            self._bundle = decode(found[1], Desired).bundle
+        except FileNotFoundError:
+            return None
+        except (OSError, SortlineError) as error:
+            log.warning("what was imported cannot be used: %s", error)
+            return None
+        return found
+
+    def blob(self, topic: str) -> bytes | None:
+        """What the folder holds for a topic; checked by whoever asked."""
+        try:
+            return _read(self._folder / topic, CHUNK_BYTES) if self._bundle else None
+        except InputError:
+            return None
+
+
+class Network(Protocol):
+    """The part of the link that is needed."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection."""
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
+        """Sends; False when it could not."""
+
+    def subscribe(self, topics: list[str]) -> None:
+        """Subscribes to exact topics."""
+
+    def unsubscribe(self, topics: list[str]) -> None:
+        """Ends subscriptions."""
+
+
+class StickOrNetwork:
+    """A connection whose blobs come from the stick as far as it has them, else from the broker.
+
+    Args:
+        network: The link.
+        stick: What was staged.
+        deliver: Gets an `Incoming` for every blob of the stick.
+    """
+
+    def __init__(self, network: Network, stick: Stick, deliver: Callable[[Incoming], bool]) -> None:
+        self._network, self._stick, self._deliver = network, stick, deliver
+
+    @property
+    def connected(self) -> bool:
+        """Whether asking for a blob makes sense."""
+        return self._network.connected or self._stick.present
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
+        """Sends; False when it could not."""
+        return self._network.publish(topic, payload, qos=qos, retain=retain)
+
+    def subscribe(self, topics: list[str]) -> None:
+        """Delivers what the stick has, subscribes to the rest."""
+        rest = []
+        for topic in topics:
+            data = self._stick.blob(topic)
+            if data is None:
+                rest.append(topic)
+            else:
+                self._deliver(Incoming(topic, data))
+        self._network.subscribe(rest)
+
+    def unsubscribe(self, topics: list[str]) -> None:
+        """Ends subscriptions."""
+        self._network.unsubscribe(topics)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        stream.write(data)
+
+
+def _read(path: Path, limit: int) -> bytes:
+    if not path.is_file() or path.is_symlink():
+        raise _no_export(path, "a file", "nothing")
+    with path.open("rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise _no_export(path, f"<= {limit} bytes", f"{path.stat().st_size} bytes")
+    return data
+
+
+def _no_export(path: Path, expected: object, got: object) -> InputError:
+    return InputError("import.not_an_export", f"{path}: no folder of `sortline export`.", expected=expected, got=got)

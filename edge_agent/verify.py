@@ -1,0 +1,147 @@
+"""Verifies one desired state in a process of its own: `python -m edge_agent.verify --folder D --root F --agent ID`.
+
+The libraries of signatures take memory and read hostile bytes: they live here for half a second, never in the
+supervisor. Reads one MessagePack `Question` from standard input, prints one JSON `Answer`; exit status 0 = accepted.
+What is trusted from now on is on disk before the answer is given. Rules: `models.trust`.
+"""
+
+import argparse
+import fcntl
+import resource
+import shutil
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from models.errors import SortlineError, TrustError
+from models.files import write_atomically
+from models.messages import MAX_CONTROL_BYTES, Desired, Fault
+from models.trust import MAX_SET_BYTES, MAX_TRUSTED_BYTES, Outcome, parse_set, verify
+
+TRUSTED = "trusted.json"
+MAX_ROOT_BYTES = 64 * 1024
+_CPU_S = 20
+_MEMORY_BYTES = 768 * 1024 * 1024
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """What came over the network or from a stick."""
+
+    offered: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_SET_BYTES)]
+    document: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_CONTROL_BYTES)] | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be done about it."""
+
+    desired: Desired | None = None
+    fault: Fault | None = None
+    facts: dict[str, str] = {}
+    quarantined: str = ""
+    """Where a broken memory of trust was set aside."""
+
+
+def answer(question: Question, *, folder: Path, root: Path, agent_id: str, now: datetime) -> Answer:
+    """Verifies, persists what is trusted, answers.
+
+    Args:
+        question: What came.
+        folder: The agent's trust folder: `trusted.json`; one process at a time works in it.
+        root: The trust anchor.
+        agent_id: Whose assignment it must be.
+        now: The machine's clock.
+
+    Raises:
+        OSError: The disk refused; nothing was accepted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            anchor = _read(root, MAX_ROOT_BYTES)
+        except OSError as error:
+            return _refused(
+                TrustError(
+                    "trust.no_anchor",
+                    f"{root} cannot be read; put the root of this installation there.",
+                    expected="root.json",
+                    got=error.strerror,
+                )
+            )
+        trusted, quarantined = _memory(folder / TRUSTED)
+        scratch = folder / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            outcome = verify(
+                question.offered,
+                question.document,
+                agent_id=agent_id,
+                anchor=anchor,
+                trusted=trusted,
+                now=now,
+                scratch=scratch,
+            )
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if outcome.trusted != trusted:
+            write_atomically(folder / TRUSTED, outcome.trusted)
+        return _answer(outcome, quarantined)
+
+
+def _answer(outcome: Outcome, quarantined: str) -> Answer:
+    refused = _refused(outcome.error) if outcome.error else Answer()
+    desired = outcome.assignment.desired if outcome.assignment else None
+    return msgspec.structs.replace(refused, desired=desired, facts=outcome.facts, quarantined=quarantined)
+
+
+def _refused(error: SortlineError) -> Answer:
+    return Answer(fault=Fault(code=error.code, message=str(error)[:600]))
+
+
+def _memory(path: Path) -> tuple[bytes, str]:
+    """What was trusted; a broken file is set aside, and trust begins again at the anchor."""
+    if not path.exists():
+        return b"", ""
+    data = _read(path, MAX_TRUSTED_BYTES)
+    try:
+        parse_set(data, MAX_TRUSTED_BYTES)
+    except TrustError:
+        broken = path.with_name(f"{path.name}.broken")
+        path.replace(broken)
+        return b"", str(broken)
+    return data, ""
+
+
+def _read(path: Path, limit: int) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(limit + 1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of the process."""
+    parser = argparse.ArgumentParser(prog="python -m edge_agent.verify", description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="the agent's trust folder")
+    parser.add_argument("--root", type=Path, required=True, help="the trust anchor, root.json")
+    parser.add_argument("--agent", required=True, help="agent id")
+    arguments = parser.parse_args(argv)
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
+    data = sys.stdin.buffer.read(3 * MAX_SET_BYTES)
+    try:
+        question = msgspec.msgpack.decode(data, type=Question)
+        found = answer(
+            question, folder=arguments.folder, root=arguments.root, agent_id=arguments.agent, now=datetime.now(UTC)
+        )
+    except msgspec.MsgspecError as error:
+        found = _refused(TrustError("trust.malformed", "This is no question.", expected="Question", got=error))
+    except OSError as error:
+        found = _refused(TrustError("trust.not_persisted", "The disk refuses to keep what is trusted.", got=error))
+    sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
+    return 0 if found.fault is None else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,192 @@
+"""Nothing unproven passes the gate, nothing proven waits for ever; verification is the real process."""
+
+import queue
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_agent.config import TrustConfig
+from edge_agent.gate import Gate, Verified
+from edge_agent.verify import TRUSTED, Question, answer
+from models.errors import MessageError, SortlineError
+from models.messages import Desired
+from tests.simulators.trust_repository import Repository
+
+
+@dataclass
+class Host:
+    counters: Counter[str] = field(default_factory=Counter)
+    events: queue.Queue = field(default_factory=queue.Queue)
+    faults: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    generation: int = 0
+    now: float = 1000.0
+
+    def enqueue(self, event: object) -> bool:
+        self.events.put(event)
+        return True
+
+    def event(self, code: str, message: str, **facts: str) -> None:
+        self.said.append(code)
+
+    def blame(self, error: SortlineError) -> None:
+        self.faults.append(error.code)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path / "repository", now=datetime.now(UTC).replace(microsecond=0))
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def gate(repository: Repository, host: Host, tmp_path: Path) -> Gate:
+    found = Gate(tmp_path / "agent", TrustConfig(), "line-1", host, lambda: host.generation, lambda: host.now)
+    found.folder.mkdir(parents=True)
+    (found.folder / "root.json").write_bytes(repository.anchor)
+    return found
+
+
+def turn(gate: Gate, host: Host, after_s: float = 1.0) -> Desired | None:
+    """Lets time pass and waits for the process if one was started."""
+    host.now += after_s
+    gate.tick()
+    if not gate._running:
+        return None
+    event = host.events.get(timeout=30)
+    assert isinstance(event, Verified)
+    return gate.done(event)
+
+
+def assigned(repository: Repository, generation: int = 1, content: bytes = b"model") -> tuple[bytes, bytes]:
+    document = repository.assign("line-1", repository.release(content), generation)
+    return repository.seal(), document
+
+
+def test_a_proven_assignment_passes_once_in_whatever_order_it_came(
+    repository: Repository, gate: Gate, host: Host
+) -> None:
+    offered, document = assigned(repository, 3)
+    gate.offer_document(document)
+    assert turn(gate, host) is None
+    assert host.faults == ["trust.no_set"]
+    gate.offer_set(offered)
+    assert turn(gate, host).generation == 3
+    assert gate.facts["timestamp_version"] == "1"
+    assert turn(gate, host) is None
+    # Hourly metadata is looked at later, and the assignment stays what it is.
+    gate.offer_set(repository.seal())
+    assert turn(gate, host, 10.0) is None
+    assert turn(gate, host, 300.0).generation == 3
+    assert gate.facts["timestamp_version"] == "2"
+
+
+def test_a_set_on_its_way_is_no_attack_and_a_set_that_never_comes_is_reported(
+    repository: Repository, gate: Gate, host: Host
+) -> None:
+    offered, document = assigned(repository)
+    gate.offer_set(offered)
+    gate.offer_document(document)
+    assert turn(gate, host) is not None
+    host.generation = 1
+    newer, second = assigned(repository, 2, b"better")
+    gate.offer_document(second)
+    assert turn(gate, host) is None
+    assert host.faults == []
+    assert turn(gate, host, 4.0) is None
+    assert host.faults == ["trust.wrong_assignment"]
+    assert host.counters["refused_trust.wrong_assignment"] == 2
+    gate.offer_set(newer)
+    assert turn(gate, host).generation == 2
+
+
+def test_a_replayed_set_changes_nothing_and_alarms_only_where_something_new_was_wanted(
+    repository: Repository, gate: Gate, host: Host
+) -> None:
+    old, old_document = assigned(repository)
+    newer, document = assigned(repository, 2, b"better")
+    gate.offer_set(newer)
+    gate.offer_document(document)
+    assert turn(gate, host).generation == 2
+    host.generation = 2
+    gate.offer_set(old)
+    gate.offer_document(old_document)
+    assert turn(gate, host) is None
+    assert host.counters["refused_trust.rollback"] == 1
+    assert host.faults == []
+
+
+def test_an_agent_without_anchor_says_so_and_begins_when_it_gets_one(
+    repository: Repository, gate: Gate, host: Host
+) -> None:
+    (gate.folder / "root.json").unlink()
+    offered, document = assigned(repository)
+    gate.offer_set(offered)
+    gate.offer_document(document)
+    assert turn(gate, host) is None
+    assert host.faults == ["trust.no_anchor"]
+    (gate.folder / "root.json").write_bytes(repository.anchor)
+    assert turn(gate, host, 31.0) is not None
+
+
+def test_a_broken_memory_is_set_aside_and_trust_begins_at_the_anchor(
+    repository: Repository, gate: Gate, host: Host
+) -> None:
+    (gate.folder / TRUSTED).write_bytes(b"\0" * 40)
+    offered, document = assigned(repository)
+    gate.offer_set(offered)
+    gate.offer_document(document)
+    assert turn(gate, host) is not None
+    assert host.said == ["trust.memory_broken"]
+    assert (gate.folder / f"{TRUSTED}.broken").exists()
+    assert not (gate.folder / "scratch").exists()
+
+
+def test_garbage_is_refused_before_a_process_is_started(gate: Gate, host: Host) -> None:
+    for payload in (b"", b"{}", b"x" * 9000):
+        with pytest.raises(MessageError):
+            gate.offer_document(payload)
+    with pytest.raises(MessageError):
+        gate.offer_set(b"x" * 200_000)
+    assert turn(gate, host) is None
+    assert host.faults == []
+
+
+def test_a_verifier_that_crashes_accepts_nothing(
+    repository: Repository, gate: Gate, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered, document = assigned(repository)
+    gate.offer_set(offered)
+    gate.offer_document(document)
+    monkeypatch.setattr("edge_agent.gate.sys.executable", "/bin/false")
+    assert turn(gate, host) is None
+    assert host.faults == ["trust.crashed"]
+    monkeypatch.undo()
+    assert turn(gate, host, 31.0) is not None
+
+
+def test_what_is_trusted_is_on_disk_before_the_answer(repository: Repository, tmp_path: Path) -> None:
+    offered, document = assigned(repository)
+    root = tmp_path / "root.json"
+    root.write_bytes(repository.anchor)
+    question = Question(offered=offered, document=document)
+    folder = tmp_path / "trust"
+    given = {"folder": folder, "root": root, "agent_id": "line-1", "now": repository.now}
+    found = answer(question, **given)
+    assert found.desired is not None
+    kept = (folder / TRUSTED).read_bytes()
+    folder.joinpath(TRUSTED).unlink()
+    folder.joinpath(TRUSTED).mkdir()  # the disk refuses
+    with pytest.raises(OSError):  # noqa: PT011  any refusal of the disk
+        answer(question, **given)
+    folder.joinpath(TRUSTED).rmdir()
+    folder.joinpath(TRUSTED).write_bytes(kept)
+    assert answer(question, **given) == msgspec.structs.replace(found)
