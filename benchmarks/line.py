@@ -23,7 +23,7 @@ from control_plane.training.pipeline import TrainSettings, train
 from edge_agent.collect import collect
 from edge_agent.line_config import LineConfig
 
-ITEMS = 400
+ITEMS = 800
 
 
 def cached_bundle(console: Console) -> Path:
@@ -55,15 +55,15 @@ def cached_bundle(console: Console) -> Path:
 def stages(figures: Figures, bundle: Path, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """What can be measured, by name, in the order of the run."""
     quick = options.quick
-    soak_s = options.soak or (16.0 if quick else 600.0)
+    soak_s = options.soak or (12.0 if quick else 600.0)
     return {
         "overhead": lambda: speed.overhead(figures, bundle, 150 if quick else 600),
-        "plain": lambda: speed.plain_loop(figures, bundle, 100 if quick else 450),
-        "tracking": lambda: tracking.stage(figures, 200 if quick else 900, options.peers),
+        "plain": lambda: speed.plain_loop(figures, bundle, 90 if quick else 450),
+        "tracking": lambda: tracking.stage(figures, 150 if quick else 900, options.peers),
         "saturation": lambda: speed.saturation(figures, bundle, 20 if quick else 150),
         "model": lambda: quantised.stage(figures, bundle, quick=quick),
-        "routing": lambda: routing.stage(figures, bundle, 6.0 if quick else 60.0),
-        "agent": lambda: agent.stage(figures, bundle, 4.0 if quick else 30.0, 1 if quick else 5),
+        "routing": lambda: routing.stage(figures, bundle, 5.0 if quick else 60.0),
+        "agent": lambda: agent.stage(figures, bundle, 6.0 if quick else 30.0, 1 if quick else 5),
         "soak": lambda: soak.stage(figures, bundle, soak_s),
     }
 
@@ -72,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, help="trained bundle; one is trained and kept when missing")
     parser.add_argument("--quick", action="store_true", help="under a minute with a bundle")
-    parser.add_argument("--soak", type=float, default=0.0, metavar="S", help="seconds of the soak (600; quick 16)")
+    parser.add_argument("--soak", type=float, default=0.0, metavar="S", help="seconds of the soak (600; quick 12)")
     parser.add_argument("--only", metavar="STAGE,...", default="", help="some of the stages")
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="has the extra `bench` installed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")

@@ -88,7 +88,7 @@ def tracker_works(python: str) -> str:
     if done.returncode == 0:
         return ""
     return (
-        f"supervision is not installed in {python}: "
+        f"Roboflow's trackers are not installed in {python}: "
         "pip install 'sortline[bench]' in an environment of its own, then --peers ENVIRONMENT/bin/python"
     )
 

@@ -27,6 +27,8 @@ from edge_agent.sorting import LineCore
 
 NEAR_MM: Final = 20.0
 """A verdict belongs to the item whose centre is this close."""
+_ENOUGH: Final = 300
+"""Items from which a share of 90 % is known to 3.4 % (95 %)."""
 UNSTEADY: Final = (
     "2s speed_factor=0.8; 5s speed_factor=1.2; 8s stopped; 9.5s clear; 12s speed_factor=1.2; 14s stopped; "
     "15s speed_factor=0.8; 18s clear; 20s stopped; 21s speed_factor=1.1; 24s clear"
@@ -100,11 +102,11 @@ def stage(figures: Figures, bundle: Path, seconds: float) -> None:
         config = SimulationConfig(seed=31, lanes=4, items_per_s=rate)
         passed = run(config, judge, frames, UNSTEADY)
         name = f"{rate:g} items/s/lane: ended in the outlet of its verdict"
-        rows.append((name, passed.routed_right / len(passed.settled), f"of {len(passed.settled)} items"))
-        bounds[name] = (">=", 0.99)
+        rows.append((name, 100.0 * passed.routed_right / len(passed.settled), f"% of {len(passed.settled)} items"))
+        bounds[name] = (">=", 99.0)
         right, truly, total = right + passed.routed_right, truly + passed.sorted_right, total + len(passed.settled)
-    rows.append(("all rates: ended in the outlet of its verdict", right / total, f"of {total} items"))
-    rows.append(("all rates: ended where its true kind belongs", truly / total, "(the model included)"))
+    rows.append(("all rates: ended in the outlet of its verdict", 100.0 * right / total, f"% of {total} items"))
+    rows.append(("all rates: ended where its true kind belongs", 100.0 * truly / total, "%, the model included"))
     figures.table("routing, 4 lanes, speed +-20 % and stops", rows, bounds)
     repeatability(figures, judge, frames)
 
@@ -116,8 +118,8 @@ def repeatability(figures: Figures, judge: Judge, frames: int) -> None:
     rows: list[Row] = []
     bounds = {}
     for name, again, shift, limit in (
-        ("same lane, another roll and noise: same outlet", 1, 0, 0.90),
-        ("next lane, another roll and noise: same outlet", 2, 1, 0.81),
+        ("same lane, another roll and noise: same outlet", 1, 0, 90.0),
+        ("next lane, another roll and noise: same outlet", 2, 1, 81.0),
     ):
         other = msgspec.structs.replace(config, again=again, shifted_lanes=shift)
         second = _by_place(run(other, judge, frames), shift, config.lanes)
@@ -125,9 +127,11 @@ def repeatability(figures: Figures, judge: Judge, frames: int) -> None:
         # The apples must be the same ones, or the figure means nothing.
         assert all(a[0] == b[0] for a, b in both)
         share = sum(a[1] == b[1] for a, b in both) / len(both)
-        rows.append((name, share, f"of {len(both)} items"))
-        bounds[name] = (">=", limit)
-    figures.table("repeatability of the outlet, the same items twice", rows, bounds)
+        rows.append((name, 100.0 * share, f"% of {len(both)} items"))
+        if len(both) >= _ENOUGH:
+            bounds[name] = (">=", limit)
+    note = "" if bounds else f"Fewer than {_ENOUGH} items: too few to hold it against the published 90 and 81 %."
+    figures.table("repeatability of the outlet, the same items twice", rows, bounds, note=note)
 
 
 def _by_place(passed: Passed, shift: int, lanes: int) -> dict[tuple[int, int], tuple[str, str]]:

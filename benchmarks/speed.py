@@ -186,8 +186,8 @@ def plain_loop(figures: Figures, bundle: Path, count: int) -> None:
         ("ours, per frame", 1e3 * ours_s / count, "ms of processor time"),
         ("plain loop, per frame", 1e3 * theirs_s / count, "ms of processor time"),
         ("ours / plain loop, time", ours_s / theirs_s, ""),
-        ("ours: good and bad told apart", statistics.mean(ours[k] for k in both), f"of {len(both)} items"),
-        ("plain loop: good and bad told apart", statistics.mean(theirs[k] for k in both), ""),
+        ("ours: good and bad told apart", 100.0 * statistics.mean(ours[k] for k in both), f"% of {len(both)} items"),
+        ("plain loop: good and bad told apart", 100.0 * statistics.mean(theirs[k] for k in both), "%"),
         ("plain loop: MOTA", found["mota"], ""),
         ("plain loop: IDF1", found["idf1"], ""),
     ]
