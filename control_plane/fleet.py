@@ -62,6 +62,7 @@ from models.windows import Window
 
 log = logging.getLogger("sortline.fleet")
 _MAX_WAITING: Final = 5000
+_AT_A_TIME: Final = 256
 _SENTINEL_WAIT_S: Final = 1.5
 
 
@@ -195,10 +196,13 @@ class FleetLink:
     def _ingest(self) -> None:
         while not self._stopping.is_set():
             try:
-                topic, payload = self._incoming.get(timeout=0.5)
+                waiting = [self._incoming.get(timeout=0.5)]
             except queue.Empty:
                 continue
-            self._take_at_last(topic, payload)
+            while len(waiting) < _AT_A_TIME and not self._incoming.empty():
+                waiting.append(self._incoming.get_nowait())
+            for topic, payload in _newest_reports(waiting):
+                self._take_at_last(topic, payload)
             if self._missed.is_set() and self._control.is_connected():
                 # Presence and reports are retained: asking again brings back what was dropped while we waited.
                 self._missed.clear()
@@ -404,6 +408,12 @@ class FleetLink:
         if document or not agent.desired_bundle:
             topic = agent_topic(agent.id, Channel.DESIRED)
             self._control.publish(topic, document, qos=1, retain=True)
+
+
+def _newest_reports(messages: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    """Leaves out reports that a later one of the same agent replaces: where many wait, only the last word counts."""
+    last = {topic: at for at, (topic, _) in enumerate(messages) if topic.endswith(f"/{Channel.REPORTED}")}
+    return [message for at, message in enumerate(messages) if last.get(message[0], at) == at]
 
 
 def _topics(*channels: str) -> list[tuple[str, int]]:

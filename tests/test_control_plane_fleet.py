@@ -18,6 +18,7 @@ from control_plane.database import (
     take_lease,
     writing,
 )
+from control_plane.fleet import _newest_reports
 from control_plane.jobs import cancel, claim, finish, get_job, heartbeat, submit
 from control_plane.monitoring import State, agent_status, completeness_of, connection_of, rates
 from control_plane.registry import find_version, register, set_stage
@@ -120,6 +121,13 @@ def test_a_record_that_is_no_good_is_kept_as_refused_and_does_not_block(services
 def test_hostile_messages_are_refused_by_name(services: Services, topic: str, payload: bytes) -> None:
     with pytest.raises(MessageError):
         services.fleet.take(topic, payload)
+
+
+def test_of_many_reports_that_wait_the_last_of_each_agent_is_taken_and_nothing_else_is_left_out() -> None:
+    a, b = agent_topic("line-1", Channel.REPORTED), agent_topic("line-2", Channel.REPORTED)
+    batches = agent_topic("line-1", Channel.BATCH)
+    waiting = [(a, b"1"), (batches, b"x"), (b, b"2"), (a, b"3"), (batches, b"y"), (a, b"4")]
+    assert _newest_reports(waiting) == [(batches, b"x"), (b, b"2"), (batches, b"y"), (a, b"4")]
 
 
 def test_the_will_of_an_older_boot_does_not_put_an_agent_offline(services: Services) -> None:

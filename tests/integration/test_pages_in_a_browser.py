@@ -19,7 +19,7 @@ from models.bundle import LINEAGE, write_bundle
 from models.messages import Channel, Live, Phase, Presence, agent_topic, encode
 from tests.simulators.plane import make_services
 from tests.simulators.processes import free_port, wait_until
-from tests.simulators.tiny_bundle import tiny_files
+from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
 from tests.test_control_plane_fleet import BOOT, batch, reported, window
 from tests.test_control_plane_tuning import held
 
@@ -131,4 +131,42 @@ def test_every_page_opens_without_an_error(site: Site, page: Page, path: str) ->
     answer = page.goto(site.url + path, wait_until="load")
     assert answer is not None
     assert answer.status == 200
+    assert problems == []
+
+
+@pytest.mark.slow
+def test_a_rollout_is_previewed_started_watched_and_stopped_on_its_page(site: Site, page: Page, tmp_path: Path) -> None:
+    services, url, _ = site
+    digest = tiny_bundle(tmp_path / "b").digest
+    with writing(services.engine) as session:
+        register(session, services.store, tmp_path / "b", actor="t", now=utc_now())
+        session.commit()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"{url}/rollouts", wait_until="load")
+    page.fill("#actor", "maria")
+    page.fill("[name=waves]", "100%")
+    assert not page.locator("#start").is_visible(), "nothing starts unseen"
+    page.click("#look")
+    page.wait_for_selector("#radius td")
+    assert "worst case" in page.locator("#radius").inner_text().lower()
+    page.click("#start")
+    page.wait_for_selector('[data-rollout="1"][data-state="running"]')
+    services.rollouts.step(utc_now())
+    page.locator('[data-rollout="1"] summary').click()
+    page.fill('[data-rollout="1"] .reason', "half typ")
+    page.focus('[data-rollout="1"] .reason')
+    facts = {"generation": 1, "phase": Phase.ROLLED_BACK, "blocked": (digest,), "line_running": True}
+    say(services, "line-1", **facts)
+    page.wait_for_selector('[data-rollout="1"] .chip.o-broken')
+    assert page.locator('[data-rollout="1"] details').get_attribute("open") is not None
+    page.keyboard.type("ed")
+    assert page.locator('[data-rollout="1"] .reason').input_value() == "half typed"
+    services.rollouts.step(utc_now())
+    page.wait_for_selector('[data-rollout="1"][data-state="aborted"]')
+    assert "1 of 1" in page.locator('[data-rollout="1"] .why').inner_text()
+    page.click('[data-rollout="1"] [data-act=rollback]')
+    page.wait_for_selector('[data-rollout="1"][data-state="rolling-back"]')
+    assert "rollback by maria: half typed" in page.locator('[data-rollout="1"] .why').inner_text()
     assert problems == []

@@ -77,7 +77,7 @@ class Site:
         self.planes.append(plane)
         self.urls.append(f"http://127.0.0.1:{port}")
         if wait:
-            wait_until(lambda: self.ready(-1) or plane.poll() is not None, 30, "a control plane")
+            wait_until(lambda: self.ready(-1) or plane.poll() is not None, 90, "a control plane")
         return plane
 
     def log(self, number: int) -> str:
@@ -168,7 +168,7 @@ def test_killed_at_every_transition_a_rollout_goes_on_where_the_database_is(site
             # Each life ends at its first turn that does something, at the next point: so every transition is cut off
             # before its commit, then between commit and publication, then after it.
             plane = site.start(POINTS[lives % len(POINTS)], wait=False)
-            assert plane.wait(40) == -signal.SIGKILL, site.log(-1)
+            assert plane.wait(120) == -signal.SIGKILL, site.log(-1)
             lives += 1
             assert lives < 60, "the rollout does not move"
         assert lives > 12
@@ -191,12 +191,12 @@ def test_of_two_replicas_one_leads_and_the_one_that_slept_writes_nothing(site: S
         rollout_id = site.create(waves=[2, 5, "100%"])
         stopped = Path(f"/proc/{sleeper.pid}/stat")
         wait_until(lambda: stopped.read_text().rsplit(")")[1].split()[0] == "T", 10, "the leader to be stopped")
-        wait_until(lambda: site.rollout(rollout_id).wave == 1, 20, "the second replica to lead")
+        wait_until(lambda: site.rollout(rollout_id).wave == 1, 60, "the second replica to lead")
         assert site.lease().fence == fence + 1
         holder = site.lease().holder
         sleeper.send_signal(signal.SIGCONT)
         wait_until(lambda: "nothing was written" in site.log(0), 10, "the sleeper to notice")
-        wait_until(lambda: site.rollout(rollout_id).state == RolloutState.COMPLETED, 30, "the rollout")
+        wait_until(lambda: site.rollout(rollout_id).state == RolloutState.COMPLETED, 60, "the rollout")
         assert (site.lease().holder, site.lease().fence) == (holder, fence + 1), "the sleeper does not lead again"
         for agent in fleet.agents.values():
             agent.manner.window_s = 0.0

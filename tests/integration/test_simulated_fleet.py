@@ -17,7 +17,7 @@ from tests.test_control_plane_fleet import register_tiny, start_rollout, state_o
 
 BROKERS = [
     pytest.param(embedded_broker, id="embedded"),
-    pytest.param(mosquitto_broker, id="mosquitto", marks=pytest.mark.mosquitto),
+    pytest.param(mosquitto_broker, id="mosquitto", marks=[pytest.mark.mosquitto, pytest.mark.slow]),
 ]
 
 

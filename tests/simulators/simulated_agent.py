@@ -34,6 +34,7 @@ from models.messages import (
     Record,
     RecordKind,
     Reported,
+    Request,
     agent_topic,
     blob_topic,
     decode,
@@ -59,6 +60,8 @@ class Manner:
     report_s: float = 10.0
     retry_s: float = 5.0
     """A batch that is not acknowledged is sent again after this."""
+    stall_s: float = 5.0
+    """A chunk that does not come for so long is asked for."""
     live_hz: float = 0.0
     reconnect_s: tuple[float, float] = (0.2, 2.0)
 
@@ -132,7 +135,7 @@ class SimulatedAgent:
         self._subscribed: set[str] = set()
         self._sent: tuple[Record, ...] = ()
         self._send_due_s = 0.0
-        self._phase_s = self._reported_s = self._live_s = 0.0
+        self._phase_s = self._progress_s = self._reported_s = self._live_s = 0.0
         self._window_s = time.monotonic() + self._rng.uniform(0.0, max(self.manner.window_s, 0.01))
         self._items = self._window_items = 0.0
         self._last_s = time.monotonic()
@@ -249,7 +252,8 @@ class SimulatedAgent:
         self._enter(Phase.FETCHING)
 
     def _enter(self, phase: Phase) -> None:
-        self.held.phase, self._phase_s = phase, time.monotonic()
+        self.held.phase = phase
+        self._phase_s = self._progress_s = time.monotonic()
         if phase is Phase.TRIAL:
             self._items = 0.0
         self.report()
@@ -262,10 +266,16 @@ class SimulatedAgent:
 
     def _want(self) -> None:
         """Subscribes to the next chunks, at most a window of them."""
-        if self._manifest is None:
-            wanted = [blob_topic(self.held.target)]
-        else:
-            wanted = [blob_topic(digest) for digest in self._missing[:WINDOW_OF_CHUNKS]]
+        digests = [self.held.target] if self._manifest is None else self._missing[:WINDOW_OF_CHUNKS]
+        wanted = [blob_topic(digest) for digest in digests]
+        now = time.monotonic()
+        if now - self._progress_s > self.manner.stall_s:
+            # As a real agent: what does not come is subscribed anew and asked for.
+            self._progress_s = now
+            self.counters["stalls"] += 1
+            self.client.unsubscribe(sorted(self._subscribed) or wanted)
+            self._subscribed.clear()
+            self.client.publish(self._topic(Channel.REQUEST), encode(Request(digests=tuple(digests))), qos=1)
         new = [topic for topic in wanted if topic not in self._subscribed]
         if new:
             self.client.subscribe([(topic, 1) for topic in new])
@@ -277,6 +287,7 @@ class SimulatedAgent:
             return
         self._subscribed.discard(topic)
         self.client.unsubscribe(topic)
+        self._progress_s = time.monotonic()
         self.counters["chunk_bytes"] += len(payload)
         if self._manifest is None:
             self._manifest = parse_manifest(payload, digest=self.held.target)
