@@ -13,13 +13,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from control_plane.identity.publication import refresh_site
 from edge_agent import enrolling
 from edge_agent.config import AgentConfig, BrokerConfig, IdentityConfig
 from edge_agent.enrolling import enrol, renew
 from edge_agent.identity import FACTS, NEXT_KEY, PAIR, BrokerTls, IdentityUpkeep, read_facts, with_identity
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, UnavailableError
 from tests.simulators.processes import free_port
-from tests.simulators.site import Site, https, make_site
+from tests.simulators.site import Site, device_listener, https, make_site
 
 DAY = 86400.0
 
@@ -178,6 +179,21 @@ def test_a_rotated_authority_is_followed_at_the_next_look(site: Site, url: str, 
     site.enrolment.authority.retire()
     assert not renew(folder, time.time())
     assert (folder / "ca.pem").read_text().count("BEGIN") == 1, "the retired root is not trusted any more"
+
+
+def test_the_listener_shows_the_certificate_that_another_process_renewed(site: Site, tmp_path: Path) -> None:
+    with device_listener(site) as (url, server):
+        folder = tmp_path / "id"
+        enrol(folder, invite(site), url)
+        rotated = site.enrolment.authority.rotate(site.now)
+        refresh_site(rotated, site.now)
+        assert renew(folder, time.time())
+        refresh_site(rotated.retire(), site.now)
+        (folder / "ca.pem").write_bytes(site.enrolment.authority.anchors_pem)
+        with pytest.raises(UnavailableError):
+            renew(folder, time.time())
+        server.follow()
+        assert not renew(folder, time.time())
 
 
 def test_a_revoked_box_is_told_and_keeps_what_it_has(site: Site, url: str, tmp_path: Path) -> None:

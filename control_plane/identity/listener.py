@@ -33,6 +33,7 @@ class DeviceListener:
         self, app: Any, listener: socket.socket, server_pem: Path, site_files: SiteFiles, tell: Callable[[str], None]
     ) -> None:
         self._pem, self._site_files, self._tell = server_pem, site_files, tell
+        self._stamp = server_pem.stat().st_mtime_ns
         self._context = server_context(server_pem)
         self._stopping = threading.Event()
         settings = uvicorn.Config(
@@ -70,9 +71,12 @@ class DeviceListener:
             thread.join(5.0)
 
     def follow(self) -> None:
-        """Brings the site's files up to date; connections from now on see the newest certificate."""
-        if self._site_files.publish():
+        """Brings the site's files up to date; connections from now on see the newest certificate, whoever wrote it."""
+        self._site_files.publish()
+        stamp = self._pem.stat().st_mtime_ns
+        if stamp != self._stamp:
             load_pair(self._context, self._pem)
+            self._stamp = stamp
 
     def _upkeep(self) -> None:
         """Renews the site's own certificates and repeats what brokers should know, each minute."""

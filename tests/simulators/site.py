@@ -170,13 +170,20 @@ def make_site(
 @contextlib.contextmanager
 def https(site: Site) -> Iterator[str]:
     """The enrolment listener, really; yields its URL."""
+    with device_listener(site) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def device_listener(site: Site) -> Iterator[tuple[str, DeviceListener]]:
+    """The enrolment listener with its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     app = create_device_app(site.enrolment, site.counters)
     server = DeviceListener(app, listener, site.files / "server.pem", site.publisher, lambda _name: None)
     server.start()
     try:
         wait_until(lambda: server.started, 10, "the listener")
-        yield f"https://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"https://127.0.0.1:{listener.getsockname()[1]}", server
     finally:
         server.stop()
 
