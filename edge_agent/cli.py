@@ -238,11 +238,13 @@ def _enrol(arguments: argparse.Namespace) -> int:
     import datetime as dt  # noqa: PLC0415
 
     from edge_agent.enrolling import enrol  # noqa: PLC0415
+    from edge_agent.gate import places  # noqa: PLC0415
     from edge_agent.identity import identity_folder  # noqa: PLC0415
 
     token = sys.stdin.readline() if arguments.token == "-" else arguments.token  # noqa: S105  no secret of ours
-    folder = identity_folder(_config(arguments))
-    facts = enrol(folder, token, arguments.control_plane)
+    config = _config(arguments)
+    folder, (_, anchor) = identity_folder(config), places(Path(config.state_dir).resolve(), config.trust)
+    facts = enrol(folder, token, arguments.control_plane, anchor=anchor)
     until = dt.datetime.fromtimestamp(facts.not_after_s, dt.UTC).isoformat()
     _print({"agent": facts.agent, "identity": str(folder), "until": until}, as_json=arguments.json)
     return 0

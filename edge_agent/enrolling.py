@@ -40,13 +40,14 @@ _TIMEOUT_S = 15.0
 _END = "-----END CERTIFICATE-----\n"
 
 
-def enrol(folder: Path, token_text: str, control_plane: str) -> Facts:
-    """Gets the first certificate for a one-time token.
+def enrol(folder: Path, token_text: str, control_plane: str, *, anchor: Path | None = None) -> Facts:
+    """Gets the first certificate for a one-time token, and with it the root of what is signed here.
 
     Args:
         folder: Of the identity; made when it is not there.
         token_text: From `sortline agents enrol NAME`.
         control_plane: `https://host:port` of the enrolment listener.
+        anchor: Where the trust anchor goes when there is none yet; later roots come signed by the earlier ones.
 
     Raises:
         InputError: `identity.bad_token`, `identity.not_https`, or what the control plane refused.
@@ -60,7 +61,7 @@ def enrol(folder: Path, token_text: str, control_plane: str) -> Facts:
     key = _next_key(folder)
     body = EnrolmentRequest(token=token_text.strip(), csr_pem=_request(key, token.agent))
     answer = _call(control_plane, context, "POST", ENROLMENTS_PATH, Enrolled, body)
-    return _keep(folder, key, answer, token.agent, control_plane)
+    return _keep(folder, key, answer, token.agent, control_plane, anchor=anchor)
 
 
 def _pinned_root(control_plane: str, pin: str) -> str:
@@ -126,7 +127,15 @@ def renew(folder: Path, now_s: float) -> bool:
     return True
 
 
-def _keep(folder: Path, key: ec.EllipticCurvePrivateKey, answer: Enrolled, agent: str, control_plane: str) -> Facts:
+def _keep(
+    folder: Path,
+    key: ec.EllipticCurvePrivateKey,
+    answer: Enrolled,
+    agent: str,
+    control_plane: str,
+    *,
+    anchor: Path | None = None,
+) -> Facts:
     """Trust first, then key and certificate in one file, then the facts; each step may be the last before a cut."""
     leaf = x509.load_pem_x509_certificate(_blocks(answer.certificate_pem)[0].encode())
     if leaf.public_key() != key.public_key() or answer.agent != agent:
@@ -136,11 +145,9 @@ def _keep(folder: Path, key: ec.EllipticCurvePrivateKey, answer: Enrolled, agent
     facts = Facts.of(answer, control_plane)
     write_atomically(folder / ANCHORS, answer.ca_pem.encode())
     write_atomically(folder / PAIR, _key_pem(key) + answer.certificate_pem.encode(), mode=0o600)
-    if answer.trust_root:
-        trust = folder.parent / "trust"
-        trust.mkdir(exist_ok=True, mode=0o700)
-        if not (trust / "root.json").exists():
-            write_atomically(trust / "root.json", answer.trust_root.encode())
+    if anchor is not None and answer.trust_root and not anchor.exists():
+        anchor.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(anchor, answer.trust_root.encode())
     write_atomically(folder / FACTS, msgspec.json.encode(facts))
     (folder / NEXT_KEY).unlink(missing_ok=True)
     return facts

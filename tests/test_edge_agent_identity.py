@@ -78,7 +78,7 @@ def test_a_box_gets_the_root_of_signatures_with_its_first_certificate_and_keeps_
 ) -> None:
     anchor = tmp_path / "box" / "trust" / "root.json"
     site.enrolment._trust_root = lambda: '{"root": 1}'
-    enrol(tmp_path / "box" / "identity", invite(site), url)
+    enrol(tmp_path / "box" / "identity", invite(site), url, anchor=anchor)
     assert anchor.read_text() == '{"root": 1}'
     site.enrolment._trust_root = lambda: '{"root": 2}'
     site.enrolment.authority.rotate(site.now)
