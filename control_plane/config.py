@@ -41,6 +41,8 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Connect with the site's certificates (`sortline ca init`)."""
     certificates: str = ""
     """Folder with ca.pem, control.pem and bulk.pem (key and chain each); empty = those of the site's authority."""
+    replica: str = ""
+    """Which replica of the control plane this is (`sortline ca replica NAME`); empty = the first."""
     enabled: bool = True
     retained_max_bytes: Annotated[int, msgspec.Meta(ge=0)] = 2 * 1024**3
     """Most bytes of blobs the broker shall hold; 0 for a broker that keeps no large messages: every agent then asks for

@@ -117,7 +117,8 @@ class FleetLink:
         if self._certificates is None:
             client.username_pw_set(self._config.username, _password(self._config))
         else:
-            context, pair = client_context(self._certificates, stem), self._certificates / f"{stem}.pem"
+            own = f"{stem}-{self._config.replica}" if self._config.replica else stem
+            context, pair = client_context(self._certificates, own), self._certificates / f"{own}.pem"
             client.tls_set_context(context)
             # Renewed certificates, and a new root beside the old one, are used from the next connection on.
             client.on_pre_connect = self._guarded(lambda *_: load_client(context, pair))

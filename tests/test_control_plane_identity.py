@@ -407,6 +407,18 @@ def test_the_sites_certificates_are_renewed_in_time_and_only_then(here: Site) ->
         assert (here.files / name).stat().st_mode & 0o077 == 0
 
 
+def test_a_replica_of_the_control_plane_gets_a_pair_and_a_name_of_its_own(here: Site, tmp_path: Path) -> None:
+    replicated = here.enrolment.authority.add_replica("b")
+    assert refresh_site(replicated, here.now) == ["control-b.pem", "bulk-b.pem"]
+    here.publisher.publish()
+    assert "control-plane-b-bulk" in admission(here).control_planes
+    write_profile(replicated, tmp_path / "mosquitto")
+    assert "user control-plane-b-control" in (tmp_path / "mosquitto" / "acl").read_text()
+    with pytest.raises(InputError) as caught:
+        replicated.add_replica("../b")
+    assert code_of(caught) == "ca.bad_name"
+
+
 def test_revocation_lists_last_a_year_and_are_made_anew_each_week(here: Site) -> None:
     here.enrol("line-1")
     here.enrolment.revoke("line-1", reason="x", actor="x", now=here.now)
@@ -446,6 +458,6 @@ def test_the_profile_follows_enrolment_and_revocation_and_leaves_the_configurati
 
 
 def test_no_agent_is_named_in_another_agents_block() -> None:
-    for block in access_list(["line-1", "line-2"]).split("\n\n")[3:]:
+    for block in access_list(["line-1", "line-2"], ["control-plane-control", "control-plane-bulk"]).split("\n\n")[3:]:
         name = block.splitlines()[0].removeprefix("user ")
         assert all(f"/agents/{name}/" in line for line in block.splitlines() if "/agents/" in line)

@@ -1,7 +1,7 @@
 """Who a client is by its certificate. Follows the site's files: trust, the server's own pair, admission, revocations.
 
 The role stands in the certificate's URI, the name in the URI too; the common name and whatever the client says in
-CONNECT are ignored. An agent must be on the admission list, whoever signed its certificate; no revoked serial passes;
+CONNECT are ignored. Whoever signed its certificate, a name must be on the admission list; no revoked serial passes;
 who is past its time is dropped also in the middle of a session. The list has no end date: an old one keeps good
 clients in. TLS itself (signatures, chains, purposes, dates) is OpenSSL's.
 """
@@ -27,6 +27,7 @@ class _Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema_version: Literal[1]
     agents: frozenset[Annotated[str, msgspec.Meta(max_length=63)]]
     revoked_serials: frozenset[Annotated[str, msgspec.Meta(max_length=40)]] = frozenset()
+    control_planes: frozenset[Annotated[str, msgspec.Meta(max_length=63)]] = frozenset()
 
 
 class Certificates:
@@ -72,7 +73,10 @@ class Certificates:
             status = (self._site / name).stat()
         except OSError as error:
             raise ConfigError(
-                "broker.bad_tls", f"{self._site / name} cannot be read.", expected="site files", got=error.strerror
+                "broker.bad_tls",
+                f"{self._site / name} cannot be read; `sortline ca init` makes the site's certificates.",
+                expected="site files",
+                got=error.strerror,
             ) from error
         return status.st_mtime_ns, status.st_ino
 
@@ -135,5 +139,5 @@ class Certificates:
         return (
             identity.serial not in admission.revoked_serials
             and self._clock() < identity.not_after_s
-            and (identity.role is Role.CONTROL_PLANE or identity.name in admission.agents)
+            and identity.name in (admission.agents if identity.role is Role.AGENT else admission.control_planes)
         )

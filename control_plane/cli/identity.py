@@ -72,6 +72,18 @@ def ca_rotate(
     _show(new.status(now), as_json=as_json)
 
 
+@authority.command("replica")
+def ca_replica(name: str, config: Config = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """Make certificates for another replica of the control plane; it runs with `broker.replica = "NAME"`."""
+    from control_plane.identity.authority import Authority  # noqa: PLC0415
+    from control_plane.identity.publication import refresh_site  # noqa: PLC0415
+
+    now = datetime.now(UTC)
+    new = Authority(_config(config, data_dir).identity_folder).add_replica(name)
+    refresh_site(new, now)
+    _show(new.status(now), as_json=as_json)
+
+
 @authority.command("retire")
 def ca_retire(config: Config = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """End the trust in replaced authorities: an agent that has not renewed since must be enrolled again."""

@@ -38,6 +38,9 @@ SITE: Final = "site"
 _ROOT_KEY: Final = "root-{}.key"
 
 
+ReplicaName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]{1,16}\Z")]
+
+
 class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One issuing authority and the root above it."""
 
@@ -52,6 +55,8 @@ class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     schema_version: Literal[1] = 1
     site: Annotated[str, msgspec.Meta(min_length=1, max_length=40)]
     names: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=32)]
+    replicas: Annotated[tuple[ReplicaName, ...], msgspec.Meta(max_length=16)] = ()
+    """Of the control plane, beside the first."""
     generations: tuple[Generation, ...]
 
 
@@ -235,6 +240,25 @@ class Authority:
         """Changes the names and addresses of the site's servers; returns the new state."""
         with _locked(self.folder):
             return _save(self.folder, self.follow().index, names=_checked_names(names))
+
+    def add_replica(self, name: str) -> "Authority":
+        """Lets another replica of the control plane have certificates; returns the new state.
+
+        Raises:
+            InputError: `ca.bad_name`.
+        """
+        try:
+            replica = msgspec.convert(name, ReplicaName)
+        except msgspec.ValidationError as error:
+            raise InputError(
+                "ca.bad_name",
+                "This is no name of a replica.",
+                expected="1-16 lower-case letters, digits",
+                got=name[:40],
+            ) from error
+        with _locked(self.folder):
+            held = self.follow()
+            return _save(self.folder, held.index, replicas=tuple(dict.fromkeys((*held.index.replicas, replica))))
 
     def status(self, now: datetime) -> dict[str, Any]:
         """Facts for people: ages, where keys lie, what to do next."""

@@ -16,7 +16,7 @@ import msgspec
 
 from control_plane.broker.access import AGENT_PUBLISHES, AGENT_RECEIVES
 from control_plane.identity.authority import SITE, Authority
-from control_plane.identity.publication import CLIENTS, Admission
+from control_plane.identity.publication import Admission
 from models.errors import ConfigError
 from models.files import write_atomically
 from models.messages import ROOT
@@ -61,10 +61,10 @@ log_type notice
 """
 
 
-def access_list(agents: Iterable[str]) -> str:
+def access_list(agents: Iterable[str], planes: Iterable[str]) -> str:
     """The text of `acl`: the control plane's connections, then a block for each agent."""
     blocks = ["# Follows every enrolment and revocation; do not edit."]
-    blocks += [f"user {name}\ntopic readwrite sortline/#\ntopic read $SYS/#" for name in CLIENTS.values()]
+    blocks += [f"user {name}\ntopic readwrite sortline/#\ntopic read $SYS/#" for name in planes]
     shared = (f"{ROOT}/tuf", f"{ROOT}/sentinel", f"{ROOT}/blobs/+")
     for agent in agents:
         own = f"{ROOT}/agents/{agent}"
@@ -116,7 +116,7 @@ def update_profile(site: Path, folder: Path) -> bool:
         wanted = {name: (site / name).read_bytes() for name in _COPIED}
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError("ca.unreadable", f"{site} cannot be read.", expected="site files", got=error) from error
-    wanted[ACL] = access_list(admission.agents).encode()
+    wanted[ACL] = access_list(admission.agents, admission.control_planes).encode()
     changed = False
     for name, data in wanted.items():
         path = folder / name

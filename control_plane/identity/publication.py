@@ -29,11 +29,21 @@ from control_plane.identity.certificates import (
 from models.files import write_atomically
 
 SERVER: Final = "server"
-CLIENTS: Final = {"control": "control-plane-control", "bulk": "control-plane-bulk"}
-"""File and common name of the control plane's connections: brokers force the client id to the name, and two
-connections need two."""
 _SERVER_RENEW_AFTER: Final = timedelta(days=30)
 _REVOCATIONS_RENEW_AFTER: Final = timedelta(days=7)
+
+
+def control_planes(authority: Authority) -> dict[str, str]:
+    """File stem and common name of each of the control plane's connections.
+
+    Brokers may force the client id to the common name, so two connections need two, and so does every replica.
+    """
+    found = {}
+    for replica in ("", *authority.index.replicas):
+        for kind in ("control", "bulk"):
+            suffix = f"-{replica}" if replica else ""
+            found[f"{kind}{suffix}"] = f"control-plane{suffix}-{kind}"
+    return found
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,6 +52,8 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     schema_version: Literal[1] = 1
     agents: tuple[Annotated[str, msgspec.Meta(max_length=63)], ...]
     revoked_serials: tuple[Annotated[str, msgspec.Meta(max_length=40)], ...] = ()
+    control_planes: tuple[Annotated[str, msgspec.Meta(max_length=63)], ...] = ()
+    """Common names of the control plane's own connections."""
 
 
 def refresh_site(authority: Authority, now: datetime) -> list[str]:
@@ -63,7 +75,7 @@ def refresh_site(authority: Authority, now: datetime) -> list[str]:
         leaf = issue_server(issuer, key.public_key(), authority.names, now)
         write_atomically(path, key_pem(key) + certificate_pem(leaf) + authority.chain_pem, mode=0o600)
         changed.append(path.name)
-    for stem, name in CLIENTS.items():
+    for stem, name in control_planes(authority).items():
         path = folder / f"{stem}.pem"
         held = _held(path)
         if held is None or _due(held, authority, now, RENEW_AFTER):
@@ -102,7 +114,11 @@ def publish_admission(
 ) -> bool:
     """Writes who is admitted, for the embedded broker and for mosquitto; returns whether anything changed."""
     folder = authority.folder / SITE
-    admission = Admission(agents=tuple(agents), revoked_serials=tuple(serial for serial, _ in revoked))
+    admission = Admission(
+        agents=tuple(agents),
+        revoked_serials=tuple(serial for serial, _ in revoked),
+        control_planes=tuple(control_planes(authority).values()),
+    )
     changed = _replace(folder / "admission.json", msgspec.json.encode(admission), mode=0o644)
     lists = folder / "crl.pem"
     if changed or _revocations_due(lists, authority, now):
