@@ -6,6 +6,7 @@ makes a new version of the one or, with `--output`, a new directory from the oth
 
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote, urlencode
 
 import typer
 from rich.console import Group
@@ -108,7 +109,7 @@ def recipe_show(
         held = logic.held_out_in(found.lineage, found.recipe)
         shown = {"bundle": found.digest} | logic.described(found.recipe, held, variety=variety, lot=lot)
     else:
-        shown = Client(server).get(f"/api/v1/versions/{_named(reference)}/recipe?variety={variety}&lot={lot}")
+        shown = _of_version(Client(server), reference, variety, lot)
     _show(shown, as_json=as_json)
 
 
@@ -156,7 +157,7 @@ def recipe_tune(
         recipe = logic.changed(found.recipe, logic.parse_change(change), held)
         shown = {"bundle": found.digest} | logic.described(recipe, held, variety=variety, lot=lot)
     else:
-        shown = Client(server).post(f"/api/v1/versions/{_named(reference)}/recipe/preview", change)
+        shown = Client(server).post(f"/api/v1/versions/{quote(_named(reference), safe='')}/recipe/preview", change)
     if plot is not None:
         _plot(shown, plot)
     _show(shown, as_json=as_json)
@@ -194,9 +195,12 @@ def recipe_set(
     )  # fmt: skip
     if bundle is None:
         body = change | {"reason": reason, "actor": "cli"}
-        made = Client(server).post(f"/api/v1/versions/{_named(reference)}/recipe", body)
+        made = Client(server).post(f"/api/v1/versions/{quote(_named(reference), safe='')}/recipe", body)
         err.print(f"version {made['number']} has the new recipe; roll it out like a model")
-        say(made, as_json=as_json)
+        if as_json:
+            say(made, as_json=True)
+        else:
+            _show(_of_version(Client(server), made["bundle"], variety, lot), as_json=False)
         return
     if output is None:
         raise InputError("recipe.bad_option", "--bundle needs --output.", expected="--output DIR", got="nothing")
@@ -208,6 +212,11 @@ def recipe_set(
     recipe = logic.changed(found.recipe, logic.parse_change(change), held)
     written = logic.with_recipe(bundle, output, recipe, reason=reason)
     _show({"bundle": written.digest} | logic.described(recipe, held, variety=variety, lot=lot), as_json=as_json)
+
+
+def _of_version(client: Client, reference: str, variety: str, lot: str) -> dict[str, Any]:
+    query = urlencode({"variety": variety, "lot": lot})
+    return dict(client.get(f"/api/v1/versions/{quote(_named(reference), safe='')}/recipe?{query}"))
 
 
 def _named(reference: str) -> str:
