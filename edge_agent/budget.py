@@ -1,8 +1,8 @@
 """Does the line keep to its abstain budget? Windows in, a change of answer out; no clock, no frames.
 
 A window of ten seconds holds too few items to judge a share of a few percent, so the last windows are added up until
-they hold enough. Over the budget is what is so beyond doubt (lower end of the 95 % interval); within it again is what
-does not exceed it any more: the answer does not flutter.
+they hold enough. Over the budget is what is so beyond doubt (lower end of the 95 % interval, of a hundred items or
+more); within it again is what does not exceed it any more: the answer does not flutter.
 """
 
 from collections import deque
@@ -11,6 +11,8 @@ from typing import Final
 from models.rates import wilson
 
 MEMORY_ITEMS: Final = 400
+LEAST_ITEMS: Final = 100
+"""Fewer accuse nobody: one unsure item of four is more than one percent, and means nothing."""
 
 
 class AbstainWatch:
@@ -40,7 +42,7 @@ class AbstainWatch:
         if self.over:
             self.over = self.share > budget
         else:
-            self.over = wilson(self.share, known)[0] > budget
+            self.over = known >= LEAST_ITEMS and wilson(self.share, known)[0] > budget
         return self.over != before
 
     def forget(self) -> None:

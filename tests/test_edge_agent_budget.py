@@ -30,6 +30,13 @@ def test_one_bad_window_is_no_trend_and_many_are() -> None:
     assert watch.share > 0.1
 
 
+def test_a_few_items_accuse_nobody() -> None:
+    watch = AbstainWatch()
+    assert not watch.update(4, 1, 0.01)
+    assert not watch.update(40, 40, 0.01)
+    assert watch.update(60, 30, 0.01)
+
+
 def test_it_stays_over_until_the_share_is_within_the_budget() -> None:
     watch = AbstainWatch()
     assert watch.update(400, 60, 0.05)

@@ -3,7 +3,6 @@
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -14,13 +13,15 @@ from control_plane.api.app import create_app
 from control_plane.cli import main
 from control_plane.recipes import with_recipe
 from models.bundle import LINEAGE, read_bundle, write_bundle
-from models.messages import Event, Phase, RecordKind, decode_batch, decode_packed
+from models.messages import Event, Phase, decode_packed
 from models.recipe import UNSURE, Recipe, Terms
-from tests.integration.test_whole_system import BROKERS, Plane, agent, end
+from tests.integration.test_whole_system import Plane, agent, end, plane
 from tests.simulators.plane import make_services
 from tests.simulators.processes import free_port, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
 from tests.test_control_plane_tuning import held
+
+__all__ = ["plane"]  # the fixture of the whole-system tests: enrolled, signed, both brokers
 
 
 @pytest.fixture
@@ -60,43 +61,35 @@ def test_the_command_changes_the_recipe_of_a_registered_version(
     assert "recipe.unchanged" in capsys.readouterr().err
 
 
-@dataclass
-class Watching(Plane):
-    """Keeps the codes of events as well."""
-
-    events: list[str] = field(default_factory=list)
-
-    def _take(self, client: object, data: object, message: object) -> None:
-        super()._take(client, data, message)  # type: ignore[arg-type]
-        if message.topic.endswith("/batch"):  # type: ignore[attr-defined]
-            for record in decode_batch(message.payload).records:  # type: ignore[attr-defined]
-                if record.kind is RecordKind.EVENT:
-                    self.events.append(decode_packed(record.payload, Event).code)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("opened", BROKERS)
-def test_a_changed_recipe_is_rolled_out_like_a_model_and_its_budget_is_watched(opened: object, tmp_path: Path) -> None:
+def test_a_changed_recipe_is_signed_and_rolled_out_like_a_model_and_its_budget_is_watched(
+    plane: Plane,
+    tmp_path: Path,
+) -> None:
     tiny_bundle(tmp_path / "before")
     terms = Terms(abstain_budget=0.01, abstain_above=1e-4)  # learnt on other fruit: nearly every item is unsure
     recipe = Recipe(classes=("sound", "defect"), good_class="sound", terms=terms, unsure_outlet="recheck")
     changed = with_recipe(tmp_path / "before", tmp_path / "after", recipe, reason="the market moved")
     before = read_bundle(tmp_path / "before")
-    with opened(tmp_path) as port, Watching(port) as plane:  # type: ignore[operator]
-        process = agent(plane, tmp_path / "state", "--camera", "simulated")
-        try:
-            plane.offer(tmp_path / "before")
-            plane.wish(before.digest, 1)
-            wait_until(lambda: plane.phase(Phase.COMMITTED, before.digest), 60, "the first commit")
-            plane.offer(tmp_path / "after")
-            plane.wish(changed.digest, 2)
-            wait_until(lambda: plane.phase(Phase.COMMITTED, changed.digest), 60, "the second commit")
-            wait_until(lambda: "recipe.over_budget" in plane.events, 60, "the event")
-        finally:
-            assert end(process) == 0
+
+    def events() -> list[str]:
+        records = list(plane.stored.items())
+        return [decode_packed(payload, Event).code for key, payload in records if key not in plane.window_keys]
+
+    process = agent(plane, tmp_path / "state", "--camera", "simulated")
+    try:
+        plane.offer(tmp_path / "before")
+        plane.wish(before.digest, 1)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, before.digest), 60, "the first commit")
+        plane.offer(tmp_path / "after")
+        plane.wish(changed.digest, 2)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, changed.digest), 60, "the second commit")
+        wait_until(lambda: "recipe.over_budget" in events(), 60, "the event")
+    finally:
+        assert end(process) == 0
     by_bundle = {w.bundle: w for w in plane.windows() if w.items}
     assert UNSURE not in by_bundle[before.digest].grades
     after = by_bundle[changed.digest]
     assert after.grades[UNSURE] > 0.05 * after.items
     assert after.outlets["recheck"] == after.grades[UNSURE]
-    assert plane.events.count("recipe.over_budget") == 1
+    assert events().count("recipe.over_budget") == 1
