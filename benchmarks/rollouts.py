@@ -21,9 +21,13 @@ import httpx2
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
-from models.bundle import Bundle, blobs_of, pack
+from control_plane.database import writing
+from control_plane.registry import register
+from control_plane.tables import utc_now
+from models.bundle import Bundle, blobs_of
 from models.messages import Channel, Desired, agent_topic, blob_topic, encode
 from tests.simulators.fleet import Manner, SimulatedFleet
+from tests.simulators.plane import make_services, release
 from tests.simulators.processes import embedded_broker, free_port, running
 from tests.simulators.tiny_bundle import tiny_bundle
 
@@ -64,9 +68,6 @@ class Plane:
         answer = self.http.post(f"/api/v1/{path}", json={"actor": "benchmark"} | body)
         answer.raise_for_status()
         return dict(answer.json())
-
-    def push(self, directory: Path) -> None:
-        self.http.post("/api/v1/versions?actor=benchmark", content=pack(directory)).raise_for_status()
 
     def known(self) -> int:
         return len(self.http.get("/api/v1/agents").json())
@@ -113,16 +114,28 @@ def tell_at_once(port: int, fleet: SimulatedFleet, bundle: Bundle, directory: Pa
     client.loop_stop()
 
 
+def prepare(folder: Path, size_bytes: int) -> list[Bundle]:
+    """Development keys, and released bundles of this size in the store the control plane will use."""
+    services = make_services(folder / "data")
+    bundles = []
+    for number in range(5):
+        bundles.append(tiny_bundle(folder / f"b{number}", bias=float(number), padding=size_bytes, name="bench"))
+        with writing(services.engine) as session:
+            register(session, services.store, folder / f"b{number}", actor="benchmark", now=utc_now())
+            session.commit()
+        release(services, bundles[-1].digest)
+    services.engine.dispose()
+    return bundles
+
+
 def measure(agents: int, size_bytes: int) -> dict[str, Any]:
     """All figures of one run, in seconds."""
     found: dict[str, Any] = {"agents": agents, "bundle_bytes": size_bytes}
     share = round(0.95 * agents)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        bundles = [tiny_bundle(folder / f"b{k}", bias=float(k), padding=size_bytes, name="bench") for k in range(5)]
+        bundles = prepare(folder, size_bytes)
         with site(folder) as (port, plane, process):
-            for number in range(5):
-                plane.push(folder / f"b{number}")
             manner = Manner(items_per_s=20.0, reconnect_s=(0.1, 1.0))
             with SimulatedFleet(port, agents, manner=manner) as fleet:
                 found["all_known_s"] = wait(lambda: plane.known() == agents, 60.0, "all agents")

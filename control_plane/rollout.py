@@ -41,6 +41,9 @@ TRANSITIONS: Final[dict[tuple[RolloutState, str], RolloutState]] = {
 }
 MOVING: Final = frozenset({_S.SCHEDULED, _S.RUNNING, _S.PAUSED, _S.ROLLING_BACK})
 """States in which there is always something to look at; in the others only while an agent is not done."""
+_PROOF_S: Final = 60.0
+"""An agent that still says so long after it was told that the wish is not proven has rejected it: metadata and wish may
+arrive apart, and an agent looks again by itself."""
 _BEFORE_TRIAL: Final = frozenset({"selftest", "bundle", "delivery", "trust", "agent"})
 """First words of the fault codes of an agent that refused a bundle without ever letting it judge."""
 
@@ -178,7 +181,8 @@ def observe(member: Member, course: Course, now: datetime) -> tuple[Outcome, str
         return Outcome.CANCELED, "a newer wish has taken the agent over"
     reported = member.reported
     if member.generation == 0 or int(reported.get("generation", 0)) < member.generation:
-        return Outcome.QUEUED, ""
+        distrust = _distrusts(member, now)
+        return (Outcome.REJECTED, distrust) if distrust else (Outcome.QUEUED, "")
     challenger_failed = course.mode is Mode.SHADOW and reported.get("shadow_phase") == ShadowPhase.FAILED
     if course.bundle in reported.get("blocked", ()) or (challenger_failed and reported.get("shadow") == course.bundle):
         return _why_not(member)
@@ -186,6 +190,14 @@ def observe(member: Member, course: Course, now: datetime) -> tuple[Outcome, str
         return Outcome.SUCCEEDED, ""
     late = _overdue(member, course, now)
     return (Outcome.TIMED_OUT, late) if late else (Outcome.IN_PROGRESS, "")
+
+
+def _distrusts(member: Member, now: datetime) -> str:
+    """Why an agent does not take the wish up for want of proof; empty while that may still arrive."""
+    fault = member.reported.get("fault") or {}
+    code = str(fault.get("code", ""))
+    waited = member.assigned_at is not None and now - member.assigned_at >= timedelta(seconds=_PROOF_S)
+    return f"{code}: {fault.get('message', '')}" if waited and code.startswith("trust.") else ""
 
 
 def _why_not(member: Member) -> tuple[Outcome, str]:

@@ -306,6 +306,15 @@ def test_an_agent_times_out_from_when_it_took_the_bundle_up() -> None:
     assert observe(offline, course(policy=policy), T0 + timedelta(days=9))[0] is Outcome.QUEUED
 
 
+def test_an_agent_that_finds_no_proof_for_long_has_rejected_the_wish() -> None:
+    doubting = given_bundle(generation=2, fault={"code": "trust.not_released", "message": "unknown"})
+    assert observe(doubting, course(), T0 + timedelta(seconds=59))[0] is Outcome.QUEUED
+    found = observe(doubting, course(), T0 + timedelta(seconds=60))
+    assert found == (Outcome.REJECTED, "trust.not_released: unknown")
+    elsewhere = given_bundle(generation=2, fault={"code": "camera.gone", "message": "x"})
+    assert observe(elsewhere, course(), T0 + timedelta(days=1))[0] is Outcome.QUEUED
+
+
 def test_a_newer_wish_takes_an_agent_over_and_what_was_concluded_stays() -> None:
     working = replace(given_bundle(phase="fetching"), desired_generation=4)
     assert observe(working, course(), T0)[0] is Outcome.CANCELED
