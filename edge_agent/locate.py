@@ -1,9 +1,9 @@
 """Where are the items in a frame? A learnt belt background, a threshold, connected parts; no idea of time or identity.
 
-Works on a quarter-size image, so that a 640x340 frame costs well under a millisecond; the mask of one item is
-refined at full size only when a view of it is taken. The background follows slow changes of light: a global gain
-per frame first (a lamp that dims must not turn the belt into one large item), then a slow running mean of the
-pixels that are no item.
+Works on a quarter-size image, so that a 640x340 frame costs well under a millisecond; the mask of one item is refined
+at full size only when a view of it is taken. The background follows the light: a gain per frame and channel first (a
+lamp that dims or changes its colour must not turn the belt into one large item), then a slow running mean of the pixels
+that are no item.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,13 @@ SHRINK: Final = 4
 _DELTA: Final = 26.0
 """Grey levels (largest channel) by which an item stands out from the belt."""
 _LEARN: Final = 0.02
+FLOODED: Final = 0.85
+"""Share of a frame that is not belt from which on it shows no belt: black, torn, or a light that changed too much."""
+_FEWEST: Final = 32
+"""Samples of belt that tell the lamp's gain."""
+_TINTED: Final = 1.1
+_STEADY: Final = 0.05
+_FOLLOW: Final = 0.05
 _CONVEX: Final = 1.25
 """A part whose hull is larger than it by more than this factor is no single fruit."""
 _MIN_SHARE: Final = 0.04
@@ -95,17 +102,33 @@ class Locator:
         """255 where there is an item; learns the belt elsewhere."""
         background = self._background
         assert background is not None  # noqa: S101  set by the only caller
-        # Belt pixels are the majority or at least stay near their old value: the median ratio is the lamp's gain.
-        sample, known = small[::8, ::8, 1].astype(np.float32), background[::8, ::8, 1]
-        near = np.abs(sample - known) < _DELTA
-        gain = float(np.median(sample[near] / np.maximum(known[near], 1.0))) if near.sum() > 32 else 1.0
-        expected = cv2.convertScaleAbs(background, alpha=min(max(gain, 0.5), 2.0))
+        gains = _gains(small, background)
+        expected = _lit(background, gains)
         foreground = cv2.threshold(largest_channel(cv2.absdiff(small, expected)), _DELTA, 255, cv2.THRESH_BINARY)[1]
         foreground = cv2.morphologyEx(foreground, cv2.MORPH_CLOSE, self._kernel)
         belt = cv2.bitwise_not(cv2.dilate(foreground, self._kernel))
         self.coverage = cv2.countNonZero(foreground) / foreground.size
-        cv2.accumulateWeighted(small, background, _LEARN, mask=belt)
+        if abs(gains - 1.0).max() < _STEADY:
+            cv2.accumulateWeighted(small, background, _LEARN, mask=belt)
+        else:
+            self._follow_lamp(small, belt, background, gains)
         return np.asarray(foreground, np.uint8)
+
+    @staticmethod
+    def _follow_lamp(
+        small: NDArray[np.uint8] | cv2.typing.MatLike,
+        belt: cv2.typing.MatLike,
+        background: NDArray[np.float32],
+        gains: NDArray[np.float32],
+    ) -> None:
+        """Learns under another light: the whole belt takes a step towards it, also where items hide it.
+
+        Were only the belt that is seen to follow, the background would be brighter beside the items' path than in it,
+        and no single gain would fit both.
+        """
+        step = gains**_FOLLOW
+        background *= step
+        cv2.accumulateWeighted(np.asarray(small, np.float32) / (gains / step), background, _LEARN, mask=belt)
 
     def _in_lane(self, part: NDArray[np.uint8], lane: int, top: int) -> list[Located]:
         # Outlines cost a tenth of labelled pixels; only a blob that may be several items is drawn again.
@@ -166,6 +189,25 @@ class Locator:
         levels = tuple(float(int(level)) for level in belt)
         difference = largest_channel(cv2.absdiff(crop, levels))  # type: ignore[call-overload]  # the stubs lack scalars
         return crop, _largest_filled(cv2.threshold(difference, _DELTA, 1, cv2.THRESH_BINARY)[1])
+
+
+def _gains(small: NDArray[np.uint8] | cv2.typing.MatLike, background: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How much brighter the lamp is than it was, per channel (blue, green, red); 1 where too little belt is seen."""
+    # Belt pixels are the majority or at least stay near their old value: the median ratio is the lamp's gain.
+    sample, known = small[::8, ::8].astype(np.float32), background[::8, ::8]
+    near = np.abs(sample[:, :, 1] - known[:, :, 1]) < _DELTA
+    if near.sum() <= _FEWEST:
+        return np.ones(3, np.float32)
+    ratios = sample[near] / np.maximum(known[near], 1.0)
+    gains: NDArray[np.float32] = np.clip(np.median(ratios, axis=0), 0.5, 2.0).astype(np.float32)
+    return gains
+
+
+def _lit(background: NDArray[np.float32], gains: NDArray[np.float32]) -> cv2.typing.MatLike:
+    """The belt as this lamp shows it; a lamp that changed its colour, not only its brightness, costs a pass more."""
+    if float(gains.max()) < _TINTED * float(gains.min()):
+        return cv2.convertScaleAbs(background, alpha=float(gains[1]))
+    return cv2.convertScaleAbs(background * gains)
 
 
 def _first_background(small: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.float32]:

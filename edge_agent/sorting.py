@@ -19,7 +19,7 @@ from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue, EjectionRules
 from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import LineConfig
-from edge_agent.locate import Located, Locator
+from edge_agent.locate import FLOODED, Located, Locator
 from edge_agent.seams import (
     BeltControl,
     Confirmation,
@@ -37,7 +37,6 @@ from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.tracking import Track, Tracker, ViewPicker
 from models.errors import BundleError, CameraError, ConfigError
 
-_BLIND: Final = 0.85
 _MIN_OBSERVATIONS: Final = 2
 _MANY_VIEWS: Final = 5
 """Of one frame. A run of the model of its own costs about as much as half a view."""
@@ -293,7 +292,7 @@ class LineCore:
         self._check_size(frame)
         self.counter.frame()
         places = self._locator.find(frame.image)
-        if self._locator.coverage > _BLIND:
+        if self._locator.coverage > FLOODED:
             self.counter.count("frames_bad")
             places = []
         seen, closed = self._tracker.update(places, frame.number, frame.captured_s, frame.belt_mm)
