@@ -328,6 +328,18 @@ def test_an_old_revocation_list_locks_nobody_out(place: Place) -> None:
         assert place.agent("line-1")
 
 
+def test_a_new_issuing_authority_is_noticed_by_nobody(place: Place) -> None:
+    site = place.site
+    site.enrolment.authority.rotate(site.now, keep_root=True)
+    site.publisher.publish()
+    new = site.pair("line-3", site.folder / "line-3.pair")
+    wait_until(lambda: place.connect(new, "line-3").code == 0, 5, "the new issuer's certificate")
+    assert place.agent("line-1"), "the old issuer's certificate"
+    site.enrolment.revoke("line-1", reason="x", actor="x", now=site.now)
+    wait_until(lambda: place.connect(site.folder / "line-1.pair").code != 0, 5, "a revocation under the old issuer")
+    assert place.connect(new, "line-3").code == 0
+
+
 def test_a_new_authority_cuts_nobody_off(tmp_path: Path) -> None:
     """On the embedded broker; mosquitto reads its trust only when it starts."""
     with open_place(embedded_mtls, tmp_path) as place:
