@@ -118,7 +118,10 @@ def _show(status: dict[str, Any], *, as_json: bool) -> None:
         return
     err.print(f"servers: {', '.join(status['names'])}; folder {status['folder']}", highlight=False, soft_wrap=True)
     if any(g["root_key_here"] for g in status["generations"] if g["state"] != "retired"):
-        err.print("[bold red]the root's key lies on this machine[/]: move root-*.key to a safe, bring it to rotate")
+        err.print(
+            "[bold red]the root's key lies on this machine[/]: move root-*.key to a safe, bring it to rotate",
+            soft_wrap=True,
+        )
     if status["rotate_due"]:
         err.print("[bold red]rotate now[/]: the issuing authority ends within three months")
 
@@ -131,7 +134,8 @@ def agent_enrol(agent_id: str, server: Server = "", as_json: AsJson = False) -> 
         say(answer, as_json=True)
         return
     typer.echo(answer["token"])
-    err.print(f"on {agent_id}, within the hour: sortline-agent enrol --control-plane https://HOST:8443 --token ...")
+    how = "sortline-agent enrol --control-plane https://HOST:8443 --token ..."
+    err.print(f"on {agent_id}, within the hour: {how}", soft_wrap=True)
 
 
 @agents.command("revoke")
@@ -162,7 +166,7 @@ def agent_list(server: Server = "", as_json: AsJson = False) -> None:
     found += [{"id": name, "identity": one} for name, one in identities.items()]
 
     def table(rows: list[dict[str, Any]]) -> Table:
-        columns = ["agent", "state", "why", "bundle", "items/s", "p99 ms", "drift", "seen", "certificate"]
+        columns = ["agent", "state", "why", "bundle", "items/s", "p99 ms", "drift", "seen", "identity"]
         return table_of(columns, [_row(agent) for agent in rows])
 
     say(found, as_json=as_json, table=table)
