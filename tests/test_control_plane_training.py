@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from control_plane.training.augment import blemished, turned
 from control_plane.training.datasets import load_dataset
-from control_plane.training.evaluation import evaluate
+from control_plane.training.evaluation import evaluate, judged_items
 from control_plane.training.features import FeatureExtractor, FeatureSpec, normalised, shrunk
 from control_plane.training.graph import build_graph, parity
 from control_plane.training.head import fit_head, view_weights
@@ -20,7 +20,7 @@ from control_plane.training.importing import ImportSettings, import_onnx
 from control_plane.training.metrics import item_truth, measure
 from control_plane.training.pipeline import TrainSettings, train
 from control_plane.training.splits import item_folds
-from control_plane.training.tuning import held_out_of
+from control_plane.training.tuning import cost_report, held_out_of
 from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
@@ -421,6 +421,25 @@ def test_operators_newer_than_any_agent_reads_are_refused(data: Path, tmp_path: 
         import_onnx(path, imported(data), tmp_path / "b")
     assert caught.value.code == "import.wrong_signature"
     assert "opset 17 to 21" in str(caught.value)
+
+
+def test_an_imported_model_learns_its_fusion_from_items_it_never_saw(data: Path, tmp_path: Path) -> None:
+    model = exported(tmp_path / "m.onnx", batch="N")
+    plain = import_onnx(model, imported(data), tmp_path / "plain")
+    assert plain.recipe.fusion.calibration_items == 0
+    assert "held_out" not in plain.lineage
+    bundle = import_onnx(model, imported(data, unseen=True), tmp_path / "b")
+    assert bundle.recipe.fusion.calibration_items == 24
+    assert held_out_of(bundle.lineage, bundle.recipe).truth.count(0) == 12
+    assert "Brier score" in bundle.card
+
+
+def test_costs_can_be_counted_on_a_folder_the_model_never_saw(trained: tuple[Path, dict], tmp_path: Path) -> None:
+    held = judged_items(trained[0], folder(tmp_path / "other", items=10, seed=77))
+    assert held.truth.count(1) == 5
+    report = cost_report(held, read_bundle(trained[0]).recipe)
+    assert report["items"] == 10
+    assert report["recipe"]["escape_rate"]["value"] < 0.5
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,9 @@ def import_onnx(
     view_px: Annotated[int, typer.Option(help="Side of the model's input.")] = 64,
     logits: Annotated[bool, typer.Option(help="The output is logits, not probabilities.")] = True,
     good_class: Annotated[str, typer.Option()] = "",
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="The model never saw these items: learn fusion and costs from them.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Write the bundle here, without a control plane.")] = None,
     server: Server = "",
     as_json: AsJson = False,
@@ -184,6 +187,7 @@ def import_onnx(
         "mean": [float(v) for v in mean.split(",")],
         "std": [float(v) for v in std.split(",")],
         "logits": logits,
+        "unseen": unseen,
         "data": str(data.resolve()),
     }
     if output is None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from control_plane.training.datasets import Dataset, load_dataset
-from control_plane.training.judging import items_of
+from control_plane.training.judging import items_of, truth_in
 from control_plane.training.metrics import measure
 from control_plane.training.tuning import HeldOut, hold_out
 from models.bundle import Bundle, read_bundle
@@ -79,18 +79,7 @@ def judged_items(bundle_directory: Path, data: Path, *, good_class: str = "") ->
     bundle, dataset, probabilities = _judged(bundle_directory, data, good_class, lambda _share: None)
     recipe = bundle.recipe
     items = list(items_of(dataset, bundle.preprocess.max_views))
-    names = [dataset.classes[item.truth] if item.truth else recipe.good_class for item in items]
-    if len(recipe.classes) == 2:
-        defect = recipe.classes[1 - recipe.good]
-        names = [recipe.good_class if name == recipe.good_class else defect for name in names]
-    if unknown := sorted(set(names) - set(recipe.classes)):
-        raise InputError(
-            "evaluation.wrong_classes",
-            "The folder has classes the bundle does not know.",
-            expected=list(recipe.classes),
-            got=unknown,
-        )
-    truth = np.array([recipe.classes.index(name) for name in names])
+    truth = truth_in(recipe, dataset, items)
     fused = np.array([recipe.decide(probabilities[item.chosen]).probabilities for item in items])
     return hold_out(recipe.classes, truth, fused)
 

@@ -16,11 +16,13 @@ from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_co
 
 from control_plane.training.card import write_card
 from control_plane.training.datasets import Dataset, load_dataset
+from control_plane.training.fusing import learn_fusion
 from control_plane.training.graph import ParityReport
-from control_plane.training.judging import items_of, judge_item
+from control_plane.training.judging import items_of, judge_item, truth_in
 from control_plane.training.metrics import measure
 from control_plane.training.nodes import IR_VERSION, OPSET
 from control_plane.training.pipeline import golden_views
+from control_plane.training.tuning import hold_out
 from models.bundle import (
     CARD,
     GOLDEN,
@@ -66,6 +68,8 @@ class ImportSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     )
     """... then they are divided by this."""
     logits: bool = True
+    unseen: bool = False
+    """The model has not learnt from the folder: fusion, calibration and costs are learnt from its items."""
 
 
 def import_onnx(path: Path, settings: ImportSettings, output: Path) -> Bundle:
@@ -93,6 +97,9 @@ def import_onnx(path: Path, settings: ImportSettings, output: Path) -> Bundle:
     report = _parity(original, settings, classifier, dataset.views)
     recipe = Recipe(classes=tuple(settings.classes), good_class=good)
     recipe.check()
+    learnt: dict[str, Any] = {}
+    if settings.unseen:
+        recipe, learnt = _learn(classifier, dataset, recipe, spec)
     profile, metrics = _reference(classifier, dataset, recipe, spec)
     facts = {"digest": dataset.digest, "views": dataset.report.views, "items": dataset.report.items}
     lineage = {
@@ -101,7 +108,9 @@ def import_onnx(path: Path, settings: ImportSettings, output: Path) -> Bundle:
         "metrics": metrics,
         "parity": msgspec.to_builtins(report),
         "settings": {k: v for k, v in msgspec.to_builtins(settings).items() if k != "data"},
+        **learnt,
     }
+    about = facts | {"classes": dataset.report.classes}
     parts = {
         MODEL: graph,
         PREPROCESS: msgspec.json.encode(spec),
@@ -109,9 +118,22 @@ def import_onnx(path: Path, settings: ImportSettings, output: Path) -> Bundle:
         PROFILE: profile,
         GOLDEN: golden_views(classifier, dataset.views, dataset.labels).encoded(),
         LINEAGE: msgspec.json.encode(lineage, order="sorted"),
-        CARD: write_card(settings.name, facts | {"classes": dataset.report.classes}, metrics, report, recipe).encode(),
+        CARD: write_card(settings.name, about, metrics, report, recipe, learnt.get("fusion")).encode(),
     }
     return write_bundle(output, settings.name, parts)
+
+
+def _learn(
+    classifier: OnnxClassifier, dataset: Dataset, recipe: Recipe, spec: PreprocessSpec
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with a fusion learnt on the folder's items, and what the lineage keeps of them."""
+    found = list(items_of(dataset, spec.max_views))
+    truth = truth_in(recipe, dataset, found)
+    views = [classifier.classify(dataset.views[item.chosen]).probabilities for item in found]
+    learnt = learn_fusion(views, truth != recipe.good, good=recipe.good)
+    held = hold_out(recipe.classes, truth, learnt.fused)
+    facts = {"fusion": learnt.report, "held_out": msgspec.to_builtins(held)}
+    return msgspec.structs.replace(recipe, fusion=learnt.spec), facts
 
 
 def _load(path: Path) -> onnx.ModelProto:

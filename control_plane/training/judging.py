@@ -1,6 +1,6 @@
 """Items from views, in training and evaluation, as the line would see them: at most K views, spaced by roll."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from control_plane.training.datasets import Dataset
 from control_plane.training.metrics import item_truth
+from models.errors import InputError
 from models.preprocess import view_features
 from models.recipe import Recipe, Verdict
 from models.windows import item_features
@@ -33,6 +34,26 @@ def items_of(dataset: Dataset, max_views: int) -> Iterator[ItemRows]:
         rows = np.array(sorted(rows, key=lambda row: dataset.photos[row].order), np.intp)
         spaced = np.linspace(0, len(rows) - 1, min(max_views, len(rows))).round().astype(int)
         yield ItemRows(str(name), rows, rows[spaced], item_truth(dataset.labels[rows], dataset.doubt[rows]))
+
+
+def truth_in(recipe: Recipe, dataset: Dataset, items: Sequence[ItemRows]) -> NDArray[np.intp]:
+    """The class of each item as a column of the recipe; a recipe of one defect takes every defect for it.
+
+    Raises:
+        InputError: `evaluation.wrong_classes`.
+    """
+    names = [dataset.classes[item.truth] if item.truth else recipe.good_class for item in items]
+    if len(recipe.classes) == 2:
+        defect = recipe.classes[1 - recipe.good]
+        names = [recipe.good_class if name == recipe.good_class else defect for name in names]
+    if unknown := sorted(set(names) - set(recipe.classes)):
+        raise InputError(
+            "evaluation.wrong_classes",
+            "The folder has classes the bundle does not know.",
+            expected=list(recipe.classes),
+            got=unknown,
+        )
+    return np.array([recipe.classes.index(name) for name in names], np.intp)
 
 
 def judge_item(
