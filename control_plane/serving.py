@@ -46,6 +46,8 @@ def serve(config: ControlPlaneConfig) -> int:
         server_header=False,
     )
     server = uvicorn.Server(settings)
+    # After its own shutdown uvicorn raises the signal again; by default that would end us before the workers are ended.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     if devices is not None:
         devices.start()
     try:

@@ -216,6 +216,22 @@ def test_development_keys_say_so(tmp_path: Path, engine: Engine) -> None:
         assert {row.role for row in assignments.status(session, NOW)} >= {"root", ASSIGN}
 
 
+def test_a_folder_follows_the_control_plane_and_no_stranger(repository: Repository, tmp_path: Path) -> None:
+    copy = ceremony.Folder(tmp_path / "copy")
+    copy.write("1.root.json", repository.anchor)
+    repository.release()
+    ceremony.rotate(repository.folder, "online", repository.keys(1, 2), NOW, release_signers=[repository.release_key])
+    roots, targets = repository.folder.roots(), repository.folder.targets
+    assert ceremony.follow(copy, roots, targets) == ["root 2", "targets 3"]
+    assert (copy.root, copy.targets) == (roots[-1], targets)
+    assert ceremony.follow(copy, roots, targets) == []
+    stranger = Repository(tmp_path / "stranger")
+    for content in (b"1", b"2", b"3"):
+        stranger.release(content)
+    with pytest.raises(InputError, match="not signed by enough"):
+        ceremony.follow(copy, stranger.folder.roots(), stranger.folder.targets)
+
+
 def test_ceremonies_refuse_what_makes_no_sense(repository: Repository) -> None:
     folder, keys = repository.folder, repository.keys(1, 2)
 

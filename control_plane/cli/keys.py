@@ -169,6 +169,18 @@ def push(trust: Trust = DEFAULT_TRUST, server: Server = "") -> None:
     err.print("taken: " + (", ".join(done["taken"]) or "nothing new"))
 
 
+@keys.command("pull")
+def pull(trust: Trust = DEFAULT_TRUST, server: Server = "") -> None:
+    """Bring a folder up to what the control plane has by now; do this before a ceremony. Everything is verified."""
+    from control_plane.client import Client  # noqa: PLC0415
+    from control_plane.trust.ceremony import Folder, follow  # noqa: PLC0415
+    from models.trust import parse_set  # noqa: PLC0415
+
+    known = parse_set(Client(server).get("/api/v1/trust/set"))
+    new = follow(Folder(trust), [bytes(root) for root in known.roots], known.part("targets"))
+    err.print("new here: " + (", ".join(new) or "nothing"))
+
+
 @keys.command("status")
 def status(
     trust: Annotated[Path | None, typer.Option("--trust", help="Look into a folder instead of asking.")] = None,

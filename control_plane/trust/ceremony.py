@@ -308,6 +308,25 @@ def _settle(folder: Folder, data: bytes) -> Rotated:
     return Rotated(final, version, 0)
 
 
+def follow(folder: Folder, roots: Sequence[bytes], targets: bytes) -> list[str]:
+    """Brings a folder to what the control plane has by now, verified step by step; returns what was new.
+
+    Raises:
+        InputError: `trust.not_next`, `trust.not_enough_signatures`: this control plane is not of this installation.
+    """
+    new = []
+    for root in sorted(roots, key=version_of):
+        if version_of(root) > version_of(folder.root):
+            md.check_next_root(root, folder.root)
+            folder.write(f"{version_of(root)}.root.json", root)
+            new.append(f"root {version_of(root)}")
+    if version_of(targets) > version_of(folder.targets):
+        md.check_next_targets(targets, folder.targets or None, folder.root)
+        folder.write("targets.json", targets)
+        new.append(f"targets {version_of(targets)}")
+    return new
+
+
 # -- looking --------------------------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,7 @@ def site(tmp_path: Path, keys: list[str]) -> Iterator[tuple[str, int]]:
             client = Client(f"http://127.0.0.1:{port}")
             wait_until(lambda: _answers(client), 40, "the control plane")
             yield client.url, broker_port
+            client._http.close()
 
 
 def _answers(client: Client) -> bool:
@@ -161,6 +162,7 @@ def test_a_plant_with_offline_keys_from_ceremony_to_stick(
         wait_until(lambda: committed(client, first), 60, "the first commit")
         # After a theft: new online keys, signed by two root keys; the agent follows without being touched.
         trust = tmp_path / "plane" / "trust"
+        assert "targets 2" in sortline("keys", "pull", "--trust", str(trust), "--server", url)
         told = sortline("keys", "rotate", "online", "--trust", str(trust), "--key", keys[0], "--release-key", release)
         assert "1 more signature" in told
         sortline("keys", "sign", "--trust", str(trust), "--key", keys[1])
@@ -186,12 +188,13 @@ def test_a_plant_with_offline_keys_from_ceremony_to_stick(
         offline = subprocess.Popen(
             [sys.executable, "-m", "edge_agent", "run", *flags, "--broker", f"127.0.0.1:{free_port()}"],
             cwd=ROOT,
-            stderr=(tmp_path / "offline.log").open("ab"),
+            stderr=subprocess.DEVNULL,
         )
         wait_until(lambda: _active(offline_state) == second, 60, "the bundle of the stick in use")
         (tmp_path / "stick" / "desired.json").write_bytes(encode(Desired(generation=99, bundle=first)))
         assert "trust.wrong_assignment" in _agent("import", str(tmp_path / "stick"), *flags, status=1)
     finally:
+        client._http.close()
         for process in (online, offline):
             if process is not None and process.poll() is None:
                 end(process)
