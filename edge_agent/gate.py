@@ -31,6 +31,7 @@ _APART: Final = frozenset({"trust.wrong_assignment", "trust.not_assigned", "trus
 """What an assignment looks like whose set is still on its way, or the other way round."""
 _GRACE_S: Final = 3.0
 _SPACING_S: Final = 0.5
+_CLOCK_ALARM_S: Final = 300
 _LONGEST_RETRY_S: Final = 600.0
 _MAX_SET_BYTES: Final = 120 * 1024
 
@@ -92,7 +93,7 @@ class Gate:
         self._refusals = 0
         self._due_s = 0.0
         self._done_s = -_LONGEST_RETRY_S
-        self._running = False
+        self._running = self._clock_behind = False
         self.facts: dict[str, str] = {}
         """Of the last verification, for reports."""
 
@@ -155,6 +156,7 @@ class Gate:
         self._running = False
         self._tried, self._done_s = verified.pair, self._clock()
         self.facts = verified.facts or self.facts
+        self._look_at_clock()
         if verified.quarantined:
             self._host.event("trust.memory_broken", f"Trust begins again at the anchor; see {verified.quarantined}.")
         if verified.fault is not None:
@@ -166,6 +168,13 @@ class Gate:
         if verified.pair[1] == self._pair[1]:
             self._due_s = self._done_s + self._config.refresh_s
         return verified.desired
+
+    def _look_at_clock(self) -> None:
+        """Signed metadata is later than this machine's clock: said once, until it is right again."""
+        behind_s = int(self.facts.get("clock_behind_s", "0"))
+        if behind_s > _CLOCK_ALARM_S and not self._clock_behind:
+            self._host.event("clock.behind", "The clock is behind what was signed; set it.", behind_s=str(behind_s))
+        self._clock_behind = behind_s > _CLOCK_ALARM_S
 
     def _refuse(self, verified: Verified) -> None:
         fault = verified.fault or Fault(code="trust.malformed", message="")

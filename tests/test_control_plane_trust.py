@@ -1,7 +1,7 @@
 """The control plane signs assignments: in one transaction, nothing unreleased, the same versions never twice."""
 
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -201,6 +201,19 @@ def test_a_set_too_large_for_a_broker_is_refused_before_it_is_committed(
         assign(engine, assignments, wanted)
     assert caught.value.code == "trust.oversize"
     assert published(engine, assignments, "line-" + "0" * 50)[1] == b""
+
+
+def test_people_are_told_in_time_what_only_offline_keys_can_renew(engine: Engine, assignments: Assignments) -> None:
+    def told(now: datetime) -> str:
+        assign(engine, assignments, {}, now)
+        with reading(engine) as session:
+            assignments.look(session, now)
+        return assignments.kind
+
+    assert told(NOW) == "ok"
+    assert told(NOW + timedelta(days=240)) == "ok"
+    assert told(NOW + timedelta(days=250)) == "signatures: targets renew (sortline keys status)"
+    assert "targets expired" in told(NOW + timedelta(days=366))
 
 
 def test_development_keys_say_so(tmp_path: Path, engine: Engine) -> None:

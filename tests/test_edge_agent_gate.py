@@ -150,6 +150,19 @@ def test_a_broken_memory_is_set_aside_and_trust_begins_at_the_anchor(
     assert not (gate.folder / "scratch").exists()
 
 
+def test_a_clock_that_is_behind_is_said_once_and_does_not_stop_updates(
+    repository: Repository, gate: Gate, host: Host
+) -> None:
+    repository.later(minutes=10)
+    for generation in (1, 2, 3):
+        offered, document = assigned(repository, generation, str(generation).encode())
+        gate.offer_set(offered)
+        gate.offer_document(document)
+        assert turn(gate, host).generation == generation
+    assert host.said == ["clock.behind"]
+    assert int(gate.facts["clock_behind_s"]) > 500
+
+
 def test_garbage_is_refused_before_a_process_is_started(gate: Gate, host: Host) -> None:
     for payload in (b"", b"{}", b"x" * 9000):
         with pytest.raises(MessageError):

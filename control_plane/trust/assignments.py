@@ -86,6 +86,15 @@ class Assignments:
         self._keep(session, "root", root.signed.version, data, now)
         self._see(data)
 
+    def look(self, session: Session, now: datetime) -> None:
+        """Finds out what people must be told: metadata that only offline keys can renew comes first."""
+        late = [f"{row.role} {row.alarm}" for row in self.status(session, now) if row.alarm]
+        root = self._latest(session, "root")
+        if late:
+            self.kind = f"signatures: {', '.join(late)} (sortline keys status)"
+        elif root:
+            self._see(root)
+
     def _see(self, root: bytes) -> None:
         self.kind = DEVELOPMENT if is_development(root) else "ok"
 
