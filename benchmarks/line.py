@@ -7,6 +7,7 @@ without it one is trained on simulated items once and kept in the cache.
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -48,6 +49,8 @@ def cached_bundle(console: Console) -> Path:
 
             train(data, TrainSettings(name="benchmark", folds=2), fresh, progress=say)
             fresh.rename(bundle)
+        for old in set(cache.parent.glob("benchmark-*")) - {cache}:
+            shutil.rmtree(old)
     console.print(f"bundle: {bundle}", highlight=False)
     return bundle
 
@@ -62,7 +65,7 @@ def stages(figures: Figures, bundle: Path, options: argparse.Namespace) -> dict[
         "tracking": lambda: tracking.stage(figures, 150 if quick else 900, options.peers),
         "saturation": lambda: speed.saturation(figures, bundle, 20 if quick else 150),
         "model": lambda: quantised.stage(figures, bundle, quick=quick),
-        "routing": lambda: routing.stage(figures, bundle, 5.0 if quick else 60.0),
+        "routing": lambda: routing.stage(figures, bundle, 4.0 if quick else 60.0),
         "agent": lambda: agent.stage(figures, bundle, 6.0 if quick else 30.0, 1 if quick else 5),
         "soak": lambda: soak.stage(figures, bundle, soak_s),
     }
