@@ -41,7 +41,8 @@ def render(charts: Sequence[Chart], caption: str) -> str:
 
 def _panel(chart: Chart) -> str:
     points = [p for _, line in chart.series for p in line if math.isfinite(p[0]) and math.isfinite(p[1])]
-    xs = [x for x, _ in points] or [0.0, 1.0]
+    # Also where a value is missing: panels of one run share their time.
+    xs = [x for _, line in chart.series for x, _ in line if math.isfinite(x)] or [0.0, 1.0]
     ys = [y for _, y in points] + ([chart.bound] if chart.bound is not None else [])
     low = 0.0 if chart.from_zero else min(ys, default=0.0)
     y_ticks = _ticks(low, max(ys, default=1.0))

@@ -207,7 +207,10 @@ def stage(figures: Figures, bundle: Path, seconds: float) -> None:
         # Before, the heap still settles.
         bounds["resident, last / first quarter"] = ("<=", 1.05)
     title = "soak: 4 lanes x 10 items/s at 30 frames/s, line on one core"
-    note = "Bound of capture to verdict: 50 ms; counting from the exposure of the last view includes it."
+    note = (
+        "Bound of capture to verdict: 50 ms; counting from the exposure of the last view includes it. "
+        "The tail beyond p99 is items lost from sight before the view that completes them."
+    )
     figures.table(title, rows, bounds, note=note)
     figures.data[f"{title}, over time"] = [
         {
