@@ -128,6 +128,8 @@ def decision_of(judged: Judged, outlet: str, index: int) -> Decision:
         view_probabilities=np.stack(track.probabilities).astype(np.float32, copy=False).tobytes(),
         views=verdict.views,
         digest=track.judge.digest if isinstance(track.judge, Judge) else "",
+        weight_g=track.weight_g,
+        weighed_frame=track.weighed_frame,
     )
 
 
@@ -416,6 +418,8 @@ def _track_state(track: Track) -> TrackState:
             "observations": track.observations,
             "views": len(track.probabilities),
             "digest": track.judge.digest if isinstance(track.judge, Judge) else "",
+            "weight_g": track.weight_g,
+            "weighed_frame": track.weighed_frame,
             **numbers,
             **arrays,
         },

@@ -53,6 +53,7 @@ from models.errors import CameraError, InputError
 from models.view_spec import VIEW_FEATURES
 
 _SHOWN: Final = 20
+_SAME_ITEM_MM: Final = 20.0
 _PNG_SIZE: Final = struct.Struct(">II")
 
 
@@ -278,6 +279,21 @@ class _RecordedTiming(EjectionQueue):
         return shot.item_id not in self._late
 
 
+@dataclass(frozen=True, slots=True)
+class _RecordedScale:
+    """Answers what the recorded line's load cell answered, from the frame on from which it did."""
+
+    decisions: list[Decision]
+    core: LineCore
+
+    def value_for(self, item_mm: float) -> float | None:
+        """See `ItemScalars`."""
+        near = min(self.decisions, key=lambda d: abs(d.item_mm - item_mm), default=None)
+        if near is None or abs(near.item_mm - item_mm) > _SAME_ITEM_MM or self.core.frame_number < near.weighed_frame:
+            return None
+        return near.weight_g
+
+
 @dataclass(slots=True)
 class Report:
     """What a replay found."""
@@ -439,6 +455,10 @@ class _Comparison:
             clock=self._source.now,
             on_verdict=self._decided,
         )
+        core.weights = tuple(
+            _RecordedScale([d for d in stretch.decisions if d.lane == lane], core)
+            for lane in range(len(geometry.lanes))
+        )
         point = stretch.checkpoint
         tracks = tuple(self._track(state) for state in point.tracks)
         core.restore(CoreState(point.ids, point.last_number, _background(stretch.start, point), tracks))
@@ -457,6 +477,8 @@ class _Comparison:
             state.last_belt_mm,
             state.observations,
             state.next_view_px,
+            weight_g=state.weight_g,
+            weighed_frame=state.weighed_frame,
         )
         if state.digest == self._judge.digest:
             classifier = self._judge.classifier

@@ -63,6 +63,8 @@ class TrackState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     probabilities: bytes
     embeddings: bytes
     features: bytes
+    weight_g: float | None = None
+    weighed_frame: int = -1
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="checkpoint"):
@@ -120,6 +122,10 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Of its views, float32 (V, C)."""
     views: Count
     digest: Text
+    weight_g: float | None = None
+    """What the load cell said, where the model wants it."""
+    weighed_frame: int = -1
+    """From which frame on that was known."""
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="kept"):

@@ -355,10 +355,16 @@ class LineCore:
             else:
                 self.counter.inference(elapsed_ms, len(tracks))
 
+    @property
+    def frame_number(self) -> int:
+        """Of the newest frame; -1 before the first."""
+        return self._last_number
+
     def _weigh(self, tracks: list[Track]) -> None:
         for track in tracks:
             if track.weight_g is None and track.lane < len(self.weights):
                 track.weight_g = self.weights[track.lane].value_for(track.item_mm)
+                track.weighed_frame = -1 if track.weight_g is None else self._last_number
 
     def _fail(self, judge: Judge, tracks: list[Track], error: BundleError) -> None:
         for track in tracks:

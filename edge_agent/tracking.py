@@ -45,6 +45,8 @@ class Track:
     features: list[NDArray[np.float32]] = field(default_factory=list)
     weight_g: float | None = None
     """From a load cell, where there is one."""
+    weighed_frame: int = -1
+    """Number of the frame from which on the weight was known."""
     judge: object = None
     """The judge that took the item's first view; it finishes the item, also across a swap."""
 

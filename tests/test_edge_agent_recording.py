@@ -116,6 +116,34 @@ def test_a_replay_is_equal_in_every_bit_across_segments(bundle: Path, tmp_path: 
     assert report.notes == []
 
 
+@pytest.mark.parametrize("start", [0, 70])
+def test_weights_of_a_load_cell_are_replayed_from_the_frame_they_were_known(
+    tmp_path: Path, frames: list[Frame], start: int
+) -> None:
+    tiny_bundle(tmp_path / "weighing", weighs=True, bias=-2.0)
+    recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY)
+    world = World(None, Judge(tmp_path / "weighing"))
+
+    class Cell:
+        """Gives some items no weight, others only when they have been seen for a while."""
+
+        def value_for(self, item_mm: float) -> float | None:
+            known_mm = world.core.frame_number * 25.0
+            return 100.0 + item_mm % 90.0 if item_mm % 5.0 > 1.0 and item_mm < known_mm else None
+
+    world.core.weights = (Cell(), Cell())
+    world.run(frames[:start])
+    world.recorder, world.core.on_verdict = recorder, recorder.decided
+    world.run(frames[start:])
+    world.end()
+    decisions = [decision for stretch in Replay(tmp_path / "rec").stretches for decision in stretch.decisions]
+    assert {decision.weight_g is None for decision in decisions} == {True, False}
+    assert len({decision.weighed_frame for decision in decisions}) > 20
+    report = replay(tmp_path / "rec", tmp_path / "weighing")
+    assert report.exact
+    assert report.equal == len(decisions) > 20
+
+
 def test_the_encoder_of_a_recording_is_straight_between_frames(
     bundle: Path, tmp_path: Path, frames: list[Frame]
 ) -> None:

@@ -14,9 +14,12 @@ from models.view_spec import PreprocessSpec
 from models.windows import build_profile, feature_names
 
 
-def tiny_graph(*, bias: float = 0.0, view_px: int = 64, padding: int = 0, poison: str = "") -> bytes:
+def tiny_graph(
+    *, bias: float = 0.0, view_px: int = 64, padding: int = 0, poison: str = "", weighs: bool = False
+) -> bytes:
     """Views -> P(defect) = sigmoid(6 - mean lightness / 16 + bias); `padding` random bytes make it large.
 
+    `weighs`: a known weight adds a hundredth of its grams to the score.
     `poison`: "nan" answers NaN, "shape" has the wrong signature.
     """
     nodes = [
@@ -24,13 +27,22 @@ def tiny_graph(*, bias: float = 0.0, view_px: int = 64, padding: int = 0, poison
         helper.make_node("ReduceMean", ["x"], ["mean4"], axes=[1, 2, 3], keepdims=1),
         helper.make_node("Flatten", ["mean4"], ["mean"], axis=1),
         helper.make_node("Mul", ["mean", "slope"], ["scaled"]),
-        helper.make_node("Add", ["scaled", "offset"], ["score"]),
+        helper.make_node("Add", ["scaled", "offset"], ["score" if not weighs else "seen"]),
         helper.make_node("Sigmoid", ["score"], ["bad"]),
         helper.make_node("Sub", ["one", "bad"], ["good"]),
         helper.make_node("Concat", ["good", "bad"], ["probabilities"], axis=1),
         helper.make_node("Concat", ["mean", "mean", "mean", "mean", "mean"], ["embedding"], axis=1),
     ]
+    if weighs:
+        nodes[5:5] = [
+            helper.make_node("IsNaN", ["scalars"], ["unknown"]),
+            helper.make_node("Where", ["unknown", "zero", "scalars"], ["grams"]),
+            helper.make_node("Mul", ["grams", "per_gram"], ["heavier"]),
+            helper.make_node("Add", ["seen", "heavier"], ["score"]),
+        ]
     constants = {
+        "zero": np.array([[0.0]], np.float32),
+        "per_gram": np.array([[0.01]], np.float32),
         "slope": np.array([[-1.0 / 16.0 if poison != "nan" else np.nan]], np.float32),
         "offset": np.array([[6.0 + bias]], np.float32),
         "one": np.array([[1.0]], np.float32),
@@ -47,6 +59,8 @@ def tiny_graph(*, bias: float = 0.0, view_px: int = 64, padding: int = 0, poison
     if poison == "shape":
         nodes[0] = helper.make_node("Cast", ["pictures"], ["x"], to=TensorProto.FLOAT)
     inputs = [helper.make_tensor_value_info(name, TensorProto.UINT8, ["N", view_px, view_px, 3])]
+    if weighs:
+        inputs.append(helper.make_tensor_value_info("scalars", TensorProto.FLOAT, ["N", 1]))
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 8
@@ -55,19 +69,25 @@ def tiny_graph(*, bias: float = 0.0, view_px: int = 64, padding: int = 0, poison
 
 
 def tiny_files(
-    *, bias: float = 0.0, view_px: int = 64, padding: int = 0, poison: str = "", seed: int = 0
+    *,
+    bias: float = 0.0,
+    view_px: int = 64,
+    padding: int = 0,
+    poison: str = "",
+    seed: int = 0,
+    weighs: bool = False,
 ) -> dict[str, bytes]:
     """The parts of a tiny bundle. `poison`: also "golden" (outputs that do not reproduce)."""
     rng = np.random.default_rng(seed)
     views = np.zeros((8, view_px, view_px, 3), np.uint8)
     for row, view in enumerate(views):
         view[8:-8, 8:-8] = np.clip(rng.normal(40 + 25 * row, 5, view[8:-8, 8:-8].shape), 1, 255)
-    graph = tiny_graph(bias=bias, view_px=view_px, padding=padding, poison=poison)
-    honest = OnnxClassifier(tiny_graph(bias=bias, view_px=view_px)).classify(views)
+    graph = tiny_graph(bias=bias, view_px=view_px, padding=padding, poison=poison, weighs=weighs)
+    honest = OnnxClassifier(tiny_graph(bias=bias, view_px=view_px, weighs=weighs)).classify(views)
     wrong = 0.05 if poison == "golden" else 0.0
     golden = Golden(
         views=views,
-        scalars=np.zeros((len(views), 0), np.float32),
+        scalars=np.full((len(views), int(weighs)), np.nan, np.float32),
         probabilities=honest.probabilities + np.float32(wrong),
         embedding=honest.embedding,
         tolerance=1e-4,
