@@ -101,7 +101,8 @@ def test_a_change_becomes_a_version_with_its_reason_author_and_origin(client: Te
     assert shown["recipe"]["replaces"] == client.get("/api/v1/versions/apples:1").json()["bundle"]
     assert shown["thresholds"]["defect"]["unsure"][0] < shown["thresholds"]["defect"]["threshold"]
     services.fleet.take(agent_topic("line-1", Channel.REPORTED), encode(reported()))
-    assert client.post("/api/v1/rollouts", json={"model": "apples:2"}).status_code == 201
+    refused = client.post("/api/v1/rollouts", json={"model": "apples:2"})
+    assert refused.json()["code"] == "trust.not_released", "a change of recipe is signed like a model"
     with reading(services.engine) as session:
         entry = session.exec(select(Audit).where(Audit.action == "recipe.change")).one()
         assert broken_audit_entry(session) is None

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 
-from control_plane.training.fusing import learn_fusion
+from control_plane.training.fusing import _platt, balanced, learn_fusion
 from control_plane.training.tuning import HeldOut, cost_report, held_out_of, hold_out, tuned
 from models.errors import InputError
 from models.fusion import FusionSpec, fuse
@@ -74,6 +75,16 @@ def test_twenty_items_do_not_move_the_number_of_views_and_say_how_little_they_kn
     assert "20 items in 2 bins" in learnt.report["note"]
     few = learn_fusion(items[:12], np.arange(12) % 2 == 1)
     assert few.spec == FusionSpec(), "too few to learn from"
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.5, 3.0, 30.0])
+def test_the_sigmoid_is_the_one_scikit_learn_finds(gap: float) -> None:
+    rng = np.random.default_rng(8)
+    bad = rng.random(60) < 0.3
+    evidence = rng.normal(np.where(bad, gap, -gap), 1.0)
+    model = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000)
+    model.fit(evidence[:, None], bad, sample_weight=balanced(bad))
+    assert _platt(evidence, bad) == pytest.approx((model.coef_[0, 0], model.intercept_[0]), abs=2e-5)
 
 
 def test_what_is_reported_of_an_item_was_learnt_without_it() -> None:

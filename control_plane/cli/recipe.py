@@ -196,7 +196,7 @@ def recipe_set(
     if bundle is None:
         body = change | {"reason": reason, "actor": "cli"}
         made = Client(server).post(f"/api/v1/versions/{quote(_named(reference), safe='')}/recipe", body)
-        err.print(f"version {made['number']} has the new recipe; roll it out like a model")
+        err.print(f"version {made['number']} has the new recipe; release it and roll it out like a model")
         if as_json:
             say(made, as_json=True)
         else:
