@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,10 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from control_plane.training.augment import blemished, turned
+from control_plane.training.augment import varied
 from control_plane.training.datasets import load_dataset
 from control_plane.training.evaluation import evaluate, judged_items
-from control_plane.training.features import FeatureExtractor, FeatureSpec, normalised, shrunk
+from control_plane.training.features import Dictionary, FeatureExtractor, FeatureSpec, Scale, normalised, shrunk, widths
 from control_plane.training.graph import build_graph, parity
 from control_plane.training.head import fit_head, view_weights
 from control_plane.training.importing import ImportSettings, import_onnx
@@ -238,26 +239,37 @@ def small_views(count: int = 24) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return views, np.arange(count) % 2, np.array([f"i{row // 2 * 2 + row % 2}" for row in range(count)])
 
 
-def test_the_graph_computes_what_numpy_computes() -> None:
+@pytest.mark.parametrize("view_px", [64, 61])
+def test_the_graph_computes_what_numpy_computes(view_px: int) -> None:
     views, _, items = small_views(8)
-    spec = FeatureSpec(filters=6, patches=400)
+    views = np.ascontiguousarray(views[:, :view_px, :view_px])
+    spec = FeatureSpec(filters=6, patches=400, view_px=view_px)
     extractor = FeatureExtractor.fit(views, items, spec, seed=1)
     got = extractor.transform(views)
     for row in range(4):
-        at = 0
-        for scale, dictionary in zip(spec.scales, extractor.dictionaries, strict=True):
-            colours, inside = shrunk(views[row : row + 1], scale.shrink)
-            size, codes = scale.patch_px, []
-            for y in range(0, inside.shape[1] - size + 1, scale.stride):
-                for x in range(0, inside.shape[1] - size + 1, scale.stride):
-                    if not inside[0, y : y + size, x : x + size].all():
-                        continue
-                    patch = normalised(colours[0, y : y + size, x : x + size].reshape(1, -1))[0]
-                    flat = dictionary.kernels.transpose(0, 2, 3, 1).reshape(len(dictionary.sums), -1)
-                    codes.append(np.maximum(flat @ patch + dictionary.biases - spec.threshold, 0))
-            expected = np.concatenate((np.sqrt(np.mean(codes, axis=0)), np.max(codes, axis=0)))
-            assert got[row, at : at + 2 * spec.filters] == pytest.approx(expected, rel=2e-3, abs=2e-3)
-            at += 2 * spec.filters
+        expected = [
+            pooled_in_numpy(views[row], *pair) for pair in zip(spec.scales, extractor.dictionaries, strict=True)
+        ]
+        assert got[row] == pytest.approx(np.concatenate(expected), rel=2e-3, abs=2e-3)
+
+
+def pooled_in_numpy(view: np.ndarray, scale: Scale, dictionary: Dictionary) -> np.ndarray:
+    """Features of one scale, straight from their description."""
+    colours, inside = shrunk(view[None], scale)
+    size, starts = scale.patch_px, range(0, inside.shape[1] - scale.patch_px + 1, scale.stride)
+    flat = dictionary.kernels.transpose(0, 2, 3, 1).reshape(len(dictionary.biases), -1)
+    codes = np.zeros((len(starts), len(starts), len(flat)))
+    whole = np.zeros((len(starts), len(starts)), bool)
+    for at_y, y in enumerate(starts):
+        for at_x, x in enumerate(starts):
+            whole[at_y, at_x] = inside[0, y : y + size, x : x + size].all()
+            patch = normalised(colours[0, y : y + size, x : x + size].reshape(1, -1), scale.noise)[0]
+            codes[at_y, at_x] = whole[at_y, at_x] * np.maximum(flat @ patch + dictionary.biases, 0)
+    tile = -(-len(starts) // 3)
+    corners = [(y * tile, x * tile) for y, x in np.ndindex(3, 3)]
+    tops = [codes[y : y + tile, x : x + tile].max(axis=(0, 1)) for y, x in corners]
+    mean = codes.sum(axis=(0, 1)) / whole.sum()
+    return np.concatenate((np.sqrt(mean), np.max(tops, axis=0), np.mean(tops, axis=0)))
 
 
 def test_features_are_finite_for_empty_and_tiny_items_and_blind_to_the_background() -> None:
@@ -266,7 +278,7 @@ def test_features_are_finite_for_empty_and_tiny_items_and_blind_to_the_backgroun
     odd = np.zeros((2, 64, 64, 3), np.uint8)
     odd[1, 30, 30] = 9
     assert np.isfinite(extractor.transform(odd)).all()
-    assert extractor.transform(np.zeros((0, 64, 64, 3), np.uint8)).shape == (0, 24)
+    assert extractor.transform(np.zeros((0, 64, 64, 3), np.uint8)).shape == (0, 36)
 
 
 def test_the_same_data_and_seed_give_the_same_bytes() -> None:
@@ -275,7 +287,9 @@ def test_the_same_data_and_seed_give_the_same_bytes() -> None:
     for _ in range(2):
         extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=6, patches=400), seed=1)
         weights = view_weights(truth, items)
-        head = fit_head(extractor.transform(views), truth, items, weights, classes=2, seed=1)
+        head = fit_head(
+            extractor.transform(views), truth, items, weights, classes=2, widths=widths(extractor.spec), seed=1
+        )
         graphs.append(build_graph(extractor, head, name="t", metadata={"b": "2", "a": "1"}))
     assert graphs[0] == graphs[1]
     assert OnnxClassifier(graphs[0]).metadata == {"a": "1", "b": "2"}
@@ -289,25 +303,37 @@ def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars:
     if known is not None:
         known[::5, 0] = np.nan
     head = fit_head(
-        extractor.transform(views), truth, items, view_weights(truth, items), classes=2, seed=1, scalars=known
+        extractor.transform(views),
+        truth,
+        items,
+        view_weights(truth, items),
+        classes=2,
+        widths=widths(extractor.spec),
+        seed=1,
+        scalars=known,
     )
     graph = build_graph(extractor, head, name="t", metadata={})
     report = parity(extractor, head, graph, views, known)
     assert report.passed
     assert report.max_difference < 1e-4
-    wrong = build_graph(
-        extractor, head.__class__(head.pipeline, 2.5, head.bias, head.medians, 1.0), name="t", metadata={}
-    )
+    wrong = build_graph(extractor, replace(head, temperature=2.5 * head.temperature), name="t", metadata={})
     assert not parity(extractor, head, wrong, views, known).passed
 
 
-def test_augmentation_keeps_background_and_shape() -> None:
+def test_varied_views_are_other_views_of_a_whole_item_on_no_background() -> None:
     views, _, _ = small_views(8)
-    rng = np.random.default_rng(0)
-    for made in (turned(views, rng), blemished(views, rng)):
-        assert made.shape == views.shape
-        assert ((made.max(axis=3) > 0).sum(axis=(1, 2)) == (views.max(axis=3) > 0).sum(axis=(1, 2))).all()
-    assert (blemished(views, rng) != views).any(axis=(1, 2, 3)).all()
+    made = varied(views, np.random.default_rng(0))
+    assert made.shape == views.shape
+    assert made.dtype == np.uint8
+    assert (made == varied(views, np.random.default_rng(0))).all()
+    assert (made != views).any(axis=(1, 2, 3)).all()
+    area = (made.max(axis=3) > 0).sum(axis=(1, 2)) / (views.max(axis=3) > 0).sum(axis=(1, 2))
+    assert (area > 0.5).all()
+    assert (area < 1.1).all()
+    assert (made.min(axis=3) > 0).sum() == (made.max(axis=3) > 0).sum()
+    nothing = varied(np.zeros((3, 64, 64, 3), np.uint8), np.random.default_rng(1))
+    assert not nothing.any()
+    assert varied(views[:0], np.random.default_rng(0)).shape == (0, 64, 64, 3)
 
 
 @pytest.fixture(scope="module")

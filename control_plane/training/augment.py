@@ -1,8 +1,8 @@
-"""More views than were photographed: turns, flips, lamp changes, and blemishes drawn on sound skin.
+"""More skins than were photographed: each view turned, bent, recoloured, shaded and polished, its label unchanged.
 
-Twenty apples are twenty skins. Drawing plausible blemishes (rot, hole, bruise, spots) on the sound views of each item
-shows the learner the same skin with and without a defect, so that it learns the defect instead of the item. Used only
-where there are two classes; validation views are never touched.
+Twenty apples are twenty skins, and a classifier learns the skin before it learns the defect. What happens here happens
+to a whole view (another hue, a blush, a lamp at the side, a gloss, another shape), so it tells nothing of a defect,
+and the learner has to look elsewhere. Views that measure the model are never touched.
 """
 
 import cv2
@@ -10,98 +10,100 @@ import numpy as np
 from numpy.typing import NDArray
 
 Views = NDArray[np.uint8]
+_Picture = NDArray[np.floating]
+_Rng = np.random.Generator
 
 
-def turned(views: Views, rng: np.random.Generator) -> Views:
-    """Each view turned by a multiple of 90 degrees, perhaps mirrored, under a slightly other lamp."""
-    out = np.empty_like(views)
-    for row, view in enumerate(views):
-        picture = np.rot90(view, int(rng.integers(4)))
-        if rng.random() < 0.5:
-            picture = picture[:, ::-1]
-        gain = rng.uniform(0.85, 1.15) * rng.uniform(0.96, 1.04, 3)
-        inside = picture.max(axis=2, keepdims=True) > 0
-        out[row] = np.where(inside, np.clip(picture * gain, 1, 255), 0).astype(np.uint8)
-    return out
+def varied(views: Views, rng: np.random.Generator) -> Views:
+    """Each view as it might look on another item under another lamp.
+
+    Args:
+        views: uint8 (N, S, S, 3) BGR, background zero.
+        rng: Decides everything; the same state gives the same bytes.
+
+    Returns:
+        uint8 (N, S, S, 3): background zero, item pixels at least 1.
+    """
+    return np.stack([_varied(view, rng) for view in views]) if len(views) else views
 
 
-def blemished(views: Views, rng: np.random.Generator) -> Views:
-    """Each view with one drawn blemish."""
-    return np.stack([_blemish(view, rng) for view in views]) if len(views) else views
-
-
-def _blemish(view: Views, rng: np.random.Generator) -> Views:
-    inside = view.max(axis=2) > 0
-    core = cv2.erode(inside.astype(np.uint8), np.ones((5, 5), np.uint8))
-    places = np.argwhere(np.asarray(core) > 0)
-    if not len(places):
-        return view
-    y, x = (int(v) for v in places[rng.integers(len(places))])
-    skin = view[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3].reshape(-1, 3).mean(axis=0).astype(np.float64)
-    side = view.shape[0]
-    draw = (_rot, _hole, _bruise, _spots)[int(rng.integers(4))]
-    picture = draw(view.astype(np.float64), (y, x), skin, side / 64.0, rng)
+def _varied(view: Views, rng: _Rng) -> Views:
+    picture, inside = _bent(view, rng)
+    if rng.random() < 0.8:
+        picture = _recoloured(picture, rng)
+    if rng.random() < 0.5:
+        picture = _blushed(picture, rng)
+    if rng.random() < 0.5:
+        picture = _shaded(picture, rng)
+    if rng.random() < 0.4:
+        picture = _polished(picture, inside, rng)
+    if rng.random() < 0.3:
+        picture = np.asarray(cv2.GaussianBlur(picture.astype(np.float32), (0, 0), rng.uniform(0.4, 0.9)), np.float32)
+    picture = picture + rng.normal() + rng.normal(size=picture.shape) * rng.uniform(0.0, 3.0)
     return np.where(inside[..., None], np.clip(picture, 1, 255), 0).astype(np.uint8)
 
 
-def _blob(
-    side: int, at: tuple[float, float], radius: float, soft: float, wobble: float, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """Coverage (side, side) of an irregular ellipse with a soft rim, 0..1."""
-    rows, columns = np.mgrid[:side, :side]
-    angle, squeeze = rng.uniform(0, np.pi), rng.uniform(0.5, 1.0)
-    dy, dx = rows - at[0], columns - at[1]
-    u = dx * np.cos(angle) + dy * np.sin(angle)
-    v = (dy * np.cos(angle) - dx * np.sin(angle)) / squeeze
-    noise = cv2.resize(rng.normal(size=(8, 8)), (side, side), interpolation=cv2.INTER_CUBIC)
-    return np.asarray(np.clip((radius - np.hypot(u, v) - noise * wobble * radius) / soft, 0.0, 1.0), np.float64)
+def _rotation(angle: float) -> _Picture:
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
-def _painted(
-    picture: NDArray[np.float64],
-    coverage: NDArray[np.float64],
-    colour: NDArray[np.float64],
-    strength: float,
-    rng: np.random.Generator,
-) -> NDArray[np.float64]:
-    alpha = (coverage * strength)[..., None]
-    texture = 1.0 + 0.08 * rng.normal(size=(*coverage.shape, 1))
-    return np.asarray(picture * (1.0 - alpha) + alpha * colour * texture, np.float64)
+def _bent(view: Views, rng: _Rng) -> tuple[_Picture, NDArray[np.bool_]]:
+    """Turned by any angle, stretched, sheared, perhaps mirrored; and where the item is now."""
+    side = len(view)
+    first, last = rng.uniform(0.0, 2.0 * np.pi, 2)
+    across, along = rng.uniform(0.78, 1.02, 2)
+    matrix = _rotation(first) @ np.array([[across, 0.075 * rng.normal()], [0.0, along]]) @ _rotation(last)
+    if rng.random() < 0.5:
+        matrix = matrix @ np.diag([-1.0, 1.0])
+    centre = np.full(2, (side - 1) / 2.0)
+    affine = np.column_stack((matrix, centre - matrix @ centre)).astype(np.float32)
+    item = (view.max(axis=2) > 0).astype(np.float32)
+    picture = cv2.warpAffine(view.astype(np.float32), affine, (side, side))
+    share = np.asarray(cv2.warpAffine(item, affine, (side, side)))
+    # Dividing by the share takes the black of the background out of the rim.
+    return np.asarray(picture / np.maximum(share, 0.25)[..., None]), np.asarray(share > 0.6)
 
 
-def _rot(
-    picture: NDArray[np.float64], at: tuple[int, int], skin: NDArray[np.float64], unit: float, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    coverage = _blob(len(picture), at, rng.uniform(6, 20) * unit, rng.uniform(1, 4) * unit, 0.25, rng)
-    brown = np.array([35.0, 60.0, 100.0]) * rng.uniform(0.4, 1.2) * (skin.mean() + 40.0) / 130.0
-    return _painted(picture, coverage, brown, rng.uniform(0.6, 0.95), rng)
+def _recoloured(picture: _Picture, rng: _Rng) -> _Picture:
+    """Another tone curve, saturation, hue (a turn about the grey axis), white balance and exposure."""
+    x = (np.clip(picture, 1.0, 255.0) / 255.0) ** rng.uniform(0.75, 1.35)
+    grey = x.mean(axis=2, keepdims=True)
+    x = grey + (x - grey) * rng.uniform(0.6, 1.5)
+    angle = 0.35 * rng.normal()
+    cross = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / np.sqrt(3.0)
+    turn = np.eye(3) + np.sin(angle) * cross + (1.0 - np.cos(angle)) * cross @ cross  # Rodrigues
+    gain = np.exp(0.12 * rng.normal(size=3) + 0.2 * rng.normal())
+    return np.asarray(255.0 * np.clip(x @ turn.T * gain, 0.004, 1.0))
 
 
-def _hole(
-    picture: NDArray[np.float64], at: tuple[int, int], skin: NDArray[np.float64], unit: float, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    radius = rng.uniform(1.2, 3.0) * unit
-    halo = _blob(len(picture), at, radius * rng.uniform(1.8, 4.0), 3.0 * unit, 0.2, rng)
-    brown = np.array([40.0, 70.0, 110.0]) * (skin.mean() + 30.0) / 140.0
-    ringed = _painted(picture, halo, brown, rng.uniform(0.2, 0.6), rng)
-    return _painted(
-        ringed, _blob(len(picture), at, radius, 1.2 * unit, 0.2, rng), np.array([15.0, 20.0, 28.0]), 0.95, rng
+def _blushed(picture: _Picture, rng: _Rng) -> _Picture:
+    """Part of the skin in another colour, with a soft border."""
+    side = len(picture)
+    field = cv2.resize(rng.normal(size=(3, 3)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
+    cover = (1.0 / (1.0 + np.exp(-3.0 * (np.asarray(field) + 0.5 * rng.normal()))))[..., None]
+    tinted = np.clip(picture * np.exp(0.22 * rng.normal(size=3)), 1.0, 255.0)
+    return np.asarray(picture * (1.0 - cover) + tinted * cover)
+
+
+def _shaded(picture: _Picture, rng: _Rng) -> _Picture:
+    """A lamp at one side."""
+    rows, columns = np.mgrid[: len(picture), : len(picture)] / len(picture) - 0.5
+    angle = rng.uniform(0.0, 2.0 * np.pi)
+    return np.asarray(
+        picture * np.exp(rng.uniform(0.0, 0.6) * (np.cos(angle) * columns + np.sin(angle) * rows))[..., None]
     )
 
 
-def _bruise(
-    picture: NDArray[np.float64], at: tuple[int, int], skin: NDArray[np.float64], unit: float, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    coverage = _blob(len(picture), at, rng.uniform(6, 16) * unit, rng.uniform(3, 8) * unit, 0.25, rng)
-    return _painted(picture, coverage, skin * np.array([0.6, 0.62, 0.7]), rng.uniform(0.5, 0.95), rng)
-
-
-def _spots(
-    picture: NDArray[np.float64], at: tuple[int, int], skin: NDArray[np.float64], unit: float, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    coverage = np.zeros(picture.shape[:2])
-    for _ in range(int(rng.integers(4, 16))):
-        place = (at[0] + rng.normal() * 9.0 * unit, at[1] + rng.normal() * 9.0 * unit)
-        coverage = np.maximum(coverage, _blob(len(picture), place, rng.uniform(1, 3.2) * unit, 1.2 * unit, 0.3, rng))
-    dark = np.array([45.0, 60.0, 75.0]) * (skin.mean() + 30.0) / 140.0
-    return _painted(picture, coverage, dark, rng.uniform(0.5, 0.9), rng)
+def _polished(picture: _Picture, inside: NDArray[np.bool_], rng: _Rng) -> _Picture:
+    """One to three highlights."""
+    places = np.argwhere(inside)
+    rows, columns = np.mgrid[: len(picture), : len(picture)]
+    unit = len(picture) / 64.0
+    for _ in range(int(rng.integers(1, 4)) if len(places) else 0):
+        y, x = places[rng.integers(len(places))]
+        radius, angle, squeeze = rng.uniform(1.5, 7.0) * unit, rng.uniform(0.0, np.pi), rng.uniform(1.0, 3.0)
+        u = (columns - x) * np.cos(angle) + (rows - y) * np.sin(angle)
+        v = ((rows - y) * np.cos(angle) - (columns - x) * np.sin(angle)) * squeeze
+        cover = (np.exp(-(u * u + v * v) / (2.0 * radius * radius)) * rng.uniform(0.15, 0.9))[..., None]
+        picture = picture * (1.0 - cover) + 255.0 * cover
+    return picture

@@ -2,10 +2,12 @@
 
 A dictionary of small patches per scale: patches are normalised by their own contrast and whitened, clustered by
 k-means (Coates & Ng, "Learning Feature Representations with K-means", 2012), and applied as one convolution with a
-soft threshold, pooled over the item by mean and by maximum: a defect may be small, so the maximum must count. Two
-scales, because a worm hole is a few pixels and rot is half an apple. What is outside the item is filled with the
-item's mean colour and no patch that touches it is pooled, so belt and backdrop cannot matter; contrast normalisation
-takes out the lamp.
+soft threshold, pooled over the item by mean, by maximum and by the mean of local maxima: a defect may be small, so the
+maximum must count, and every sound item has its stem, so one maximum must not decide. One
+scale sees fine detail in colour, one sees larger form in brightness alone: the two err on different skins, so each
+gets a classifier of its own (`head`) and their mean errs less than either. What is outside the item is filled with
+the item's mean colour and no patch that touches it is pooled, so belt and backdrop cannot matter; contrast
+normalisation takes out the lamp.
 
 `features_graph` is the only implementation; `FeatureExtractor.transform` runs it with ONNX Runtime.
 """
@@ -24,11 +26,16 @@ from control_plane.training.nodes import GraphWriter, as_float32, floats, views_
 
 Views = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-_CONTRAST_EPS = 10.0
-"""Added to a patch's variance, grey levels squared: flat skin is not blown up to noise (Coates & Ng, section 2.1)."""
-_WHITEN_EPS = 0.1
+_WHITEN_EPS = 0.033
+"""Per channel, in units of the normalised patch."""
+_GREY = (0.2, 0.4, 0.4)
+"""Weights of blue, green and red: less of the noisy blue."""
 _INSIDE = 0.999
 """Share of a patch that must be item for its position to be pooled."""
+_TILES = 3
+"""Local maxima are taken in this many by this many tiles of the view."""
+_LEAST_SHARE = 1e-4
+"""Below one position in any picture: keeps the mean over no position finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,15 @@ class Scale:
     shrink: int
     patch_px: int
     stride: int
+    noise: float
+    """Added to a patch's variance, grey levels squared: flat skin is not blown up to noise (Coates & Ng, section 2.1).
+    Compression and camera noise have a variance of that size; it is less where pixels are averaged."""
+    grey: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Of its patches."""
+        return 1 if self.grey else 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +63,7 @@ class FeatureSpec:
     view_px: int = 64
     filters: int = 192
     """Per scale."""
-    scales: tuple[Scale, ...] = (Scale(1, 6, 2), Scale(2, 6, 1))
+    scales: tuple[Scale, ...] = (Scale(1, 6, 2, noise=60.0), Scale(2, 6, 1, noise=20.0, grey=True))
     patches: int = 50_000
     """Per scale, that the dictionary is learnt on."""
     threshold: float = 1.0
@@ -56,10 +72,12 @@ class FeatureSpec:
 
 @dataclass(frozen=True, slots=True)
 class Dictionary:
-    """Kernels float32 (filters, 3, p, p), their sums and biases float32 (filters,)."""
+    """Kernels float32 (filters, channels, p, p), each of mean zero, and biases float32 (filters,), none above zero.
+
+    Mean zero takes the patch's mean out by itself; without positive biases a patch of no contrast excites nothing.
+    """
 
     kernels: Floats
-    sums: Floats
     biases: Floats
 
 
@@ -103,10 +121,10 @@ class FeatureExtractor:
 def _learn(
     views: Views, groups: NDArray[np.generic], spec: FeatureSpec, scale: Scale, rng: np.random.Generator, seed: int
 ) -> Dictionary:
-    patches = normalised(_sample_patches(views, groups, spec, scale, rng))
+    patches = normalised(_sample_patches(views, groups, spec, scale, rng), scale.noise)
     mean = patches.mean(axis=0)
     values, vectors = np.linalg.eigh(np.cov((patches - mean).T.astype(np.float64)))
-    whiten = vectors @ np.diag(1.0 / np.sqrt(np.maximum(values, 0.0) + _WHITEN_EPS)) @ vectors.T
+    whiten = vectors @ np.diag(1.0 / np.sqrt(np.maximum(values, 0.0) + _WHITEN_EPS * scale.channels)) @ vectors.T
     white = ((patches - mean) @ whiten).astype(np.float32)
     clusters = min(spec.filters, len(white))
     means = MiniBatchKMeans(
@@ -116,29 +134,34 @@ def _learn(
     atoms[:clusters] = means.cluster_centers_
     atoms /= np.maximum(np.linalg.norm(atoms, axis=1, keepdims=True), 1e-9)
     flat = atoms @ whiten.T
-    shaped = flat.reshape(spec.filters, scale.patch_px, scale.patch_px, 3).transpose(0, 3, 1, 2)
-    return Dictionary(as_float32(shaped), as_float32(flat.sum(axis=1)), as_float32(-(flat @ mean)))
+    biases = np.minimum(-(flat @ mean) - spec.threshold, 0.0)
+    flat -= flat.mean(axis=1, keepdims=True)
+    shaped = flat.reshape(spec.filters, scale.patch_px, scale.patch_px, scale.channels).transpose(0, 3, 1, 2)
+    return Dictionary(as_float32(shaped), as_float32(biases))
 
 
-def normalised(patches: Floats) -> Floats:
+def normalised(patches: Floats, noise: float) -> Floats:
     """float32 (N, D): each patch minus its mean, divided by its own contrast."""
     centred = patches - patches.mean(axis=1, keepdims=True)
-    return as_float32(centred / np.sqrt(patches.var(axis=1, keepdims=True) + _CONTRAST_EPS))
+    return as_float32(centred / np.sqrt(patches.var(axis=1, keepdims=True) + noise))
 
 
-def shrunk(views: Views, shrink: int) -> tuple[Floats, NDArray[np.bool_]]:
+def shrunk(views: Views, scale: Scale) -> tuple[Floats, NDArray[np.bool_]]:
     """The first step of the graph in numpy, for sampling patches and as the reference in tests.
 
     Returns:
-        float32 (N, s, s, 3): mean colour of the item pixels of each block of `shrink` x `shrink`, the item's mean
-        colour where a block is not mostly item; bool (N, s, s): mostly item.
+        float32 (N, s, s, channels): mean colour (or grey) of the item pixels of each block of `shrink` x `shrink`,
+        the item's mean where a block is not mostly item; bool (N, s, s): mostly item.
     """
+    shrink = scale.shrink
     x = views.astype(np.float32)
     inside = (x.max(axis=3, keepdims=True) > 0).astype(np.float32)
+    if scale.grey:
+        x = x @ np.array(_GREY, np.float32)[:, None]
     count = np.maximum(inside.sum(axis=(1, 2, 3)), 1.0)
     mean = (x.sum(axis=(1, 2)) / count[:, None])[:, None, None, :]
     side = x.shape[1] // shrink
-    blocks = x[:, : side * shrink, : side * shrink].reshape(len(x), side, shrink, side, shrink, 3).mean(axis=(2, 4))
+    blocks = x[:, : side * shrink, : side * shrink].reshape(len(x), side, shrink, side, shrink, -1).mean(axis=(2, 4))
     share = inside[:, : side * shrink, : side * shrink].reshape(len(x), side, shrink, side, shrink, 1).mean(axis=(2, 4))
     mostly = share > 0.5
     return as_float32(np.where(mostly, blocks / np.maximum(share, 1e-3), mean)), mostly[..., 0]
@@ -147,7 +170,7 @@ def shrunk(views: Views, shrink: int) -> tuple[Floats, NDArray[np.bool_]]:
 def _sample_patches(
     views: Views, groups: NDArray[np.generic], spec: FeatureSpec, scale: Scale, rng: np.random.Generator
 ) -> Floats:
-    """float32 (patches, p * p * 3), from inside the items, about equally many per item."""
+    """float32 (patches, p * p * channels), from inside the items, about equally many per item."""
     size = scale.patch_px
     names = np.unique(groups)
     each = max(8, spec.patches // len(names))
@@ -155,7 +178,7 @@ def _sample_patches(
     for name in names:
         members = np.flatnonzero(groups == name)
         chosen = rng.choice(members, size=min(len(members), max(1, each // 24)), replace=False)
-        colours, inside = shrunk(views[chosen], scale.shrink)
+        colours, inside = shrunk(views[chosen], scale)
         side = colours.shape[1]
         per_view = -(-each // len(chosen))
         for picture, mask in zip(colours, inside, strict=True):
@@ -163,41 +186,48 @@ def _sample_patches(
                 if mask[y : y + size, x : x + size].all():
                     found.append(picture[y : y + size, x : x + size].reshape(1, -1))
     if not found:  # items too small to hold a patch: anything is better than nothing
-        colours, _ = shrunk(views, scale.shrink)
+        colours, _ = shrunk(views, scale)
         found = [picture[:size, :size].reshape(1, -1) for picture in colours]
     return np.concatenate(found)
 
 
+def widths(spec: FeatureSpec) -> tuple[int, ...]:
+    """Number of features of each scale."""
+    return (3 * spec.filters,) * len(spec.scales)
+
+
 def feature_count(spec: FeatureSpec) -> int:
     """F."""
-    return 2 * spec.filters * len(spec.scales)
+    return sum(widths(spec))
 
 
 def features_graph(extractor: FeatureExtractor) -> onnx.ModelProto:
-    """The feature part as a model of its own: `views` -> `features` float32 [N, F]."""
-    writer = GraphWriter()
-    write_features(writer, extractor, output="features")
-    return writer.model(
+    """The feature part as a model of its own: `views` -> `features` float32 [N, F], one scale after the other."""
+    w = GraphWriter()
+    w.op("Concat", write_features(w, extractor), output="features", axis=1)
+    return w.model(
         [views_input(extractor.spec.view_px)], [floats("features", feature_count(extractor.spec))], name="features"
     )
 
 
-def write_features(writer: GraphWriter, extractor: FeatureExtractor, *, output: str) -> str:
-    """Adds the feature nodes; `views` must be an input of the graph."""
-    w = writer
-    x = w.op("Transpose", [w.op("Cast", ["views"], to=1)], perm=[0, 3, 1, 2])
-    inside = w.op("Cast", [w.op("Greater", [w.reduce("ReduceMax", x, [1]), w.constant(0.0)])], to=1)
+def write_features(w: GraphWriter, extractor: FeatureExtractor) -> list[str]:
+    """Adds the feature nodes; `views` must be an input of the graph. Returns the features of each scale."""
+    colour = w.op("Transpose", [w.op("Cast", ["views"], to=1)], perm=[0, 3, 1, 2])
+    inside = w.op("Cast", [w.op("Greater", [w.reduce("ReduceMax", colour, [1]), w.constant(0.0)])], to=1)
     count = w.op("Max", [w.reduce("ReduceSum", inside, [2, 3]), w.constant(1.0)])
-    mean = w.op("Div", [w.reduce("ReduceSum", x, [2, 3]), count])
+    grey = w.op("Conv", [colour, w.constant(np.reshape(_GREY, (1, 3, 1, 1)))])
     parts: list[str] = []
     for scale, dictionary in zip(extractor.spec.scales, extractor.dictionaries, strict=True):
+        x = grey if scale.grey else colour
+        mean = w.op("Div", [w.reduce("ReduceSum", x, [2, 3]), count])
         picture, mostly = _shrink(w, x, inside, mean, scale.shrink)
-        parts += _pooled(w, picture, mostly, dictionary, scale, extractor.spec.threshold)
-    return w.op("Concat", parts, output=output, axis=1)
+        positions = (extractor.spec.view_px // scale.shrink - scale.patch_px) // scale.stride + 1
+        parts.append(_pooled(w, picture, mostly, dictionary, scale, positions))
+    return parts
 
 
 def _shrink(w: GraphWriter, x: str, inside: str, mean: str, shrink: int) -> tuple[str, str]:
-    """`shrunk` as nodes: [N, 3, s, s] and [N, 1, s, s]."""
+    """`shrunk` as nodes: [N, channels, s, s] and [N, 1, s, s]."""
     share = inside
     if shrink > 1:
         shape: dict[str, Any] = {"kernel_shape": [shrink] * 2, "strides": [shrink] * 2}
@@ -207,29 +237,26 @@ def _shrink(w: GraphWriter, x: str, inside: str, mean: str, shrink: int) -> tupl
     return w.op("Where", [mostly, colour, mean]), w.op("Cast", [mostly], to=1)
 
 
-def _pooled(
-    w: GraphWriter, picture: str, mostly: str, dictionary: Dictionary, scale: Scale, threshold: float
-) -> list[str]:
-    """Responses to contrast-normalised patches, soft-thresholded, pooled over the item by mean and maximum.
+def _pooled(w: GraphWriter, picture: str, mostly: str, dictionary: Dictionary, scale: Scale, positions: int) -> str:
+    """Responses to contrast-normalised patches at `positions` x `positions`, soft-thresholded and pooled over the item.
 
-    With patch mean m and contrast s, kernel k and bias b: k . (patch - m) / s + b = (conv(patch) - m * sum(k)) / s + b,
-    so that normalisation costs two small poolings instead of touching every patch.
+    With patch mean m, contrast s, kernel k of mean zero and bias b: k . (patch - m) / s + b = conv(patch) / s + b, so
+    that normalisation costs two small poolings instead of touching every patch. Where a patch is not all item, 1 / s
+    is set to zero: with b <= 0 nothing is left of it after the threshold.
     """
     window: dict[str, Any] = {"kernel_shape": [scale.patch_px] * 2, "strides": [scale.stride] * 2}
     response = w.op("Conv", [picture, w.constant(dictionary.kernels)], **window)
     m = w.op("AveragePool", [w.reduce("ReduceMean", picture, [1])], **window)
     square = w.op("AveragePool", [w.reduce("ReduceMean", w.op("Mul", [picture, picture]), [1])], **window)
     variance = w.op("Relu", [w.op("Sub", [square, w.op("Mul", [m, m])])])
-    contrast = w.op("Sqrt", [w.op("Add", [variance, w.constant(_CONTRAST_EPS)])])
-    shape = (1, -1, 1, 1)
-    centred = w.op("Sub", [response, w.op("Mul", [m, w.constant(dictionary.sums.reshape(shape))])])
-    shifted = w.op(
-        "Add", [w.op("Div", [centred, contrast]), w.constant((dictionary.biases - threshold).reshape(shape))]
-    )
+    contrast = w.op("Sqrt", [w.op("Add", [variance, w.constant(scale.noise)])])
     covered = w.op("AveragePool", [mostly], **window)
     pooled = w.op("Cast", [w.op("Greater", [covered, w.constant(_INSIDE)])], to=1)
-    active = w.op("Mul", [w.op("Relu", [shifted]), pooled])
-    count = w.op("Max", [w.reduce("ReduceSum", pooled, [2, 3]), w.constant(1.0)])
-    mean = w.op("Div", [w.reduce("ReduceSum", active, [2, 3]), count])
-    top = w.reduce("ReduceMax", active, [2, 3])
-    return [w.op("Flatten", [part], axis=1) for part in (w.op("Sqrt", [mean]), top)]
+    scaled = w.op("Mul", [response, w.op("Div", [pooled, contrast])])
+    active = w.op("Relu", [w.op("Add", [scaled, w.constant(dictionary.biases.reshape(1, -1, 1, 1))])])
+    share = w.op("Max", [w.op("GlobalAveragePool", [pooled]), w.constant(_LEAST_SHARE)])
+    mean = w.op("Div", [w.op("GlobalAveragePool", [active]), share])
+    tile = -(-positions // _TILES)
+    tops = w.op("MaxPool", [active], kernel_shape=[tile] * 2, strides=[tile] * 2, ceil_mode=1)
+    pools = [w.op("Sqrt", [mean]), w.op("GlobalMaxPool", [tops]), w.op("GlobalAveragePool", [tops])]
+    return w.op("Flatten", [w.op("Concat", pools, axis=1)], axis=1)

@@ -8,9 +8,10 @@ import onnx
 from numpy.typing import NDArray
 from skl2onnx import convert_sklearn
 from skl2onnx.common.data_types import FloatTensorType
+from sklearn.pipeline import Pipeline
 
-from control_plane.training.features import FeatureExtractor, feature_count, write_features
-from control_plane.training.head import EMBEDDING, Head
+from control_plane.training.features import FeatureExtractor, write_features
+from control_plane.training.head import CLIP, EMBEDDING, Head
 from control_plane.training.nodes import ML_OPSET, OPSET, GraphWriter, as_float32, floats, views_input
 from models.classifier import EMBEDDING as EMBEDDING_OUTPUT
 from models.classifier import PROBABILITIES, SCALARS_INPUT, OnnxClassifier
@@ -44,28 +45,31 @@ def build_graph(extractor: FeatureExtractor, head: Head, *, name: str, metadata:
         Serialised ONNX; the same parts give the same bytes.
     """
     w = GraphWriter()
-    width, scalars = feature_count(extractor.spec), len(head.medians)
-    features = write_features(w, extractor, output="features")
+    scalars = len(head.medians)
+    parts = write_features(w, extractor)
     inputs = [views_input(extractor.spec.view_px)]
     if scalars:
         inputs.append(floats(SCALARS_INPUT, scalars))
-        unknown = w.op("IsNaN", [SCALARS_INPUT])
-        features = w.op("Concat", [features, w.op("Where", [unknown, w.constant(head.medians), SCALARS_INPUT])], axis=1)
-    raw, width = _graft(w, head, features, width + scalars), width + scalars
-    clipped = w.op("Clip", [raw, w.constant(1e-7), w.constant(1.0)])
-    scores = w.op("Mul", [w.op("Log", [clipped]), w.constant(head.temperature)])
+        filled = w.op("Where", [w.op("IsNaN", [SCALARS_INPUT]), w.constant(head.medians), SCALARS_INPUT])
+        parts = [w.op("Concat", [part, filled], axis=1) for part in parts]
+    logs: list[str] = []
+    for member, part, width in zip(head.members, parts, head.widths, strict=True):
+        raw = _graft(w, member, part, width + scalars)
+        logs.append(w.op("Log", [w.op("Clip", [raw, w.constant(CLIP), w.constant(1.0)])]))
+    scores = w.op("Mul", [w.op("Mean", logs), w.constant(head.temperature)])
     w.op("Softmax", [w.op("Add", [scores, w.constant(head.bias)])], output=PROBABILITIES, axis=1)
-    _embed(w, head, features)
+    _embed(w, head.members[0], parts[0])
     outputs = [floats(PROBABILITIES, len(head.bias)), floats(EMBEDDING_OUTPUT, EMBEDDING)]
     model = w.model(inputs, outputs, name=name, metadata=metadata)
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def _graft(w: GraphWriter, head: Head, features: str, width: int) -> str:
+def _graft(w: GraphWriter, pipeline: Pipeline, features: str, width: int) -> str:
     """Takes the nodes of the converted pipeline over, under names of their own; returns the probabilities' name."""
-    options = {id(head.pipeline): {"zipmap": False}}
+    options = {id(pipeline): {"zipmap": False}}
+    prefix = w.fresh("head")
     converted = convert_sklearn(
-        head.pipeline,
+        pipeline,
         initial_types=[("head_input", FloatTensorType([None, width]))],
         target_opset={"": OPSET, "ai.onnx.ml": ML_OPSET},
         options=options,
@@ -73,7 +77,7 @@ def _graft(w: GraphWriter, head: Head, features: str, width: int) -> str:
     names: dict[str, str] = {"head_input": features, "": ""}
 
     def renamed(name: str) -> str:
-        return names.setdefault(name, f"head_{len(names)}")
+        return names.setdefault(name, f"{prefix}_{len(names)}")
 
     for constant in converted.graph.initializer:
         copy = onnx.TensorProto()
@@ -83,17 +87,17 @@ def _graft(w: GraphWriter, head: Head, features: str, width: int) -> str:
     for node in converted.graph.node:
         copy_node = onnx.NodeProto()
         copy_node.CopyFrom(node)
-        copy_node.name = f"head_node_{len(w.nodes)}"
+        copy_node.name = f"{prefix}_node_{len(w.nodes)}"
         copy_node.input[:] = [renamed(name) for name in node.input]
         copy_node.output[:] = [renamed(name) for name in node.output]
         w.nodes.append(copy_node)
     return names[converted.graph.output[1].name]
 
 
-def _embed(w: GraphWriter, head: Head, features: str) -> None:
-    """First principal components of the scaled features, each with unit variance on the training views."""
-    scale: Any = head.pipeline.named_steps["scale"]
-    project: Any = head.pipeline.named_steps["project"]
+def _embed(w: GraphWriter, pipeline: Pipeline, features: str) -> None:
+    """First principal components of a member's scaled features, each with unit variance on the training views."""
+    scale: Any = pipeline.named_steps["scale"]
+    project: Any = pipeline.named_steps["project"]
     count = min(EMBEDDING, project.n_components_)
     axes = np.zeros((len(scale.mean_), EMBEDDING))
     axes[:, :count] = project.components_[:count].T / np.sqrt(np.maximum(project.explained_variance_[:count], 1e-12))

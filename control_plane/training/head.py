@@ -1,10 +1,16 @@
-"""The classifier on top of the features: scaled, projected, logistic, calibrated out of fold by item.
+"""The classifier on top of the features: per scale scaled, projected, logistic; their mean, calibrated by item.
+
+Each scale of the features has a member of its own, and the mean of their log-probabilities counts: members that see
+different things err on different skins, and one classifier on all features together would learn the larger scale's
+errors with its strengths (0.84 against 0.86 view AUC on the apples of the README).
 
 Strength of the penalty and calibration come from a cross-validation by item *inside* the training data, so the data
 that measure the model never choose anything. Weights make items count alike however many views they have.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,8 +25,10 @@ from control_plane.training.splits import item_folds
 
 Floats = NDArray[np.floating]
 EMBEDDING = 5
-_COMPONENTS = 256
-_PENALTIES = (1e-3, 1e-2, 1e-1)
+CLIP = 1e-7
+"""Probabilities of a member are kept this far from zero before their logarithm is taken."""
+_COMPONENTS = 192
+_PENALTIES = (1e-3, 3e-3, 1e-2)
 _VIEWS_PER_ITEM = 40
 
 
@@ -29,14 +37,16 @@ class Head:
     """A fitted classifier.
 
     Attributes:
-        pipeline: scikit-learn: features (and imputed scalars) -> probabilities.
-        temperature: The log-probabilities are multiplied by this ...
+        members: scikit-learn, one per scale: its features (and imputed scalars) -> probabilities.
+        widths: Features of each member, in their order.
+        temperature: The mean of the members' log-probabilities is multiplied by this ...
         bias: ... and this (C,) is added before they are normalised again.
         medians: (K,) what stands for an unknown scalar.
-        penalty: `C` of the logistic regression that was chosen.
+        penalty: `C` of the logistic regressions that was chosen.
     """
 
-    pipeline: Pipeline
+    members: tuple[Pipeline, ...]
+    widths: tuple[int, ...]
     temperature: float
     bias: NDArray[np.float64]
     medians: NDArray[np.float32]
@@ -44,21 +54,31 @@ class Head:
 
     def predict_proba(self, features: Floats, scalars: Floats | None = None) -> NDArray[np.float64]:
         """float64 (N, C), calibrated: the scikit-learn side of the parity check."""
-        joined = self.joined(features, scalars)
-        return calibrated(self.pipeline.predict_proba(joined), self.temperature, self.bias)
-
-    def joined(self, features: Floats, scalars: Floats | None) -> NDArray[np.float64]:
-        """Features and imputed scalars side by side."""
-        if not len(self.medians):
-            return np.asarray(features, np.float64)
-        known = np.full((len(features), len(self.medians)), np.nan) if scalars is None else np.asarray(scalars)
-        filled = np.where(np.isnan(known), self.medians, known)
-        return np.hstack([np.asarray(features, np.float64), filled])
+        inputs = _inputs(np.asarray(features, np.float64), self.widths, scalars, self.medians)
+        found = [member.predict_proba(own) for member, own in zip(self.members, inputs, strict=True)]
+        return calibrated(_mean_log(found), self.temperature, self.bias)
 
 
-def calibrated(probabilities: Floats, temperature: float, bias: Floats) -> NDArray[np.float64]:
-    """softmax(temperature * log p + bias), rows."""
-    scores = temperature * np.log(np.clip(probabilities, 1e-7, 1.0)) + bias
+def _inputs(
+    features: Floats, widths: Sequence[int], scalars: Floats | None, medians: NDArray[np.float32]
+) -> list[Floats]:
+    """What each member sees: the features of its scale, and all scalars with the unknown ones filled."""
+    edges = np.cumsum([0, *widths])
+    parts: list[Floats] = [features[:, a:b] for a, b in pairwise(edges)]
+    if not len(medians):
+        return parts
+    known = np.full((len(features), len(medians)), np.nan) if scalars is None else np.asarray(scalars)
+    filled = np.where(np.isnan(known), medians, known)
+    return [np.hstack([part, filled]) for part in parts]
+
+
+def _mean_log(probabilities: Sequence[Floats]) -> NDArray[np.float64]:
+    return np.asarray(np.mean([np.log(np.clip(p, CLIP, 1.0)) for p in probabilities], axis=0), np.float64)
+
+
+def calibrated(scores: Floats, temperature: float, bias: Floats) -> NDArray[np.float64]:
+    """softmax(temperature * scores + bias), rows; scores are log-probabilities up to a constant."""
+    scores = temperature * scores + bias
     scores = scores - scores.max(axis=1, keepdims=True)
     powers = np.exp(scores)
     return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float64)
@@ -83,6 +103,7 @@ def fit_head(
     weights: Floats,
     *,
     classes: int,
+    widths: Sequence[int],
     seed: int,
     scalars: Floats | None = None,
     calibrate_on: NDArray[np.bool_] | None = None,
@@ -95,6 +116,7 @@ def fit_head(
         items: (N,) item of each view.
         weights: (N,) of each view.
         classes: C.
+        widths: Features of each member; their sum is F.
         seed: Of folds and projection.
         scalars: (N, K) or None.
         calibrate_on: Views that count for choosing and calibrating (augmented ones do not); None = all.
@@ -103,13 +125,13 @@ def fit_head(
     if scalars is not None and scalars.shape[1]:
         known = np.where(np.isnan(scalars).all(axis=0), 0.0, 1.0)
         medians = np.where(known > 0, np.nanmedian(np.where(known > 0, scalars, 0.0), axis=0), 0.0).astype(np.float32)
-        features = np.hstack([features, np.where(np.isnan(scalars), medians, scalars)])
-    chosen, scores = _choose(features, labels, items, weights, classes, seed, calibrate_on)
+    inputs = _inputs(features, widths, scalars, medians)
+    chosen, scores = _choose(inputs, labels, items, weights, classes, seed, calibrate_on)
     counted = np.ones(len(labels), bool) if calibrate_on is None else calibrate_on
     counted = counted & np.isfinite(scores).all(axis=1)
     temperature, bias = _calibrate(scores[counted], labels[counted], items[counted])
-    pipeline = _pipeline(chosen, features, seed).fit(features, labels, logistic__sample_weight=weights)
-    return Head(pipeline, temperature, bias, medians, chosen)
+    members = [_pipeline(chosen, own, seed).fit(own, labels, logistic__sample_weight=weights) for own in inputs]
+    return Head(tuple(members), tuple(widths), temperature, bias, medians, chosen)
 
 
 def _pipeline(penalty: float, features: Floats, seed: int) -> Pipeline:
@@ -124,7 +146,7 @@ def _pipeline(penalty: float, features: Floats, seed: int) -> Pipeline:
 
 
 def _choose(
-    features: Floats,
+    inputs: Sequence[Floats],
     labels: NDArray[np.integer],
     items: NDArray[np.generic],
     weights: Floats,
@@ -132,36 +154,43 @@ def _choose(
     seed: int,
     counted: NDArray[np.bool_] | None,
 ) -> tuple[float, NDArray[np.float64]]:
-    """The penalty with the smallest out-of-fold log loss, and its out-of-fold probabilities (NaN where unknown)."""
-    folds = list(item_folds(items, labels, folds=4, seed=seed))
+    """The penalty with the smallest out-of-fold log loss, and its out-of-fold mean log-probabilities (or NaN)."""
     best: tuple[float, float, NDArray[np.float64]] | None = None
     prepared = []
-    for train, test in folds:
+    for train, test in item_folds(items, labels, folds=4, seed=seed):
         if len(np.unique(labels[train])) < classes:
             continue
-        base = _pipeline(1.0, features[train], seed)[:-1].fit(features[train])
-        prepared.append((train, test, base.transform(features[train]), base.transform(features[test])))
+        bases = [_pipeline(1.0, own[train], seed)[:-1].fit(own[train]) for own in inputs]
+        pairs = [
+            (base.transform(own[train]), base.transform(own[test])) for base, own in zip(bases, inputs, strict=True)
+        ]
+        prepared.append((train, test, pairs))
     for penalty in _PENALTIES:
         found = np.full((len(labels), classes), np.nan)
-        for train, test, inside, outside in prepared:
-            model: Any = LogisticRegression(C=penalty, max_iter=400).fit(inside, labels[train], weights[train])
-            found[test] = model.predict_proba(outside)
+        for train, test, pairs in prepared:
+            found[test] = _mean_log(
+                [_logistic(penalty, a, labels[train], weights[train]).predict_proba(b) for a, b in pairs]
+            )
         known = np.isfinite(found).all(axis=1) & (counted if counted is not None else True)
         if not known.any():
             return 1e-2, found
-        picked = np.clip(found[known, labels[known]], 1e-6, 1.0)
-        loss = float(-(weights[known] * np.log(picked)).sum() / weights[known].sum())
+        picked = np.clip(calibrated(found[known], 1.0, np.zeros(classes)), 1e-6, 1.0)
+        loss = float(-(weights[known] * np.log(picked[np.arange(len(picked)), labels[known]])).sum())
         if best is None or loss < best[0]:
             best = (loss, penalty, found)
     assert best is not None  # noqa: S101  there is at least one penalty
     return best[1], best[2]
 
 
+def _logistic(penalty: float, features: Floats, labels: NDArray[np.integer], weights: Floats) -> Any:
+    return LogisticRegression(C=penalty, max_iter=400).fit(features, labels, weights)
+
+
 def _calibrate(
-    probabilities: Floats, labels: NDArray[np.integer], items: NDArray[np.generic]
+    scores: Floats, labels: NDArray[np.integer], items: NDArray[np.generic]
 ) -> tuple[float, NDArray[np.float64]]:
     """Temperature and class biases (Guo et al. 2017, with biases) by weighted log loss; each item weighs the same."""
-    classes = probabilities.shape[1] if probabilities.ndim == 2 else 1
+    classes = scores.shape[1] if scores.ndim == 2 else 1
     identity = (1.0, np.zeros(classes))
     if len(labels) < 20 or len(np.unique(labels)) < classes:
         return identity
@@ -170,7 +199,7 @@ def _calibrate(
     weights = weights / weights.sum()
 
     def loss(parameters: NDArray[np.float64]) -> float:
-        p = calibrated(probabilities, float(np.exp(parameters[0])), parameters[1:])
+        p = calibrated(scores, float(np.exp(parameters[0])), parameters[1:])
         picked = np.log(np.clip(p[np.arange(len(labels)), labels], 1e-9, 1.0))
         return float(-(weights * picked).sum() + 0.01 * (parameters**2).sum())
 

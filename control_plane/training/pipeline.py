@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from control_plane.training.augment import blemished, turned
+from control_plane.training.augment import varied
 from control_plane.training.card import write_card
 from control_plane.training.datasets import Dataset, load_dataset
-from control_plane.training.features import FeatureExtractor, FeatureSpec
+from control_plane.training.features import FeatureExtractor, FeatureSpec, widths
 from control_plane.training.fusing import LearntFusion, learn_fusion
 from control_plane.training.graph import ParityReport, build_graph, parity
 from control_plane.training.head import Head, fit_head, view_weights
@@ -191,24 +191,18 @@ def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _
     rng = np.random.default_rng(settings.seed)
     extractor = FeatureExtractor.fit(views, items, settings.features, seed=settings.seed)
     weights = view_weights(labels, items)
-    batches = [(views, labels, items, weights)]
-    if settings.effort == "standard":
-        batches.append((turned(views, rng), labels, items, weights))
-        if len(dataset.classes) == 2:
-            sound = labels == 0
-            ill = np.ones(int(sound.sum()), np.int64)
-            drawn = (blemished(views[sound], rng), blemished(turned(views[sound], rng), rng))
-            batches += [(pictures, ill, items[sound], weights[sound]) for pictures in drawn]
-    features = np.concatenate([extractor.transform(batch[0]) for batch in batches])
-    count = len(features)
+    pictures = [views, varied(views, rng)] if settings.effort == "standard" else [views]
+    features = np.concatenate([extractor.transform(part) for part in pictures])
+    labels, items, weights = (np.concatenate([part] * len(pictures)) for part in (labels, items, weights))
     head = fit_head(
         features,
-        np.concatenate([batch[1] for batch in batches]),
-        np.concatenate([batch[2] for batch in batches]),
-        np.concatenate([batch[3] for batch in batches]),
+        labels,
+        items,
+        weights,
         classes=len(dataset.classes),
+        widths=widths(settings.features),
         seed=settings.seed,
-        calibrate_on=np.arange(count) < len(rows),
+        calibrate_on=np.arange(len(features)) < len(rows),
     )
     metadata = {"sortline.classes": ",".join(dataset.classes), "sortline.dataset": dataset.digest}
     return _Fitted(extractor, head, build_graph(extractor, head, name=settings.name, metadata=metadata))
