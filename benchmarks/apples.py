@@ -54,7 +54,7 @@ def main() -> int:
     print(file=sys.stderr)
     rows = [("mean colour, views", baseline), *((level, figures) for level, figures in found["metrics"].items())]
     for level, figures in rows:
-        if isinstance(figures, dict):
+        if isinstance(figures, dict) and "auc" in figures:
             for name in ("auc", "balanced_accuracy"):
                 print(f"{level:<22} {name:<18} {figures[name]}")
     print(f"parity {found['parity']}\nseconds {found['seconds']}")
