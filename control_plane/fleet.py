@@ -400,11 +400,14 @@ class FleetLink:
 
         Where nothing is desired any more, the message is cleared.
         """
-        with writing(self._engine) as session:
-            # Whoever changed the row may have left the signing to us.
-            if self.assignments.seal(session, utc_now()):
-                session.commit()
-            document = self.assignments.document(session, agent.id)
+        with reading(self._engine) as session:
+            sealed, document = self.assignments.is_sealed(session, agent), self.assignments.document(session, agent.id)
+        if not sealed:
+            # Whoever changed the row has left the signing to us.
+            with writing(self._engine) as session:
+                if self.assignments.seal(session, utc_now()):
+                    session.commit()
+                document = self.assignments.document(session, agent.id)
         self.publish_trust()
         if document or not agent.desired_bundle:
             topic = agent_topic(agent.id, Channel.DESIRED)

@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import col, select
 
 from control_plane.database import migrate, open_database, reading, writing
-from control_plane.tables import TrustMetadata
+from control_plane.tables import Agent, TrustMetadata
 from control_plane.trust import ceremony
 from control_plane.trust.assignments import Assignments
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, TrustError
@@ -201,6 +201,30 @@ def test_a_set_too_large_for_a_broker_is_refused_before_it_is_committed(
         assign(engine, assignments, wanted)
     assert caught.value.code == "trust.oversize"
     assert published(engine, assignments, "line-" + "0" * 50)[1] == b""
+
+
+def test_a_changed_row_is_signed_once_and_a_cleared_one_is_forgotten(
+    engine: Engine, repository: Repository, assignments: Assignments
+) -> None:
+    digest = release(engine, repository, assignments)
+    with writing(engine) as session:
+        agent = Agent(id="line-1", generation=3, desired_bundle=digest)
+        session.add(agent)
+        session.flush()
+        assert not assignments.is_sealed(session, agent)
+        assert assignments.seal(session, NOW)
+        assert assignments.is_sealed(session, agent)
+        assert not assignments.seal(session, NOW)
+        agent.generation, agent.desired_bundle = 4, ""
+        session.add(agent)
+        session.flush()
+        assert not assignments.is_sealed(session, agent)
+        assert assignments.seal(session, NOW)
+        assert assignments.document(session, "line-1") == b""
+        agent.generation, agent.desired_bundle = 5, "f" * 64
+        session.add(agent)
+        assert not assignments.seal(session, NOW), "nobody released it"
+        assert not assignments.is_sealed(session, agent)
 
 
 def test_people_are_told_in_time_what_only_offline_keys_can_renew(engine: Engine, assignments: Assignments) -> None:

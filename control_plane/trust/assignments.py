@@ -224,6 +224,11 @@ class Assignments:
         """Of the newest timestamp: changes with every signing."""
         return version_of(self._latest(session, "timestamp"))
 
+    def is_sealed(self, session: Session, agent: Agent) -> bool:
+        """Whether what the agent's row says is what was signed last."""
+        row = session.get(AssignmentRow, agent.id)
+        return row is None if not agent.desired_bundle else row is not None and row.generation >= agent.generation
+
     def document(self, session: Session, agent_id: str) -> bytes:
         """An agent's assignment as it was signed; empty when it has none."""
         row = session.get(AssignmentRow, agent_id)
