@@ -17,7 +17,7 @@ from models.bundle import write_bundle
 from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, InputError
 from models.messages import BLOBS, Request
-from tests.simulators.plane import make_client, make_services
+from tests.simulators.plane import make_client, make_services, release
 from tests.simulators.tiny_bundle import tiny_files
 
 
@@ -69,7 +69,7 @@ def push(services: Services, folder: Path, *, seed: int = 0, card: bytes = b"# t
         if wish:
             session.merge(Agent(id=wish, generation=1, desired_bundle=digest))
         session.commit()
-    return digest
+    return release(services, digest)
 
 
 def test_a_blob_is_published_once_whoever_asks_and_whoever_restarts(services: Services, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from models.classifier import OnnxClassifier
 from models.errors import InputError
 from models.messages import Channel, Presence, agent_topic, encode
 from models.recipe import Recipe
-from tests.simulators.plane import make_client, make_services
+from tests.simulators.plane import make_client, make_services, release
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
 from tests.test_control_plane_fleet import BOOT, A, batch, reported, window
 from tests.test_control_plane_tuning import held
@@ -103,6 +103,8 @@ def test_a_change_becomes_a_version_with_its_reason_author_and_origin(client: Te
     services.fleet.take(agent_topic("line-1", Channel.REPORTED), encode(reported()))
     refused = client.post("/api/v1/rollouts", json={"model": "apples:2"})
     assert refused.json()["code"] == "trust.not_released", "a change of recipe is signed like a model"
+    release(services, version["bundle"])
+    assert client.post("/api/v1/rollouts", json={"model": "apples:2"}).status_code == 201
     with reading(services.engine) as session:
         entry = session.exec(select(Audit).where(Audit.action == "recipe.change")).one()
         assert broken_audit_entry(session) is None
