@@ -123,6 +123,14 @@ def test_a_quantised_bundle_has_its_own_golden_views_and_tells_its_cost(bundle: 
     assert report["ms_per_view"]["int8"] > 0.0
 
 
+def test_both_halves_hold_both_kinds_however_the_items_are_named(bundle: Path, tmp_path: Path) -> None:
+    views, labels, _ = views_of()
+    alternating = np.array([f"item-{row:02d}" for row in range(len(views))])  # good and bad in turn
+    report = quantised(bundle, tmp_path / "small", views, labels, alternating).report
+    assert np.isfinite(report["auc"]["cost"])
+    assert report["items"] == 30
+
+
 def test_a_model_that_eight_bits_hurt_is_refused() -> None:
     _, labels, items = views_of()
     rng = np.random.default_rng(3)
