@@ -4,8 +4,8 @@ Static quantisation (QDQ, weights per channel) by ONNX Runtime; the ranges of ac
 learnt from. The result is another model: its golden views, fusion and figures are its own, and a parity check against
 float32 would be a lie. What bounds it instead is its accuracy cost on views it did not learn from.
 
-Eight bits saturate on x86 processors without VNNI instructions: there golden views do not reproduce, and an agent
-refuses the bundle (`golden.mismatch`) before it judges anything.
+Sums of eight bits may saturate on x86 processors without VNNI instructions: where golden views do not reproduce, an
+agent refuses the bundle (`golden.mismatch`) before it judges anything.
 """
 
 import logging
