@@ -7,9 +7,10 @@ DEMO ?=
 TESTS ?=
 JOBS ?= 2
 DATA ?=
+CHAOS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench lock clean
+.PHONY: help demo test chaos lint format bench lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -32,7 +33,11 @@ format: $(VENV)/.dev ## Rewrite the sources in the project's format
 bench: $(VENV)/.dev ## Benchmarks, quick form (DATA=folder adds the cross-validation of a labelled folder)
 	@test -z "$(DATA)" || $(BIN)/python -m benchmarks.apples --quick --data "$(DATA)"
 	@$(BIN)/python -m benchmarks.broker --quick
+	@$(BIN)/python -m benchmarks.delivery --quick
 	@$(BIN)/python -m benchmarks.line --quick
+
+chaos: $(VENV)/.dev ## Kill, cut, flood and fill at random, then balance the books, some minutes (CHAOS="--long" for hours)
+	@$(BIN)/python -m tests.chaos $(CHAOS)
 
 # Each lock lists every package with the hashes of its files and names no index.
 $(VENV)/.runtime: requirements/runtime.lock pyproject.toml

@@ -30,7 +30,7 @@ log = logging.getLogger("sortline.spool")
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS record (
   id INTEGER PRIMARY KEY AUTOINCREMENT, boot_id TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL,
-  payload BLOB NOT NULL, UNIQUE (boot_id, seq));
+  payload BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS by_kind ON record (kind, id);
 CREATE TABLE IF NOT EXISTS gap (
   boot_id TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, PRIMARY KEY (boot_id, first)) WITHOUT ROWID;
@@ -49,6 +49,7 @@ _KEPT_SHARE: Final = 1.0 / 16.0
 class Slice:
     """Neighbouring records of one boot."""
 
+    first_id: int
     last_id: int
     records: tuple[Record, ...]
 
@@ -88,8 +89,17 @@ class Spool:
         self._claim_ballast()
 
     def _open(self) -> sqlite3.Connection:
+        """A broken file is set aside; a full disk is no reason to: the ballast makes the room that opening needs."""
         try:
             return self._connect()
+        except sqlite3.OperationalError as error:
+            self._ballast.unlink(missing_ok=True)
+            try:
+                return self._connect()
+            except sqlite3.OperationalError:
+                raise CapacityError(
+                    "spool.unusable", "The spool cannot be opened; make room on the disk.", got=error
+                ) from error
         except sqlite3.DatabaseError:
             log.exception("the spool is broken; it is set aside and a new one begins")
             for path in self._path.parent.glob(f"{self._path.name}*"):
@@ -263,19 +273,28 @@ class Spool:
                 break
             records.append(Record(boot_id=boot_id, seq=seq, kind=RecordKind(kind), payload=payload))
             last_id = place
-        return Slice(last_id, tuple(records)) if records else None
+        return Slice(rows[0][0], last_id, tuple(records)) if records else None
 
-    def forget(self, boot_id: str, first: int, last: int) -> int:
-        """Deletes the records of a boot with these numbers: the control plane has them. Returns how many."""
+    def forget(self, boot_id: str, first: int, last: int, *, first_id: int, last_id: int) -> int:
+        """Deletes records that the control plane has; returns how many.
+
+        Args:
+            boot_id: Their boot.
+            first: Their lowest number.
+            last: Their highest.
+            first_id: Place where the slice they were sent in begins: no index by number is kept, it would cost a
+                tenth of the budget.
+            last_id: Place where it ends.
+        """
+        which = "WHERE id BETWEEN ? AND ? AND boot_id = ? AND seq BETWEEN ? AND ?"
+        values = (first_id, last_id, boot_id, first, last)
         with self._transaction():
             for kind, size in self._database.execute(
-                "SELECT kind, SUM(LENGTH(payload)) FROM record WHERE boot_id = ? AND seq BETWEEN ? AND ? GROUP BY kind",
-                (boot_id, first, last),
+                f"SELECT kind, SUM(LENGTH(payload)) FROM record {which} GROUP BY kind",  # noqa: S608  constant
+                values,
             ).fetchall():
                 self._bytes[kind] -= size
-            deleted = self._database.execute(
-                "DELETE FROM record WHERE boot_id = ? AND seq BETWEEN ? AND ?", (boot_id, first, last)
-            ).rowcount
+            deleted = self._database.execute(f"DELETE FROM record {which}", values).rowcount  # noqa: S608  constant
         self._claim_ballast()
         return int(deleted)
 

@@ -30,8 +30,9 @@ class Sender(Protocol):
 
 @dataclass(slots=True)
 class _Flight:
-    """A batch that was sent: its last place in the spool, its numbers, when it is sent again."""
+    """A batch that was sent: its places in the spool, its numbers, when it is sent again."""
 
+    first_id: int
     last_id: int
     boot_id: str
     first: int
@@ -89,7 +90,7 @@ class Uplink:
             return False
         first, last = found.records[0], found.records[-1]
         due_s = now + self._pause_s
-        self._flights.append(_Flight(found.last_id, first.boot_id, first.seq, last.seq, due_s))
+        self._flights.append(_Flight(found.first_id, found.last_id, first.boot_id, first.seq, last.seq, due_s))
         self.batches += 1
         return True
 
@@ -103,7 +104,7 @@ class Uplink:
             first, last = max(ack.from_seq, flight.first), min(ack.through_seq, flight.last)
             if first > last:
                 continue
-            deleted += self._spool.forget(ack.boot_id, first, last)
+            deleted += self._spool.forget(ack.boot_id, first, last, first_id=flight.first_id, last_id=flight.last_id)
             if (first, last) == (flight.first, flight.last):
                 self._flights.remove(flight)
                 self._pause_s = self._retry_s

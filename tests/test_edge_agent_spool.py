@@ -1,5 +1,6 @@
 """The spool and its uplink: nothing is lost, nothing is deleted too early, what had to go is counted."""
 
+import sqlite3
 from pathlib import Path
 
 import msgspec
@@ -57,7 +58,7 @@ def test_records_survive_a_restart_and_keep_their_keys(tmp_path: Path) -> None:
     assert second.lifetime_items == 4
     batch = second.read(after=0, most=100)
     assert [(r.boot_id, r.seq) for r in batch.records] == [(OLD, n) for n in range(5)]
-    assert second.forget(OLD, 0, 4) == 5
+    assert second.forget(OLD, 0, 4, first_id=batch.first_id, last_id=batch.last_id) == 5
     assert [(r.boot_id, r.seq, r.payload) for r in second.read(after=0, most=100).records] == [(BOOT, 0, b"new")]
     second.close()
 
@@ -272,4 +273,22 @@ def test_a_broken_file_is_set_aside_and_a_new_one_begins(tmp_path: Path) -> None
     second.append(RecordKind.WINDOW, b"y")
     assert second.depth == 1
     assert list(tmp_path.glob("spool.sqlite.broken-*"))
+    second.close()
+
+
+def test_a_full_disk_at_the_start_never_sets_the_spool_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = spool(tmp_path, OLD)
+    first.append(RecordKind.WINDOW, b"kept")
+    first.close()
+    connect = Spool._connect
+
+    def refuse(self: Spool) -> sqlite3.Connection:
+        if (tmp_path / "ballast").exists():
+            raise sqlite3.OperationalError("database or disk is full")
+        return connect(self)
+
+    monkeypatch.setattr(Spool, "_connect", refuse)
+    second = spool(tmp_path)
+    assert not second.quarantined
+    assert [r.payload for r in second.read(after=0, most=10).records] == [b"kept"]
     second.close()

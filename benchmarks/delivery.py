@@ -1,0 +1,501 @@
+"""Delivery of bundles, store and forward, rollouts and brokers: `python -m benchmarks.delivery [--quick]`.
+
+Every ratio has its baseline in the same run. Prints tables, writes figures as JSON (`--json`) and plots as SVG
+(`--plots`); exit status 1 when a bound is missed. Receivers and senders share this machine's processors, so seconds
+are of the whole loop; bytes and ratios are what to read.
+"""
+
+import argparse
+import contextlib
+import selectors
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from rich.console import Console
+from sqlmodel import select
+
+from benchmarks import broker as broker_cost
+from benchmarks.figures import Figures, Row
+from benchmarks.plots import Chart, render
+from benchmarks.receivers import WHOLE_TOPIC
+from control_plane.api.services import Services
+from control_plane.database import reading, writing
+from control_plane.publishing import Publisher
+from control_plane.registry import register
+from control_plane.rollout_records import Order, create_rollout
+from control_plane.tables import Agent, utc_now
+from edge_agent.delivery import Fetch
+from edge_agent.spool import Spool
+from edge_agent.uplink import Uplink
+from models.bundle import RECIPE, blobs_of, read_bundle, write_bundle
+from models.messages import Ack, Channel, Event, RecordKind, Request, agent_topic, decode
+from tests.simulators.fleet import Manner, SimulatedFleet
+from tests.simulators.plane import make_services
+from tests.simulators.processes import free_port
+from tests.simulators.tiny_bundle import tiny_files
+
+MEGA = 1e6
+
+
+# -- brokers --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def broker(kind: str, folder: Path) -> Iterator[tuple[int, int]]:
+    """(port, process id) of a fresh broker."""
+    port = free_port()
+    if kind == "embedded":
+        limits = [f"--limit={key}=1e10" for key in ("messages_per_s", "bytes_per_s")]
+        limits += ["--limit=packet_bytes=67108864", "--limit=retained_bytes=268435456", "--limit=connections=1000"]
+        command = [sys.executable, "-m", "control_plane.broker", "--anonymous", "--port", str(port), *limits]
+    else:
+        config = folder / f"mosquitto-{port}.conf"
+        config.write_text(
+            f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 10000\nset_tcp_nodelay true\n"
+        )
+        command = [broker_cost.MOSQUITTO, "-c", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(400):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=0.2):
+                break
+            time.sleep(0.05)
+        yield port, process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def memory_mb(pid: int, field: str = "VmHWM") -> float:
+    """Peak (or present) resident memory of a process."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field):
+            return float(line.split()[1]) / 1024.0
+    return float("nan")
+
+
+def client(port: int, name: str) -> mqtt.Client:
+    """A connected client of the control plane's kind."""
+    found = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=mqtt.MQTTv311)
+    found.username_pw_set(name, "x")
+    found.max_queued_messages_set(0)
+    found.max_inflight_messages_set(64)
+    found.connect("127.0.0.1", port)
+    found.loop_start()
+    return found
+
+
+# -- fan-out --------------------------------------------------------------------------------------------------
+
+
+def receive(port: int, count: int, way: str, directory: Path, send: Callable[[], None] | None = None) -> float:
+    """Starts the receivers, lets them go, returns their seconds."""
+    command = [sys.executable, "-m", "benchmarks.receivers", "--port", str(port), "--count", str(count)]
+    process = subprocess.Popen(
+        [*command, "--way", way, "--bundle", str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "ready\n", "the receivers could not connect"
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    if send is not None:
+        send()
+    answer = process.stdout.readline().split()
+    assert process.wait(60) == 0, "the receivers failed"
+    return float(answer[0])
+
+
+def floor(directory: Path, data: bytes, count: int) -> float:
+    """The same bytes through loopback by plain sockets: what no delivery can undercut here."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+
+    def serve() -> None:
+        peers = [listener.accept()[0] for _ in range(count)]
+        started.wait()
+        selector = selectors.DefaultSelector()
+        for peer in peers:
+            peer.setblocking(False)
+            selector.register(peer, selectors.EVENT_WRITE, [memoryview(data)])
+        left = count
+        while left:
+            for key, _ in selector.select():
+                sent = key.fileobj.send(key.data[0][: 1 << 18])  # type: ignore[union-attr]
+                key.data[0] = key.data[0][sent:]
+                if not key.data[0]:
+                    selector.unregister(key.fileobj)
+                    left -= 1
+
+    started = threading.Event()
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    seconds = receive(listener.getsockname()[1], count, "plain", directory, started.set)
+    thread.join()
+    listener.close()
+    return seconds
+
+
+def published(services: Services, digest: str, port: int) -> int:
+    """Publishes a bundle as the control plane does; returns the bytes that left it."""
+    connection = client(port, "control-plane")
+    config = msgspec.structs.replace(services.config.broker, bundle_bytes_per_s=1e10)
+    publisher = Publisher(config, services.engine, services.store, connection, Counter())
+    publisher.store_lost()
+    sent = publisher.publish_bundle(digest)
+    connection.disconnect()
+    connection.loop_stop()
+    return sent
+
+
+@contextlib.contextmanager
+def answering(port: int, blobs: dict[str, bytes]) -> Iterator[Counter[str]]:
+    """Request/response as the fallback does it: every agent gets its own copy of every blob."""
+    counters: Counter[str] = Counter()
+    connection = client(port, "control-plane")
+
+    def answer(_client: Any, _data: Any, message: mqtt.MQTTMessage) -> None:
+        agent = message.topic.split("/")[3]
+        for digest in decode(message.payload, Request).digests:
+            connection.publish(agent_topic(agent, Channel.BLOB), blobs[digest], 1)
+            counters["bytes"] += len(blobs[digest])
+
+    connection.on_message = answer
+    connection.subscribe("sortline/v1/agents/+/request", 1)
+    time.sleep(0.2)
+    yield counters
+    connection.disconnect()
+    connection.loop_stop()
+
+
+def fan_out(figures: Figures, scratch: Path, counts: tuple[int, ...], megabytes: int, kinds: list[str]) -> None:
+    """One bundle to many agents, three ways, on each broker, against plain sockets."""
+    directory = scratch / "bundle"
+    write_bundle(directory, "large", tiny_files(padding=megabytes * 1_000_000))
+    services = make_services(scratch / "plane")
+    with writing(services.engine) as session:
+        digest = register(session, services.store, directory, actor="benchmark", now=utc_now()).bundle
+        session.commit()
+    manifest = read_bundle(directory).manifest
+    blobs = dict(blobs_of(manifest, lambda entry: (directory / entry.path).read_bytes()))
+    data = b"".join(blobs.values())
+    size = len(data)
+    floors = {count: floor(directory, data, count) for count in counts}
+    curves: dict[str, list[tuple[float, float]]] = {"plain sockets": [(n, floors[n]) for n in counts]}
+    memory: dict[str, list[tuple[float, float]]] = {}
+    for kind in kinds:
+        rows: list[Row] = []
+        for count in counts:
+            with broker(kind, scratch) as (port, pid):
+                before = memory_mb(pid, "VmRSS")
+                egress = published(services, digest, port)
+                seconds = receive(port, count, "window", directory)
+                peak = memory_mb(pid)
+            rows += [
+                (f"window, {count} agents", seconds, "s"),
+                (f"window, {count} agents: egress", egress / size, "x bundle"),
+                (f"window, {count} agents: of the floor", seconds / floors[count], "x"),
+                (f"window, {count} agents: broker memory", peak - before - size / MEGA, "MB beyond the bundle"),
+            ]
+            curves.setdefault(f"window, {kind}", []).append((count, seconds))
+            memory.setdefault(f"window, {kind}", []).append((count, peak))
+        for count in [n for n in counts if n <= 50]:
+            with broker(kind, scratch) as (port, pid), answering(port, blobs) as counters:
+                seconds = receive(port, count, "ask", directory)
+                sent = counters["bytes"]
+            rows += [
+                (f"request/response, {count} agents", seconds, "s"),
+                (f"request/response, {count} agents: egress", sent / size, "x bundle"),
+            ]
+            curves.setdefault(f"request/response, {kind}", []).append((count, seconds))
+            with broker(kind, scratch) as (port, pid):
+                before = memory_mb(pid, "VmRSS")
+                sender = client(port, "control-plane")
+                sender.publish(WHOLE_TOPIC, data, 1, retain=True).wait_for_publish(60)
+                try:
+                    seconds, peak = receive(port, count, "whole", directory), memory_mb(pid)
+                except AssertionError:
+                    seconds, peak = float("nan"), memory_mb(pid)
+                sender.disconnect()
+                sender.loop_stop()
+            rows += [
+                (f"one message, {count} agents", seconds if seconds == seconds else "refused", "s"),  # noqa: PLR0124
+                (f"one message, {count} agents: broker memory", peak - before - size / MEGA, "MB beyond the bundle"),
+            ]
+            memory.setdefault(f"one message, {kind}", []).append((count, peak))
+        bounds = {f"window, {n} agents: egress": ("<=", 1.01) for n in counts}
+        bounds |= {f"window, {n} agents: broker memory": ("<=", 96.0) for n in counts}
+        note = f"{size / MEGA:.1f} MB in {len(blobs)} blobs; floor: " + ", ".join(
+            f"{n} agents {s:.2f} s" for n, s in floors.items()
+        )
+        figures.table(f"A bundle to many agents, {kind} broker", rows, bounds, note=note)
+    figures.plots["delivery"] = render(
+        [
+            Chart("Time until the last agent has the bundle", "agents", "s", list(curves.items()), x_ticks=counts),
+            Chart("Peak memory of the broker", "agents", "MB", list(memory.items()), x_ticks=counts),
+        ],
+        f"{size / MEGA:.0f} MB; receivers, broker and sender share one machine",
+    )
+    services.engine.dispose()
+
+
+# -- what changed ---------------------------------------------------------------------------------------------
+
+
+def fetch_all(root: Path, directory: Path) -> Counter[str]:
+    """Fetches a bundle from memory; returns the agent's counters."""
+    manifest = read_bundle(directory).manifest
+    blobs = dict(blobs_of(manifest, lambda entry: (directory / entry.path).read_bytes()))
+    fetch = Fetch(root, read_bundle(directory).digest, window=8, reserve_bytes=0, clock=time.monotonic)
+    while not fetch.done:
+        for digest in fetch.wanted():
+            fetch.receive(blobs[digest], digest)
+    return fetch.counters
+
+
+def differences(figures: Figures, scratch: Path, megabytes: int) -> None:
+    """Bytes an agent fetches when little has changed; the model's graph is a real one of this size."""
+    padding = megabytes * 1_000_000
+    files = tiny_files(padding=padding)
+    size = sum(map(len, files.values()))
+    variants: dict[str, dict[str, bytes]] = {
+        "first": files,
+        "new head": tiny_files(padding=padding, bias=0.25),
+        "new recipe": files | {RECIPE: files[RECIPE] + b"\n"},
+        "new card": files | {"card.md": b"# other words\n"},
+    }
+    rows: list[Row] = []
+    for name, parts in variants.items():
+        directory = scratch / f"difference-{name.replace(' ', '-')}"
+        write_bundle(directory, "large", parts)
+        root = scratch / "difference-agent"
+        fetched = fetch_all(root, directory)["bytes"]
+        rows.append((name, fetched, f"bytes of {size:,}"))
+        if name != "first":
+            rows.append((f"{name}: share", fetched / size, ""))
+    limit = 0.02 if megabytes >= 20 else 0.1
+    bounds = {"new head: share": ("<=", limit), "new recipe: share": ("<=", limit), "new card: share": ("<=", limit)}
+    figures.table("What an update moves", rows, bounds)
+
+
+# -- store and forward ----------------------------------------------------------------------------------------
+
+
+class Direct:
+    """A link that ends in the control plane's own intake, with its database."""
+
+    connected = True
+
+    def __init__(self, services: Services) -> None:
+        self.services, self.batches = services, 0
+        self.acks: list[Ack] = []
+        services.fleet._bulk = self  # type: ignore[assignment]  # noqa: SLF001  what it acknowledges comes here
+
+    def publish(self, topic: str, payload: bytes, **_: object) -> bool:
+        if topic.endswith("/ack"):
+            self.acks.append(decode(payload, Ack))
+        else:
+            self.services.fleet.take(topic, payload)
+            self.batches += 1
+        return True
+
+
+def partition(figures: Figures, scratch: Path, records: int) -> None:
+    """A day at ten records a second without connection, then all of it into the control plane's database."""
+    root = scratch / "spool"
+    root.mkdir()
+    spool = Spool(root, "0123456789abcdef", max_bytes=256_000_000, ballast_bytes=4 << 20)
+    database = spool._database  # noqa: SLF001  a day of single commits would take a day
+    database.execute("BEGIN")
+    rows = ((spool._boot_id, number, str(RecordKind.EVENT), event(number)) for number in range(records))  # noqa: SLF001
+    database.executemany("INSERT INTO record (boot_id, seq, kind, payload) VALUES (?, ?, ?, ?)", rows)
+    database.execute("COMMIT")
+    database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # one transaction of a day made a log of a day
+    spool._seq = records  # noqa: SLF001
+    used = sum(path.stat().st_size for path in root.glob("spool.sqlite*")) / MEGA
+    services = make_services(scratch / "partition")
+    link = Direct(services)
+    uplink = Uplink(spool, link, agent_topic("line-1", Channel.BATCH), retry_s=60.0)
+    uplink.tick(0.0)
+    spool.append(RecordKind.EVENT, event(records))
+    started = time.perf_counter()
+    fresh = 0.0
+    while spool.last_id:
+        for ack in link.acks[:]:
+            uplink.acknowledged(ack)
+        link.acks.clear()
+        uplink.tick(0.0)
+        if not fresh and not database.execute("SELECT 1 FROM record WHERE seq = ?", (records,)).fetchone():
+            fresh = time.perf_counter() - started
+    drained = time.perf_counter() - started
+    stored = services.fleet.counters["stored"]
+    figures.table(
+        "A day without connection",
+        [
+            ("records", records, ""),
+            ("on disk", used, "MB"),
+            ("on disk, a day of it", used * 864_000 / records, "MB"),
+            ("drained into the database", records / drained, "records/s"),
+            ("what came up meanwhile, late by", fresh, "s"),
+            ("missing", records + 1 - stored, "records"),
+            ("duplicates", services.fleet.counters["duplicates"], "records"),
+        ],
+        {
+            "on disk, a day of it": ("<=", 256.0),
+            "drained into the database": (">=", 10_000.0),
+            "what came up meanwhile, late by": ("<=", 5.0),
+            "missing": ("<=", 0.0),
+            "duplicates": ("<=", 0.0),
+        },
+    )
+    spool.close()
+    services.engine.dispose()
+
+
+def event(number: int) -> bytes:
+    """An event of about 150 bytes."""
+    facts = {"number": f"{number:08d}", "filler": "x" * 70}
+    return msgspec.msgpack.encode(Event(at_ms=1_700_000_000_000 + number, code="benchmark.record", facts=facts))
+
+
+# -- rollout --------------------------------------------------------------------------------------------------
+
+
+def rollout(figures: Figures, scratch: Path, count: int, kind: str) -> None:
+    """From the order to 95 % of the agents reporting the bundle committed."""
+    with broker(kind, scratch) as (port, _):
+        services = make_services(scratch / f"rollout-{kind}", port=port)
+        services.fleet.start()
+        services.rollouts.start()
+        directory = scratch / f"rollout-bundle-{kind}"
+        write_bundle(directory, "rolled", tiny_files(padding=1_000_000))
+        with writing(services.engine) as session:
+            bundle = register(session, services.store, directory, actor="benchmark", now=utc_now()).bundle
+            session.commit()
+        manner = Manner(window_s=10.0, items_per_s=200.0, report_s=2.0)
+        try:
+            with SimulatedFleet(port, count, manner=manner) as fleet:
+                until(lambda: known(services) == count, 120.0)
+                started = time.perf_counter()
+                with writing(services.engine) as session:
+                    create_rollout(session, Order(reference="rolled"), actor="benchmark", now=utc_now())
+                    session.commit()
+                until(lambda: fleet.running(bundle) >= 0.95 * count, 240.0)
+                on_agents = time.perf_counter() - started
+                until(lambda: committed(services, bundle) >= 0.95 * count, 240.0)
+                reported = time.perf_counter() - started
+                sent = services.fleet.counters["bundle_bytes_published"]
+                fleet.do(lambda agent: agent.cut(0.0))
+                cut = time.perf_counter()
+                until(lambda: fleet.connected() < count, 10.0)
+                until(lambda: fleet.connected() == count, 120.0)
+                back = time.perf_counter() - cut
+        finally:
+            services.rollouts.stop()
+            services.fleet.stop()
+            services.engine.dispose()
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    figures.table(
+        f"A rollout to {count} agents, {kind} broker",
+        [
+            ("95 % committed", on_agents, "s"),
+            ("95 % reported and stored", reported, "s"),
+            ("egress of the bundle", sent / size, "x bundle"),
+            ("all back after all connections were cut", back, "s"),
+        ],
+        {
+            "all back after all connections were cut": ("<=", 60.0),
+            "egress of the bundle": ("<=", 1.05),
+            "95 % committed": ("<=", 120.0),
+        },
+    )
+
+
+def until(done: Callable[[], bool], seconds: float) -> None:
+    limit = time.perf_counter() + seconds
+    while not done():
+        assert time.perf_counter() < limit, "waited in vain"
+        time.sleep(0.1)
+
+
+def known(services: Services) -> int:
+    with reading(services.engine) as session:
+        return len([a for a in session.exec(_agents()) if a.reported])
+
+
+def committed(services: Services, bundle: str) -> int:
+    with reading(services.engine) as session:
+        agents = session.exec(_agents()).all()
+        return sum(a.reported.get("active") == bundle and a.reported.get("phase") == "committed" for a in agents)
+
+
+def _agents() -> Any:
+    return select(Agent)
+
+
+# -- brokers' cost --------------------------------------------------------------------------------------------
+
+
+def cost(figures: Figures, scratch: Path, *, quick: bool) -> None:
+    """CPU per delivered message, embedded against mosquitto."""
+    rows: list[Row] = []
+    with broker_cost.brokers(scratch) as found:
+        for name, qos, size, subscribers, messages in broker_cost.CASES:
+            count = messages // 4 if quick else messages
+            used = {kind: broker_cost.measure(*place, qos, size, subscribers, count) for kind, place in found.items()}
+            if "mosquitto" in used:
+                rows.append((name, used["embedded"]["cpu_us"] / used["mosquitto"]["cpu_us"], "x mosquitto"))
+    if not rows:
+        figures.skip("CPU per message", "mosquitto is not installed")
+        return
+    figures.table("CPU per message, embedded broker", rows, {name: ("<=", 1.7) for name, _, _ in rows})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="under a minute: fewer agents, a smaller bundle")
+    parser.add_argument("--only", action="append", choices=("fan-out", "differences", "partition", "rollout", "cost"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plots", type=Path, help="folder for SVG plots")
+    options = parser.parse_args()
+    figures = Figures(Console())
+    kinds = ["embedded", *(["mosquitto"] if Path(broker_cost.MOSQUITTO).exists() else [])]
+    if len(kinds) == 1:
+        figures.skip("mosquitto", "the program is not installed")
+    quick = options.quick
+    with tempfile.TemporaryDirectory(prefix="sortline-benchmark-") as folder:
+        scratch = Path(folder)
+        stages: dict[str, Callable[[], None]] = {
+            "differences": lambda: differences(figures, scratch, 4 if quick else 20),
+            "partition": lambda: partition(figures, scratch, 50_000 if quick else 864_000),
+            "cost": lambda: cost(figures, scratch, quick=quick),
+            "fan-out": lambda: fan_out(
+                figures, scratch, (1, 5, 20) if quick else (1, 10, 50, 200), 2 if quick else 20, kinds
+            ),
+            "rollout": lambda: [rollout(figures, scratch, 50 if quick else 200, kind) for kind in kinds],  # type: ignore[func-returns-value]
+        }
+        for name, stage in stages.items():
+            if not options.only or name in options.only:
+                stage()
+    figures.skip("metadata refresh", "measured with the trust of assignments, not here")
+    if options.json:
+        figures.write(options.json, {"quick": quick})
+    if options.plots:
+        figures.write_plots(options.plots)
+    for line in figures.missed:
+        figures.console.print(f"[red]missed[/] {line}")
+    return 1 if figures.missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
