@@ -227,6 +227,7 @@ class Challenger:
             self.state.digest,
             budget_ms=self._config.selftest_budget_ms,
             timeout_s=self._config.selftest_timeout_s,
+            memory_mb=self._config.selftest_memory_mb,
             deliver=deliver,
         )
 

@@ -151,23 +151,26 @@ class LineChild:
 
 
 def start_selftest(
-    directory: Path, digest: str, *, budget_ms: float, timeout_s: float, deliver: Deliver
+    directory: Path, digest: str, *, budget_ms: float, timeout_s: float, memory_mb: int, deliver: Deliver
 ) -> threading.Thread:
     """Runs the self-test of a bundle in a process of its own; `SelfTestDone` comes through `deliver`."""
 
     def run() -> None:
-        deliver(_selftest(directory, digest, budget_ms, timeout_s))
+        deliver(run_selftest_process(directory, digest, budget_ms, timeout_s, memory_mb))
 
     thread = threading.Thread(target=run, name="selftest", daemon=True)
     thread.start()
     return thread
 
 
-def _selftest(directory: Path, digest: str, budget_ms: float, timeout_s: float) -> SelfTestDone:
+def run_selftest_process(
+    directory: Path, digest: str, budget_ms: float, timeout_s: float, memory_mb: int
+) -> SelfTestDone:
+    """Runs the self-test of a bundle in a process of its own and waits for it; never raises."""
     command = [sys.executable, "-m", "edge_agent.selftest", str(directory), "--digest", digest]
     try:
         done = subprocess.run(
-            [*command, "--budget-ms", str(budget_ms)],
+            [*command, "--budget-ms", str(budget_ms), "--memory-mb", str(memory_mb)],
             capture_output=True,
             timeout=timeout_s,
             stdin=subprocess.DEVNULL,

@@ -23,6 +23,7 @@ from models.messages import (
     TRUST_TOPIC,
     Ack,
     Channel,
+    Event,
     Mode,
     Phase,
     RecordKind,
@@ -59,6 +60,7 @@ class Plane:
     reported: Reported | None = None
     stored: dict[tuple[str, int], bytes] = field(default_factory=dict)
     window_keys: set[tuple[str, int]] = field(default_factory=set)
+    events: list[Event] = field(default_factory=list)
     repeats: int = 0
     holes: set[int] = field(default_factory=set)
 
@@ -88,6 +90,8 @@ class Plane:
                 self.repeats += (record.boot_id, record.seq) in self.stored
                 if record.kind is RecordKind.WINDOW:
                     self.window_keys.add((record.boot_id, record.seq))
+                if record.kind is RecordKind.EVENT:
+                    self.events.append(decode_packed(record.payload, Event))
                 self.stored[record.boot_id, record.seq] = record.payload
             ack = Ack(boot_id=records[-1].boot_id, from_seq=records[0].seq, through_seq=records[-1].seq)
             self.client.publish(agent_topic("line-1", Channel.ACK), encode(ack), 1)
@@ -244,6 +248,66 @@ def test_a_trial_that_judges_too_little_goes_back(plane: Plane, tmp_path: Path) 
         assert plane.reported.blocked == (second,)
     finally:
         end(process)
+
+
+def events(plane: Plane) -> list[Event]:
+    """All events that arrived, in the order in which they happened."""
+    return sorted(plane.events, key=lambda event: event.at_ms)
+
+
+@pytest.mark.slow
+def test_a_model_that_fails_late_is_rolled_back(plane: Plane, tmp_path: Path) -> None:
+    """It passes its self-test and fails on the line's first items: the old one judges again, the digest is blocked."""
+    tiny_bundle(tmp_path / "good")
+    tiny_bundle(tmp_path / "late", poison="late")
+    process = agent(plane, tmp_path / "state")
+    try:
+        good, late = plane.offer(tmp_path / "good"), plane.offer(tmp_path / "late")
+        plane.wish(good, 1)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, good), 60, "the first commit")
+        plane.wish(late, 2, trial_items=1000, trial_s=60.0)
+        wait_until(lambda: late in plane.reported.blocked, 60, "the rollback")
+        assert (plane.reported.phase, plane.reported.active) == (Phase.ROLLED_BACK, good)
+        codes = lambda: [event.code for event in events(plane)]  # noqa: E731
+        wait_until(lambda: codes().count("bundle.swapped") >= 3, 30, "the swap back")
+        assert "selftest.passed" in codes()
+        failed = next(event for event in events(plane) if event.facts.get("bundle") == late and "model." in event.code)
+        back = next(e for e in events(plane) if e.code == "bundle.swapped" and e.at_ms >= failed.at_ms)
+        assert back.facts["bundle"] == good
+        sys.stdout.write(f"line gap {back.at_ms - failed.at_ms} ms\n")
+    finally:
+        end(process)
+
+
+@pytest.mark.slow
+def test_a_line_that_dies_in_the_trial_twice_is_rolled_back(plane: Plane, tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "good")
+    tiny_bundle(tmp_path / "new", bias=0.5)
+    process = agent(plane, tmp_path / "state")
+    try:
+        good, new = plane.offer(tmp_path / "good"), plane.offer(tmp_path / "new")
+        plane.wish(good, 1)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, good), 60, "the first commit")
+        plane.wish(new, 2, trial_items=100_000, trial_s=600.0)
+        for _ in range(2):
+            wait_until(lambda: plane.phase(Phase.TRIAL, new) and plane.reported.items_on_active > 0, 60, "the trial")
+            line = next(p for p in children(process.pid) if b"edge_agent.line" in cmdline(p))
+            os.kill(line, signal.SIGSEGV)
+            wait_until(lambda line=line: line not in children(process.pid), 20, "its end")
+            plane.reported = None
+            wait_until(lambda: plane.reported is not None, 20, "a report")
+        wait_until(lambda: new in plane.reported.blocked, 60, "the rollback")
+        assert plane.reported.active == good
+        wait_until(lambda: plane.reported.line_running and plane.reported.items_on_active > 0, 60, "the line")
+    finally:
+        end(process)
+
+
+def cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def test_a_line_that_is_killed_comes_back_with_the_same_bundle(plane: Plane, tmp_path: Path) -> None:

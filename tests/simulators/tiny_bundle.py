@@ -12,6 +12,7 @@ from models.classifier import OnnxClassifier
 from models.recipe import Recipe
 from models.view_spec import PreprocessSpec
 from models.windows import build_profile, feature_names
+from tests.simulators.poison import POISONS
 
 
 def tiny_graph(
@@ -20,7 +21,7 @@ def tiny_graph(
     """Views -> P(defect) = sigmoid(6 - mean lightness / 16 + bias); `padding` random bytes make it large.
 
     `weighs`: a known weight adds a hundredth of its grams to the score.
-    `poison`: "nan" answers NaN, "shape" has the wrong signature.
+    `poison`: "nan" answers NaN, "shape" has the wrong signature; those of `tests.simulators.poison` are grafted on.
     """
     nodes = [
         helper.make_node("Cast", ["views"], ["x"], to=TensorProto.FLOAT),
@@ -47,6 +48,9 @@ def tiny_graph(
         "offset": np.array([[6.0 + bias]], np.float32),
         "one": np.array([[1.0]], np.float32),
     }
+    if poison in POISONS:
+        nodes[4:4] = POISONS[poison](constants)
+        next(node for node in nodes if node.output[0] == "score").input[0] = "spoilt"
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     if padding:
         noise = np.random.default_rng(padding).integers(0, 256, padding, dtype=np.uint8)
@@ -62,9 +66,11 @@ def tiny_graph(
     if weighs:
         inputs.append(helper.make_tensor_value_info("scalars", TensorProto.FLOAT, ["N", 1]))
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    domains = [helper.make_opsetid("", 99 if poison == "opset" else 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    model = helper.make_model(graph, opset_imports=domains if poison in {*POISONS, "opset"} else domains[:1])
     model.ir_version = 8
-    onnx.checker.check_model(model)
+    if poison != "opset":
+        onnx.checker.check_model(model)
     return model.SerializeToString()
 
 
