@@ -41,7 +41,7 @@ from edge_agent.uplink import Uplink
 from models.bundle import RECIPE, blobs_of, read_bundle, write_bundle
 from models.messages import Ack, Channel, Event, RecordKind, Request, agent_topic, decode
 from tests.simulators.fleet import Manner, SimulatedFleet
-from tests.simulators.plane import make_services
+from tests.simulators.plane import make_services, release
 from tests.simulators.processes import free_port
 from tests.simulators.tiny_bundle import tiny_files
 
@@ -207,8 +207,8 @@ def fan_out(figures: Figures, scratch: Path, counts: tuple[int, ...], megabytes:
                 (f"window, {count} agents: of the floor", seconds / floors[count], "x"),
                 (f"window, {count} agents: broker memory", peak - before - size / MEGA, "MB beyond the bundle"),
             ]
-            curves.setdefault(f"window, {kind}", []).append((count, seconds))
-            memory.setdefault(f"window, {kind}", []).append((count, peak))
+            curves.setdefault(f"window {kind}", []).append((count, seconds))
+            memory.setdefault(f"window {kind}", []).append((count, peak))
         for count in [n for n in counts if n <= 50]:
             with broker(kind, scratch) as (port, pid), answering(port, blobs) as counters:
                 seconds = receive(port, count, "ask", directory)
@@ -217,7 +217,7 @@ def fan_out(figures: Figures, scratch: Path, counts: tuple[int, ...], megabytes:
                 (f"request/response, {count} agents", seconds, "s"),
                 (f"request/response, {count} agents: egress", sent / size, "x bundle"),
             ]
-            curves.setdefault(f"request/response, {kind}", []).append((count, seconds))
+            curves.setdefault(f"asked {kind}", []).append((count, seconds))
             with broker(kind, scratch) as (port, pid):
                 before = memory_mb(pid, "VmRSS")
                 sender = client(port, "control-plane")
@@ -232,7 +232,7 @@ def fan_out(figures: Figures, scratch: Path, counts: tuple[int, ...], megabytes:
                 (f"one message, {count} agents", seconds if seconds == seconds else "refused", "s"),  # noqa: PLR0124
                 (f"one message, {count} agents: broker memory", peak - before - size / MEGA, "MB beyond the bundle"),
             ]
-            memory.setdefault(f"one message, {kind}", []).append((count, peak))
+            memory.setdefault(f"whole {kind}", []).append((count, peak))
         bounds = {f"window, {n} agents: egress": ("<=", 1.01) for n in counts}
         bounds |= {f"window, {n} agents: broker memory": ("<=", 96.0) for n in counts}
         note = f"{size / MEGA:.1f} MB in {len(blobs)} blobs; floor: " + ", ".join(
@@ -328,7 +328,7 @@ def partition(figures: Figures, scratch: Path, records: int) -> None:
     uplink = Uplink(spool, link, agent_topic("line-1", Channel.BATCH), retry_s=60.0)
     uplink.tick(0.0)
     spool.append(RecordKind.EVENT, event(records))
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     fresh = 0.0
     while spool.last_id:
         for ack in link.acks[:]:
@@ -337,7 +337,7 @@ def partition(figures: Figures, scratch: Path, records: int) -> None:
         uplink.tick(0.0)
         if not fresh and not database.execute("SELECT 1 FROM record WHERE seq = ?", (records,)).fetchone():
             fresh = time.perf_counter() - started
-    drained = time.perf_counter() - started
+    drained, used_s = time.perf_counter() - started, time.process_time() - busy
     stored = services.fleet.counters["stored"]
     figures.table(
         "A day without connection",
@@ -345,14 +345,15 @@ def partition(figures: Figures, scratch: Path, records: int) -> None:
             ("records", records, ""),
             ("on disk", used, "MB"),
             ("on disk, a day of it", used * 864_000 / records, "MB"),
-            ("drained into the database", records / drained, "records/s"),
+            ("drained into the database", records / drained, "records/s on this machine now"),
+            ("drained, spool and database in one process", records / used_s, "records per second of processor"),
             ("what came up meanwhile, late by", fresh, "s"),
             ("missing", records + 1 - stored, "records"),
             ("duplicates", services.fleet.counters["duplicates"], "records"),
         ],
         {
             "on disk, a day of it": ("<=", 256.0),
-            "drained into the database": (">=", 10_000.0),
+            "drained, spool and database in one process": (">=", 10_000.0),
             "what came up meanwhile, late by": ("<=", 5.0),
             "missing": ("<=", 0.0),
             "duplicates": ("<=", 0.0),
@@ -382,6 +383,7 @@ def rollout(figures: Figures, scratch: Path, count: int, kind: str) -> None:
         with writing(services.engine) as session:
             bundle = register(session, services.store, directory, actor="benchmark", now=utc_now()).bundle
             session.commit()
+        release(services, bundle)
         manner = Manner(window_s=10.0, items_per_s=200.0, report_s=2.0)
         try:
             with SimulatedFleet(port, count, manner=manner) as fleet:
@@ -449,10 +451,12 @@ def _agents() -> Any:
 def cost(figures: Figures, scratch: Path, *, quick: bool) -> None:
     """CPU per delivered message, embedded against mosquitto."""
     rows: list[Row] = []
-    with broker_cost.brokers(scratch) as found:
+    with broker_cost.brokers(scratch, mutual_tls=False) as found:
         for name, qos, size, subscribers, messages in broker_cost.CASES:
-            count = messages // 4 if quick else messages
-            used = {kind: broker_cost.measure(*place, qos, size, subscribers, count) for kind, place in found.items()}
+            count = max(messages // 4, 150) if quick else messages
+            used = {
+                kind: broker_cost.measure(*place, qos, size, subscribers, count, None) for kind, place in found.items()
+            }
             if "mosquitto" in used:
                 rows.append((name, used["embedded"]["cpu_us"] / used["mosquitto"]["cpu_us"], "x mosquitto"))
     if not rows:

@@ -17,14 +17,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sqlmodel import col, select
 
-from benchmarks.broker import connect, packet, text
+from benchmarks.broker import packet, text
+from benchmarks.receivers import connect
 from control_plane.api.services import Services
 from control_plane.database import reading, writing
 from control_plane.registry import register
@@ -33,7 +34,7 @@ from edge_agent.slots import StateFile
 from models.bundle import read_bundle
 from models.errors import SortlineError
 from tests.simulators.fleet import Manner, SimulatedFleet
-from tests.simulators.plane import make_services
+from tests.simulators.plane import make_services, release
 from tests.simulators.processes import MOSQUITTO, free_port
 from tests.simulators.proxy import Noise, Proxy
 from tests.simulators.tiny_bundle import tiny_bundle
@@ -117,6 +118,7 @@ class Chaos:
         self.seen_active: Counter[str] = Counter()
         self.strange: list[str] = []
         self._generation = 0
+        self._may_fill = False
         self._watching = threading.Event()
 
     def _broker_command(self) -> list[str]:
@@ -138,11 +140,15 @@ class Chaos:
         _listening(self.port)
         self.plane.start()
         manner = Manner(window_s=0.5, items_per_s=200.0, retry_s=1.0, report_s=5.0, reconnect_s=(0.2, 3.0))
-        with Proxy(self.port, self.rng.getrandbits(32)) as proxy:
+        with self._small_disk() as self._may_fill, Proxy(self.port, self.rng.getrandbits(32)) as proxy:
             command = [sys.executable, "-m", "edge_agent", "run", "--id", REAL, "--broker", f"127.0.0.1:{proxy.port}"]
             settings = {"BROKER__RECONNECT_MAX_S": "2", "LINE__WINDOW_S": "1", "SPOOL__RETRY_S": "2"}
             environment = {f"SORTLINE_AGENT__{key}": value for key, value in settings.items()}
             agent = Process([*command, "--state-dir", str(self.state)], self.folder / "agent.log", environment)
+            (self.state / "trust").mkdir(parents=True, exist_ok=True)
+            (self.state / "trust" / "root.json").write_bytes(
+                (services.config.trust_folder / "1.root.json").read_bytes()
+            )
             agent.start(**self._clock())
             watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
             watcher.start()
@@ -169,6 +175,7 @@ class Chaos:
             with writing(services.engine) as session:
                 self.bundles.append(register(session, services.store, directory, actor="c", now=utc_now()).bundle)
                 session.commit()
+            release(services, self.bundles[-1])
 
     def _hurt(self, services: Services, proxy: Proxy, fleet: SimulatedFleet, agent: Process, seconds: float) -> None:
         faults: dict[str, Callable[[], None]] = {
@@ -183,7 +190,7 @@ class Chaos:
             "flood by a rogue": self._flood,
             "wish changed": lambda: self._wish(services),
         }
-        if self._on_small_disk():
+        if self._may_fill:
             faults["disk full"] = self._fill_disk
         until = time.monotonic() + seconds
         self._wish(services)
@@ -273,17 +280,17 @@ class Chaos:
                 session.add(agent)
             session.commit()
 
-    def _on_small_disk(self) -> bool:
+    @contextlib.contextmanager
+    def _small_disk(self) -> Iterator[bool]:
         """A disk of its own for the real agent, where we may mount one."""
-        self.state.mkdir(exist_ok=True)
-        if os.geteuid() != 0:
-            return False
+        self.state.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=160m", "sortline-chaos", str(self.state)]
-        return (
-            False
-            if any(self.state.iterdir())
-            else subprocess.run(mount, check=False, capture_output=True).returncode == 0
-        )
+        mounted = os.geteuid() == 0 and subprocess.run(mount, check=False, capture_output=True).returncode == 0
+        try:
+            yield mounted
+        finally:
+            if mounted:
+                subprocess.run(["umount", "--lazy", str(self.state)], check=False, capture_output=True)
 
     def _fill_disk(self) -> None:
         filler = self.state / "filler"
@@ -397,8 +404,6 @@ class Chaos:
             sum(a.held.active not in wished for a in fleet.agents.values()),
             0,
         )
-        with contextlib.suppress(OSError):
-            subprocess.run(["umount", str(self.state)], check=False, capture_output=True)
 
 
 def _ranges(text_: str) -> list[list[str]]:
