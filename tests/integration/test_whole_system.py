@@ -169,15 +169,15 @@ def test_a_bundle_is_fetched_tested_tried_and_committed_and_windows_arrive_once(
 @pytest.mark.parametrize("plane", BROKERS[:1], indirect=True)
 def test_a_challenger_judges_in_the_shadow_and_is_promoted_without_a_second_fetch(plane: Plane, tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "a", bias=-2.5)
-    tiny_bundle(tmp_path / "b", bias=-1.5)
+    tiny_bundle(tmp_path / "b", bias=2.5)
     champion, challenger = plane.offer(tmp_path / "a"), plane.offer(tmp_path / "b")
     process = agent(plane, tmp_path / "agent")
     try:
         plane.wish(champion, 1)
-        wait_until(lambda: plane.phase(Phase.COMMITTED, champion), 40, "the champion")
+        wait_until(lambda: plane.phase(Phase.COMMITTED, champion), 60, "the champion")
         plane.wish(challenger, 2, mode=Mode.SHADOW)
-        wait_until(lambda: plane.reported.shadow_running, 30, "the challenger at work")
-        wait_until(lambda: any(w.shadow_disagreed for w in plane.windows()), 30, "disagreements")
+        wait_until(lambda: plane.reported.shadow_running, 60, "the challenger at work")
+        wait_until(lambda: any(w.shadow_disagreed for w in plane.windows()), 60, "disagreements")
         reported = plane.reported
         assert (reported.generation, reported.phase, reported.active) == (2, Phase.COMMITTED, champion)
         assert (reported.shadow, reported.shadow_phase) == (challenger, ShadowPhase.SHADOW)
@@ -186,7 +186,7 @@ def test_a_challenger_judges_in_the_shadow_and_is_promoted_without_a_second_fetc
         assert sum(w.shadow_compared for w in shadowed) <= sum(w.items for w in shadowed)
         assert any((tmp_path / "agent" / "shadow-samples").glob("*.npz"))
         plane.wish(challenger, 3)
-        wait_until(lambda: plane.phase(Phase.COMMITTED, challenger), 40, "the promotion")
+        wait_until(lambda: plane.phase(Phase.COMMITTED, challenger), 60, "the promotion")
         assert (plane.reported.shadow, plane.reported.shadow_phase) == ("", ShadowPhase.IDLE)
         assert "fetch_stalled" not in plane.reported.counters
     finally:
