@@ -653,6 +653,24 @@ def test_a_rollout_waits_for_its_start_and_its_windows_and_ends_in_time() -> Non
     assert w.members["a1-0"].outcome is Outcome.CANCELED
 
 
+def test_after_its_end_a_rollout_waits_for_who_has_begun_and_tells_nobody_further() -> None:
+    policy = {
+        "jobExecutionsRolloutConfig": {"maximumPerMinute": 1},
+        "schedulingConfig": {"endTime": "2026-03-02T09:00"},
+    }
+    w = world([2], policy=policy)
+    w.turn()
+    w.report("a0-0", "takes")
+    w.now += timedelta(hours=2)
+    w.turn()
+    assert (len(w.given), w.course.state) == (1, RolloutState.RUNNING)
+    w.report("a0-0", "commits")
+    w.turn()
+    w.turn()
+    assert w.course.state is RolloutState.COMPLETED
+    assert w.members["a0-1"].outcome is Outcome.CANCELED
+
+
 def test_a_rollout_that_is_cut_off_at_its_end_recalls_who_is_not_done() -> None:
     schedule = {"endTime": "2026-03-02T09:00", "endBehavior": "FORCE_CANCEL"}
     w = world([1], policy={"schedulingConfig": schedule})

@@ -24,6 +24,7 @@ from control_plane.tables import Model, ModelVersion, Rollout, RolloutState, utc
 router = APIRouter(include_in_schema=False)
 _TICK_S: Final = 1.0
 _SHOWN: Final = 30
+_ENDED: Final = frozenset({RolloutState.COMPLETED, RolloutState.ABORTED, RolloutState.ROLLED_BACK})
 _CHIPS: Final = 36
 """A wave of more agents than this shows marks without names, except where something went wrong."""
 # Best first; the class gives the colour, the letter and the word say the same without it.
@@ -92,12 +93,23 @@ def _card(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cards(services: Services, root: str) -> dict[int, str]:
-    """The newest rollouts as HTML, newest first."""
+_Kept = dict[int, tuple[datetime, str]]
+
+
+def _cards(services: Services, root: str, kept: _Kept) -> dict[int, str]:
+    """The newest rollouts as HTML, newest first; what has ended is rendered again only when it was written to."""
     template, now = environment.get_template("_rollout.html"), utc_now()
+    cards: dict[int, str] = {}
     with reading(services.engine) as session:
-        found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(_SHOWN)).all()
-        return {r.id or 0: template.render(root=root, **_card(describe(session, r, now))).strip() for r in found}
+        for r in session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(_SHOWN)):
+            key = r.id or 0
+            before = kept.get(key)
+            if before is not None and before[0] == r.updated_at and r.state in _ENDED:
+                cards[key] = before[1]
+                continue
+            cards[key] = template.render(root=root, **_card(describe(session, r, now))).strip()
+            kept[key] = (r.updated_at, cards[key])
+    return cards
 
 
 @router.get("/rollouts", response_class=HTMLResponse)
@@ -107,7 +119,7 @@ def rollouts(request: Request) -> HTMLResponse:
     with reading(services.engine) as session:
         names = {model.id: model.name for model in session.exec(select(Model))}
         versions = session.exec(select(ModelVersion).order_by(desc(ModelVersion.id)).limit(50)).all()
-    cards = _cards(services, request.scope.get("root_path", ""))
+    cards = _cards(services, request.scope.get("root_path", ""), {})
     return page(request, "rollouts.html", "Rollouts", cards=cards, names=names, versions=versions)
 
 
@@ -121,8 +133,9 @@ def events(request: Request) -> StreamingResponse:
 async def _stream(request: Request) -> AsyncIterator[str]:
     services, root = services_of(request), request.scope.get("root_path", "")
     sent: dict[int, str] | None = None
+    kept: _Kept = {}
     while not await request.is_disconnected():
-        cards = await anyio.to_thread.run_sync(_cards, services, root)
+        cards = await anyio.to_thread.run_sync(_cards, services, root, kept)
         changed = [{"id": k, "html": html} for k, html in cards.items() if sent is None or sent.get(k) != html]
         sent = cards
         if changed:
