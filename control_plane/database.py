@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import threading
+from collections import deque
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def open_database(url: str, *, wait_s: float = 10.0) -> Engine:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(url, connect_args={"timeout": wait_s, "check_same_thread": False}, pool_timeout=wait_s)
         event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", _begin_immediate)
+        _take_turns(engine, wait_s)
         return engine
     if parsed.get_backend_name() == "postgresql":
         # A process that is stopped within a transaction must not hold its locks for ever: the server ends it.
@@ -64,8 +66,62 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     cursor.close()
 
 
-def _begin_immediate(connection: Any) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
+class _Turns:
+    """First come, first served among the writers of one process.
+
+    SQLite lets whoever looks at the right moment write next: one busy thread would keep the others out for seconds.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Event] = deque()
+        self._taken = False
+
+    def take(self, wait_s: float) -> bool:
+        """Waits for our turn; False when it did not come in time."""
+        with self._lock:
+            if not self._taken:
+                self._taken = True
+                return True
+            turn = threading.Event()
+            self._waiting.append(turn)
+        turn.wait(wait_s)
+        with self._lock:
+            if not turn.is_set():
+                self._waiting.remove(turn)
+            return turn.is_set()
+
+    def give_back(self) -> None:
+        """Lets the next one write."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._taken = False
+
+
+def _take_turns(engine: Engine, wait_s: float) -> None:
+    """Transactions that may write begin as writers, one after the other."""
+    turns = _Turns()
+
+    def begin(connection: Any) -> None:
+        if not connection.get_execution_options().get("writes"):
+            connection.exec_driver_sql("BEGIN")
+            return
+        connection.info["turn"] = turns.take(wait_s)
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        except BaseException:
+            end(connection)
+            raise
+
+    def end(connection: Any) -> None:
+        if connection.info.pop("turn", False):
+            turns.give_back()
+
+    event.listen(engine, "begin", begin)
+    event.listen(engine, "commit", end)
+    event.listen(engine, "rollback", end)
 
 
 def _alembic(url: str) -> AlembicConfig:

@@ -1,6 +1,7 @@
 """Rollouts on a real database: what is planned is written once, by the one that leads, and people may always act."""
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -396,3 +397,35 @@ def test_a_database_that_is_locked_is_said_with_503(tmp_path: Path) -> None:
         other.execute("ROLLBACK")
         assert client.post("/api/v1/rollouts", json={"model": "tiny"}).status_code == 201
     found.engine.dispose()
+
+
+def test_a_busy_writer_does_not_keep_the_others_out(plane: Services) -> None:
+    order: list[str] = []
+    stop, began = threading.Event(), threading.Event()
+
+    def hammer() -> None:
+        while not stop.is_set():
+            with writing(plane.engine) as session:
+                assign(session, "line-0", Wish(bundle="a" * 64))
+                order.append("busy")
+                session.commit()
+            began.set()
+
+    fleet_of(plane, 2)
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    began.wait(5)
+    waited = []
+    for _ in range(10):
+        asked = len(order)
+        with writing(plane.engine) as session:
+            assign(session, "line-1", Wish(bundle="b" * 64))
+            waited.append(len(order) - asked)
+            session.commit()
+    stop.set()
+    thread.join(5)
+    assert max(waited) <= 2, "whoever asks is next"
+    with pytest.raises(InputError), writing(plane.engine) as session:
+        assign(session, "nobody", Wish(bundle="a" * 64))
+    with writing(plane.engine) as session:
+        assert assign(session, "line-1", Wish(bundle="a" * 64)) == 11, "a transaction that failed gave its turn back"
