@@ -363,8 +363,7 @@ class FleetLink:
         self.publish_trust()
         with reading(self._engine) as session:
             agents = session.exec(select(Agent).where(col(Agent.desired_bundle) != "")).all()
-        for agent in agents:
-            self.publish_desired(agent)
+        self.publish_desired(*agents)
         self.counters["republished"] += 1
         log.info("published %s desired states to a broker without store", len(agents))
 
@@ -395,23 +394,25 @@ class FleetLink:
             self._trust_published = version
             self.counters["trust_published"] += 1
 
-    def publish_desired(self, agent: Agent) -> None:
-        """Publishes what an agent shall run (retained), exactly as it was signed, after the metadata that proves it.
+    def publish_desired(self, *agents: Agent) -> None:
+        """Publishes what agents shall run (retained), exactly as it was signed, after the metadata that proves it.
 
         Where nothing is desired any more, the message is cleared.
         """
         with reading(self._engine) as session:
-            sealed, document = self.assignments.is_sealed(session, agent), self.assignments.document(session, agent.id)
+            sealed = all(self.assignments.is_sealed(session, agent) for agent in agents)
+            documents = [(agent, self.assignments.document(session, agent.id)) for agent in agents]
         if not sealed:
-            # Whoever changed the row has left the signing to us.
+            # Whoever changed the rows has left the signing to us.
             with writing(self._engine) as session:
                 if self.assignments.seal(session, utc_now()):
                     session.commit()
-                document = self.assignments.document(session, agent.id)
+                documents = [(agent, self.assignments.document(session, agent.id)) for agent in agents]
         self.publish_trust()
-        if document or not agent.desired_bundle:
-            topic = agent_topic(agent.id, Channel.DESIRED)
-            self._control.publish(topic, document, qos=1, retain=True)
+        for agent, document in documents:
+            if document or not agent.desired_bundle:
+                topic = agent_topic(agent.id, Channel.DESIRED)
+                self._control.publish(topic, document, qos=1, retain=True)
 
 
 def _newest_reports(messages: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:

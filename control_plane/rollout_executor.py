@@ -46,8 +46,8 @@ class Publisher(Protocol):
     def publish_bundle(self, digest: str) -> None:
         """Has the blobs of a bundle published, as far as the broker does not hold them."""
 
-    def publish_desired(self, agent: Agent) -> None:
-        """Publishes what an agent shall run."""
+    def publish_desired(self, *agents: Agent) -> None:
+        """Publishes what agents shall run."""
 
 
 class RolloutExecutor:
@@ -216,8 +216,7 @@ class RolloutExecutor:
         try:
             for digest in sorted({agent.desired_bundle for agent in agents} - {""}):
                 self._fleet.publish_bundle(digest)
-            for agent in agents:
-                self._fleet.publish_desired(agent)
+            self._fleet.publish_desired(*agents)
         except SortlineError:
             log.exception("publishing failed; agents that report an old generation get it again")
 

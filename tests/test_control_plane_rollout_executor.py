@@ -14,13 +14,14 @@ from sqlmodel import select
 
 from control_plane.api.services import Services
 from control_plane.assignments import Wish, assign
-from control_plane.database import broken_audit_entry, reading, writing
+from control_plane.database import _Turns, broken_audit_entry, reading, writing
 from control_plane.rollout_executor import RolloutExecutor
 from control_plane.rollout_records import act, describe
 from control_plane.tables import Agent, Audit, RolloutAgent, RolloutState, utc_now
 from models.errors import ConflictError, InputError
 from models.messages import Channel, Mode, Phase, Swap, encode
 from tests.simulators.plane import make_client, make_services
+from tests.simulators.processes import wait_until
 from tests.test_control_plane_fleet import batch, register_tiny, reported, say, start_rollout, state_of, window
 
 
@@ -145,7 +146,7 @@ def test_an_offline_agent_comes_back_to_the_newest_wish_only(services: Services,
         register_tiny(services, tmp_path / str(number), bias=float(number))
     fleet_of(services, 1)
     published: list[tuple[int, str]] = []
-    services.fleet.publish_desired = lambda agent: published.append((agent.generation, agent.desired_bundle))
+    services.fleet.publish_desired = lambda *agents: published.extend((a.generation, a.desired_bundle) for a in agents)
     rollouts = [start_rollout(services, reference=f"tiny:{n}", waves=("100%",)) for n in (1, 2, 3)]
     # Whatever the order in which they move, the newest rollout wins and stays.
     for _ in range(4):
@@ -295,7 +296,7 @@ def test_what_a_dead_leader_committed_but_did_not_tell_is_told_by_the_next(plane
     dying.publish = lambda _agents: None
     dying.step(utc_now())
     told_to: list[str] = []
-    plane.fleet.publish_desired = lambda agent: told_to.append(f"{agent.id} {agent.desired_bundle[:4]}")
+    plane.fleet.publish_desired = lambda *agents: told_to.extend(f"{a.id} {a.desired_bundle[:4]}" for a in agents)
     following = RolloutExecutor(plane.engine, plane.fleet, "following")
     following.step(utc_now() + timedelta(seconds=10.0 + 1))
     assert sorted(told_to) == [f"line-0 {bundle[:4]}", f"line-1 {bundle[:4]}"]
@@ -399,33 +400,35 @@ def test_a_database_that_is_locked_is_said_with_503(tmp_path: Path) -> None:
     found.engine.dispose()
 
 
-def test_a_busy_writer_does_not_keep_the_others_out(plane: Services) -> None:
-    order: list[str] = []
-    stop, began = threading.Event(), threading.Event()
+def test_writers_of_one_process_take_turns_in_the_order_in_which_they_asked() -> None:
+    turns, order = _Turns(), []
+    assert turns.take(1.0)
 
-    def hammer() -> None:
-        while not stop.is_set():
-            with writing(plane.engine) as session:
-                assign(session, "line-0", Wish(bundle="a" * 64))
-                order.append("busy")
-                session.commit()
-            began.set()
+    def write(name: str) -> None:
+        assert turns.take(10.0)
+        order.append(name)
+        turns.give_back()
 
-    fleet_of(plane, 2)
-    thread = threading.Thread(target=hammer)
-    thread.start()
-    began.wait(5)
-    waited = []
-    for _ in range(10):
-        asked = len(order)
+    threads = []
+    for number in range(5):
+        threads.append(threading.Thread(target=write, args=(str(number),)))
+        threads[-1].start()
+        wait_until(lambda n=number: len(turns._waiting) == n + 1, 5, "the writer to queue up")
+    assert not turns.take(0.01), "a turn that does not come in time is given up"
+    assert len(turns._waiting) == 5
+    turns.give_back()
+    for thread in threads:
+        thread.join(5)
+    assert order == ["0", "1", "2", "3", "4"]
+    assert turns.take(0.01)
+
+
+def test_a_transaction_gives_its_turn_back_however_it_ends(plane: Services) -> None:
+    fleet_of(plane, 1)
+    for _ in range(3):
+        with pytest.raises(InputError), writing(plane.engine) as session:
+            assign(session, "nobody", Wish(bundle="a" * 64))
         with writing(plane.engine) as session:
-            assign(session, "line-1", Wish(bundle="b" * 64))
-            waited.append(len(order) - asked)
-            session.commit()
-    stop.set()
-    thread.join(5)
-    assert max(waited) <= 2, "whoever asks is next"
-    with pytest.raises(InputError), writing(plane.engine) as session:
-        assign(session, "nobody", Wish(bundle="a" * 64))
+            assign(session, "line-0", Wish(bundle="a" * 64))
     with writing(plane.engine) as session:
-        assert assign(session, "line-1", Wish(bundle="a" * 64)) == 11, "a transaction that failed gave its turn back"
+        assert assign(session, "line-0", Wish(bundle="a" * 64)) == 1, "what was not committed was not written"
