@@ -332,9 +332,8 @@ class FleetLink:
     def _insert(self, session: Session, table: Any, rows: list[dict[str, Any]]) -> None:
         """Inserts what is not there yet: a repeated record changes nothing."""
         insert: Any = postgresql_insert if self._engine.dialect.name == "postgresql" else sqlite_insert
-        # PostgreSQL's driver does not count the rows of such a statement; what is returned is what was new.
-        statement = insert(table.__table__).values(rows).on_conflict_do_nothing().returning(table.__table__.c.seq)
-        new = len(session.connection().execute(statement).all())
+        statement = insert(table.__table__).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+        new = session.connection().execute(statement, rows).rowcount
         self.counters["stored"] += new
         self.counters["duplicates"] += len(rows) - new
 
