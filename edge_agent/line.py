@@ -67,6 +67,8 @@ _BLIND_S = 0.05
 """Between two turns of the fail-safe: at 1 m/s half a picture is 200 mm."""
 _STUCK = 5
 """Exit status of a line whose camera hangs in its driver."""
+_THREAD_DIED = 6
+"""Exit status of a line that lost one of its threads."""
 _MAX_REPORTS = 256
 _SWITCH_S = 0.0005
 """A thread that is due (ejection) waits at most so long for one that computes in Python; the default is 5 ms."""
@@ -125,7 +127,10 @@ class Line:
     # -- life -------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Sorts until told to stop; returns the exit status: 5 when only a new process can open the camera again."""
+        """Sorts until told to stop; returns the exit status.
+
+        5: only a new process can open the camera again; 6: one of its threads died of an error of ours.
+        """
         self._tune_opencv()
         sys.setswitchinterval(_SWITCH_S)
         judge = self._champion = self._first_judge()
@@ -180,6 +185,14 @@ class Line:
     def stop(self) -> None:
         """Ends the line within two seconds."""
         self._stop.set()
+
+    def thread_died(self, died: threading.ExceptHookArgs) -> None:
+        """A line without one of its threads looks alive and sorts nothing: it ends, and a new one is started."""
+        name = died.thread.name if died.thread else "unknown"
+        log.critical("thread %s died", name, exc_info=(died.exc_type, died.exc_value, died.exc_traceback))  # type: ignore[arg-type]
+        self._status = _THREAD_DIED
+        self._stop.set()
+        self._end()
 
     def _say(self, message: FromLine) -> None:
         """Queues a report; never waits. A full queue drops it, and the counter says so."""
@@ -490,6 +503,7 @@ def main(argv: list[str] | None = None, *, environment_exit: Callable[[int], Non
         return 3
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: line.stop())
+    threading.excepthook = line.thread_died
     status = line.run()
     # A driver thread may hang in C code for ever; everything that matters is already written.
     logging.shutdown()

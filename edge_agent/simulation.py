@@ -255,9 +255,11 @@ class SimulatedLine:
         offset = int(belt_mm / config.mm_per_px) % config.width_px
         # The belt's own texture moves with it: a window into a strip that repeats.
         image = self._belt[:, config.width_px - offset : 2 * config.width_px - offset].copy()
-        for lane, state in enumerate(self._lanes):
+        with self._lock:  # a valve that fires advances the belt from its own thread
+            standing = [list(state.items) for state in self._lanes]
+        for lane, items in enumerate(standing):
             rows = self.geometry.lanes[lane]
-            for item in state.items:
+            for item in items:
                 x = (belt_mm - item.item_mm) / config.mm_per_px
                 if not item.ejected_to or belt_mm < item.item_mm + self.geometry.outlets_mm[item.ejected_to]:
                     _paste(image, self._sprite(item, belt_mm), x, (rows.top_px + rows.bottom_px) / 2)
