@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS gap_count (
 CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 """
 _DROP_AT_ONCE: Final = 256
+_LOG_BYTES: Final = 4 * 1024 * 1024
 EVICTION: Final = (RecordKind.EVENT, RecordKind.WINDOW)
 """Least important first: counts of a lot are what cannot be had again. Gaps are never dropped."""
 _KEPT_SHARE: Final = 1.0 / 16.0
@@ -113,6 +114,8 @@ class Spool:
         try:
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=FULL")
+            # The log keeps the size of its largest moment unless told otherwise.
+            database.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")
             if database.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
             database.executescript(_SCHEMA)

@@ -17,7 +17,7 @@ from control_plane.registry import register
 from control_plane.tables import utc_now
 from models.bundle import LINEAGE, write_bundle
 from models.messages import Channel, Live, Phase, Presence, agent_topic, encode
-from tests.simulators.plane import make_services
+from tests.simulators.plane import make_services, release
 from tests.simulators.processes import free_port, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
 from tests.test_control_plane_fleet import BOOT, batch, reported, window
@@ -141,6 +141,7 @@ def test_a_rollout_is_previewed_started_watched_and_stopped_on_its_page(site: Si
     with writing(services.engine) as session:
         register(session, services.store, tmp_path / "b", actor="t", now=utc_now())
         session.commit()
+    release(services, digest)
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
