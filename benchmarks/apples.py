@@ -55,8 +55,9 @@ def main() -> int:
     rows = [("mean colour, views", baseline), *((level, figures) for level, figures in found["metrics"].items())]
     for level, figures in rows:
         if isinstance(figures, dict) and "auc" in figures:
-            for name in ("auc", "balanced_accuracy"):
-                print(f"{level:<22} {name:<18} {figures[name]}")
+            for name in ("auc", "auc_within_folds", "balanced_accuracy"):
+                if name in figures:
+                    print(f"{level:<22} {name:<18} {figures[name]}")
     print(f"parity {found['parity']}\nseconds {found['seconds']}")
     if options.json:
         options.json.write_text(json.dumps({"baseline": baseline, **found}, indent=2))

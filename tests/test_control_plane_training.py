@@ -18,7 +18,7 @@ from control_plane.training.features import Dictionary, FeatureExtractor, Featur
 from control_plane.training.graph import build_graph, parity
 from control_plane.training.head import fit_head, view_weights
 from control_plane.training.importing import ImportSettings, import_onnx
-from control_plane.training.metrics import item_truth, measure
+from control_plane.training.metrics import auc, auc_within_folds, item_truth, measure
 from control_plane.training.pipeline import TrainSettings, train
 from control_plane.training.splits import item_folds
 from control_plane.training.tuning import cost_report, held_out_of
@@ -210,6 +210,18 @@ def test_intervals_widen_when_views_are_copies() -> None:
     for figure in (few["auc"], few["confusion_shares"][0][0]):
         assert figure["low"] is None
         assert "only 4 items" in figure["reason"]
+
+
+def test_the_mean_within_folds_is_blind_to_offsets_between_folds_and_pooling_is_not() -> None:
+    bad = np.tile([False, True], 40)
+    score = np.repeat([0.1, 0.5, 0.3, 0.7], 20) + 0.1 * bad
+    folds = [np.arange(k * 20, (k + 1) * 20) for k in range(4)]
+    within = auc_within_folds(bad, score, folds)
+    assert (within["value"], within["low"], within["high"], within["folds"]) == (1.0, 1.0, 1.0, 4)
+    assert auc(bad, score) < 0.75
+    one_sided = auc_within_folds(bad, score, [*folds[:2], np.flatnonzero(bad)])
+    assert one_sided["value"] is None
+    assert "only 2 folds" in one_sided["reason"]
 
 
 def test_each_cell_of_the_confusion_has_an_interval_over_items() -> None:

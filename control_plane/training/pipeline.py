@@ -26,7 +26,7 @@ from control_plane.training.fusing import LearntFusion, learn_fusion
 from control_plane.training.graph import ParityReport, build_graph, parity
 from control_plane.training.head import Head, fit_head, view_weights
 from control_plane.training.judging import items_of, judge_item
-from control_plane.training.metrics import measure
+from control_plane.training.metrics import auc_within_folds, measure
 from control_plane.training.quantise import Cost, card_section, check_cost, cost_of, quantise
 from control_plane.training.splits import item_folds
 from control_plane.training.tuning import HeldOut, cost_report, hold_out, tuned
@@ -136,7 +136,7 @@ def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock) -> 
     probabilities, parities, cost = _cross_validate(dataset, settings, clock)
     clock.stage("calibrating items", 0.76)
     learnt, recipe, held = _recipe(dataset, probabilities, settings, spec)
-    metrics = _metrics(dataset, probabilities, learnt, recipe, spec)
+    metrics = _metrics(dataset, settings, probabilities, learnt, recipe, spec)
     clock.stage("fitting on everything", 0.8)
     fitted = _fit(dataset, np.arange(len(dataset.views)), settings)
     clock.stage("checking parity", 0.93)
@@ -208,6 +208,17 @@ def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _
     return _Fitted(extractor, head, build_graph(extractor, head, name=settings.name, metadata=metadata))
 
 
+def _folds(dataset: Dataset, settings: TrainSettings) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """(training rows, held-out rows) of each fold; the same for the same data set and settings."""
+    split = np.array([photo.split for photo in dataset.photos])
+    if not ((split == "test").any() and (split != "test").any()):
+        return list(item_folds(dataset.items, dataset.labels, folds=settings.folds, seed=settings.seed))
+    # The data set says itself what is held out; the rest still gets out-of-fold answers.
+    rest = np.flatnonzero(split != "test")
+    inner = item_folds(dataset.items[rest], dataset.labels[rest], folds=settings.folds, seed=settings.seed)
+    return [(rest, np.flatnonzero(split == "test"))] + [(rest[a], rest[b]) for a, b in inner]
+
+
 def _cross_validate(
     dataset: Dataset, settings: TrainSettings, clock: _Clock
 ) -> tuple[NDArray[np.float64], list[ParityReport], Cost | None]:
@@ -218,13 +229,7 @@ def _cross_validate(
     found = np.zeros((len(dataset.views), len(dataset.classes)))
     eight = np.zeros_like(found)
     reports: list[ParityReport] = []
-    split = np.array([photo.split for photo in dataset.photos])
-    folds = list(item_folds(dataset.items, dataset.labels, folds=settings.folds, seed=settings.seed))
-    if (split == "test").any() and (split != "test").any():
-        # The data set says itself what is held out; the rest still gets out-of-fold answers.
-        rest = np.flatnonzero(split != "test")
-        inner = item_folds(dataset.items[rest], dataset.labels[rest], folds=settings.folds, seed=settings.seed)
-        folds = [(rest, np.flatnonzero(split == "test"))] + [(rest[a], rest[b]) for a, b in inner]
+    folds = _folds(dataset, settings)
     for number, (train_rows, test_rows) in enumerate(folds):
         clock.stage(f"cross-validating by item {number + 1}/{len(folds)}", 0.05 + 0.7 * number / len(folds))
         if len(np.unique(dataset.labels[train_rows])) < len(dataset.classes):
@@ -305,17 +310,25 @@ def _costs(held: HeldOut, recipe: Recipe) -> dict[str, Any]:
 
 
 def _metrics(
-    dataset: Dataset, probabilities: NDArray[np.float64], learnt: LearntFusion, recipe: Recipe, spec: PreprocessSpec
+    dataset: Dataset,
+    settings: TrainSettings,
+    probabilities: NDArray[np.float64],
+    learnt: LearntFusion,
+    recipe: Recipe,
+    spec: PreprocessSpec,
 ) -> dict[str, Any]:
     """Out-of-fold figures of views and items (fused by what others taught); views in doubt left out as well."""
     sure = ~dataset.doubt
+    held_out = [rows for _, rows in _folds(dataset, settings)]
+    score, bad = 1.0 - probabilities[:, 0], dataset.labels > 0
     found = list(items_of(dataset, spec.max_views))
     truth = np.array([item.truth for item in found])
     names = np.array([item.name for item in found])
     called = recipe.policy().choose(learnt.fused)[0] != 0
     metrics = {
         "protocol": "cross-validation by item; intervals: bootstrap over items, 95 %",
-        "view": measure(dataset.labels, probabilities, dataset.items, dataset.classes),
+        "view": measure(dataset.labels, probabilities, dataset.items, dataset.classes)
+        | {"auc_within_folds": auc_within_folds(bad, score, held_out)},
         "item": measure(
             truth, learnt.fused, names, dataset.classes, called=called, threshold=recipe.threshold() or 1.0
         ),
@@ -324,7 +337,7 @@ def _metrics(
     if dataset.doubt.any():
         metrics["view_without_doubt"] = measure(
             dataset.labels[sure], probabilities[sure], dataset.items[sure], dataset.classes
-        )
+        ) | {"auc_within_folds": auc_within_folds(bad, score, [rows[sure[rows]] for rows in held_out])}
     return metrics
 
 
