@@ -42,6 +42,9 @@ from tests.simulators.tiny_bundle import tiny_bundle
 ROOT = Path(__file__).resolve().parents[2]
 REAL = "line-1"
 SETTLE_S = 120.0
+WISHED = 3
+"""Bundles that are wished for in turn while things go wrong. A trial may fail by what is done to it, which blocks the
+bundle; the last wish is therefore one that nobody has tried, and everybody must come to run it."""
 
 
 @dataclass
@@ -169,7 +172,7 @@ class Chaos:
         return self.outcome
 
     def _make_bundles(self, services: Services) -> None:
-        for number in range(3):
+        for number in range(WISHED + 1):
             directory = self.folder / f"bundle-{number}"
             tiny_bundle(directory, bias=0.1 * number, padding=300_000 + number)
             with writing(services.engine) as session:
@@ -268,11 +271,11 @@ class Chaos:
                 rogue.sendall(packet(3, 0, text(f"sortline/v1/agents/rogue/{channel}") + body))
             rogue.close()
 
-    def _wish(self, services: Services) -> None:
-        """Everybody shall run another bundle."""
+    def _wish(self, services: Services, last: str = "") -> None:
+        """Everybody shall run another bundle, or this one."""
         with contextlib.suppress(Exception), writing(services.engine) as session:
             self._generation += 1
-            bundle = self.bundles[self._generation % len(self.bundles)]
+            bundle = last or self.bundles[self._generation % WISHED]
             for name in [REAL, *(f"sim-{number:03d}" for number in range(self.count))]:
                 agent = session.get(Agent, name) or Agent(id=name)
                 agent.generation = max(agent.generation, int(agent.reported.get("generation", 0))) + 1
@@ -324,8 +327,8 @@ class Chaos:
         (self.state / "filler").unlink(missing_ok=True)
         agent.kill()
         agent.start()
-        self._wish(services)
-        last = self.bundles[self._generation % len(self.bundles)]
+        last = self.bundles[WISHED]
+        self._wish(services, last)
         cut_s, until = time.monotonic(), time.monotonic() + SETTLE_S
         while time.monotonic() < until:
             with contextlib.suppress(OSError):
@@ -380,7 +383,13 @@ class Chaos:
         light = {key for key in stored if key[0] != REAL}
         real = {key for key in stored if key[0] == REAL}
         written, waiting = self._spooled()
-        gone = sum(int(last) - int(first) + 1 for row in told for first, last in _ranges(row.facts["ranges"]))
+        # A record whose acknowledgement was lost may be stored and later be dropped: one number, accounted for twice.
+        gone = {
+            (REAL, row.facts["boot_id"], number)
+            for row in told
+            for first, last in _ranges(row.facts["ranges"])
+            for number in range(int(first), int(last) + 1)
+        }
         o = self.outcome
         o.counts |= {
             "records produced by light agents": len(produced),
@@ -394,7 +403,7 @@ class Chaos:
         o.oracle["records of light agents lost"] = (len(produced - light), 0)
         o.oracle["records of light agents never produced"] = (len(light - produced), 0)
         o.oracle["records stored twice"] = (len(keys) - len(stored), 0)
-        o.oracle["records of the real agent stored, waiting or told as gaps"] = (len(real) + waiting + gone, written)
+        o.oracle["records of the real agent stored, waiting or told as gaps"] = (len(real | gone) + waiting, written)
         o.oracle["looks at a bundle that was neither old nor new"] = (
             len(self.strange) + sum(n for digest, n in self.seen_active.items() if digest not in self.bundles),
             0,
