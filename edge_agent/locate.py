@@ -196,10 +196,15 @@ def _gains(small: NDArray[np.uint8] | cv2.typing.MatLike, background: NDArray[np
     # Belt pixels are the majority or at least stay near their old value: the median ratio is the lamp's gain.
     sample, known = small[::8, ::8].astype(np.float32), background[::8, ::8]
     near = np.abs(sample[:, :, 1] - known[:, :, 1]) < _DELTA
-    if near.sum() <= _FEWEST:
+    ratios = sample[near]
+    if len(ratios) <= _FEWEST:
         return np.ones(3, np.float32)
-    ratios = sample[near] / np.maximum(known[near], 1.0)
-    gains: NDArray[np.float32] = np.clip(np.median(ratios, axis=0), 0.5, 2.0).astype(np.float32)
+    ratios /= np.maximum(known[near], 1.0)
+    # The same as `numpy.median`, which spends as long again on checks.
+    middle = len(ratios) // 2
+    ratios.partition((middle - 1, middle), axis=0)
+    low = ratios[middle] if len(ratios) % 2 else ratios[middle - 1]
+    gains: NDArray[np.float32] = np.clip((low + ratios[middle]) * np.float32(0.5), 0.5, 2.0).astype(np.float32)
     return gains
 
 

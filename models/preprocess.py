@@ -8,6 +8,7 @@ On the line the mask comes from the belt background (`edge_agent`), in a photogr
 its plain backdrop (`segment_photo`); from there on both take the same path, `make_view`.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -181,6 +182,17 @@ def largest_channel(image: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np
     return np.asarray(cv2.max(cv2.max(blue, green), red), np.uint8)
 
 
+@lru_cache(maxsize=8)
+def _places(side: int) -> NDArray[np.int64]:
+    return np.arange(side)
+
+
+def _extent(counts: NDArray[np.integer]) -> int:
+    """From the first to the last place that is not zero; there is one."""
+    filled = counts > 0
+    return int(len(filled) - filled[::-1].argmax() - filled.argmax())
+
+
 def view_features(view: View) -> NDArray[np.float32]:
     """What monitoring measures of a view, apart from the model: image quality and geometry of the item.
 
@@ -206,8 +218,9 @@ def view_features(view: View) -> NDArray[np.float32]:
     sharpness = float(np.log1p(deviation.item() ** 2))
     per_row = cv2.reduce(inside, 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()
     per_column = cv2.reduce(inside, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()
-    rows, columns = np.flatnonzero(per_row), np.flatnonzero(per_column)
     side = view.shape[0]
+    places = _places(side)
+    tall, wide = _extent(per_row), _extent(per_column)
     highlight = float(np.searchsorted(np.cumsum(levels), int(0.95 * (count - 1)), side="right"))
     return np.array(
         [
@@ -217,9 +230,9 @@ def view_features(view: View) -> NDArray[np.float32]:
             highlight,
             float(levels[:_DARK].sum()) / count,
             count / inside.size,
-            (rows[-1] - rows[0] + 1) / (columns[-1] - columns[0] + 1),
-            float(per_column @ np.arange(side)) / count / side,
-            float(per_row @ np.arange(side)) / count / side,
+            tall / wide,
+            float(per_column @ places) / count / side,
+            float(per_row @ places) / count / side,
         ],
         np.float32,
     )
