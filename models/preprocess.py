@@ -10,7 +10,7 @@ its plain backdrop (`segment_photo`); from there on both take the same path, `ma
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import cv2
 import numpy as np
@@ -187,7 +187,7 @@ def _places(side: int) -> NDArray[np.int64]:
     return np.arange(side)
 
 
-def _extent(counts: NDArray[np.integer]) -> int:
+def _extent(counts: NDArray[Any]) -> int:
     """From the first to the last place that is not zero; there is one."""
     filled = counts > 0
     return int(len(filled) - filled[::-1].argmax() - filled.argmax())
