@@ -345,7 +345,7 @@ def _where_positive(
     """Where in 0..1 all of these straight lines are positive (or zero), given their ends; None = nowhere."""
     low, high = 0.0, 1.0
     for start, end in zip(at_0.tolist(), at_1.tolist(), strict=True):
-        if start * end < 0.0:
+        if min(start, end) < 0.0 < max(start, end):  # their product could vanish
             zero = start / (start - end)
             low, high = (max(low, zero), high) if end > 0.0 else (low, min(high, zero))
         elif min(start, end) < 0.0 or (max(start, end) == 0.0 and not or_zero):

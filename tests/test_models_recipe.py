@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from models.errors import BundleError
@@ -75,6 +75,7 @@ def test_the_threshold_is_the_known_ratio_of_the_costs() -> None:
 
 
 @given(terms(), st.integers(1, 2))
+@example(Terms(prices={"first": 1.5, "juice": 2.0}, escaped_by_class={"rot": 0.0}, abstain_above=5e-324), 1)
 def test_the_cuts_are_where_decisions_change(found: Terms, k: int) -> None:
     recipe = msgspec.structs.replace(MARKET, terms=found)
     cut = recipe.cuts()[CLASSES[k]]
