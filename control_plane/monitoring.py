@@ -62,6 +62,8 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     """good, or the code of what is wrong."""
     in_sync: bool
     """Runs what it shall run."""
+    released: bool
+    """What it runs is released; a withdrawn bundle goes on judging until the agent gets another."""
     drift: str
     """calm, drifting, learning (too few items), unknown."""
     phase: str
@@ -181,7 +183,7 @@ def connection_of(seen_s: float | None, *, online: bool) -> str:
 
 
 def judge_state(
-    *, connection: str, reported: dict[str, Any], in_sync: bool, p99_ms: float | None, late: int
+    *, connection: str, reported: dict[str, Any], in_sync: bool, released: bool, p99_ms: float | None, late: int
 ) -> tuple[State, str]:
     """The worst of connection, health and sync, and why. Drift is shown beside it: see `DRIFT_LIMIT`."""
     fault = reported.get("fault") or {}
@@ -194,6 +196,7 @@ def judge_state(
     checks = (
         (phase == Phase.ROLLED_BACK, f"rolled back: {fault.get('code', 'unknown')}"),
         (not reported.get("active"), "no bundle: items pass unjudged"),
+        (not released, "its bundle is withdrawn: give it another"),
         (phase in {Phase.FETCHING, Phase.VERIFIED, Phase.SELF_TEST, Phase.TRIAL}, f"updating: {phase}"),
         (bool(fault), str(fault.get("code", ""))),
         (not in_sync, "does not run what it shall run"),
@@ -224,9 +227,10 @@ def agent_status(
     profile: Profile | None,
     live: Live | None,
     model: str = "",
+    released: frozenset[str] | None = None,
     now: datetime,
 ) -> AgentStatus:
-    """Everything about one agent."""
+    """Everything about one agent; `released` are the bundles a release key lists, None where nothing is signed."""
     active = str(reported.get("active", ""))
     window = merged_window(windows, active)
     drift = drift_of(window, profile)
@@ -236,11 +240,13 @@ def agent_status(
     seen = age_s(seen_at, now)
     connection = connection_of(seen, online=online)
     in_sync = not desired_bundle or (active == desired_bundle and int(reported.get("generation", 0)) >= generation)
+    allowed = released is None or not active or active in released
     p99 = _quantile(window, 0.99)
     state, reason = judge_state(
         connection=connection,
         reported=reported,
         in_sync=in_sync,
+        released=allowed,
         p99_ms=p99,
         late=window.verdicts_late if window else 0,
     )
@@ -254,6 +260,7 @@ def agent_status(
         connection=connection,
         health=str((reported.get("fault") or {}).get("code", "")) or reported.get("camera_fault") or "good",
         in_sync=in_sync,
+        released=allowed,
         drift="unknown" if not drift else ("learning" if not enough else ("drifting" if drifting else "calm")),
         phase=str(reported.get("phase", "")),
         progress=float(reported.get("progress", 0.0)),

@@ -15,7 +15,7 @@ from models.bundle import pack, read_bundle
 from models.errors import ConfigError
 from models.messages import Channel, Event, Live, Phase, Presence, agent_topic, encode
 from models.windows import FeatureCounter
-from tests.simulators.plane import make_client, make_services
+from tests.simulators.plane import make_client, make_services, release, withdraw
 from tests.simulators.processes import wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
 from tests.test_control_plane_fleet import BOOT, batch, reported, window
@@ -39,6 +39,7 @@ def fill(services: Services, client: TestClient, root: Path) -> str:
     bundle = tiny_bundle(root)
     answer = client.post("/api/v1/versions?actor=test", content=pack(root))
     assert answer.status_code == 201
+    release(services, bundle.digest)
     counter = FeatureCounter(bundle.profile)
     features, nulls = counter.take()
     facts = {"active": bundle.digest, "phase": Phase.COMMITTED, "labels": {"site": "<b>north</b>", "line": "1"}}
@@ -148,6 +149,19 @@ def test_probes_and_metrics(client: TestClient, services: Services, tmp_path: Pa
     assert re.search(r'^sortline_fleet_messages_total\{what="stored"\} 2\.0', text, re.MULTILINE)
     for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE):
         assert name.startswith("sortline_"), name
+
+
+def test_an_agent_that_runs_a_withdrawn_bundle_is_not_good(
+    client: TestClient, services: Services, tmp_path: Path
+) -> None:
+    digest = fill(services, client, tmp_path / "b")
+    assert client.get("/api/v1/agents").json()[0]["state"] == "good"
+    assert "withdrawn" not in client.get("/").text
+    withdraw(services, digest)
+    found = client.get("/api/v1/agents").json()[0]
+    assert (found["state"], found["released"]) == ("check", False)
+    assert "withdrawn" in found["reason"]
+    assert "withdrawn" in client.get("/").text
 
 
 @pytest.mark.parametrize("path", ["/", "/agents/line-1", "/models", "/models/tiny", "/rollouts", "/training", "/docs"])

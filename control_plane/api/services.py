@@ -69,6 +69,7 @@ class Services:
                 .join(Model, col(Model.id) == col(ModelVersion.model_id))
                 .where(col(ModelVersion.bundle).in_(used))
             ).all()
+            released = self.fleet.assignments.released_now(session)
             since = now - timedelta(seconds=RECENT_S)
             # Windows and events share one sequence: a gap in it is a record that is missing.
             numbers: list[tuple[str, str, int]] = []
@@ -84,10 +85,15 @@ class Services:
         for agent_id, boot_id, seq in numbers:
             sequences.setdefault(agent_id, []).append((boot_id, seq))
         names = {bundle: f"{name}:{number}" for bundle, name, number in registered}
-        return [self._status(a, by_agent.get(a.id, []), sequences.get(a.id, []), names) for a in agents]
+        return [self._status(a, by_agent.get(a.id, []), sequences.get(a.id, []), names, released) for a in agents]
 
     def _status(
-        self, agent: Agent, rows: list[WindowRow], sequence: list[tuple[str, int]], names: dict[str, str]
+        self,
+        agent: Agent,
+        rows: list[WindowRow],
+        sequence: list[tuple[str, int]],
+        names: dict[str, str],
+        released: frozenset[str] | None,
     ) -> AgentStatus:
         active = str(agent.reported.get("active", ""))
         at_s, live = self.fleet.live.get(agent.id, (0.0, None))
@@ -107,6 +113,7 @@ class Services:
             profile=self.profile(active) if active else None,
             live=fresh,
             model=names.get(active, ""),
+            released=released,
             now=utc_now(),
         )
 

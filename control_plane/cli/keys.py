@@ -252,19 +252,28 @@ def withdraw(
     server: Server = "",
     passphrase_file: PassphraseFile = None,
 ) -> None:
-    """Take a release back: no agent starts with it any more; where it runs it goes on until the next rollout."""
+    """Take a release back: no agent starts with it any more; where it runs it goes on until the next rollout.
+
+    Prints one agent id per line: those that still run it.
+    """
+    from control_plane.client import Client  # noqa: PLC0415
     from control_plane.trust import ceremony  # noqa: PLC0415
 
     def change(_client: Any, targets: bytes, root: bytes, digest: str, signer: Any) -> bytes:
         return ceremony.withdraw(targets, root, digest, signer, datetime.now(UTC))
 
-    _change_released(reference, key, server, passphrase_file, change)
+    digest = _change_released(reference, key, server, passphrase_file, change)
     err.print(f"{reference} is withdrawn")
+    running = [agent["id"] for agent in Client(server).get("/api/v1/agents") if agent["active"] == digest]
+    if running:
+        err.print(f"{len(running)} agents still run it, until a rollout gives them another (sortline rollouts create):")
+        typer.echo("\n".join(running))
 
 
 def _change_released(
     reference: str, key: list[Path], server: str, passphrase_file: Path | None, change: Callable[..., bytes]
-) -> None:
+) -> str:
+    """Changes what is released; returns the digest of the bundle."""
     from control_plane.client import Client  # noqa: PLC0415
     from control_plane.trust import ceremony  # noqa: PLC0415
     from models.trust import make_set, parse_set  # noqa: PLC0415
@@ -277,6 +286,7 @@ def _change_released(
     targets = change(client, known.part("targets"), root, digest, signer)
     client.post("/api/v1/trust/set?actor=cli", content=make_set([], {"targets": targets}))
     _warn_of(root)
+    return digest
 
 
 def export(

@@ -7,6 +7,7 @@ would refuse it anyway; metadata from offline keys is verified before it is kept
 """
 
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final
 
 from sqlalchemy import func
@@ -135,6 +136,11 @@ class Assignments:
             raise _not_initialised()
         listed = md.read_targets(targets).signed.targets
         return {path.removeprefix("bundles/"): dict(entry.custom or {}) for path, entry in listed.items()}
+
+    def released_now(self, session: Session) -> frozenset[str] | None:
+        """Digests of the released bundles; None where nothing is signed. Cheap: asked for every second."""
+        targets = self._latest(session, "targets")
+        return _digests_in(targets) if targets else None
 
     # -- what online keys sign --------------------------------------------------------------------------------
 
@@ -273,6 +279,11 @@ class Assignments:
 
 def _age_limit(role: str) -> timedelta:
     return RESIGN_AFTER if role in {"snapshot", "timestamp"} else md.LIFE[role] / 3
+
+
+@lru_cache(maxsize=4)
+def _digests_in(targets: bytes) -> frozenset[str]:
+    return frozenset(path.removeprefix("bundles/") for path in md.read_targets(targets).signed.targets)
 
 
 def _not_initialised() -> ConflictError:

@@ -1,8 +1,10 @@
 """A control plane in this process, on a database and a folder of its own; no broker unless a test wants one."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fastapi.testclient import TestClient
+from securesystemslib.signer import Signer
 
 from control_plane.api.app import create_app
 from control_plane.api.services import Services, open_services
@@ -38,13 +40,26 @@ def make_services(
 
 def release(services: Services, digest: str) -> str:
     """Releases a stored bundle with the development key."""
+    manifest = services.store.manifest(digest)
+    return _change_released(
+        services, digest, lambda targets, root, key: ceremony.release(targets, root, manifest, key, utc_now())
+    )
+
+
+def withdraw(services: Services, digest: str) -> str:
+    """Takes the release back."""
+    return _change_released(
+        services, digest, lambda targets, root, key: ceremony.withdraw(targets, root, digest, key, utc_now())
+    )
+
+
+def _change_released(services: Services, digest: str, change: Callable[[bytes, bytes, Signer], bytes]) -> str:
     folder = Folder(services.config.trust_folder)
     key = load_key(folder.path / "development" / "release.pem", None)
     assignments = services.fleet.assignments
     with writing(services.engine) as session:
         targets, root = (assignments.part(session, role) for role in ("targets", "root"))
-        fresh = ceremony.release(targets, root, services.store.manifest(digest), key, utc_now())
-        assignments.take_targets(session, fresh, utc_now())
+        assignments.take_targets(session, change(targets, root, key), utc_now())
         session.commit()
     return digest
 
