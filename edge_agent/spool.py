@@ -216,11 +216,12 @@ class Spool:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._database.execute("COMMIT")
         except BaseException:
+            # A commit that fails may leave the transaction open, or not.
             with contextlib.suppress(sqlite3.OperationalError):
                 self._database.execute("ROLLBACK")
             raise
-        self._database.execute("COMMIT")
 
     # -- reading and forgetting -------------------------------------------------------------------------------
 

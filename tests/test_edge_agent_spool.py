@@ -1,5 +1,6 @@
 """The spool and its uplink: nothing is lost, nothing is deleted too early, what had to go is counted."""
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -237,6 +238,35 @@ def test_a_full_disk_releases_the_ballast_and_counts_what_it_refused(
     drain(held, plane)
     assert (tmp_path / "ballast").stat().st_size == 1_000_000
     assert len(told(plane)) == held.dropped >= refused
+    assert set(plane.stored) | told(plane) == {(BOOT, n) for n in range(held._seq)}
+    held.close()
+
+
+class RefusesCommits:
+    """A connection whose next COMMIT fails and leaves the transaction open, as SQLite may."""
+
+    def __init__(self, inner: sqlite3.Connection, times: int) -> None:
+        self.inner, self.times = inner, times
+
+    def execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+        if statement == "COMMIT" and self.times:
+            self.times -= 1
+            raise sqlite3.OperationalError("database or disk is full")
+        return self.inner.execute(statement, *values)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_commit_that_fails_leaves_nothing_behind(tmp_path: Path, times: int) -> None:
+    held, plane = spool(tmp_path), Plane()
+    held.append(RecordKind.WINDOW, b"before")
+    held._database = RefusesCommits(held._database, times)
+    with contextlib.suppress(CapacityError):
+        held.append(RecordKind.WINDOW, b"in between")
+    held.append(RecordKind.WINDOW, b"after")
+    drain(held, plane)
     assert set(plane.stored) | told(plane) == {(BOOT, n) for n in range(held._seq)}
     held.close()
 
