@@ -358,17 +358,16 @@ class Chaos:
         while time.monotonic() < until:
             time.sleep(0.5)
             with contextlib.suppress(sqlite3.Error):
-                if self._spooled()[1] == 0:
+                if not self._spooled()[1]:
                     break
         agent.stop()
 
-    def _spooled(self) -> tuple[int, int]:
-        """Records the real agent ever wrote, and those that still wait."""
+    def _spooled(self) -> tuple[int, set[tuple[str, str, int]]]:
+        """Records the real agent ever wrote, and the keys of those that still wait."""
         with contextlib.closing(sqlite3.connect(self.state / "spool.sqlite", timeout=5.0)) as spool:
-            written = spool.execute("SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name='record'").fetchone()[
-                0
-            ]
-            return int(written), int(spool.execute("SELECT COUNT(*) FROM record").fetchone()[0])
+            count = "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name='record'"
+            rows = spool.execute("SELECT boot_id, seq FROM record").fetchall()
+            return int(spool.execute(count).fetchone()[0]), {(REAL, boot_id, seq) for boot_id, seq in rows}
 
     def _judge(self, services: Services, fleet: SimulatedFleet, proxy: Proxy) -> None:
         with reading(services.engine) as session:
@@ -384,16 +383,19 @@ class Chaos:
         real = {key for key in stored if key[0] == REAL}
         written, waiting = self._spooled()
         # A record whose acknowledgement was lost may be stored and later be dropped: one number, accounted for twice.
+        # One that a full disk refused has a number, is told as a gap, and was never written.
         gone = {
             (REAL, row.facts["boot_id"], number)
             for row in told
             for first, last in _ranges(row.facts["ranges"])
             for number in range(int(first), int(last) + 1)
         }
+        known = real | gone | waiting
         o = self.outcome
         o.counts |= {
             "records produced by light agents": len(produced),
             "records produced by the real agent": written,
+            "... more that its full disk refused, told as gaps": max(0, len(known) - written),
             "packets lost": proxy.counters["lost"],
             "packets repeated": proxy.counters["repeated"],
             "packets overtaken": proxy.counters["delayed"],
@@ -403,7 +405,8 @@ class Chaos:
         o.oracle["records of light agents lost"] = (len(produced - light), 0)
         o.oracle["records of light agents never produced"] = (len(light - produced), 0)
         o.oracle["records stored twice"] = (len(keys) - len(stored), 0)
-        o.oracle["records of the real agent stored, waiting or told as gaps"] = (len(real | gone) + waiting, written)
+        o.oracle["numbers of the real agent that nobody accounts for"] = (_holes(known), 0)
+        o.oracle["records of the real agent stored, waiting or told as gaps"] = (min(len(known), written), written)
         o.oracle["looks at a bundle that was neither old nor new"] = (
             len(self.strange) + sum(n for digest, n in self.seen_active.items() if digest not in self.bundles),
             0,
@@ -413,6 +416,14 @@ class Chaos:
             sum(a.held.active not in wished for a in fleet.agents.values()),
             0,
         )
+
+
+def _holes(keys: set[tuple[str, str, int]]) -> int:
+    """Numbers below the highest of each boot that are missing."""
+    numbers: dict[str, list[int]] = {}
+    for _, boot_id, seq in keys:
+        numbers.setdefault(boot_id, []).append(seq)
+    return sum(max(found) + 1 - len(found) for found in numbers.values())
 
 
 def _ranges(text_: str) -> list[list[str]]:
