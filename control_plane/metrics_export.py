@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from control_plane.api.services import Services
 
 
+_MAX_AGE_S = 1.0
+
+
 class FleetCollector:
     """Reads the services when it is scraped; keeps nothing."""
 
@@ -27,7 +30,7 @@ class FleetCollector:
 
     def collect(self) -> Iterator[Metric]:
         """All metrics."""
-        yield from self._fleet(self._services.statuses())
+        yield from self._fleet(self._services.statuses.board(_MAX_AGE_S))
         yield from self._server()
 
     def _fleet(self, statuses: list[AgentStatus]) -> Iterator[Metric]:

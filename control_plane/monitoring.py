@@ -52,6 +52,8 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One agent as people and programs see it."""
 
     id: str
+    at_ms: int
+    """When this was so, milliseconds since 1970: ages are of then."""
     labels: dict[str, Any]
     state: State
     reason: str
@@ -196,7 +198,7 @@ def judge_state(
     checks = (
         (phase == Phase.ROLLED_BACK, f"rolled back: {fault.get('code', 'unknown')}"),
         (not reported.get("active"), "no bundle: items pass unjudged"),
-        (not released, "its bundle is withdrawn: give it another"),
+        (not released, "its bundle is not released: give it another"),
         (phase in {Phase.FETCHING, Phase.VERIFIED, Phase.SELF_TEST, Phase.TRIAL}, f"updating: {phase}"),
         (bool(fault), str(fault.get("code", ""))),
         (not in_sync, "does not run what it shall run"),
@@ -221,7 +223,7 @@ def agent_status(
     reported_at: datetime | None,
     desired_bundle: str,
     generation: int,
-    windows: Sequence[Window],
+    window: Window | None,
     last_window_at: datetime | None,
     sequence: Sequence[tuple[str, int]],
     profile: Profile | None,
@@ -230,9 +232,14 @@ def agent_status(
     released: frozenset[str] | None = None,
     now: datetime,
 ) -> AgentStatus:
-    """Everything about one agent; `released` are the bundles a release key lists, None where nothing is signed."""
+    """Everything about one agent.
+
+    Args (the rest are the fields of its row):
+        window: The recent windows of its active bundle as one (`merged_window`).
+        sequence: Keys (boot, number) of the records that came recently.
+        released: The bundles a release key lists; None where nothing is signed.
+    """
     active = str(reported.get("active", ""))
-    window = merged_window(windows, active)
     drift = drift_of(window, profile)
     feature = max(drift, key=lambda name: drift[name], default="")
     enough = window is not None and window.items >= DRIFT_MIN_ITEMS
@@ -254,6 +261,7 @@ def agent_status(
     seconds = (window.duration_ms / 1000.0) if window else 0.0
     return AgentStatus(
         id=agent_id,
+        at_ms=round(now.timestamp() * 1000),
         labels=labels,
         state=state,
         reason=reason,

@@ -11,6 +11,7 @@ from control_plane.api.services import Services
 from control_plane.cli import main
 from control_plane.config import ControlPlaneConfig, ServerConfig, load_control_plane_config
 from control_plane.pages import charts
+from control_plane.pages.live import Feed
 from models.bundle import pack, read_bundle
 from models.errors import ConfigError
 from models.messages import Channel, Event, Live, Phase, Presence, agent_topic, encode
@@ -156,12 +157,24 @@ def test_an_agent_that_runs_a_withdrawn_bundle_is_not_good(
 ) -> None:
     digest = fill(services, client, tmp_path / "b")
     assert client.get("/api/v1/agents").json()[0]["state"] == "good"
-    assert "withdrawn" not in client.get("/").text
+    assert "not released" not in client.get("/").text
     withdraw(services, digest)
     found = client.get("/api/v1/agents").json()[0]
     assert (found["state"], found["released"]) == ("check", False)
-    assert "withdrawn" in found["reason"]
-    assert "withdrawn" in client.get("/").text
+    assert "not released" in found["reason"]
+    assert "not released" in client.get("/").text
+
+
+def test_only_rows_that_changed_are_sent_again(client: TestClient, services: Services, tmp_path: Path) -> None:
+    digest = fill(services, client, tmp_path / "b")
+    feed = Feed(services, "", max_age_s=-1.0)
+    before = feed.rows()
+    assert feed.rows() is not before, "it was looked at again"
+    assert feed.rows() == before, "and nothing had happened"
+    services.fleet.take(agent_topic("line-1", Channel.REPORTED), encode(reported(active=digest, phase=Phase.TRIAL)))
+    assert feed.rows() != before
+    shared = Feed(services, "", max_age_s=60.0)
+    assert shared.rows() is shared.rows()
 
 
 @pytest.mark.parametrize("path", ["/", "/agents/line-1", "/models", "/models/tiny", "/rollouts", "/training", "/docs"])

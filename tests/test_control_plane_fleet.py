@@ -20,7 +20,7 @@ from control_plane.database import (
 )
 from control_plane.fleet import _newest_reports
 from control_plane.jobs import cancel, claim, finish, get_job, heartbeat, submit
-from control_plane.monitoring import State, agent_status, completeness_of, connection_of, rates
+from control_plane.monitoring import State, agent_status, completeness_of, connection_of, merged_window, rates
 from control_plane.registry import find_version, register, set_stage
 from control_plane.rollout_records import Order, create_rollout
 from control_plane.tables import Agent, EventRow, JobKind, JobState, Rollout, Stage, WindowRow, utc_now
@@ -103,7 +103,7 @@ def test_a_record_that_is_no_good_is_kept_as_refused_and_does_not_block(services
         rows = session.exec(select(WindowRow).order_by(WindowRow.seq)).all()
         assert [(row.items, row.refused) for row in rows] == [(4, "window.inconsistent"), (7, "")]
         assert session.exec(select(EventRow)).one().code == "message.malformed"
-    assert services.statuses()[0].completeness == 1.0
+    assert services.statuses.all()[0].completeness == 1.0
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def status(**changes: object):
         "reported_at": now,
         "desired_bundle": A,
         "generation": 2,
-        "windows": [window()],
+        "window": window(),
         "last_window_at": now,
         "sequence": [(BOOT, 1)],
         "profile": None,
@@ -323,12 +323,12 @@ def test_drift_is_shown_with_enough_items_and_is_no_alarm_by_itself(tmp_path: Pa
         features, nulls = counter.take()
         return window(items, features=features, nulls=nulls)
 
-    calm = status(profile=profile, windows=[drifted(400, 0.0)])
+    calm = status(profile=profile, window=drifted(400, 0.0))
     assert (calm.state, calm.drift) == (State.GOOD, "calm")
-    moved = status(profile=profile, windows=[drifted(200, 1.0), drifted(200, 1.0)])
+    moved = status(profile=profile, window=merged_window([drifted(200, 1.0), drifted(200, 1.0)], A))
     assert (moved.state, moved.drift, moved.items) == (State.GOOD, "drifting", 400)
     assert moved.drift_value > 0.25
-    assert status(profile=profile, windows=[drifted(50, 1.0)]).drift == "learning"
+    assert status(profile=profile, window=drifted(50, 1.0)).drift == "learning"
 
 
 def test_rates_and_completeness_say_nothing_when_nothing_is_known() -> None:
@@ -341,7 +341,7 @@ def test_rates_and_completeness_say_nothing_when_nothing_is_known() -> None:
 def test_live_figures_are_shown_while_they_are_fresh(services: Services) -> None:
     say(services, Channel.REPORTED, encode(reported(active=A, phase=Phase.COMMITTED)))
     say(services, Channel.LIVE, encode(Live(boot_id=BOOT, at_ms=1, items_per_s=17.0)))
-    assert services.statuses()[0].live["items_per_s"] == 17.0
+    assert services.statuses.all()[0].live["items_per_s"] == 17.0
     at_s, live = services.fleet.live["line-1"]
     services.fleet.live["line-1"] = (at_s - 60.0, live)
-    assert services.statuses()[0].live is None
+    assert services.statuses.all()[0].live is None

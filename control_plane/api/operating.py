@@ -23,14 +23,14 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 @router.get("/agents", tags=["agents"])
 def list_agents(services: Given) -> list[dict[str, Any]]:
     """All agents, worst state first, with the figures of their windows of the last five minutes."""
-    found = sorted(services.statuses(), key=lambda status: (ORDER[status.state], status.id))
+    found = sorted(services.statuses.all(), key=lambda status: (ORDER[status.state], status.id))
     return [msgspec.to_builtins(status) for status in found]
 
 
 @router.get("/agents/{agent_id}", tags=["agents"])
 def show_agent(agent_id: str, services: Given) -> dict[str, Any]:
     """One agent: status, and what it reported last."""
-    status = next((s for s in services.statuses() if s.id == agent_id), None)
+    status = services.statuses.one(agent_id)
     if status is None:
         raise _unknown_agent(agent_id)
     with reading(services.engine) as session:

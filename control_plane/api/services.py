@@ -5,13 +5,10 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 
 from fastapi import Request
 from sqlalchemy import Engine
-from sqlmodel import col, select
 
 from control_plane.config import ControlPlaneConfig
 from control_plane.database import open_database, reading
@@ -20,21 +17,13 @@ from control_plane.identity.authority import INDEX, SITE, Authority
 from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.mosquitto import update_profile
 from control_plane.identity.publication import SiteFiles
-from control_plane.monitoring import AgentStatus, agent_status
 from control_plane.rollout_executor import RolloutExecutor
+from control_plane.statuses import Statuses
 from control_plane.store import Store
-from control_plane.tables import Agent, EventRow, Model, ModelVersion, WindowRow, utc_now
+from control_plane.tables import utc_now
 from control_plane.trust.assignments import Assignments
 from control_plane.trust.ceremony import Folder
 from control_plane.trust.renewal import Renewal
-from models.bundle import PROFILE
-from models.errors import SortlineError
-from models.messages import Live, decode_packed
-from models.windows import Profile, Window, parse_profile
-
-_LIVE_S = 5.0
-RECENT_S = 300.0
-"""Windows of so many seconds make the figures of an agent."""
 
 
 @dataclass(slots=True)
@@ -52,82 +41,10 @@ class Services:
     """None where the site has no certificate authority."""
     site_files: SiteFiles | None = None
     started_s: float = field(default_factory=time.monotonic)
+    statuses: Statuses = field(init=False)
 
-    def statuses(self) -> list[AgentStatus]:
-        """Every agent, with the figures of its recent windows."""
-        now = utc_now()
-        with reading(self.engine) as session:
-            agents = session.exec(select(Agent).order_by(col(Agent.id))).all()
-            rows = session.exec(
-                select(WindowRow)
-                .where(WindowRow.received_at > now - timedelta(seconds=RECENT_S), WindowRow.refused == "")
-                .order_by(col(WindowRow.agent_id), col(WindowRow.received_at), col(WindowRow.seq))
-            ).all()
-            used = {str(agent.reported.get("active", "")) for agent in agents}
-            registered = session.exec(
-                select(ModelVersion.bundle, Model.name, ModelVersion.number)
-                .join(Model, col(Model.id) == col(ModelVersion.model_id))
-                .where(col(ModelVersion.bundle).in_(used))
-            ).all()
-            released = self.fleet.assignments.released_now(session)
-            since = now - timedelta(seconds=RECENT_S)
-            # Windows and events share one sequence: a gap in it is a record that is missing.
-            numbers: list[tuple[str, str, int]] = []
-            for query in (
-                select(WindowRow.agent_id, WindowRow.boot_id, WindowRow.seq).where(col(WindowRow.received_at) > since),
-                select(EventRow.agent_id, EventRow.boot_id, EventRow.seq).where(col(EventRow.received_at) > since),
-            ):
-                numbers.extend((agent_id, boot_id, seq) for agent_id, boot_id, seq in session.exec(query))
-        by_agent: dict[str, list[WindowRow]] = {}
-        for row in rows:
-            by_agent.setdefault(row.agent_id, []).append(row)
-        sequences: dict[str, list[tuple[str, int]]] = {}
-        for agent_id, boot_id, seq in numbers:
-            sequences.setdefault(agent_id, []).append((boot_id, seq))
-        names = {bundle: f"{name}:{number}" for bundle, name, number in registered}
-        return [self._status(a, by_agent.get(a.id, []), sequences.get(a.id, []), names, released) for a in agents]
-
-    def _status(
-        self,
-        agent: Agent,
-        rows: list[WindowRow],
-        sequence: list[tuple[str, int]],
-        names: dict[str, str],
-        released: frozenset[str] | None,
-    ) -> AgentStatus:
-        active = str(agent.reported.get("active", ""))
-        at_s, live = self.fleet.live.get(agent.id, (0.0, None))
-        fresh: Live | None = live if live is not None and time.monotonic() - at_s < _LIVE_S else None
-        return agent_status(
-            agent_id=agent.id,
-            labels=agent.labels,
-            online=agent.online,
-            seen_at=agent.seen_at,
-            reported=agent.reported,
-            reported_at=agent.reported_at,
-            desired_bundle=agent.desired_bundle,
-            generation=agent.generation,
-            windows=[decode_packed(row.payload, Window) for row in rows],
-            last_window_at=rows[-1].received_at if rows else None,
-            sequence=sequence,
-            profile=self.profile(active) if active else None,
-            live=fresh,
-            model=names.get(active, ""),
-            released=released,
-            now=utc_now(),
-        )
-
-    def profile(self, digest: str) -> Profile | None:
-        """The reference profile of a stored bundle."""
-        try:
-            return _profile(self.store, digest)
-        except SortlineError:
-            return None
-
-
-@lru_cache(maxsize=64)
-def _profile(store: Store, digest: str) -> Profile:
-    return parse_profile(store.part(digest, PROFILE))
+    def __post_init__(self) -> None:
+        self.statuses = Statuses(self.engine, self.store, self.fleet)
 
 
 def open_services(config: ControlPlaneConfig) -> Services:

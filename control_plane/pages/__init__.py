@@ -4,27 +4,22 @@ A page shows what the API tells and does nothing the API cannot. Charts are SVG 
 elsewhere.
 """
 
-import asyncio
 import hashlib
-import json
-import time
-from collections.abc import AsyncIterator
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from sqlmodel import desc, select
 
 from control_plane.api.recipes import registered
-from control_plane.api.services import Services, services_of
+from control_plane.api.services import services_of
 from control_plane.database import reading
-from control_plane.monitoring import DRIFT_LIMIT, LATENCY_BUDGET_MS, ORDER, AgentStatus, State
-from control_plane.pages import rollouts
+from control_plane.monitoring import LATENCY_BUDGET_MS, State
+from control_plane.pages import live, rollouts
 from control_plane.pages.charts import Mark, lines, meter, mix, shares
 from control_plane.pages.cost_chart import cost_chart
 from control_plane.pages.rendering import environment, page, unavailable_page
@@ -35,15 +30,6 @@ from models.messages import decode_packed
 from models.windows import Window
 
 _HERE = Path(__file__).parent
-_TICK_S = 1.0
-_WORDS = {
-    State.GOOD: "Good",
-    State.MAINTENANCE: "Maintenance",
-    State.OUT_OF_SPEC: "Out of spec",
-    State.CHECK: "Check",
-    State.FAILURE: "Failure",
-    State.OFFLINE: "Offline",
-}
 __all__ = ["mount_pages", "unavailable_page"]
 router = APIRouter(include_in_schema=False)
 
@@ -58,88 +44,37 @@ def counts(table: dict[str, object]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.items())
 
 
-environment.globals.update(meter=meter, mix=mix, words=_WORDS, class_order=class_order, counts=counts)
+environment.globals.update(meter=meter, mix=mix, words=live.WORDS, class_order=class_order, counts=counts)
 
 
 def mount_pages(app: FastAPI) -> None:
     """Adds pages and their static files."""
     app.mount("/static", StaticFiles(directory=_HERE / "static"), name="static")
     app.include_router(router)
+    app.include_router(live.router)
     app.include_router(rollouts.router)
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((_HERE / "static").iterdir()))).hexdigest()
     environment.globals["version"] = digest[:8]
 
 
-def fleet_row(status: AgentStatus, now_ms: int) -> dict[str, Any]:
-    """What the fleet table shows of an agent; times as milliseconds, so that ages grow by themselves."""
-    live = status.live or {}
-
-    def at(age: float | None) -> int:
-        return 0 if age is None else int(now_ms - age * 1000)
-
-    total = sum(status.classes.values())
-    rejected = sum(count for outlet, count in status.outlets.items() if outlet != "pass")
-    return {
-        "id": status.id,
-        "status": status,
-        "word": _WORDS[status.state],
-        "order": f"{ORDER[status.state]}-{status.id}",
-        "items_per_s": live.get("items_per_s", 0.0) if status.connection == "live" else 0.0,
-        "reject_share": rejected / total if total else None,
-        "seen_ms": at(status.seen_age_s),
-        "window_ms": at(status.window_age_s),
-        "budget_ms": LATENCY_BUDGET_MS,
-        "drift_limit": DRIFT_LIMIT,
-    }
-
-
-def _rows(services: Services) -> list[dict[str, Any]]:
-    now_ms = time.time_ns() // 1_000_000
-    rows = [fleet_row(status, now_ms) for status in services.statuses()]
-    return sorted(rows, key=lambda row: str(row["order"]))
-
-
 @router.get("/", response_class=HTMLResponse)
 def fleet(request: Request) -> HTMLResponse:
     """Fleet: worst first, live."""
-    rows = _rows(services_of(request))
+    rows = live.fleet_rows(services_of(request))
     counts = {state: sum(row["status"].state is state for row in rows) for state in State}
     classes = class_order({name: 1 for row in rows for name in row["status"].classes})
     return page(request, "fleet.html", "Fleet", rows=rows, counts=counts, classes=classes)
-
-
-@router.get("/events")
-def events(request: Request) -> StreamingResponse:
-    """Changed rows, once a second."""
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(_stream(request), media_type="text/event-stream", headers=headers)
 
 
 _SEEN = ("fired", "confirmed", "missed", "double", "unexpected")
 """What is known of an ejector, in the order a person asks."""
 
 
-async def _stream(request: Request) -> AsyncIterator[str]:
-    services = services_of(request)
-    template = environment.get_template("_row.html")
-    sent: dict[str, str] = {}
-    root = request.scope.get("root_path", "")
-    while not await request.is_disconnected():
-        rows = await anyio.to_thread.run_sync(_rows, services)
-        html = {row["id"]: template.render(row=row, root=root).strip() for row in rows}
-        changed = [{"id": key, "html": text} for key, text in html.items() if sent.get(key) != text]
-        sent = html
-        if changed:
-            yield f"event: rows\ndata: {json.dumps(changed)}\n\n"
-        yield f"event: tick\ndata: {time.time_ns() // 1_000_000}\n\n"
-        await asyncio.sleep(_TICK_S)
-
-
 @router.get("/agents/{agent_id}", response_class=HTMLResponse)
 def agent(agent_id: str, request: Request) -> HTMLResponse:
     """One agent: latency, verdict mix, drift by feature, events."""
     services = services_of(request)
-    status = next((s for s in services.statuses() if s.id == agent_id), None)
+    status = services.statuses.one(agent_id)
     if status is None:
         raise InputError("agent.unknown", "There is no such agent.", expected="an agent id", got=agent_id[:80])
     with reading(services.engine) as session:
@@ -159,7 +94,7 @@ def agent(agent_id: str, request: Request) -> HTMLResponse:
     )
     classes = class_order({name: 1 for _, w in windows for name in w.classes})
     verdicts = shares([(at, w.classes) for at, w in windows], classes, marks=marks)
-    row = fleet_row(status, time.time_ns() // 1_000_000)
+    row = live.fleet_row(status)
     drift = sorted(status.drift_by_feature.items(), key=lambda pair: -pair[1])
     return page(
         request,

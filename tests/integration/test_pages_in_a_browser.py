@@ -46,11 +46,21 @@ def say(services: Services, agent: str, **facts: object) -> None:
     services.fleet.take(agent_topic(agent, Channel.LIVE), encode(Live(boot_id=BOOT, at_ms=1, items_per_s=17.5)))
 
 
+def released(services: Services, folder: Path, bias: float = 0.0) -> str:
+    """A bundle that is registered and released."""
+    digest = tiny_bundle(folder, bias=bias).digest
+    with writing(services.engine) as session:
+        register(session, services.store, folder, actor="t", now=utc_now())
+        session.commit()
+    return release(services, digest)
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     services = make_services(tmp_path / "plane")
-    say(services, "line-1")
-    services.fleet.take(agent_topic("line-1", Channel.BATCH), batch(window(), window(8)))
+    runs = released(services, tmp_path / "runs", bias=0.1)
+    say(services, "line-1", active=runs)
+    services.fleet.take(agent_topic("line-1", Channel.BATCH), batch(window(bundle=runs), window(8, bundle=runs)))
     port = free_port()
     server = uvicorn.Server(
         uvicorn.Config(create_app(services), port=port, log_level="error", timeout_graceful_shutdown=1)
@@ -137,11 +147,7 @@ def test_every_page_opens_without_an_error(site: Site, page: Page, path: str) ->
 @pytest.mark.slow
 def test_a_rollout_is_previewed_started_watched_and_stopped_on_its_page(site: Site, page: Page, tmp_path: Path) -> None:
     services, url, _ = site
-    digest = tiny_bundle(tmp_path / "b").digest
-    with writing(services.engine) as session:
-        register(session, services.store, tmp_path / "b", actor="t", now=utc_now())
-        session.commit()
-    release(services, digest)
+    digest = released(services, tmp_path / "b")
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
