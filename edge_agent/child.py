@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from edge_agent.line_config import LineConfig
-from edge_agent.pipe import FromLine, Load, LoadShadow, Pipe, Ready
+from edge_agent.pipe import FromLine, Load, LoadShadow, Pipe, Ready, SetLot
 from models.errors import SortlineError
 from models.files import write_atomically
 from models.messages import Fault, Swap
@@ -133,6 +133,14 @@ class LineChild:
             UnavailableError: The line does not read.
         """
         self._pipe.send(LoadShadow(digest=digest, directory=str(directory or ""), samples=samples))
+
+    def set_lot(self, lot: str, variety: str) -> None:
+        """Tells the line that another lot begins.
+
+        Raises:
+            UnavailableError: The line does not read.
+        """
+        self._pipe.send(SetLot(lot=lot, variety=variety))
 
     def kill(self) -> None:
         """Ends a line that does not answer; `LineGone` follows."""

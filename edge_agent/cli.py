@@ -35,6 +35,8 @@ _EPILOG = """examples:
                                         see what the line sees and decides; writes line.png
   sortline-agent import /media/stick --id line-1
                                         take up signed metadata, assignment and bundle from a stick
+  sortline-agent lot --lot B-1182 --variety gala
+                                        another lot runs from now on; needs no network
   sortline-agent selftest DIR           would this machine accept this bundle?
 """
 
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     stick.add_argument("--config", type=Path, metavar="FILE", help="TOML of the agent")
     stick.add_argument("--state-dir", metavar="DIR", help="of the agent, which may be running")
     stick.add_argument("--json", action="store_true")
+    _lot_options(commands.add_parser("lot", help="say which lot runs from now on, or show it; needs no network"))
     selftest = commands.add_parser("selftest", help="try a bundle as an agent would before it accepts it")
     selftest.add_argument("directory", type=Path, metavar="BUNDLE")
     selftest.add_argument("--budget-ms", type=float, default=50.0)
@@ -133,6 +136,13 @@ def _replay_options(commands: Any) -> None:
     replay.add_argument("folder", type=Path, metavar="DIR", help="the recording")
     replay.add_argument("--bundle", type=Path, metavar="B", help="judges (default: the recorded bundle, where it was)")
     replay.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _lot_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lot", metavar="NAME", help="the new lot; '' = not known")
+    parser.add_argument("--variety", metavar="NAME", help="what it is, as the recipe calls it; '' = not known")
+    parser.add_argument("--state-dir", type=Path, default=Path("sortline-agent-state"), help="of the agent")
+    parser.add_argument("--json", action="store_true")
 
 
 def _enrol_options(parser: argparse.ArgumentParser) -> None:
@@ -391,6 +401,30 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _lot(arguments: argparse.Namespace) -> int:
+    import secrets  # noqa: PLC0415
+
+    from edge_agent.lots import known_lot, leave_wish, taken_up  # noqa: PLC0415
+
+    root: Path = arguments.state_dir
+    if not (root / "lock").exists():
+        raise ConfigError("agent.no_state", f"{root} holds no agent.", expected="--state-dir of an agent", got=root)
+    said = [value for value in (arguments.lot, arguments.variety) if value is not None]
+    if len(said) == 1:
+        raise ConfigError("config.bad_value", "A lot has a variety.", expected="--lot and --variety", got="one of them")
+    facts: dict[str, Any] = {}
+    if said:
+        request_id = secrets.token_hex(16)
+        leave_wish(root, arguments.lot, arguments.variety, request_id)
+        facts = {"taken_up": taken_up(root, request_id, timeout_s=3.0)}
+        if not facts["taken_up"]:
+            sys.stderr.write("no agent has taken it up yet: the next one that runs here does\n")
+            _print(facts | {"lot": arguments.lot, "variety": arguments.variety}, as_json=arguments.json)
+            return 0
+    _print(facts | known_lot(root), as_json=arguments.json)
+    return 0
+
+
 def _show_config(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if arguments.action == "show":
@@ -417,6 +451,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "calibrate": _calibrate,
     "picture": _picture,
     "import": _import,
+    "lot": _lot,
     "selftest": _selftest,
     "capacity": _capacity,
     "status": _status,

@@ -102,6 +102,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Such as site, line: rollouts select by them."""
     broker: BrokerConfig = BrokerConfig()
     line: LineConfig = LineConfig()
+    lot_commands: bool = True
+    """Whether the control plane may say which lot runs; false = the operator at the line alone."""
     spool: SpoolConfig = SpoolConfig()
     delivery: DeliveryConfig = DeliveryConfig()
     identity: IdentityConfig = IdentityConfig()

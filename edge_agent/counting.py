@@ -65,6 +65,17 @@ class LineCounter:
         self._last_shadow: dict[str, int] = {}
         self._restart()
 
+    @property
+    def lot_and_variety(self) -> tuple[str, str]:
+        """Both of the same moment, from any thread."""
+        with self._lock:
+            return self.lot, self.variety
+
+    def begin_lot(self, lot: str, variety: str) -> None:
+        """From here on this lot's items: close the window first, a window never mixes two."""
+        with self._lock:
+            self.lot, self.variety = lot, variety
+
     def follow(self, queue: EjectionQueue) -> None:
         """Its ejections belong into the windows."""
         self._queue = queue

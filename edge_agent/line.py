@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,9 +105,11 @@ class Line:
         self._refused = self._refused_seen = 0
         """Frames the watch refused, and those the sorting thread knows of: it must not take them for dropped."""
         self._champion: Judge | None = None
-        self._waiting: tuple[LoadedJudge, str] | None = None
+        self._waiting: tuple[LoadedJudge, tuple[str, str]] | None = None
         """The bundle that is ready, and the lot that ran when it became so."""
         self._loader = Loader(config.threads, self._say, lambda: self._champion)
+        self._next_lot: deque[tuple[SetLot, float]] = deque(maxlen=1)
+        """The lot that shall begin, and when that was said (monotonic)."""
         simulation = self._world.simulation
         self._counter = LineCounter(
             config.lanes,
@@ -296,7 +299,9 @@ class Line:
         self._say_fault(f"ejector.{trouble or 'recovered'}", f"Ejector {outlet} of lane {lane} {what}")
 
     def _switch(self, core: LineCore) -> None:
-        """Takes over what the loader has ready: one assignment between two frames, a bundle at a gap on the belt."""
+        """Takes over what is ready: one assignment between two frames, a lot and a bundle at a gap on the belt."""
+        if self._next_lot:
+            self._begin_lot(core, *self._next_lot[0])
         if self._loader.shadow:
             self._switch_shadow(core, self._loader.shadow.pop())
         if not self._loader.judge or not self._may_switch(core, self._loader.judge[0]):
@@ -347,14 +352,30 @@ class Line:
         Items in sight keep the bundle that took their first view either way: the gap only spares them two models.
         """
         if self._waiting is None or self._waiting[0] is not loaded:
-            self._waiting = (loaded, self._counter.lot)
+            self._waiting = (loaded, self._counter.lot_and_variety)
         return core.judge is None or is_due(
             loaded,
             waited_s=time.monotonic() - loaded.since_s,
             line_within_s=self._config.swap_within_s,
             at_gap=core.tracker.open == 0,
-            lot_changed=self._counter.lot != self._waiting[1],
+            lot_changed=self._counter.lot_and_variety != self._waiting[1],
         )
+
+    def _begin_lot(self, core: LineCore, wish: SetLot, since_s: float) -> None:
+        """At a gap; when none comes within `swap_within_s`, between two frames: items in sight then are of the new lot.
+
+        A window never mixes two lots.
+        """
+        if core.tracker.open and time.monotonic() - since_s <= self._config.swap_within_s:
+            return
+        wish, _ = self._next_lot.pop()
+        if (wish.lot, wish.variety) == self._counter.lot_and_variety:
+            return
+        window = self._counter.close_window()
+        self._counter.begin_lot(wish.lot, wish.variety)
+        if window.items or window.frames:
+            self._say(WindowClosed(window=window))
+        log.info("lot %r of variety %r runs from now on", wish.lot, wish.variety)
 
     # -- camera thread ----------------------------------------------------------------------------------------
 
@@ -415,7 +436,7 @@ class Line:
                 case Load() | LoadShadow():
                     self._loader.offer(message)
                 case SetLot():
-                    self._counter.lot, self._counter.variety = message.lot, message.variety
+                    self._next_lot.append((message, time.monotonic()))
                 case Stop():
                     self._stop.set()
 
@@ -475,12 +496,17 @@ class Line:
     def _beat(self) -> Beat:
         core = self._core
         speed = self._world.encoder.speed_mm_s()
+        lot, variety = self._counter.lot_and_variety
+        judge = core.judge if core else None
         return Beat(
-            digest=core.judge.digest if core and core.judge else "",
+            digest=judge.digest if judge else "",
             items_on_bundle=core.items_on_bundle if core else 0,
             belt_running=speed > 1.0 and not self._watch.blind,
             camera_fault=self._watch.fault,
             live=self._counter.live(self._config.boot_id, speed, camera_fault=self._watch.fault),
+            lot=lot,
+            variety=variety,
+            terms=judge.recipe.speaks_of(variety, lot) if judge else "",
         )
 
 

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from models.messages import LotText
+
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 
 
@@ -92,8 +94,9 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Length of a statistics window."""
     threads: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     """Of ONNX Runtime, and of OpenCV in the line process; 0 = measured when the line starts (and 1 without a line)."""
-    lot: Annotated[str, msgspec.Meta(max_length=64)] = ""
-    variety: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    lot: LotText = ""
+    """Which runs at the first start; from then on operator or control plane say it (`sortline-agent lot`)."""
+    variety: LotText = ""
     trouble: str = ""
     """Schedule for the simulated line, such as `30s brightness=0.7; 60s clear`."""
     seed: int = 1

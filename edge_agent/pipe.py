@@ -7,7 +7,7 @@ restarts a line that does not beat.
 
 import socket
 import struct
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import msgspec
 
@@ -41,7 +41,7 @@ class LoadShadow(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class SetLot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Supervisor: context of the items from now on."""
+    """Supervisor: another lot begins, at the next gap on the belt."""
 
     lot: str
     variety: str
@@ -110,6 +110,10 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     belt_running: bool
     camera_fault: str
     live: Live
+    lot: str = ""
+    variety: str = ""
+    terms: Literal["", "lot", "variety", "recipe"] = ""
+    """Whose terms of the running recipe hold for this lot; empty = nothing judges."""
 
 
 class WindowClosed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

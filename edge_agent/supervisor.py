@@ -27,6 +27,7 @@ from edge_agent.gate import Gate, Verified
 from edge_agent.identity import IdentityUpkeep, identity_folder
 from edge_agent.importing import Stick, StickOrNetwork
 from edge_agent.link import Incoming, Link, LinkChanged, bounded_queue
+from edge_agent.lots import Lots
 from edge_agent.pipe import (
     Beat,
     Faulted,
@@ -58,6 +59,7 @@ from models.messages import (
     Presence,
     RecordKind,
     Reported,
+    Response,
     agent_topic,
     decode,
     encode,
@@ -68,6 +70,7 @@ _TICK_S = 0.25
 _BEAT_TIMEOUT_S = 5.0
 _START_TIMEOUT_S = 60.0
 _REPORT_S = 10.0
+_HEARD = (Channel.DESIRED, Channel.ACK, Channel.BLOB, Channel.COMMAND)
 
 
 def wall_ms() -> int:
@@ -138,6 +141,7 @@ class Supervisor:
             self,
         )
         self._challenger = Challenger(self._root, config.delivery, self._updater.transfer, self)
+        self._lots = Lots(self._root, (config.line.lot, config.line.variety), self, commands=config.lot_commands)
         self._gate = Gate(self._root, config.trust, config.id, self, lambda: self._updater.state.generation)
 
     def _topic(self, channel: Channel) -> str:
@@ -228,9 +232,7 @@ class Supervisor:
         self._uplink.reset()
         log.info("broker %s %s", "connected" if change.connected else "lost", change.reason)
         if change.connected:
-            self._link.subscribe(
-                [TRUST_TOPIC, *(self._topic(c) for c in (Channel.DESIRED, Channel.ACK, Channel.BLOB)), SENTINEL_TOPIC]
-            )
+            self._link.subscribe([TRUST_TOPIC, *(self._topic(channel) for channel in _HEARD), SENTINEL_TOPIC])
             birth = Presence(online=True, boot_id=self.boot_id, at_ms=wall_ms())
             self._link.publish(self._topic(Channel.PRESENCE), encode(birth), retain=True)
             self.report()
@@ -245,6 +247,8 @@ class Supervisor:
                     self._gate.offer_set(message.payload)
             elif message.topic == self._topic(Channel.ACK):
                 self._uplink.acknowledged(decode(message.payload, Ack))
+            elif message.topic == self._topic(Channel.COMMAND):
+                self._lots.command(message.payload)
             elif message.topic.startswith(BLOBS) or message.topic == self._topic(Channel.BLOB):
                 owner = self._challenger if self._challenger.fetching and self._settled else self._updater
                 owner.chunk(message.topic, message.payload)
@@ -292,6 +296,8 @@ class Supervisor:
             self.config.line,
             bundle=str(self._updater.slot(active)) if active else "",
             digest=active,
+            lot=self._lots.state.lot,
+            variety=self._lots.state.variety,
             lifetime_items=self._lifetime_items,
             boot_id=self.boot_id,
         )
@@ -334,6 +340,20 @@ class Supervisor:
         except SortlineError as error:
             log.warning("challenger not sent: %s", error)
 
+    def set_lot(self, lot: str, variety: str) -> None:
+        """Tells the line that another lot begins; one that does not listen is replaced by one that starts with it."""
+        if self._line is None:
+            return
+        try:
+            self._line.set_lot(lot, variety)
+        except SortlineError as error:
+            log.warning("lot not sent: %s", error)
+            self._line.kill()
+
+    def respond(self, response: Response) -> None:
+        """Answers a command."""
+        self._link.publish(self._topic(Channel.RESPONSE), encode(response))
+
     def _line_gone(self, reason: str) -> None:
         line, self._line, self._beat = self._line, None, None
         lived_s = time.monotonic() - line.started_s if line else 0.0
@@ -346,9 +366,11 @@ class Supervisor:
     def _from_line(self, message: Any) -> None:
         match message:
             case Beat():
-                self._beat = message
+                before, self._beat = self._beat, message
                 live = msgspec.structs.replace(message.live, boot_id=self.boot_id)
                 self._link.publish(self._topic(Channel.LIVE), encode(live), qos=0)
+                if self._lots.running(before) != self._lots.running(message):
+                    self.report()
             case WindowClosed():
                 self._store_window(message)
             case Ready():
@@ -406,6 +428,7 @@ class Supervisor:
         self._uplink.tick(now)
         if now - self._reported_s > (1.0 if self._updater.state.phase in {Phase.FETCHING, Phase.TRIAL} else _REPORT_S):
             self.report()
+        self._lots.tick()
 
     def set_fault(self, fault: Fault) -> None:
         """Makes this the reported fault."""
@@ -445,6 +468,7 @@ class Supervisor:
                     line_running=self.line_ready,
                     camera=self._camera,
                     camera_fault=beat.camera_fault if beat else "",
+                    lot=self._lots.running(beat),
                     spool_records=self._spool.depth,
                     spool_dropped=self._spool.dropped,
                     counters=counters,

@@ -37,6 +37,9 @@ OptionalDigest = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 Counter = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 BootId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
 ShortText = Annotated[str, msgspec.Meta(max_length=200)]
+LotText = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z")]
+"""Name of a lot or a variety, as people write it; empty = none is known."""
+RequestId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 
 class Channel(StrEnum):
@@ -94,6 +97,21 @@ class Swap(StrEnum):
     """When the next lot begins, at a gap: a lot is judged by one bundle."""
     NOW = "now"
     """Between two frames."""
+
+
+class CommandKind(StrEnum):
+    """What the control plane may ask of an agent at once."""
+
+    SET_LOT = "set-lot"
+    """From now on this lot of this variety runs. What that means for items is said by the signed recipe alone."""
+
+
+class LotSource(StrEnum):
+    """Who said which lot runs."""
+
+    CONFIGURATION = "configuration"
+    OPERATOR = "operator"
+    CONTROL_PLANE = "control-plane"
 
 
 class RecordKind(StrEnum):
@@ -174,6 +192,45 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True):
     """After so long the line changes over between two frames anyway; None = the line's own limit."""
 
 
+class Command(msgspec.Struct, frozen=True, kw_only=True):
+    """Something to be done now or not at all (never retained)."""
+
+    schema_version: Literal[1] = 1
+    request_id: RequestId
+    issued_at_ms: Counter
+    """By the control plane's clock; grows with every command to the same agent."""
+    expires_at_ms: Counter
+    """Past this the agent refuses it."""
+    kind: CommandKind
+    lot: LotText
+    variety: LotText
+
+
+class Response(msgspec.Struct, frozen=True, kw_only=True):
+    """What an agent made of a command."""
+
+    schema_version: Literal[1] = 1
+    request_id: RequestId
+    at_ms: Counter
+    fault: Fault | None = None
+    """Why it was refused; None = accepted and kept, also over a power cut."""
+
+
+class RunningLot(msgspec.Struct, frozen=True, kw_only=True):
+    """Which lot a line runs."""
+
+    lot: LotText = ""
+    variety: LotText = ""
+    source: LotSource = LotSource.CONFIGURATION
+    since_ms: Counter = 0
+    """By the agent's clock, as `Reported.at_ms`; 0 = since its first start."""
+    begun: bool = False
+    """The line sorts by it; false while it waits for a gap on the belt, or does not run."""
+    terms: Literal["", "lot", "variety", "recipe"] = ""
+    """Whose terms of the running recipe hold: those of this lot, of its variety, or the recipe's own because it knows
+    neither; empty = nothing judges."""
+
+
 class Presence(msgspec.Struct, frozen=True, kw_only=True):
     """Birth and last will (retained)."""
 
@@ -211,6 +268,7 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     camera: ShortText = ""
     """Description of the frame source."""
     camera_fault: ShortText = ""
+    lot: RunningLot = RunningLot()
     spool_records: Counter = 0
     spool_dropped: Counter = 0
     counters: dict[str, Counter] = {}

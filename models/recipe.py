@@ -202,6 +202,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         layers = (BASE, self.terms, self.varieties.get(variety, Terms()), self.lots.get(lot, Terms()))
         return layered(layers)
 
+    def speaks_of(self, variety: str = "", lot: str = "") -> Literal["lot", "variety", "recipe"]:
+        """Whose terms hold: those of this lot, of this variety, or the recipe's own, because it knows neither."""
+        if lot in self.lots:
+            return "lot"
+        return "variety" if variety in self.varieties else "recipe"
+
     @cached_property
     def _policies(self) -> dict[tuple[str, str], Policy]:
         """Made once each: at most as many as there are varieties times lots in the recipe."""

@@ -14,11 +14,17 @@ from models.messages import (
     Ack,
     Batch,
     Channel,
+    Command,
+    CommandKind,
     Desired,
     Event,
+    Fault,
+    LotSource,
     Record,
     RecordKind,
     Reported,
+    Response,
+    RunningLot,
     agent_topic,
     check_agent_id,
     decode,
@@ -32,6 +38,7 @@ from models.windows import Window
 
 BOOT = "0123456789abcdef"
 DIGEST = "ab" * 32
+REQUEST = "cd" * 16
 
 
 def record(seq: int, payload: bytes = b"x") -> Record:
@@ -110,10 +117,69 @@ def test_control_messages_survive_the_wire() -> None:
         Desired(generation=4, bundle=DIGEST),
         Ack(boot_id=BOOT, from_seq=3, through_seq=9),
         Reported(boot_id=BOOT, at_ms=5, active=DIGEST),
+        Reported(boot_id=BOOT, at_ms=5, lot=RunningLot(lot="B-7", source=LotSource.OPERATOR, terms="variety")),
+        Response(request_id=REQUEST, at_ms=7, fault=Fault(code="command.expired", message="late")),
     ):
         assert decode(encode(message), type(message)) == message
     event = Event(at_ms=1, code="camera.stalled")
     assert decode_packed(msgspec.msgpack.encode(event), Event) == event
+
+
+def command(**changes: object) -> dict[str, object]:
+    fields = {
+        "request_id": REQUEST,
+        "issued_at_ms": 5,
+        "expires_at_ms": 9,
+        "kind": "set-lot",
+        "lot": "B",
+        "variety": "",
+    }
+    return fields | changes
+
+
+NAMES = st.text(st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="\u2028\u2029"), max_size=64)
+
+
+@given(NAMES, NAMES, st.integers(0, 2**53), st.integers(0, 2**53))
+def test_a_command_survives_the_wire(lot: str, variety: str, issued: int, expires: int) -> None:
+    sent = Command(
+        request_id=REQUEST,
+        issued_at_ms=issued,
+        expires_at_ms=expires,
+        kind=CommandKind.SET_LOT,
+        lot=lot,
+        variety=variety,
+    )
+    assert decode(encode(sent), Command) == sent
+
+
+@given(
+    st.binary(max_size=300)
+    | st.dictionaries(st.sampled_from(sorted(command())), st.integers()).map(msgspec.json.encode)
+)
+def test_what_is_no_command_is_refused_by_name(data: bytes) -> None:
+    with pytest.raises(MessageError) as caught:
+        decode(data, Command)
+    assert caught.value.code == "message.malformed"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"request_id": "short"},
+        {"issued_at_ms": -1},
+        {"kind": "set-belt"},
+        {"lot": "x" * 65},
+        {"lot": "two\nlines"},
+        {"variety": "\x1b[2J"},
+        {"variety": 7},
+    ],
+)
+def test_a_command_out_of_bounds_is_refused(change: dict[str, object]) -> None:
+    assert decode(msgspec.json.encode(command()), Command).lot == "B"
+    with pytest.raises(MessageError) as caught:
+        decode(msgspec.json.encode(command(**change)), Command)
+    assert caught.value.code == "message.malformed"
 
 
 def test_topics_name_agent_and_channel() -> None:

@@ -1,0 +1,393 @@
+"""Which lot runs on this line, and who may say so: the operator beside it, or a command of the control plane.
+
+A lot is a name. What it means for the items is said by the signed recipe of the running bundle, which has terms for
+lots and varieties; this module knows no recipe. Rules: the lot is kept durably before the line hears of it; of
+commands the one that was issued last counts, in whatever order they come; a command that is late, early, repeated or
+not allowed changes nothing, and whoever sent it hears why; an operator's word counts from the moment it is found and
+needs neither network nor clock; the start configuration counts until somebody speaks, and again when it was changed.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
+
+import msgspec
+
+from edge_agent.pipe import Beat
+from edge_agent.slots import StateFile
+from models.bundle import RECIPE, sha256
+from models.errors import BundleError, InputError, MessageError
+from models.files import write_atomically
+from models.messages import (
+    Command,
+    Counter,
+    Fault,
+    LotSource,
+    LotText,
+    RequestId,
+    Response,
+    RunningLot,
+    decode,
+)
+from models.recipe import parse_recipe
+
+log = logging.getLogger("sortline.lots")
+T = TypeVar("T", bound=msgspec.Struct)
+STATE, WISH, TAKEN = "lot.json", "lot-wish.json", "lot-wish.taken"
+CLOCK_SLACK_MS: Final = 60_000
+"""So far may the control plane's clock be ahead of ours."""
+MAX_LIFE_MS: Final = 600_000
+"""A command that wants to be valid for longer is none."""
+TERMS: Final = {
+    "lot": "of this lot",
+    "variety": "of this variety",
+    "recipe": "the recipe's own: it has none for this lot or variety",
+}
+_REMEMBERED: Final = 32
+_MAX_BYTES: Final = 16 * 1024
+
+
+class LotState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that must survive."""
+
+    schema_version: Literal[1] = 1
+    lot: LotText = ""
+    variety: LotText = ""
+    source: LotSource = LotSource.CONFIGURATION
+    since_ms: Counter = 0
+    configured: tuple[LotText, LotText] = ("", "")
+    """Lot and variety of the start configuration when this was written: another one there is news."""
+    issued_at_ms: Counter = 0
+    """Of the newest command that was obeyed, by the control plane's clock."""
+    requests: Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=_REMEMBERED)] = ()
+    """What was obeyed, newest last: heard again it is confirmed again and changes nothing."""
+
+
+class LotWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an operator says at the line; a file in the state directory."""
+
+    schema_version: Literal[1] = 1
+    request_id: RequestId
+    lot: LotText
+    variety: LotText
+
+
+def accept(state: LotState, command: Command, now_ms: int) -> LotState:
+    """The state after a command; the same one when it was obeyed before. Pure.
+
+    Args:
+        state: Now.
+        command: As it came; its sender was checked by the broker alone.
+        now_ms: By this machine's clock.
+
+    Raises:
+        MessageError: `command.bad_times`, `command.expired`, `command.from_future`, `command.overtaken`.
+    """
+    if command.request_id in state.requests:
+        return state
+    life_ms, late_ms = command.expires_at_ms - command.issued_at_ms, now_ms - command.expires_at_ms
+    if not 0 < life_ms <= MAX_LIFE_MS:
+        raise MessageError(
+            "command.bad_times",
+            "A command is valid for a while, not longer.",
+            expected=f"1..{MAX_LIFE_MS}",
+            got=life_ms,
+        )
+    if late_ms > 0:
+        raise MessageError(
+            "command.expired",
+            "The command came too late, or this machine's clock is ahead: say it again, or at the line.",
+            expected="before it expired",
+            got=f"{late_ms / 1000.0:.0f} s later",
+        )
+    early_ms = command.issued_at_ms - now_ms
+    if early_ms > CLOCK_SLACK_MS:
+        raise MessageError(
+            "command.from_future",
+            "The command is from the future: this machine's clock is behind, or the control plane's ahead. Say it at "
+            "the line.",
+            expected=f"at most {CLOCK_SLACK_MS / 1000.0:.0f} s ahead",
+            got=f"{early_ms / 1000.0:.0f} s",
+        )
+    # What was obeyed while both clocks were years ahead must not keep everything out until then.
+    newest_ms = state.issued_at_ms if state.issued_at_ms <= now_ms + CLOCK_SLACK_MS else 0
+    if command.issued_at_ms <= newest_ms:
+        raise MessageError(
+            "command.overtaken",
+            "A newer command was obeyed before.",
+            expected=f"> {newest_ms}",
+            got=command.issued_at_ms,
+        )
+    state = msgspec.structs.replace(state, issued_at_ms=command.issued_at_ms)
+    return told(state, command, LotSource.CONTROL_PLANE, now_ms)
+
+
+def told(state: LotState, word: Command | LotWish, source: LotSource, now_ms: int) -> LotState:
+    """The state after somebody who may has named the lot; pure. The same lot named again goes on since when it did."""
+    same = (word.lot, word.variety) == (state.lot, state.variety)
+    return msgspec.structs.replace(
+        state,
+        lot=word.lot,
+        variety=word.variety,
+        source=source,
+        since_ms=state.since_ms if same else now_ms,
+        requests=(*state.requests, word.request_id)[-_REMEMBERED:],
+    )
+
+
+class Host(Protocol):
+    """What is needed from the supervisor."""
+
+    counters: Any
+    """Counts by name."""
+
+    def event(self, code: str, message: str, **facts: str) -> None:
+        """Stores an event."""
+
+    def set_lot(self, lot: str, variety: str) -> None:
+        """Tells the line."""
+
+    def respond(self, response: Response) -> None:
+        """Answers the control plane."""
+
+    def report(self) -> None:
+        """Tells the control plane how things are."""
+
+
+class Lots:
+    """The lot of one line.
+
+    Args:
+        root: The agent's state directory; keeps `lot.json`.
+        configured: Lot and variety of the start configuration.
+        host: The supervisor.
+        commands: Whether the control plane may say which lot runs.
+        wall_ms: Milliseconds since 1970 by this machine's clock.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        configured: tuple[str, str],
+        host: Host,
+        *,
+        commands: bool = True,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._path, self._wish, self._taken = root / STATE, root / WISH, root / TAKEN
+        self._host, self._commands, self._wall_ms = host, commands, wall_ms
+        self.state = self._load(configured)
+
+    def _load(self, configured: tuple[str, str]) -> LotState:
+        lot, variety = configured
+        fresh = LotState(lot=lot, variety=variety, configured=configured)
+        try:
+            state = read_state(self._path)
+        except FileNotFoundError:
+            return fresh
+        except (OSError, InputError) as error:
+            broken = self._path.with_name(f"{STATE}.broken-{os.getpid()}")
+            with contextlib.suppress(OSError):
+                self._path.rename(broken)
+            # A wrong lot would be worse than none: there is no backup to go back to.
+            self._host.event("state.quarantined", f"{error} The line runs the lot of its configuration.")
+            return fresh
+        if state.configured == configured:
+            return state
+        state = msgspec.structs.replace(
+            state,
+            lot=lot,
+            variety=variety,
+            source=LotSource.CONFIGURATION,
+            since_ms=self._wall_ms(),
+            configured=configured,
+        )
+        with contextlib.suppress(OSError):  # the configuration says so again at the next start
+            self._save(state)
+        return state
+
+    def _save(self, state: LotState) -> None:
+        body = msgspec.json.encode(state)
+        write_atomically(self._path, msgspec.json.encode([msgspec.Raw(body), sha256(body)]))
+        self.state = state
+
+    def _begin(self, state: LotState, request_id: str) -> None:
+        """Kept first; then the line hears of it, then the world."""
+        before = self.state
+        self._save(state)
+        if (state.lot, state.variety) == (before.lot, before.variety):
+            return
+        self._host.set_lot(state.lot, state.variety)
+        self._host.event(
+            "lot.changed", "", lot=state.lot, variety=state.variety, source=state.source, request=request_id
+        )
+
+    # -- the control plane's way ------------------------------------------------------------------------------
+
+    def command(self, payload: bytes) -> None:
+        """Obeys a command, or says why not.
+
+        Raises:
+            MessageError: It was refused; count it and go on. Who sent one that can be read was answered.
+            OSError: The disk refused; nothing changed, and the sender was not answered: it may ask again.
+        """
+        command = decode(payload, Command)
+        try:
+            if not self._commands:
+                raise MessageError(
+                    "command.not_allowed",
+                    "This agent takes its lot from the line alone (lot_commands = false).",
+                    expected="sortline-agent lot",
+                    got=command.kind,
+                )
+            state = accept(self.state, command, self._wall_ms())
+        except MessageError as error:
+            self._answer(command, Fault(code=error.code, message=str(error)[:600], at_ms=self._wall_ms()))
+            raise
+        if state is not self.state:
+            self._begin(state, command.request_id)
+        self._answer(command, None)
+        self._host.report()
+
+    def _answer(self, command: Command, fault: Fault | None) -> None:
+        self._host.respond(Response(request_id=command.request_id, at_ms=self._wall_ms(), fault=fault))
+
+    # -- the operator's way -----------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Takes up what an operator has said meanwhile.
+
+        Raises:
+            OSError: The disk refused; it is tried again.
+        """
+        if not self._taken.exists():
+            if not self._wish.exists():
+                return
+            # A wish that is said now replaces none that is being read.
+            self._wish.rename(self._taken)
+        try:
+            wish = _parse(_bounded(self._taken), LotWish)
+        except InputError as error:
+            self._host.counters[f"refused_{error.code}"] += 1
+            self._host.event(error.code, str(error))
+        else:
+            # Power may have failed between here and the end: then it is known already.
+            if wish.request_id not in self.state.requests:
+                self._begin(told(self.state, wish, LotSource.OPERATOR, self._wall_ms()), wish.request_id)
+        self._taken.unlink()
+        self._host.report()
+
+    # -- what runs --------------------------------------------------------------------------------------------
+
+    def running(self, beat: Beat | None) -> RunningLot:
+        """As it is reported.
+
+        Args:
+            beat: The line's last one; None = it does not run.
+        """
+        state = self.state
+        begun = beat is not None and (beat.lot, beat.variety) == (state.lot, state.variety)
+        return RunningLot(
+            lot=state.lot,
+            variety=state.variety,
+            source=state.source,
+            since_ms=state.since_ms,
+            begun=begun,
+            terms=beat.terms if beat is not None and begun else "",
+        )
+
+
+def leave_wish(root: Path, lot: str, variety: str, request_id: str) -> None:
+    """Puts an operator's word where the agent looks; a newer one replaces one that was not taken up.
+
+    Args:
+        root: The agent's state directory; it may be running or not.
+        lot: Its name.
+        variety: What it is.
+        request_id: 32 hexadecimal digits, never used before.
+
+    Raises:
+        InputError: `lot.bad_name`: no name for a lot or a variety.
+        OSError: The disk refused.
+    """
+    data = msgspec.json.encode(LotWish(request_id=request_id, lot=lot, variety=variety))
+    try:
+        _parse(data, LotWish)
+    except InputError as error:
+        raise InputError(
+            "lot.bad_name",
+            "This names no lot or variety.",
+            expected="up to 64 characters of one line",
+            got=f"{lot!r}, {variety!r}"[:200],
+        ) from error
+    write_atomically(root / WISH, data)
+
+
+def taken_up(root: Path, request_id: str, *, timeout_s: float) -> bool:
+    """Whether a running agent has kept this wish; waits for it so long."""
+    until = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(OSError, InputError):
+            if request_id in read_state(root / STATE).requests:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+
+
+def known_lot(root: Path) -> dict[str, str]:
+    """What an agent's state directory says of its lot, for people."""
+    try:
+        state = read_state(root / STATE)
+    except FileNotFoundError:
+        return {"lot": "as configured", "source": LotSource.CONFIGURATION}
+    since = datetime.fromtimestamp(state.since_ms / 1000.0, UTC).isoformat(timespec="seconds")
+    facts = {"lot": state.lot, "variety": state.variety, "source": str(state.source), "since": since}
+    try:
+        active = StateFile(root).load().active
+        recipe = parse_recipe((root / "slots" / active / RECIPE).read_bytes())
+    except (OSError, BundleError):
+        return facts | {"terms": "no bundle judges"}
+    return facts | {"terms": TERMS[recipe.speaks_of(state.variety, state.lot)]}
+
+
+def read_state(path: Path) -> LotState:
+    """The lot that was kept.
+
+    Raises:
+        FileNotFoundError: None was named yet.
+        InputError: `lot.unreadable`.
+        OSError: The disk refused.
+    """
+    data = _bounded(path)
+    try:
+        body, digest = msgspec.json.decode(data, type=tuple[msgspec.Raw, str])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _unreadable(path.name, error) from error
+    if sha256(bytes(body)) != digest:
+        raise _unreadable(path.name, "a wrong checksum")
+    return _parse(bytes(body), LotState)
+
+
+def _bounded(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        data = stream.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise _unreadable(path.name, f"more than {_MAX_BYTES} bytes")
+    return data
+
+
+def _parse(data: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _unreadable(kind.__name__, error) from error
+
+
+def _unreadable(name: str, got: object) -> InputError:
+    return InputError("lot.unreadable", f"{name} cannot be read.", expected="what this agent wrote", got=str(got)[:200])

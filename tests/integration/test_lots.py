@@ -1,0 +1,109 @@
+"""A lot on its way: a command over a real broker to a line at work, which a rollout waits for; and said at the line."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import paho.mqtt.client as mqtt
+import pytest
+
+from models.messages import Channel, Command, CommandKind, LotSource, Phase, Response, Swap, agent_topic, decode, encode
+from tests.integration.test_whole_system import ROOT, Plane, agent, end, events, plane
+from tests.simulators.processes import wait_until
+from tests.simulators.tiny_bundle import tiny_bundle
+
+__all__ = ["plane"]  # the fixture of the whole-system tests: enrolled, signed, both brokers
+COMMANDS, ANSWERS = agent_topic("line-1", Channel.COMMAND), agent_topic("line-1", Channel.RESPONSE)
+
+
+def command(number: int, lot: str, *, late_s: float = 0.0) -> Command:
+    issued_ms = time.time_ns() // 1_000_000 - round(late_s * 1000)
+    return Command(
+        request_id=f"{number:032x}",
+        issued_at_ms=issued_ms,
+        expires_at_ms=issued_ms + 60_000,
+        kind=CommandKind.SET_LOT,
+        lot=lot,
+        variety="gala",
+    )
+
+
+def at_the_line(*words: str) -> dict[str, object]:
+    command = [sys.executable, "-m", "edge_agent", "lot", *words, "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_a_rollout_waits_for_the_lot_that_a_command_names_and_windows_show_it(plane: Plane, tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "a", bias=-2.5)
+    tiny_bundle(tmp_path / "b", bias=0.5)
+    answers: dict[str, Response] = {}
+
+    def heard(_client: object, _data: object, message: mqtt.MQTTMessage) -> None:
+        found = decode(message.payload, Response)
+        answers[found.request_id] = found
+
+    plane.client.message_callback_add(ANSWERS, heard)
+
+    def say(sent: Command, *copies: bytes) -> Response:
+        for payload in (encode(sent), *copies):
+            plane.client.publish(COMMANDS, payload, 1)
+        wait_until(lambda: sent.request_id in answers, 20, "the answer")
+        return answers.pop(sent.request_id)
+
+    process = agent(plane, tmp_path / "state")
+    try:
+        first, second = plane.offer(tmp_path / "a"), plane.offer(tmp_path / "b")
+        plane.wish(first, 1)
+        wait_until(lambda: plane.phase(Phase.COMMITTED, first), 60, "the first commit")
+        plane.wish(second, 2, swap=Swap.LOT_CHANGE)
+        wait_until(lambda: plane.phase(Phase.TRIAL, second), 60, "the bundle that waits")
+        late = say(command(1, "too-late", late_s=120.0))
+        assert late.fault.code == "command.expired"
+        assert not any(w.bundle == second for w in plane.windows())
+        taken = command(2, "B-1182")
+        # What is no command, and a repetition, change nothing and hinder nobody.
+        assert say(taken, b"{", b"x" * 9000, encode(taken)).fault is None
+        wait_until(lambda: plane.phase(Phase.COMMITTED, second), 60, "the commit in the new lot")
+        wait_until(lambda: any(w.lot == "B-1182" and w.items for w in plane.windows()), 30, "a window of the new lot")
+        assert {(w.lot, w.variety) for w in plane.windows()} == {("", ""), ("B-1182", "gala")}
+        assert {w.lot for w in plane.windows() if w.bundle == second} == {"B-1182"}
+        wait_until(lambda: plane.reported.lot.begun, 20, "the report")
+        shown = plane.reported.lot
+        assert (shown.lot, shown.source, shown.terms) == ("B-1182", LotSource.CONTROL_PLANE, "recipe")
+        assert plane.reported.counters["refused_command.expired"] == 1
+        assert plane.reported.counters["refused_message.malformed"] == 1
+        assert plane.reported.counters["refused_message.oversize"] == 1
+
+        process.kill()
+        process.wait()
+        process = agent(plane, tmp_path / "state")
+        boots = {w.lot for w in plane.windows()}
+        plane.reported = None
+        wait_until(lambda: plane.reported and plane.reported.lot.begun, 60, "the lot after a power cut")
+        assert plane.reported.lot.lot == "B-1182"
+        assert {w.lot for w in plane.windows()} == boots
+
+        words = ["lot", "--lot", "C-9", "--variety", "fuji", "--state-dir", str(tmp_path / "state"), "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "edge_agent", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+        said = json.loads(done.stdout)
+        assert (said["taken_up"], said["lot"], said["variety"]) == (True, "C-9", "fuji")
+        assert "the recipe's own" in said["terms"]
+        wait_until(lambda: any(w.lot == "C-9" for w in plane.windows()), 30, "a window of the operator's lot")
+        assert plane.reported.lot.source is LotSource.OPERATOR
+        # A delayed command that was issued before one that was obeyed.
+        assert say(command(3, "old", late_s=55.0)).fault.code == "command.overtaken"
+    finally:
+        end(process)
+    changes = [(e.facts["lot"], e.facts["source"]) for e in events(plane) if e.code == "lot.changed"]
+    assert changes == [("B-1182", "control-plane"), ("C-9", "operator")]

@@ -1,0 +1,440 @@
+"""Which lot runs: the newest word counts, late and repeated ones change nothing, power cuts forget none."""
+
+import shutil
+import socket
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.cli import main
+from edge_agent.judging import Judge
+from edge_agent.line import Line
+from edge_agent.line_config import LineConfig
+from edge_agent.loading import LoadedJudge
+from edge_agent.lots import (
+    CLOCK_SLACK_MS,
+    MAX_LIFE_MS,
+    STATE,
+    TAKEN,
+    WISH,
+    Lots,
+    LotState,
+    accept,
+    leave_wish,
+    read_state,
+)
+from edge_agent.pipe import Beat, Pipe, SetLot, WindowClosed
+from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.sorting import NoEjector, World
+from models.errors import InputError, MessageError
+from models.messages import Command, CommandKind, Live, LotSource, Response, Swap, encode
+from tests.simulators.power import Recorder, states
+from tests.simulators.tiny_bundle import tiny_bundle
+
+NOW = 1_790_000_000_000
+FOR_EVER = float("inf")
+"""Monotonic time from which nobody has waited long enough."""
+
+
+def command(number: int = 1, *, issued: int = NOW, life: int = 60_000, lot: str = "", variety: str = "gala") -> Command:
+    return Command(
+        request_id=f"{number:032x}",
+        issued_at_ms=issued,
+        expires_at_ms=issued + life,
+        kind=CommandKind.SET_LOT,
+        lot=lot or f"lot-{number}",
+        variety=variety,
+    )
+
+
+class Host:
+    """A supervisor without processes; what the line hears must be on the disk by then."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.counters: Counter[str] = Counter()
+        self.lots: list[tuple[str, str]] = []
+        self.answers: list[Response] = []
+        self.events: list[str] = []
+
+    def event(self, code: str, message: str, **facts: str) -> None:
+        self.events.append(code)
+
+    def set_lot(self, lot: str, variety: str) -> None:
+        kept = read_state(self.root / STATE)
+        assert (kept.lot, kept.variety) == (lot, variety), "the line hears of a lot that a power cut would forget"
+        self.lots.append((lot, variety))
+
+    def respond(self, response: Response) -> None:
+        self.answers.append(response)
+
+    def report(self) -> None:
+        return
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.ms = NOW
+
+    def __call__(self) -> int:
+        return self.ms
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def opened(host: Host, clock: Clock, configured: tuple[str, str] = ("", ""), **options: bool) -> Lots:
+    return Lots(host.root, configured, host, wall_ms=clock, **options)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "late_ms", "code"),
+    [
+        (command(), 60_001, "command.expired"),
+        (command(), -CLOCK_SLACK_MS - 1, "command.from_future"),
+        (command(life=0), 0, "command.bad_times"),
+        (command(life=-5), 0, "command.bad_times"),
+        (command(life=MAX_LIFE_MS + 1), 0, "command.bad_times"),
+        (command(9, issued=NOW - 30_000), 0, "command.overtaken"),
+        (command(9, issued=NOW - 20_000), 0, "command.overtaken"),
+    ],
+)
+def test_a_command_that_must_not_count_is_refused_by_name_and_answered(
+    host: Host, clock: Clock, sent: Command, late_ms: int, code: str
+) -> None:
+    lots = opened(host, clock)
+    lots.command(encode(command(8, issued=NOW - 20_000)))
+    before, clock.ms = lots.state, NOW + late_ms
+    with pytest.raises(MessageError) as caught:
+        lots.command(encode(sent))
+    assert caught.value.code == code
+    assert host.answers[-1].fault.code == code
+    assert host.answers[-1].request_id == sent.request_id
+    assert lots.state == before == read_state(host.root / STATE)
+    assert host.lots == [("lot-8", "gala")]
+
+
+def test_a_clock_that_is_off_by_less_than_the_slack_hinders_nobody(host: Host, clock: Clock) -> None:
+    for number, off_ms in enumerate((-CLOCK_SLACK_MS, 0, 60_000)):
+        clock.ms = NOW + off_ms + number
+        opened(host, clock).command(encode(command(number, issued=NOW + number)))
+    assert len(host.lots) == 3
+
+
+def test_a_repeated_command_is_confirmed_again_and_does_nothing_again(host: Host, clock: Clock) -> None:
+    lots = opened(host, clock)
+    lots.command(encode(command(1)))
+    lots.command(encode(command(2, issued=NOW + 1)))
+    clock.ms += 120_000  # long expired: it was obeyed all the same
+    opened(host, clock).command(encode(command(1)))
+    assert [answer.fault for answer in host.answers] == [None, None, None]
+    assert host.lots == [("lot-1", "gala"), ("lot-2", "gala")]
+    assert read_state(host.root / STATE).lot == "lot-2"
+
+
+@given(st.permutations(range(6)), st.lists(st.integers(0, 5), max_size=12), st.integers(0, 70_000))
+def test_the_command_that_was_issued_last_wins_in_whatever_order_they_come(
+    order: list[int], repeats: list[int], pause_ms: int
+) -> None:
+    state, now, heard, codes = LotState(), NOW + 6, [], set()
+    for number in (*order, *repeats):
+        sent = command(number, issued=NOW + number)
+        try:
+            after = accept(state, sent, now)
+        except MessageError as error:
+            codes.add(error.code)
+        else:
+            assert after.issued_at_ms >= state.issued_at_ms
+            assert (after is state) == (sent.request_id in state.requests)
+            state = after
+            heard.append(number)
+        now += pause_ms // 10
+    assert codes <= {"command.overtaken", "command.expired"}
+    assert state.lot == f"lot-{max(heard)}"
+
+
+def test_what_was_obeyed_with_both_clocks_years_ahead_does_not_keep_everything_out(host: Host, clock: Clock) -> None:
+    ahead = 10 * 365 * 86_400_000
+    clock.ms += ahead
+    opened(host, clock).command(encode(command(1, issued=NOW + ahead)))
+    clock.ms = NOW
+    opened(host, clock).command(encode(command(2)))
+    assert read_state(host.root / STATE).lot == "lot-2"
+
+
+def test_an_agent_may_take_its_lot_from_the_line_alone(host: Host, clock: Clock) -> None:
+    lots = opened(host, clock, commands=False)
+    with pytest.raises(MessageError, match="line alone"):
+        lots.command(encode(command()))
+    assert host.answers[0].fault.code == "command.not_allowed"
+    leave_wish(host.root, "B-7", "gala", "e" * 32)
+    lots.tick()
+    assert host.lots == [("B-7", "gala")]
+
+
+@pytest.mark.parametrize("payload", [b"", b"{}", b"x" * 9000, encode(command()).replace(b"set-lot", b"set-belt")])
+def test_what_is_no_command_is_not_answered(host: Host, clock: Clock, payload: bytes) -> None:
+    with pytest.raises(MessageError, match="Command"):
+        opened(host, clock).command(payload)
+    assert host.answers == []
+
+
+def test_the_same_lot_named_again_goes_on_since_it_began(host: Host, clock: Clock) -> None:
+    lots = opened(host, clock)
+    lots.command(encode(command(1, lot="A")))
+    clock.ms += 5000
+    lots.command(encode(command(2, issued=NOW + 5000, lot="A")))
+    assert (lots.state.since_ms, lots.state.issued_at_ms) == (NOW, NOW + 5000)
+    assert host.lots == [("A", "gala")], "a bundle that waits for a lot change must not take this for one"
+    assert host.events == ["lot.changed"]
+
+
+def test_a_full_disk_changes_nothing_and_the_operators_word_waits(
+    host: Host, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lots = opened(host, clock)
+    leave_wish(host.root, "B-7", "gala", "e" * 32)
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_agent.lots.write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+        for attempt in (lots.tick, lambda: lots.command(encode(command()))):
+            with pytest.raises(OSError, match="No space"):
+                attempt()
+    assert (host.lots, host.answers, lots.state) == ([], [], LotState())
+    lots.tick()
+    assert host.lots == [("B-7", "gala")]
+
+
+# -- the operator -----------------------------------------------------------------------------------------------------
+
+
+def test_the_operators_word_counts_with_any_clock_and_commands_go_on_counting(host: Host, clock: Clock) -> None:
+    lots = opened(host, clock)
+    lots.command(encode(command(1)))
+    clock.ms = 0  # no battery: 1970
+    leave_wish(host.root, "B-7", "", "e" * 32)
+    lots.tick()
+    assert (lots.state.lot, lots.state.source) == ("B-7", LotSource.OPERATOR)
+    clock.ms = NOW + 9
+    lots.command(encode(command(2, issued=NOW + 9)))
+    assert (lots.state.lot, lots.state.source) == ("lot-2", LotSource.CONTROL_PLANE)
+    assert not any((host.root / name).exists() for name in (WISH, TAKEN))
+
+
+def test_a_word_that_is_said_while_another_is_read_is_not_lost(host: Host, clock: Clock) -> None:
+    lots = opened(host, clock)
+    leave_wish(host.root, "B-7", "gala", "e" * 32)
+    heard = host.set_lot
+
+    def says_another(lot: str, variety: str) -> None:
+        heard(lot, variety)
+        host.set_lot = heard
+        leave_wish(host.root, "B-8", "gala", "f" * 32)
+
+    host.set_lot = says_another
+    lots.tick()
+    lots.tick()
+    assert host.lots == [("B-7", "gala"), ("B-8", "gala")]
+
+
+def test_a_word_that_comes_back_after_a_power_cut_is_not_obeyed_twice(host: Host, clock: Clock) -> None:
+    lots = opened(host, clock)
+    leave_wish(host.root, "B-7", "gala", "e" * 32)
+    said = (host.root / WISH).read_bytes()
+    lots.tick()
+    lots.command(encode(command(2)))
+    (host.root / TAKEN).write_bytes(said)
+    opened(host, clock).tick()
+    assert read_state(host.root / STATE).lot == "lot-2"
+    assert not (host.root / TAKEN).exists()
+
+
+@pytest.mark.parametrize("rubbish", [b"", b"\xff", b"x" * 20_000, msgspec.json.encode({"lot": "A", "variety": "b"})])
+def test_a_broken_wish_is_named_once_and_thrown_away(host: Host, clock: Clock, rubbish: bytes) -> None:
+    lots = opened(host, clock)
+    (host.root / WISH).write_bytes(rubbish)
+    for _ in range(3):
+        lots.tick()
+    assert (host.events, host.counters["refused_lot.unreadable"], host.lots) == (["lot.unreadable"], 1, [])
+
+
+@pytest.mark.parametrize("lot", ["a\nb", "x" * 65, "\x00", "\u2028"])
+def test_what_is_no_name_is_refused_before_it_is_written(tmp_path: Path, lot: str) -> None:
+    with pytest.raises(InputError) as caught:
+        leave_wish(tmp_path, lot, "gala", "e" * 32)
+    assert caught.value.code == "lot.bad_name"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_at_the_line_leaves_the_word_and_shows_it(host: Host, clock: Clock, capsys) -> None:
+    state_dir = ["--state-dir", str(host.root)]
+    assert main(["lot", *state_dir]) == 2
+    assert "agent.no_state" in capsys.readouterr().err
+    (host.root / "lock").touch()
+    assert main(["lot", *state_dir, "--lot", "B-7"]) == 2
+    assert "--variety" in capsys.readouterr().err
+    leave_wish(host.root, "B-7", "gala", "e" * 32)
+    opened(host, clock).tick()
+    assert main(["lot", *state_dir, "--json"]) == 0
+    shown = msgspec.json.decode(capsys.readouterr().out)
+    assert (shown["lot"], shown["variety"], shown["source"], shown["terms"]) == (
+        "B-7",
+        "gala",
+        "operator",
+        "no bundle judges",
+    )
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_counts_until_somebody_speaks_and_again_when_it_was_changed(host: Host, clock: Clock) -> None:
+    lots = opened(host, clock, ("A", "gala"))
+    assert (lots.state.lot, lots.state.source) == ("A", LotSource.CONFIGURATION)
+    lots.command(encode(command(1)))
+    assert opened(host, clock, ("A", "gala")).state.lot == "lot-1"
+    clock.ms += 1000
+    again = opened(host, clock, ("B", "fuji")).state
+    assert (again.lot, again.variety, again.source, again.since_ms) == (
+        "B",
+        "fuji",
+        LotSource.CONFIGURATION,
+        NOW + 1000,
+    )
+    assert again.issued_at_ms == NOW, "an older command must not come after"
+    clock.ms += 1000
+    assert opened(host, clock, ("B", "fuji")).state == again
+
+
+@pytest.mark.parametrize("harm", [lambda d: d[:-9], lambda d: d.replace(b"lot-1", b"lot-7"), lambda _: b"\xff"])
+def test_a_broken_file_is_set_aside_and_the_configuration_counts(host: Host, clock: Clock, harm) -> None:
+    opened(host, clock, ("A", "")).command(encode(command(1)))
+    path = host.root / STATE
+    path.write_bytes(harm(path.read_bytes()))
+    lots = opened(host, clock, ("A", ""))
+    assert (lots.state.lot, host.events[-1]) == ("A", "state.quarantined")
+    assert len(list(host.root.glob("lot.json.broken-*"))) == 1
+
+
+def test_a_power_cut_anywhere_forgets_neither_a_lot_the_line_heard_of_nor_an_operators_word(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "agent"
+    root.mkdir()
+    host = Host(root)
+    lots = opened(host, clock)
+    lots.command(encode(command(1)))
+    with monkeypatch.context() as patch:
+        recorder = Recorder(root, patch)
+        leave_wish(root, "B-7", "gala", "e" * 32)
+        recorder.mark("said")
+        lots.tick()
+        recorder.mark("B-7")
+        lots.command(encode(command(2, issued=NOW + 1)))
+        recorder.mark("lot-2")
+    assert {op.kind for op in recorder.ops} >= {"create", "write", "rename", "fsync", "remove"}
+    seen = 0
+    for cut, disk in states(recorder.begin, recorder.ops):
+        place = tmp_path / "after"
+        disk.write_to(place)
+        facts = {fact for at, fact in recorder.marks if at <= cut}
+        after = Host(place)
+        found = opened(after, clock)
+        found.tick()
+        assert after.events in ([], ["lot.changed"]), "a file is broken"
+        allowed = {"lot-2"} if "lot-2" in facts else {"B-7", "lot-2"} if "said" in facts else {"lot-1", "B-7"}
+        assert found.state.lot in allowed, (cut, facts)
+        seen += 1
+        shutil.rmtree(place)
+    assert seen > 30
+
+
+# -- the line ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_lot_begins_at_a_gap_no_window_mixes_two_and_a_bundle_that_waits_for_it_takes_over(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "a", bias=-2.5)
+    tiny_bundle(tmp_path / "b", bias=0.5)
+    first, second = Judge(tmp_path / "a"), Judge(tmp_path / "b")
+    film = SimulatedLine(SimulationConfig(apples=8, varieties=("golden",), items_per_s=1.8, lanes=1), virtual=True)
+    ours, theirs = socket.socketpair()
+    # No deadline: only a gap will do.
+    config = LineConfig(lanes=1, threads=1, lot="A", variety="gala", swap_within_s=60.0)
+    pipe = Pipe(ours)
+    line = Line(config, pipe, World(film, film, NoEjector()))
+    core, reports, judged = None, [], Counter()
+    said, begun_at, swapped_at = False, 0, 0
+    for number in range(400):
+        frame = film.read(1.0)
+        if core is None:
+            core = line._core = line._make_core(frame)
+            core.use(first)
+            core.on_verdict = lambda _found, _outlet: judged.update([line._counter.lot])
+        if number == 60:
+            line._loader.judge.append(LoadedJudge(second, 1.0, FOR_EVER, Swap.LOT_CHANGE))
+        if number >= 150 and core.tracker.open and not said:
+            said = True
+            assert core.judge is first
+            line._next_lot.append((SetLot(lot="B", variety="fuji"), FOR_EVER))
+        open_before = core.tracker.open
+        line._switch(core)
+        if not begun_at and line._counter.lot == "B":
+            begun_at = number
+            assert open_before == 0
+        if not swapped_at and core.judge is second:
+            swapped_at = number
+        core.process(frame)
+    while not line._reports.empty():
+        reports.append(line._reports.get_nowait())
+    windows = [r.window for r in reports if isinstance(r, WindowClosed)] + [line._counter.close_window()]
+    assert 150 <= begun_at <= swapped_at < 400
+    assert {(w.lot, w.variety) for w in windows} == {("A", "gala"), ("B", "fuji")}
+    for lot in "AB":
+        assert sum(w.items for w in windows if w.lot == lot) == judged[lot] > 2
+    assert {w.bundle for w in windows if w.lot == "A"} == {first.digest}
+    found = line._beat()
+    assert (found.lot, found.variety, found.terms) == ("B", "fuji", "recipe")
+    line._world.close()
+    pipe.close()
+    theirs.close()
+
+
+def test_a_lot_does_not_wait_for_a_gap_for_ever() -> None:
+    film = SimulatedLine(SimulationConfig(apples=8, varieties=("golden",)), virtual=True)
+    ours, theirs = socket.socketpair()
+    pipe = Pipe(ours)
+    line = Line(LineConfig(threads=1), pipe, World(film, film, NoEjector()))
+    full = SimpleNamespace(tracker=SimpleNamespace(open=3))
+    for since_s, lot in ((FOR_EVER, ""), (-FOR_EVER, "B")):
+        line._next_lot.append((SetLot(lot="B", variety="fuji"), since_s))
+        line._begin_lot(full, *line._next_lot[0])
+        assert line._counter.lot == lot
+    assert not line._next_lot
+    line._world.close()
+    pipe.close()
+    theirs.close()
+
+
+def test_the_lot_has_begun_when_the_line_says_so(host: Host, clock: Clock) -> None:
+    lots = opened(host, clock)
+    lots.command(encode(command(1)))
+    live = Live(boot_id="0" * 16, at_ms=0)
+    beat = Beat(digest="", items_on_bundle=0, belt_running=True, camera_fault="", live=live, terms="variety")
+    assert not lots.running(None).begun
+    assert (lots.running(beat).begun, lots.running(beat).terms) == (False, "")
+    same = msgspec.structs.replace(beat, lot="lot-1", variety="gala")
+    assert (lots.running(same).begun, lots.running(same).terms) == (True, "variety")
