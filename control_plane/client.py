@@ -56,6 +56,19 @@ class Client:
             got=body.get("got"),
         )
 
+    def follow_lot(self, agent_id: str, request_id: str, *, timeout_s: float = 20.0) -> dict[str, Any]:
+        """Waits for the answer to a command; returns what was asked last as it stands then."""
+        until = time.monotonic() + timeout_s
+        while True:
+            asked: dict[str, Any] = self.get(f"/api/v1/agents/{agent_id}")["lot_asked"]
+            if asked["request_id"] != request_id:
+                raise ConflictError(
+                    "command.overtaken", "Somebody named another lot meanwhile.", expected=request_id, got=asked["lot"]
+                )
+            if asked["state"] in {"accepted", "refused"} or time.monotonic() > until:
+                return asked
+            time.sleep(0.3)
+
     def follow_job(self, job_id: int, on_change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Waits for the end of a job; calls back whenever it moved."""
         last: tuple[Any, ...] = ()

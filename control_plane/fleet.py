@@ -28,11 +28,12 @@ from sqlmodel import Session, col, select
 from control_plane.config import BrokerConfig
 from control_plane.database import reading, writing
 from control_plane.identity.tls import client_context, load_client
+from control_plane.lots import answered
 from control_plane.publishing import Publisher
 from control_plane.store import Store
 from control_plane.tables import Agent, EventRow, Identity, IdentityState, WindowRow, utc_now
 from control_plane.trust.assignments import Assignments
-from models.errors import ConfigError, MessageError, SortlineError
+from models.errors import ConfigError, MessageError, SortlineError, UnavailableError
 from models.messages import (
     KEEP_ALIVE_S,
     MAX_LIVE_BYTES,
@@ -43,6 +44,7 @@ from models.messages import (
     Ack,
     Batch,
     Channel,
+    Command,
     Event,
     Gap,
     Live,
@@ -51,6 +53,7 @@ from models.messages import (
     RecordKind,
     Reported,
     Request,
+    Response,
     agent_topic,
     decode,
     decode_batch,
@@ -102,7 +105,7 @@ class FleetLink:
         self._stopping = threading.Event()
         self._sentinel_seen = threading.Event()
         self._missed = threading.Event()
-        self._control = self._client("control", client_id, ("presence", "reported"), sentinel=True)
+        self._control = self._client("control", client_id, ("presence", "reported", "response"), sentinel=True)
         self._bulk = self._client("bulk", client_id, ("batch", "live", "request"), sentinel=False)
         self.publisher = Publisher(config, engine, store, self._bulk, self.counters)
         self._threads: list[threading.Thread] = []
@@ -248,6 +251,8 @@ class FleetLink:
                 self._take_batch(agent_id, decode_batch(payload))
             case Channel.REQUEST:
                 self.publisher.requested(agent_id, decode(payload, Request))
+            case Channel.RESPONSE:
+                self._take_response(agent_id, decode(payload, Response))
             case _:
                 raise MessageError("topic.unknown", "Agents do not speak here.", expected="batch, ...", got=topic)
 
@@ -276,6 +281,14 @@ class FleetLink:
             # It has not heard: whatever went wrong between commit and broker is made good here.
             self.publish_bundle(agent.desired_bundle)
             self.publish_desired(agent)
+
+    def _take_response(self, agent_id: str, response: Response) -> None:
+        with writing(self._engine) as session:
+            agent = _agent(session, agent_id)
+            known = answered(agent, response, utc_now())
+            session.add(agent)
+            session.commit()
+        self.counters["responses" if known else "responses_unknown"] += 1
 
     def _take_batch(self, agent_id: str, batch: Batch) -> None:
         if not batch.records:
@@ -380,6 +393,20 @@ class FleetLink:
             CapacityError: `delivery.retained_full`: nothing was sent.
         """
         self.publisher.want(digest)
+
+    def check_connected(self) -> None:
+        """Refuses what would only wait for the broker.
+
+        Raises:
+            UnavailableError: `broker.not_connected`.
+        """
+        if not self._control.is_connected():
+            raise UnavailableError("broker.not_connected", "The broker is not connected; try again.")
+
+    def command(self, agent_id: str, command: Command) -> None:
+        """Publishes a command, once and for now."""
+        self._control.publish(agent_topic(agent_id, Channel.COMMAND), encode(command), qos=1)
+        self.counters["commands"] += 1
 
     def publish_trust(self) -> None:
         """Publishes the signed metadata (retained) when it is newer than what was published last."""

@@ -76,6 +76,10 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     desired: str
     generation: int
     fault: dict[str, Any] | None
+    lot: dict[str, Any]
+    """Which lot it reports to run: `models.messages.RunningLot`, and `age_s`."""
+    lot_asked: dict[str, Any]
+    """Which was named to it last, and `state`: waiting, accepted, refused, unanswered; see `control_plane.lots`."""
     seen_age_s: float | None
     reported_age_s: float | None
     window_age_s: float | None
@@ -229,6 +233,7 @@ def agent_status(
     profile: Profile | None,
     live: Live | None,
     model: str = "",
+    lot_asked: dict[str, Any] | None = None,
     released: frozenset[str] | None = None,
     now: datetime,
 ) -> AgentStatus:
@@ -277,6 +282,8 @@ def agent_status(
         desired=desired_bundle,
         generation=generation,
         fault=reported.get("fault"),
+        lot=_lot(reported, reported_at, now),
+        lot_asked=lot_asked or {},
         seen_age_s=seen,
         reported_age_s=age_s(reported_at, now),
         window_age_s=age_s(last_window_at, now),
@@ -309,6 +316,16 @@ def agent_status(
         live=msgspec.to_builtins(live) if live else None,
         completeness=completeness_of(sequence),
     )
+
+
+def _lot(reported: dict[str, Any], reported_at: datetime | None, now: datetime) -> dict[str, Any]:
+    """The age is the agent's own, however wrong its clock, and what has passed here since it said so."""
+    lot: dict[str, Any] = reported.get("lot") or {}
+    if not lot:
+        return {}
+    told_s, since_ms = age_s(reported_at, now), int(lot.get("since_ms", 0))
+    ran_s = max(0.0, (int(reported.get("at_ms", 0)) - since_ms) / 1000.0)
+    return {**lot, "age_s": ran_s + told_s if since_ms and told_s is not None else None}
 
 
 def _jitter(window: Window | None) -> float | None:

@@ -19,6 +19,7 @@ from sqlmodel import Session, col, select
 
 from control_plane.database import reading
 from control_plane.fleet import FleetLink
+from control_plane.lots import asked_lot
 from control_plane.monitoring import AgentStatus, agent_status, merged_window
 from control_plane.store import Store
 from control_plane.tables import Agent, EventRow, Model, ModelVersion, WindowRow, utc_now
@@ -123,6 +124,7 @@ class Statuses:
             reported_at=agent.reported_at,
             desired_bundle=agent.desired_bundle,
             generation=agent.generation,
+            lot_asked=asked_lot(agent.lot_asked, now),
             window=window,
             last_window_at=recent.last_at,
             # Windows and events share one sequence: a gap in it is a record that is missing.

@@ -200,6 +200,8 @@ class Agent(SQLModel, table=True):
     """When anything of it last arrived here, by this clock."""
     reported: dict[str, Any] = Field(default_factory=dict, sa_column=_json())
     reported_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
+    lot_asked: dict[str, Any] = Field(default_factory=dict, sa_column=_json())
+    """The lot that was named to it last and what it answered: see `lots`."""
     created_at: datetime = Field(default_factory=utc_now, sa_column=_time())
 
 

@@ -113,6 +113,7 @@ def test_a_record_that_is_no_good_is_kept_as_refused_and_does_not_block(services
         ("sortline/v1/agents/line-1/reported", b"{}"),
         ("sortline/v1/agents/line-1/live", b"[1]"),
         ("sortline/v1/agents/line-1/presence", b"x" * 10_000),
+        ("sortline/v1/agents/line-1/response", b"{}"),
         ("sortline/v1/agents/line-1/desired", b"{}"),
         ("sortline/v1/agents/LINE/batch", b""),
         ("other", b""),

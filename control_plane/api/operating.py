@@ -1,14 +1,16 @@
 """Routes of agents, windows and the audit trail."""
 
+import secrets
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Query
 from sqlmodel import desc, select
 
-from control_plane.api.schemas import NewLabels
+from control_plane.api.schemas import NewLabels, NewLot
 from control_plane.api.services import Services, services_of
 from control_plane.database import audit, broken_audit_entry, reading, writing
+from control_plane.lots import ask, asked_lot, terms_of
 from control_plane.monitoring import ORDER
 from control_plane.tables import Agent, Audit, EventRow, WindowRow, utc_now
 from models.errors import InputError
@@ -51,6 +53,33 @@ def label_agent(agent_id: str, body: NewLabels, services: Given) -> dict[str, An
         audit(session, body.actor, "agent.labels", agent_id, dict(body.labels), utc_now())
         session.commit()
         return agent.model_dump(mode="json")
+
+
+@router.post("/agents/{agent_id}/lot", tags=["agents"], status_code=202)
+def set_lot(agent_id: str, body: NewLot, services: Given) -> dict[str, Any]:
+    """Names the lot that runs from now on; `lot_asked` of the agent says what it answered, `lot` what it runs.
+
+    `terms` says whose terms of the recipe hold for it: of this `lot`, of its `variety`, or of the `recipe`, which knows
+    neither; empty = the bundle is not known here.
+    """
+    services.fleet.check_connected()
+    now, request_id = utc_now(), secrets.token_hex(16)
+    with writing(services.engine) as session:
+        command = ask(
+            session,
+            agent_id,
+            body.lot,
+            body.variety,
+            actor=body.actor,
+            reason=body.reason,
+            request_id=request_id,
+            now=now,
+        )
+        session.commit()
+        agent = session.get_one(Agent, agent_id)
+        asked, terms = asked_lot(agent.lot_asked, now), terms_of(services.store, agent, body.lot, body.variety)
+    services.fleet.command(agent_id, command)
+    return asked | {"agent": agent_id, "terms": terms}
 
 
 @router.get("/agents/{agent_id}/windows", tags=["agents"])

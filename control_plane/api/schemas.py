@@ -63,6 +63,10 @@ class NewStage(Strict):
     actor: str = Actor
 
 
+_NAME = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+"""One line of text."""
+
+
 def _everyone() -> list[int | str | list[str]]:
     return ["100%"]
 
@@ -150,6 +154,15 @@ class NewLabels(Strict):
     """Labels of an agent."""
 
     labels: dict[str, str]
+    actor: str = Actor
+
+
+class NewLot(Strict):
+    """Which lot runs from now on; what it means is said by the recipe."""
+
+    lot: str = Field(max_length=64, pattern=_NAME, description="Empty = not known.", examples=["B-1182"])
+    variety: str = Field(max_length=64, pattern=_NAME, description="As the recipe calls it.", examples=["gala"])
+    reason: str = Field(default="", max_length=500)
     actor: str = Actor
 
 

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from control_plane.cli.output import AsJson, Config, Server, err, say, table_of
+from control_plane.cli.output import Actor, AsJson, Config, Server, err, me, say, table_of
 from control_plane.client import Client
 from control_plane.config import load_control_plane_config
+from models.errors import ConflictError, UnavailableError
 
 datasets = typer.Typer(no_args_is_help=True, help="Folders of labelled photographs.")
 models = typer.Typer(no_args_is_help=True, help="Models and their versions.")
@@ -91,6 +92,45 @@ def agent_list(server: Server = "", as_json: AsJson = False) -> None:
 def agent_show(agent_id: str, server: Server = "", as_json: AsJson = False) -> None:
     """One agent."""
     say(Client(server).get(f"/api/v1/agents/{agent_id}"), as_json=as_json)
+
+
+_TERMS = {
+    "lot": "The recipe has terms for this lot.",
+    "variety": "The recipe has terms for this variety.",
+    "recipe": "The recipe has no terms for this lot or variety: its own hold.",
+}
+
+
+@agents.command("lot")
+def agent_lot(
+    agent_id: str,
+    lot: Annotated[str, typer.Option(help="Name of the lot that runs from now on; '' = not known.")],
+    variety: Annotated[str, typer.Option(help="What it is, as the recipe calls it; '' = not known.")],
+    reason: Annotated[str, typer.Option(help="Kept in the audit trail.")] = "",
+    actor: Actor = "",
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """Name the lot that runs on a line from now on, and wait for the agent's answer.
+
+    An agent that is not connected gets nothing: name the lot at the line (`sortline-agent lot`).
+    """
+    client = Client(server)
+    body = {"lot": lot, "variety": variety, "reason": reason, "actor": actor or me()}
+    asked = client.post(f"/api/v1/agents/{agent_id}/lot", body)
+    if asked["terms"]:
+        err.print(_TERMS[asked["terms"]])
+    found = client.follow_lot(agent_id, asked["request_id"])
+    if found["state"] == "refused":
+        raise ConflictError(found["fault"]["code"], found["fault"]["message"])
+    if found["state"] != "accepted":
+        raise UnavailableError(
+            "command.unanswered",
+            "The agent has not answered; look at what it reports.",
+            expected="an answer",
+            got="none",
+        )
+    say(found, as_json=as_json)
 
 
 @settings.command("check")

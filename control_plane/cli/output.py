@@ -1,5 +1,6 @@
 """What every command shares: where data and messages go, options of the same name, tables, bars."""
 
+import getpass
 import json
 import sys
 from collections.abc import Callable
@@ -14,6 +15,16 @@ from rich.table import Table
 err = Console(stderr=True)
 out = Console()
 
+
+def me() -> str:
+    """Who is at the keyboard."""
+    try:
+        return getpass.getuser()[:64]
+    except (KeyError, OSError):
+        return "cli"
+
+
+Actor = Annotated[str, typer.Option("--actor", envvar="SORTLINE_ACTOR", help="Who acts; kept in the audit trail.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Server = Annotated[str, typer.Option("--server", envvar="SORTLINE_URL", help="URL of the control plane.")]
 Config = Annotated[Path | None, typer.Option("--config", help="TOML; SORTLINE__SECTION__KEY overrides it.")]

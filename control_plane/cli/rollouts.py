@@ -1,6 +1,5 @@
 """Commands of rollouts: look before you start, follow, stop, go back."""
 
-import getpass
 import json
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from control_plane.cli.output import AsJson, Server, err, say, table_of
+from control_plane.cli.output import Actor, AsJson, Server, err, me, say, table_of
 from control_plane.client import Client
 from models.errors import InputError
 from models.messages import Mode
@@ -26,14 +25,6 @@ rollouts = typer.Typer(
 )
 
 
-def _me() -> str:
-    try:
-        return getpass.getuser()[:64]
-    except (KeyError, OSError):
-        return "cli"
-
-
-Actor = Annotated[str, typer.Option("--actor", envvar="SORTLINE_ACTOR", help="Who acts; kept in the audit trail.")]
 Model = Annotated[str, typer.Option(help="NAME, NAME:VERSION or a bundle digest.")]
 Labels = Annotated[
     list[str] | None,
@@ -225,7 +216,7 @@ def _body(
         "selector": ",".join(selector or []),
         "agents": agents or [],
         "waves": [size(text) for text in waves or ["100%"]],
-        "actor": actor or _me(),
+        "actor": actor or me(),
     }
 
 
@@ -365,7 +356,7 @@ def _add_action(name: str, text: str) -> None:
     def command(
         rollout_id: int, reason: Reason = "", actor: Actor = "", server: Server = "", as_json: AsJson = False
     ) -> None:
-        body = {"reason": reason, "actor": actor or _me()}
+        body = {"reason": reason, "actor": actor or me()}
         found = Client(server).post(f"/api/v1/rollouts/{rollout_id}/{name}", body)
         say(found, as_json=as_json, table=_rollout_table)
 

@@ -44,7 +44,15 @@ def counts(table: dict[str, object]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.items())
 
 
-environment.globals.update(meter=meter, mix=mix, words=live.WORDS, class_order=class_order, counts=counts)
+def age(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h`, `2 d`: as the scripts say it."""
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{int(seconds // unit)} {name}"
+    return f"{int(seconds // 86_400)} d"
+
+
+environment.globals.update(age=age, meter=meter, mix=mix, words=live.WORDS, class_order=class_order, counts=counts)
 
 
 def mount_pages(app: FastAPI) -> None:

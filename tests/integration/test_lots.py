@@ -1,17 +1,26 @@
 """A lot on its way: a command over a real broker to a line at work, which a rollout waits for; and said at the line."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import paho.mqtt.client as mqtt
 import pytest
+import uvicorn
 
+from control_plane.api.app import create_app
+from control_plane.api.services import Services
+from control_plane.cli import main
 from models.messages import Channel, Command, CommandKind, LotSource, Phase, Response, Swap, agent_topic, decode, encode
 from tests.integration.test_whole_system import ROOT, Plane, agent, end, events, plane
-from tests.simulators.processes import wait_until
+from tests.simulators.plane import make_services
+from tests.simulators.processes import embedded_broker, free_port, running, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
 
 __all__ = ["plane"]  # the fixture of the whole-system tests: enrolled, signed, both brokers
@@ -107,3 +116,61 @@ def test_a_rollout_waits_for_the_lot_that_a_command_names_and_windows_show_it(pl
         end(process)
     changes = [(e.facts["lot"], e.facts["source"]) for e in events(plane) if e.code == "lot.changed"]
     assert changes == [("B-1182", "control-plane"), ("C-9", "operator")]
+
+
+@contextmanager
+def control_plane(root: Path, broker: int) -> Iterator[tuple[Services, str]]:
+    """The whole control plane, connected, with its URL."""
+    services, port = make_services(root, port=broker), free_port()
+    config = uvicorn.Config(create_app(services), port=port, log_level="error", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started and services.fleet.connected, 20, "the control plane")
+        yield services, f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def test_the_command_names_a_lot_and_hears_what_the_agent_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real control plane, a real agent, an agent that takes no commands."""
+    with embedded_broker(tmp_path) as broker, control_plane(tmp_path / "plane", broker) as (services, url):
+        monkeypatch.setenv("SORTLINE_URL", url)
+        words = ["--id", "line-1", "--broker", f"127.0.0.1:{broker}", "--state-dir", str(tmp_path / "state")]
+        start = [sys.executable, "-m", "edge_agent", "run", *words, "--lanes", "1", "--items-per-s", "2"]
+        named = [
+            "agents",
+            "lot",
+            "line-1",
+            "--lot",
+            "B-1182",
+            "--variety",
+            "gala",
+            "--reason",
+            "truck 7",
+            "--actor",
+            "ida",
+        ]
+        assert main(named) == 1
+        assert "agent.unknown" in capsys.readouterr().err
+        for allowed in ("true", "false"):
+            environment = os.environ | {"SORTLINE_AGENT__LOT_COMMANDS": allowed}
+            with running(start, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL):
+                wait_until(lambda: (found := services.statuses.one("line-1")) and found.lot, 30, "the agent")
+                if allowed == "true":
+                    assert main([*named, "--json"]) == 0
+                    answer = json.loads(capsys.readouterr().out)
+                    assert (answer["state"], answer["lot"], answer["actor"]) == ("accepted", "B-1182", "ida")
+                    wait_until(lambda: services.statuses.one("line-1").lot["begun"], 30, "the lot to begin")
+                else:
+                    wait_until(lambda: services.statuses.one("line-1").connection == "live", 30, "its second life")
+                    assert main(named) == 3
+                    assert "command.not_allowed" in capsys.readouterr().err
+                    assert services.statuses.one("line-1").lot["lot"] == "B-1182"
+            wait_until(lambda: services.statuses.one("line-1").connection == "offline", 20, "its end")
+        assert main(named) == 3
+        assert "agent.not_connected" in capsys.readouterr().err

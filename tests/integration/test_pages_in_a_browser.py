@@ -1,13 +1,16 @@
 """A real browser on the real server: rows change by themselves, the policy holds, nothing is loaded from elsewhere."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import paho.mqtt.client as mqtt
 import pytest
 import uvicorn
+from paho.mqtt.enums import CallbackAPIVersion
 from playwright.sync_api import Page, sync_playwright
 
 from control_plane.api.app import create_app
@@ -16,9 +19,22 @@ from control_plane.database import writing
 from control_plane.registry import register
 from control_plane.tables import utc_now
 from models.bundle import LINEAGE, write_bundle
-from models.messages import Channel, Live, Phase, Presence, agent_topic, encode
+from models.messages import (
+    Channel,
+    Command,
+    Fault,
+    Live,
+    LotSource,
+    Phase,
+    Presence,
+    Response,
+    RunningLot,
+    agent_topic,
+    decode,
+    encode,
+)
 from tests.simulators.plane import make_services, release
-from tests.simulators.processes import free_port, wait_until
+from tests.simulators.processes import embedded_broker, free_port, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
 from tests.test_control_plane_fleet import BOOT, batch, reported, window
 from tests.test_control_plane_tuning import held
@@ -55,12 +71,8 @@ def released(services: Services, folder: Path, bias: float = 0.0) -> str:
     return release(services, digest)
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    services = make_services(tmp_path / "plane")
-    runs = released(services, tmp_path / "runs", bias=0.1)
-    say(services, "line-1", active=runs)
-    services.fleet.take(agent_topic("line-1", Channel.BATCH), batch(window(bundle=runs), window(8, bundle=runs)))
+@contextlib.contextmanager
+def serving(services: Services) -> Iterator[Site]:
     port = free_port()
     server = uvicorn.Server(
         uvicorn.Config(create_app(services), port=port, log_level="error", timeout_graceful_shutdown=1)
@@ -68,9 +80,21 @@ def site(tmp_path: Path) -> Iterator[Site]:
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started, 10, "the server")
-    yield Site(services, f"http://127.0.0.1:{port}", server)
-    server.should_exit = True
-    thread.join(10)
+    try:
+        yield Site(services, f"http://127.0.0.1:{port}", server)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    services = make_services(tmp_path / "plane")
+    runs = released(services, tmp_path / "runs", bias=0.1)
+    say(services, "line-1", active=runs)
+    services.fleet.take(agent_topic("line-1", Channel.BATCH), batch(window(bundle=runs), window(8, bundle=runs)))
+    with serving(services) as found:
+        yield found
 
 
 @pytest.fixture
@@ -142,6 +166,52 @@ def test_every_page_opens_without_an_error(site: Site, page: Page, path: str) ->
     assert answer is not None
     assert answer.status == 200
     assert problems == []
+
+
+def test_a_lot_is_named_on_the_page_of_an_agent(page: Page, tmp_path: Path) -> None:
+    with embedded_broker(tmp_path) as broker, serving(make_services(tmp_path / "plane", port=broker)) as site:
+        services, url, _ = site
+        wait_until(lambda: services.fleet.connected, 20, "the connection")
+        say(services, "line-1", lot=RunningLot(lot="A-1", source=LotSource.OPERATOR, begun=True, terms="recipe"))
+        answers: list[Fault | None] = [Fault(code="command.from_future", message="The clock is behind."), None]
+        heard: list[Command] = []
+        agent = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="line-1", protocol=mqtt.MQTTv311)
+        agent.username_pw_set("line-1", "x")
+
+        def obey(_client: object, _data: object, message: mqtt.MQTTMessage) -> None:
+            heard.append(decode(message.payload, Command))
+            answer = Response(request_id=heard[-1].request_id, at_ms=1, fault=answers.pop(0))
+            agent.publish(agent_topic("line-1", Channel.RESPONSE), encode(answer), 1)
+
+        subscribed = threading.Event()
+        agent.on_message, agent.on_subscribe = obey, lambda *_: subscribed.set()
+        agent.on_connect = lambda *_: agent.subscribe(agent_topic("line-1", Channel.COMMAND), 1)
+        agent.connect("127.0.0.1", broker)
+        agent.loop_start()
+        try:
+            assert subscribed.wait(10)
+            problems: list[str] = []
+            page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.goto(f"{url}/agents/line-1", wait_until="load")
+            facts = page.locator("dl.facts").inner_text()
+            assert "A-1 · said by the operator at the line" in facts
+            assert "no terms for this lot" in facts
+            page.fill("#actor", "maria")
+            for name, value in (("lot", "B-<b>2</b>"), ("variety", "gala"), ("reason", "truck 7")):
+                page.fill(f"[name={name}]", value)
+            page.click("#lot button")
+            page.wait_for_selector("#refused:not([hidden])")
+            assert "The clock is behind. (command.from_future)" in page.locator("#refused").inner_text()
+            page.click("#lot button")
+            page.get_by_text("Accepted").wait_for()
+        finally:
+            agent.disconnect()
+            agent.loop_stop()
+        assert [(c.lot, c.variety) for c in heard] == [("B-<b>2</b>", "gala")] * 2
+        asked = services.statuses.one("line-1").lot_asked
+        assert (asked["actor"], asked["reason"], asked["state"]) == ("maria", "truck 7", "accepted")
+        assert problems == []
 
 
 @pytest.mark.slow

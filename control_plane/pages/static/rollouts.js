@@ -1,44 +1,16 @@
 // Live cards of rollouts: the server renders every card; this module replaces those that changed, and calls the API.
 // Opened details and a reason that is being typed survive a replacement. A silent stream is said, never hidden.
-const prefix = document.body.dataset.root;
+const { prefix, send, attempt } = window.sortline;
 const cards = document.getElementById("cards");
 const banner = document.getElementById("stale");
-const refused = document.getElementById("refused");
-const actor = document.getElementById("actor");
 let lastEvent = Date.now();
 let offset = 0; // server clock minus this browser's, so that ages are the server's
-
-const remembered = (key, store) => { try { return store.getItem(key) || ""; } catch { return ""; } };
-const remember = (key, value, store) => { try { store.setItem(key, value); } catch { /* storage may be forbidden */ } };
-actor.value = remembered("sortline-actor", localStorage);
-actor.addEventListener("change", () => remember("sortline-actor", actor.value.trim(), localStorage));
 
 const age = (seconds) => {
   if (seconds < 2) return "1 s";
   if (seconds < 100) return `${Math.floor(seconds)} s`;
   if (seconds < 6000) return `${Math.floor(seconds / 60)} min`;
   return seconds < 172800 ? `${Math.floor(seconds / 3600)} h` : `${Math.floor(seconds / 86400)} d`;
-};
-
-const complain = (text) => { refused.textContent = text; refused.hidden = !text; };
-
-const send = async (path, body) => {
-  const token = remembered("sortline-token", sessionStorage);
-  const headers = { "content-type": "application/json", ...(token ? { authorization: `Bearer ${token}` } : {}) };
-  const options = { method: "POST", headers, body: JSON.stringify({ actor: actor.value.trim() || "page", ...body }) };
-  const answer = await fetch(`${prefix}/api/v1/rollouts${path}`, options);
-  if (answer.status === 401) {
-    const given = window.prompt("Changes need the token of this control plane:");
-    if (given) { remember("sortline-token", given.trim(), sessionStorage); return send(path, body); }
-  }
-  const found = await answer.json();
-  if (!answer.ok) throw new Error(`${found.message}${found.expected ? ` Expected ${found.expected}.` : ""}${found.got ? ` Got ${found.got}.` : ""}`);
-  return found;
-};
-
-const attempt = async (action) => {
-  complain("");
-  try { return await action(); } catch (error) { complain(error.message); return null; }
 };
 
 const replace = (changed) => {
@@ -73,7 +45,7 @@ cards.addEventListener("click", async (event) => {
   const card = button.closest("[data-rollout]");
   button.disabled = true;
   const reason = card.querySelector(".reason").value.trim();
-  const done = await attempt(() => send(`/${card.dataset.rollout}/${button.dataset.act}`, { reason }));
+  const done = await attempt(() => send(`/rollouts/${card.dataset.rollout}/${button.dataset.act}`, { reason }));
   button.disabled = false;
   if (done) card.querySelector(".reason").value = "";
 });
@@ -114,7 +86,7 @@ const showRadius = (found) => {
 };
 
 document.getElementById("look").addEventListener("click", async () => {
-  const found = await attempt(() => send("/preview", order()));
+  const found = await attempt(() => send("/rollouts/preview", order()));
   if (found) showRadius(found);
 });
 form.addEventListener("input", () => { radius.hidden = start.hidden = true; });
@@ -122,7 +94,7 @@ form.addEventListener("submit", async (event) => {
   event.preventDefault();
   if (start.hidden) return;
   start.disabled = true;
-  const made = await attempt(() => send("", order()));
+  const made = await attempt(() => send("/rollouts", order()));
   start.disabled = false;
   if (made) { radius.hidden = start.hidden = true; document.getElementById("new").open = false; }
 });

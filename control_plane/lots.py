@@ -1,0 +1,99 @@
+"""Names a lot to an agent, and keeps what it answered.
+
+A command is for now: it is not retained, lives a minute, and is refused here when the agent is not connected. What was
+asked last and what came of it stands with the agent, so that every replica tells the same; who asked and why stands in
+the audit trail. What runs is only what the agent reports.
+"""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from sqlmodel import Session
+
+from control_plane.database import audit
+from control_plane.store import Store
+from control_plane.tables import Agent
+from models.bundle import RECIPE
+from models.errors import ConflictError, InputError, SortlineError
+from models.messages import Command, CommandKind, Response
+from models.recipe import parse_recipe
+
+LIFE: Final = timedelta(seconds=60)
+
+
+def ask(
+    session: Session, agent_id: str, lot: str, variety: str, *, actor: str, reason: str, request_id: str, now: datetime
+) -> Command:
+    """Writes down what is asked and makes the command; commit, then publish it.
+
+    Args:
+        session: Writing; the caller commits.
+        agent_id: Whom.
+        lot: Name of the lot that shall run; empty = not known.
+        variety: What it is; empty = not known.
+        actor: Who asks.
+        reason: Why.
+        request_id: 32 hexadecimal digits, never used before.
+        now: Aware.
+
+    Raises:
+        InputError: `agent.unknown`.
+        ConflictError: `agent.not_connected`: nobody would hear it now, and later it might be wrong.
+    """
+    agent = session.get(Agent, agent_id, with_for_update=True)
+    if agent is None:
+        raise InputError("agent.unknown", "There is no such agent.", expected="an agent id", got=agent_id[:80])
+    if not agent.online:
+        raise ConflictError(
+            "agent.not_connected",
+            "The agent is not connected, and a lot is for now: name it at the line (`sortline-agent lot`).",
+            expected="a connected agent",
+            got="offline",
+        )
+    # Two replicas' clocks differ: what is asked later must also say so.
+    issued_ms = max(round(now.timestamp() * 1000), int(agent.lot_asked.get("issued_at_ms", 0)) + 1)
+    command = Command(
+        request_id=request_id,
+        issued_at_ms=issued_ms,
+        expires_at_ms=issued_ms + round(LIFE.total_seconds() * 1000),
+        kind=CommandKind.SET_LOT,
+        lot=lot,
+        variety=variety,
+    )
+    said = {"lot": lot, "variety": variety, "request_id": request_id, "reason": reason}
+    agent.lot_asked = {**said, "actor": actor, "issued_at_ms": issued_ms, "answered_at": None, "fault": None}
+    session.add(agent)
+    audit(session, actor, "agent.lot", agent_id, said, now)
+    return command
+
+
+def answered(agent: Agent, response: Response, now: datetime) -> bool:
+    """Keeps an answer with what was asked; False when it belongs to something older or to nothing."""
+    asked = agent.lot_asked
+    if asked.get("request_id") != response.request_id or asked.get("answered_at") is not None:
+        return False
+    fault = response.fault
+    told = None if fault is None else {"code": fault.code, "message": fault.message}
+    agent.lot_asked = {**asked, "answered_at": now.isoformat(), "fault": told}
+    return True
+
+
+def asked_lot(asked: dict[str, Any], now: datetime) -> dict[str, Any]:
+    """What was asked last, as people and programs see it: `state` is waiting, accepted, refused or unanswered."""
+    if not asked:
+        return {}
+    at = datetime.fromtimestamp(asked["issued_at_ms"] / 1000.0, UTC)
+    if asked["answered_at"] is not None:
+        state = "accepted" if asked["fault"] is None else "refused"
+    else:
+        state = "waiting" if now <= at + LIFE else "unanswered"
+    return {**asked, "state": state, "age_s": max(0.0, (now - at).total_seconds())}
+
+
+def terms_of(store: Store, agent: Agent, lot: str, variety: str) -> str:
+    """Whose terms of the recipe that the agent reports to run would hold; empty = nobody here knows."""
+    active = str(agent.reported.get("active", ""))
+    try:
+        return parse_recipe(store.part(active, RECIPE)).speaks_of(variety, lot) if active else ""
+    except SortlineError:
+        return ""
