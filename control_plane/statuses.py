@@ -80,6 +80,8 @@ class Statuses:
 
     def _look(self, only: str | None) -> list[AgentStatus]:
         now = utc_now()
+        # `at_ms` less an age must be the same moment in every look, or rows in which nothing happened change.
+        now = now.replace(microsecond=now.microsecond // 1000 * 1000)
         with reading(self._engine) as session:
             query = select(Agent).order_by(col(Agent.id))
             agents = session.exec(query if only is None else query.where(col(Agent.id) == only)).all()
