@@ -97,7 +97,9 @@ class FleetLink:
         self._certificates = certificates
         self._config, self._engine = config, engine
         self.assignments = assignments
-        self._trust_published = 0
+        self._trust_published: dict[str, int] = {}
+        """Version by topic."""
+        self._trust_order = threading.Lock()
         self.counters: Counter[str] = Counter()
         self.live: dict[str, tuple[float, Live]] = {}
         """Last live figures per agent with their monotonic time: lossy by contract, so they may stay in memory."""
@@ -371,7 +373,7 @@ class FleetLink:
         """After the broker lost its store: the sentinel, every bundle some agent shall run and every desired state."""
         self.publisher.store_lost()
         self._control.publish(SENTINEL_TOPIC, b"1", qos=1, retain=True)
-        self._trust_published = 0
+        self._trust_published = {}
         self.publish_trust()
         with reading(self._engine) as session:
             agents = session.exec(select(Agent).where(col(Agent.desired_bundle) != "")).all()
@@ -409,16 +411,18 @@ class FleetLink:
         self.counters["commands"] += 1
 
     def publish_trust(self) -> None:
-        """Publishes the signed metadata (retained) when it is newer than what was published last."""
-        with reading(self._engine) as session:
-            version = self.assignments.version(session)
-            if version == self._trust_published:
-                return
-            data = self.assignments.current_set(session)
-        if data:
-            self._control.publish(TRUST_TOPIC, data, qos=1, retain=True)
-            self._trust_published = version
-            self.counters["trust_published"] += 1
+        """Publishes the signed metadata (retained) as far as it is newer than what was published last.
+
+        One thread at a time: an older bin must not come after a newer set.
+        """
+        with self._trust_order:
+            with reading(self._engine) as session:
+                news = self.assignments.news(session, self._trust_published)
+            for topic, version, data in news:
+                self._control.publish(topic, data, qos=1, retain=True)
+                self._trust_published[topic] = version
+                self.counters["trust_published"] += topic == TRUST_TOPIC
+                self.counters["trust_bins_published"] += topic != TRUST_TOPIC
 
     def publish_desired(self, *agents: Agent) -> None:
         """Publishes what agents shall run (retained), exactly as it was signed, after the metadata that proves it.

@@ -358,8 +358,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
     config = with_identity(_config(arguments))
     root = Path(config.state_dir).resolve()
-    offered, document = read_export(arguments.folder)
-    facts = verify_now(root, config.trust, config.id, offered, document)
+    facts = verify_now(root, config.trust, config.id, *read_export(arguments.folder))
     desired = stage_import(arguments.folder, root)
     found = {"agent": config.id, "generation": desired.generation, "bundle": desired.bundle}
     _print(found | facts, as_json=arguments.json)

@@ -1,11 +1,12 @@
 """Lets a desired state through only when it is proven: keeps what was offered, has it verified, hands on the result.
 
-The set of signed metadata and the desired state come in any order, from the broker or from a stick; the newest of
-each counts. Verification runs in a process of its own (`edge_agent.verify`), one at a time, and is never waited for.
+The set of signed metadata, this agent's bin and the desired state come in any order, from the broker or from a stick;
+the newest of each counts. Verification runs in a process of its own (`edge_agent.verify`), one at a time, and is never
+waited for.
 
 Rules: what is not verified changes nothing; a refusal is counted, reported when it concerns something new, and looked
-at again later (a clock may have been set, metadata renewed); an assignment and its set may arrive a moment apart
-without being called an attack; a fleet whose metadata changes every second does not keep this machine busy.
+at again later (a clock may have been set, metadata renewed); assignment, bin and set may arrive a moment apart without
+being called an attack; a fleet whose metadata changes every second does not keep this machine busy.
 """
 
 import logging
@@ -27,9 +28,11 @@ from models.errors import MessageError, SortlineError, TrustError
 from models.messages import MAX_CONTROL_BYTES, Desired, Fault, decode
 
 log = logging.getLogger("sortline.gate")
-_APART: Final = frozenset({"trust.wrong_assignment", "trust.not_assigned", "trust.incomplete"})
-"""What an assignment looks like whose set is still on its way, or the other way round."""
+_APART: Final = frozenset({"trust.wrong_assignment", "trust.not_assigned", "trust.incomplete", "trust.mixed"})
+"""What an assignment looks like whose bin or set is still on its way, or the other way round."""
 _GRACE_S: Final = 3.0
+_PARTS: Final = 3
+"""Set, bin and document: so often may one of them come alone."""
 _SPACING_S: Final = 0.5
 _CLOCK_ALARM_S: Final = 300
 _LONGEST_RETRY_S: Final = 600.0
@@ -86,12 +89,12 @@ class Gate:
         self.folder, self._anchor = places(root, config)
         self._config, self._agent_id, self._host, self._clock = config, agent_id, host, clock
         self._generation = generation
-        self._offered, self._document = b"", b""
+        self._offered, self._bin, self._document = b"", b"", b""
         self._pair = ("", "")
         self._tried: tuple[str, str] = ("", "")
         self._accepted = ""
         self._refusals = 0
-        self._due_s = 0.0
+        self._due_s = self._changed_s = 0.0
         self._done_s = -_LONGEST_RETRY_S
         self._running = self._clock_behind = False
         self.facts: dict[str, str] = {}
@@ -105,9 +108,18 @@ class Gate:
         Raises:
             MessageError: `message.oversize`.
         """
-        if len(payload) > _MAX_SET_BYTES:
-            raise MessageError("message.oversize", "The set is too large.", expected=_MAX_SET_BYTES, got=len(payload))
+        _check_size(payload)
         self._offered = payload
+        self._changed()
+
+    def offer_bin(self, payload: bytes) -> None:
+        """The part of the assignments came that ours is in.
+
+        Raises:
+            MessageError: `message.oversize`.
+        """
+        _check_size(payload)
+        self._bin = payload
         self._changed()
 
     def offer_document(self, payload: bytes) -> None:
@@ -121,11 +133,13 @@ class Gate:
         self._changed()
 
     def _changed(self) -> None:
-        before, self._pair = self._pair, (sha256(self._offered), sha256(self._document))
+        signed = sha256(self._offered) + sha256(self._bin)
+        before, self._pair = self._pair, (signed, sha256(self._document))
         if self._pair == before:
             return
         if self._pair[1] != before[1]:
             self._refusals = 0
+        self._changed_s = self._clock()
         # Fresh metadata alone is looked at now and then, a new assignment at once.
         pause_s = self._config.refresh_s if self._pair[1] == self._accepted else _SPACING_S
         self._due_s = self._done_s + pause_s
@@ -144,7 +158,7 @@ class Gate:
         if self._pair == self._tried and self._pair[1] == self._accepted:
             return
         self._running = True
-        body = msgspec.msgpack.encode({"offered": self._offered, "document": self._document})
+        body = _question(self._offered, self._bin, self._document)
         threading.Thread(target=self._run, args=(self._pair, body), name="verify", daemon=True).start()
 
     def _run(self, pair: tuple[str, str], body: bytes) -> None:
@@ -182,8 +196,9 @@ class Gate:
         self._refusals += 1
         if verified.pair != self._pair:
             return  # something newer is here already
-        if fault.code in _APART and self._refusals == 1:
-            self._due_s = self._clock() + _GRACE_S
+        patient_until_s = self._changed_s + _GRACE_S
+        if fault.code in _APART and self._refusals <= _PARTS and self._clock() < patient_until_s:
+            self._due_s = patient_until_s
             return
         pause_s = min(self._config.retry_s * 2.0 ** min(self._refusals - 1, 10), _LONGEST_RETRY_S)
         self._due_s = self._clock() + pause_s
@@ -203,13 +218,26 @@ def places(root: Path, config: TrustConfig) -> tuple[Path, Path]:
     return folder, Path(config.root) if config.root else folder / "root.json"
 
 
-def verify_now(root: Path, config: TrustConfig, agent_id: str, offered: bytes, document: bytes) -> dict[str, str]:
+def _check_size(payload: bytes) -> None:
+    if len(payload) > _MAX_SET_BYTES:
+        raise MessageError(
+            "message.oversize", "Signed metadata is too large.", expected=_MAX_SET_BYTES, got=len(payload)
+        )
+
+
+def _question(offered: bytes, own_bin: bytes, document: bytes) -> bytes:
+    return msgspec.msgpack.encode({"offered": offered, "bin": own_bin, "document": document})
+
+
+def verify_now(
+    root: Path, config: TrustConfig, agent_id: str, offered: bytes, own_bin: bytes, document: bytes
+) -> dict[str, str]:
     """Verifies and waits for the answer; for a person at the command line.
 
     Raises:
         TrustError: It is not proven.
     """
-    body = msgspec.msgpack.encode({"offered": offered, "document": document})
+    body = _question(offered, own_bin, document)
     found = _ask(_command(*places(root, config), agent_id), body, ("", ""), config.timeout_s)
     if found.fault is not None:
         raise TrustError(found.fault.code, found.fault.message)

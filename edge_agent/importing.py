@@ -2,14 +2,14 @@
 
 `stage_import` copies it beside the agent's state, whole or not at all; a running supervisor (or the next one) finds it
 and treats it as if it had arrived over the network: the same verification, the same fetch, self-test and trial. The
-folder of `sortline export`: `tuf.json`, `desired.json`, and every blob under the path of its topic.
+folder of `sortline export`: `tuf.json`, `tuf-bin.json`, `desired.json`, and every blob under the path of its topic.
 """
 
 import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from edge_agent.link import Incoming
 from models.chunking import CHUNK_BYTES
@@ -18,18 +18,27 @@ from models.files import sync_directory
 from models.messages import BLOBS, MAX_CONTROL_BYTES, Desired, decode
 
 log = logging.getLogger("sortline.importing")
-SET, DESIRED, STAGED = "tuf.json", "desired.json", "import"
+SET, BIN, DESIRED, STAGED = "tuf.json", "tuf-bin.json", "desired.json", "import"
 _MAX_SET_BYTES: Final = 120 * 1024
 _MAX_FILES: Final = 20_000
 
 
-def read_export(source: Path) -> tuple[bytes, bytes]:
-    """Signed metadata and desired state of a folder, not verified.
+class Export(NamedTuple):
+    """What a folder says, not verified; the broker would have given the same bytes."""
+
+    offered: bytes
+    own_bin: bytes
+    document: bytes
+
+
+def read_export(source: Path) -> Export:
+    """Signed metadata and desired state of a folder.
 
     Raises:
         InputError: `import.not_an_export`.
     """
-    return _read(source / SET, _MAX_SET_BYTES), _read(source / DESIRED, MAX_CONTROL_BYTES)
+    limits = {SET: _MAX_SET_BYTES, BIN: _MAX_SET_BYTES, DESIRED: MAX_CONTROL_BYTES}
+    return Export(*(_read(source / name, limit) for name, limit in limits.items()))
 
 
 def stage_import(source: Path, state_dir: Path) -> Desired:
@@ -47,9 +56,9 @@ def stage_import(source: Path, state_dir: Path) -> Desired:
         MessageError: `desired.json` is none.
         CapacityError: `import.disk_full`.
     """
-    offered, document = read_export(source)
-    desired = decode(document, Desired)
-    files = {SET: offered, DESIRED: document}
+    found = read_export(source)
+    desired = decode(found.document, Desired)
+    files = {SET: found.offered, BIN: found.own_bin, DESIRED: found.document}
     blobs = sorted(path for path in (source / BLOBS).rglob("*") if not path.is_dir())
     if not blobs or len(blobs) > _MAX_FILES:
         raise _no_export(source, f"1 to {_MAX_FILES} blobs", len(blobs))
@@ -86,8 +95,8 @@ class Stick:
         """Whether blobs may be had here."""
         return bool(self._bundle)
 
-    def news(self) -> tuple[bytes, bytes] | None:
-        """Set and desired state of a folder that was not looked at yet; one whose bundle is in a slot is removed."""
+    def news(self) -> Export | None:
+        """What a folder says that was not looked at yet; one whose bundle is in a slot is removed."""
         if self._bundle and (self._state_dir / "slots" / self._bundle).is_dir():
             shutil.rmtree(self._folder, ignore_errors=True)
             self._bundle = ""
@@ -97,7 +106,7 @@ class Stick:
                 return None
             self._seen = stamp
             found = read_export(self._folder)
-            self._bundle = decode(found[1], Desired).bundle
+            self._bundle = decode(found.document, Desired).bundle
         except FileNotFoundError:
             return None
         except (OSError, SortlineError) as error:

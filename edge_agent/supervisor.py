@@ -61,6 +61,8 @@ from models.messages import (
     Reported,
     Response,
     agent_topic,
+    bin_of,
+    bin_topic,
     decode,
     encode,
 )
@@ -142,6 +144,7 @@ class Supervisor:
         )
         self._challenger = Challenger(self._root, config.delivery, self._updater.transfer, self)
         self._lots = Lots(self._root, (config.line.lot, config.line.variety), self, commands=config.lot_commands)
+        self._bin_topic = bin_topic(bin_of(config.id))
         self._gate = Gate(self._root, config.trust, config.id, self, lambda: self._updater.state.generation)
 
     def _topic(self, channel: Channel) -> str:
@@ -232,7 +235,7 @@ class Supervisor:
         self._uplink.reset()
         log.info("broker %s %s", "connected" if change.connected else "lost", change.reason)
         if change.connected:
-            self._link.subscribe([TRUST_TOPIC, *(self._topic(channel) for channel in _HEARD), SENTINEL_TOPIC])
+            self._link.subscribe([TRUST_TOPIC, self._bin_topic, *map(self._topic, _HEARD), SENTINEL_TOPIC])
             birth = Presence(online=True, boot_id=self.boot_id, at_ms=wall_ms())
             self._link.publish(self._topic(Channel.PRESENCE), encode(birth), retain=True)
             self.report()
@@ -245,6 +248,9 @@ class Supervisor:
             elif message.topic == TRUST_TOPIC:
                 if message.payload:
                     self._gate.offer_set(message.payload)
+            elif message.topic == self._bin_topic:
+                if message.payload:
+                    self._gate.offer_bin(message.payload)
             elif message.topic == self._topic(Channel.ACK):
                 self._uplink.acknowledged(decode(message.payload, Ack))
             elif message.topic == self._topic(Channel.COMMAND):
@@ -263,8 +269,9 @@ class Supervisor:
         news = self._stick.news()
         if news is not None:
             self.event("stick.found", "An imported folder is being looked at.")
-            self._gate.offer_set(news[0])
-            self._gate.offer_document(news[1])
+            self._gate.offer_set(news.offered)
+            self._gate.offer_bin(news.own_bin)
+            self._gate.offer_document(news.document)
 
     def _desire(self, desired: Desired) -> None:
         self.counters["desired_stale"] += desired.generation < self._updater.state.generation

@@ -31,6 +31,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     """What came over the network or from a stick."""
 
     offered: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_SET_BYTES)]
+    bin: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_SET_BYTES)] = b""
     document: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_CONTROL_BYTES)] | None = None
 
 
@@ -77,6 +78,7 @@ def answer(question: Question, *, folder: Path, root: Path, agent_id: str, now: 
         try:
             outcome = verify(
                 question.offered,
+                question.bin,
                 question.document,
                 agent_id=agent_id,
                 anchor=anchor,
@@ -129,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
-    data = sys.stdin.buffer.read(3 * MAX_SET_BYTES)
+    data = sys.stdin.buffer.read(5 * MAX_SET_BYTES)
     try:
         question = msgspec.msgpack.decode(data, type=Question)
         found = answer(

@@ -4,6 +4,7 @@ Rules: a payload's size is checked before it is parsed; unknown fields are ignor
 refused by name; an agent subscribes to exact topics only. Control messages are JSON, batches MessagePack + zlib.
 """
 
+import hashlib
 import re
 import zlib
 from enum import StrEnum
@@ -16,6 +17,9 @@ from models.errors import InputError, MessageError
 ROOT: Final = "sortline/v1"
 SENTINEL_TOPIC: Final = f"{ROOT}/sentinel"
 TRUST_TOPIC: Final = f"{ROOT}/tuf"
+BIN_BITS: Final = 6
+"""Assignments are spread over 2^6 signed documents. Fixed, so that an agent knows its own without being told."""
+BIN_PREFIX: Final = "assign-bin"
 BLOBS: Final = f"{ROOT}/blobs/"
 """Prefix of the topics of blobs."""
 MAX_CONTROL_BYTES: Final = 8 * 1024
@@ -142,6 +146,25 @@ def check_agent_id(agent_id: str) -> str:
 def agent_topic(agent_id: str, channel: Channel) -> str:
     """`sortline/v1/agents/{id}/{channel}`."""
     return f"{ROOT}/agents/{agent_id}/{channel}"
+
+
+def assignment_path(agent_id: str) -> str:
+    """The name under which an agent's desired state is signed."""
+    return f"assign/{agent_id}.json"
+
+
+def bin_of(agent_id: str) -> str:
+    """The signed document that lists an agent, `assign-bin-00` to `assign-bin-3f`.
+
+    The leading bits of the sha256 of the path, as TUF's TAP 15 has it.
+    """
+    leading = hashlib.sha256(assignment_path(agent_id).encode()).digest()[0]
+    return f"{BIN_PREFIX}-{leading >> (8 - BIN_BITS):02x}"
+
+
+def bin_topic(name: str) -> str:
+    """`sortline/v1/tuf/{bin}`."""
+    return f"{TRUST_TOPIC}/{name}"
 
 
 def blob_topic(digest: str) -> str:

@@ -4,15 +4,16 @@ Knows no network and no clock: bytes, a reference time and a scratch folder are 
 
 1.  The trust anchor is a root that was put on this machine when it was enrolled. Nothing that arrives replaces it,
     except a chain of roots, each signed by a threshold of the keys of the one before and by its own.
-2.  A set of metadata is taken or refused as one document. Its size is checked before it is parsed.
-3.  Order: root chain, timestamp, snapshot, targets, assign; each signed by a threshold of the keys the one before
+2.  A set of metadata is taken or refused as one document, together with the bin of this agent: the part of the
+    assignments that lists it. Their sizes are checked before they are parsed.
+3.  Order: root chain, timestamp, snapshot, targets, assign, bin; each signed by a threshold of the keys the one before
     names for it, none expired at the reference time.
 4.  No version ever falls: not of the timestamp, not of the snapshot, not of anything a snapshot lists.
-5.  What a snapshot lists is what must be there: sets cannot be mixed.
+5.  What a snapshot lists is what must be there, by its hash: sets cannot be mixed, nor a set with another bin.
 6.  What verified is kept (as `trusted`, to be persisted before anything is done) also when the rest was refused.
-7.  The assignment of agent A is the target `assign/A.json`, byte for byte. Another agent's does not do.
-8.  A bundle runs only if the release role lists `bundles/{digest}` with that very digest. The online roles can choose
-    among released bundles; they cannot make one.
+7.  The assignment of agent A is the target `assign/A.json` of A's bin, byte for byte. Another agent's does not do.
+8.  A bundle runs only if the release role itself, not one it delegates to, lists `bundles/{digest}` with that very
+    digest. The online roles can choose among released bundles; they cannot make one.
 9.  Reference time = max(the machine's clock, the newest verified `issued_at`). A clock that is behind cannot hide
     that metadata is stale; a clock that is ahead refuses a change and nothing else. No single online key can move
     the floor beyond what root and release role allow: it is cut at their expiry, and dropped when the key is
@@ -40,17 +41,20 @@ from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Time
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from models.errors import MessageError, TrustError
-from models.messages import Desired, decode
+from models.messages import Desired, assignment_path, bin_of, decode
 
 MAX_SET_BYTES: Final = 120 * 1024
-"""Fits the payload limit of every broker we know of; about 800 assignments."""
+"""Of the set, and of a bin: fits the payload limit of every broker we know of."""
 MAX_TRUSTED_BYTES: Final = 4 * MAX_SET_BYTES
 MAX_ROOTS: Final = 64
 MAX_MANIFEST_BYTES: Final = 120 * 1024
 """As in `models.bundle`, which would bring numpy into a process that lives for half a second."""
 ASSIGN: Final = "assign"
-"""The delegated role that signs assignments; terminating, paths `assign/*`."""
+"""The delegated role that spreads assignments over bins; terminating, paths `assign/*`."""
 ROLES: Final = ("timestamp", "snapshot", "targets", ASSIGN)
+"""What all agents get."""
+BIN: Final = "bin"
+"""What one agent gets beside: the role `models.messages.bin_of` of it."""
 _ABSENT: Final = msgspec.Raw(b"null")
 
 
@@ -64,6 +68,8 @@ class TrustSet(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: msgspec.Raw = _ABSENT
     targets: msgspec.Raw = _ABSENT
     assign: msgspec.Raw = _ABSENT
+    bin: msgspec.Raw = _ABSENT
+    """Of the agent that keeps the set; travels apart from the rest."""
 
     def part(self, role: str) -> bytes:
         """A role's metadata; empty when there is none."""
@@ -104,7 +110,7 @@ def make_set(roots: list[bytes], parts: dict[str, bytes]) -> bytes:
         TrustError: `trust.oversize`: it would not fit through a broker.
     """
     data = msgspec.json.encode(_set_of(roots, parts))
-    _check_size(data, "The set of signed metadata")
+    check_size(data, "The set of signed metadata")
     return data
 
 
@@ -123,7 +129,7 @@ def parse_set(data: bytes, limit: int = MAX_SET_BYTES) -> TrustSet:
     Raises:
         TrustError: `trust.oversize`, `trust.malformed`, `trust.wrong_version`.
     """
-    _check_size(data, "The set of signed metadata", limit)
+    check_size(data, "The set of signed metadata", limit)
     try:
         found = msgspec.json.decode(data, type=TrustSet)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -165,6 +171,7 @@ def is_development(root: bytes) -> bool:
 
 def verify(
     offered: bytes,
+    own_bin: bytes,
     document: bytes | None,
     *,
     agent_id: str,
@@ -177,6 +184,7 @@ def verify(
 
     Args:
         offered: The set as it came.
+        own_bin: This agent's bin as it came; empty when none came: then the one that is trusted must do.
         document: Bytes of the desired state as they came; None = only refresh what is trusted.
         agent_id: Whose assignment it must be.
         anchor: The root this machine was given.
@@ -189,7 +197,8 @@ def verify(
     """
     try:
         kept = parse_set(trusted, MAX_TRUSTED_BYTES) if trusted else TrustSet()
-        given = parse_set(offered)
+        check_size(own_bin, "The bin")
+        given = msgspec.structs.replace(parse_set(offered), bin=msgspec.Raw(own_bin or b"null"))
         _check_anchor(anchor)
     except TrustError as error:
         return Outcome(trusted, error=error)
@@ -210,7 +219,8 @@ def _attempt(
     now: datetime,
     folder: Path,
 ) -> Outcome:
-    _lay_out(kept, anchor, folder)
+    names = _names_of(agent_id)
+    _lay_out(kept, anchor, folder, names)
     floor = _floor(kept)
     reference = max(now, floor) if floor else now
     facts = {"reference_time": _text(reference)}
@@ -218,23 +228,29 @@ def _attempt(
         facts["clock_behind_s"] = str(int((floor - now).total_seconds()))
     assignment, error = None, None
     try:
-        updater = _updater(given, anchor, folder, reference)
+        updater = _updater(given, anchor, folder, reference, names)
         updater.refresh()
         if document is not None:
-            assignment = _assignment(updater, agent_id, document)
-        elif given.part(ASSIGN):
-            updater.get_targetinfo(f"assign/{agent_id}.json")
-        _check_against_new_floor(folder, reference)
+            _check_listed(folder, agent_id)
+            assignment = _assignment(updater, agent_id, document, folder)
+        elif given.part(BIN):
+            updater.get_targetinfo(assignment_path(agent_id))
+        _check_against_new_floor(_collect(folder, names), reference)
     except TrustError as refusal:
         assignment, error = None, refusal
     except (RepositoryError, DownloadError) as refusal:
         assignment, error = None, _translate(refusal, given, kept, reference)
-    now_kept = _collect(folder)
+    now_kept = _collect(folder, names)
     facts |= _facts(now_kept)
     return Outcome(msgspec.json.encode(now_kept), assignment, error, facts)
 
 
-def _updater(given: TrustSet, anchor: bytes, folder: Path, reference: datetime) -> Updater:
+def _names_of(agent_id: str) -> dict[str, str]:
+    """Role by part of the set: what the library calls it."""
+    return {role: role for role in ROLES} | {BIN: bin_of(agent_id)}
+
+
+def _updater(given: TrustSet, anchor: bytes, folder: Path, reference: datetime, names: dict[str, str]) -> Updater:
     config = UpdaterConfig(
         max_root_rotations=MAX_ROOTS,
         max_delegations=4,
@@ -243,7 +259,7 @@ def _updater(given: TrustSet, anchor: bytes, folder: Path, reference: datetime) 
         snapshot_max_length=MAX_SET_BYTES,
         targets_max_length=MAX_SET_BYTES,
     )
-    updater = Updater(str(folder), "set://", fetcher=_InMemory(given), config=config, bootstrap=anchor)
+    updater = Updater(str(folder), "set://", fetcher=_InMemory(given, names), config=config, bootstrap=anchor)
     # python-tuf (6, 7) has no public way to say what time it is; a version without this place must not be used.
     inner = getattr(updater, "_trusted_set", None)
     if not isinstance(getattr(inner, "reference_time", None), datetime):
@@ -255,8 +271,8 @@ def _updater(given: TrustSet, anchor: bytes, folder: Path, reference: datetime) 
 class _InMemory(FetcherInterface):
     """Serves the files of a set to the library; what is not in the set is definitely not there."""
 
-    def __init__(self, given: TrustSet) -> None:
-        self._files = {f"{role}.json": given.part(role) for role in ROLES if given.part(role)}
+    def __init__(self, given: TrustSet, names: dict[str, str]) -> None:
+        self._files = {f"{names[part]}.json": data for part, data in _parts(given).items()}
         self._files |= {f"{version_of(bytes(root))}.root.json": bytes(root) for root in given.roots}
 
     def _fetch(self, url: str) -> Iterator[bytes]:
@@ -266,11 +282,22 @@ class _InMemory(FetcherInterface):
         return iter((data,))
 
 
-def _assignment(updater: Updater, agent_id: str, document: bytes) -> Assignment:
-    path = f"assign/{agent_id}.json"
+def _check_listed(folder: Path, agent_id: str) -> None:
+    """A bin is listed once it has held an assignment; that it is not is a proven answer."""
+    if f"{bin_of(agent_id)}.json" not in Metadata[Snapshot].from_file(str(folder / "snapshot.json")).signed.meta:
+        raise _not_assigned(agent_id)
+
+
+def _not_assigned(agent_id: str) -> TrustError:
+    path = assignment_path(agent_id)
+    return TrustError("trust.not_assigned", "Nothing is assigned to this agent.", expected=path, got="no such entry")
+
+
+def _assignment(updater: Updater, agent_id: str, document: bytes, folder: Path) -> Assignment:
+    path = assignment_path(agent_id)
     info = updater.get_targetinfo(path)
     if info is None:
-        raise TrustError("trust.not_assigned", "Nothing is assigned to this agent.", expected=path, got="no such entry")
+        raise _not_assigned(agent_id)
     try:
         info.verify_length_and_hashes(document)
     except LengthOrHashMismatchError as error:
@@ -284,7 +311,9 @@ def _assignment(updater: Updater, agent_id: str, document: bytes) -> Assignment:
         desired = decode(document, Desired)
     except MessageError as error:
         raise TrustError("trust.bad_assignment", "The assignment cannot be read.", got=str(error)) from error
-    released = updater.get_targetinfo(f"bundles/{desired.bundle}")
+    # Not `get_targetinfo`, which would also ask whom the release role delegates to.
+    top = Metadata[Targets].from_file(str(folder / "targets.json")).signed
+    released = top.targets.get(f"bundles/{desired.bundle}")
     if released is None or not _names(released, desired.bundle):
         raise TrustError(
             "trust.not_released",
@@ -303,7 +332,7 @@ def _names(target: TargetFile, digest: str) -> bool:
 # -- what is kept ---------------------------------------------------------------------------------------------------
 
 
-def _lay_out(kept: TrustSet, anchor: bytes, folder: Path) -> None:
+def _lay_out(kept: TrustSet, anchor: bytes, folder: Path, names: dict[str, str]) -> None:
     """Writes what is trusted where the library looks for it."""
     (folder / "root_history").mkdir(parents=True)
     first = version_of(anchor)
@@ -311,18 +340,18 @@ def _lay_out(kept: TrustSet, anchor: bytes, folder: Path) -> None:
         version = version_of(bytes(root))
         if version > first:
             (folder / "root_history" / f"{version}.root.json").write_bytes(bytes(root))
-    for role, data in _parts(kept).items():
-        (folder / f"{role}.json").write_bytes(data)
+    for part, data in _parts(kept).items():
+        (folder / f"{names[part]}.json").write_bytes(data)
 
 
 def _parts(kept: TrustSet) -> dict[str, bytes]:
-    return {role: kept.part(role) for role in ROLES if kept.part(role)}
+    return {part: kept.part(part) for part in (*ROLES, BIN) if kept.part(part)}
 
 
-def _collect(folder: Path) -> TrustSet:
+def _collect(folder: Path, names: dict[str, str]) -> TrustSet:
     roots = sorted((p.read_bytes() for p in (folder / "root_history").glob("*.root.json")), key=version_of)
-    paths = {role: folder / f"{role}.json" for role in ROLES}
-    return _set_of(roots, {role: path.read_bytes() for role, path in paths.items() if path.exists()})
+    paths = {part: folder / f"{name}.json" for part, name in names.items()}
+    return _set_of(roots, {part: path.read_bytes() for part, path in paths.items() if path.exists()})
 
 
 def _check_anchor(anchor: bytes) -> None:
@@ -376,9 +405,8 @@ def _floor(kept: TrustSet) -> datetime | None:
     return min(max(known), limit) if known else None
 
 
-def _check_against_new_floor(folder: Path, reference: datetime) -> None:
+def _check_against_new_floor(kept: TrustSet, reference: datetime) -> None:
     """The set itself may prove that it is later than we thought."""
-    kept = _collect(folder)
     floor = _floor(kept)
     if floor is None or floor <= reference:
         return
@@ -415,7 +443,7 @@ def _translate(error: Exception, given: TrustSet, kept: TrustSet, reference: dat
         return TrustError("trust.unsigned", "Metadata is not signed by enough of the right keys.", got=what)
     if isinstance(error, DownloadHTTPError):
         return TrustError("trust.incomplete", "The set lacks a part.", expected="a whole set", got=what)
-    if isinstance(error, BadVersionNumberError) and _falls(given, kept):
+    if (isinstance(error, BadVersionNumberError) or type(error) is RepositoryError) and _falls(given, kept):
         return TrustError("trust.rollback", "The set is older than one that was trusted here.", got=what)
     if isinstance(error, BadVersionNumberError | LengthOrHashMismatchError):
         return TrustError("trust.mixed", "The parts of the set do not belong together.", got=what)
@@ -440,7 +468,7 @@ def _falls(given: TrustSet, kept: TrustSet) -> bool:
         new, old = (Metadata[Snapshot].from_bytes(s.part("snapshot")).signed.meta for s in (given, kept))
     except (RepositoryError, ValueError):
         return False
-    return any(name in new and new[name].version < old[name].version for name in old)
+    return any(name not in new or new[name].version < old[name].version for name in old)
 
 
 def _facts(kept: TrustSet) -> dict[str, str]:
@@ -452,7 +480,12 @@ def _facts(kept: TrustSet) -> dict[str, str]:
     return facts
 
 
-def _check_size(data: bytes, what: str, limit: int = MAX_SET_BYTES) -> None:
+def check_size(data: bytes, what: str, limit: int = MAX_SET_BYTES) -> None:
+    """Whether it fits through a broker.
+
+    Raises:
+        TrustError: `trust.oversize`.
+    """
     if len(data) > limit:
         raise TrustError("trust.oversize", f"{what} is too large.", expected=f"<= {limit} bytes", got=len(data))
 

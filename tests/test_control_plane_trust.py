@@ -13,10 +13,10 @@ from control_plane.database import migrate, open_database, reading, writing
 from control_plane.tables import Agent, TrustMetadata
 from control_plane.trust import ceremony
 from control_plane.trust.assignments import Assignments
-from models.errors import ConfigError, ConflictError, InputError, SortlineError, TrustError
-from models.messages import Desired
+from models.errors import ConfigError, ConflictError, InputError, SortlineError
+from models.messages import TRUST_TOPIC, Desired, bin_of, bin_topic
 from models.trust import ASSIGN, parse_set, version_of
-from tests.simulators.trust_repository import NOW, PASSPHRASE, Device, Repository
+from tests.simulators.trust_repository import NOW, PASSPHRASE, Device, Repository, Signed
 
 
 @pytest.fixture
@@ -59,14 +59,16 @@ def assign(engine: Engine, assignments: Assignments, wanted: dict[str, Desired],
         session.commit()
 
 
-def published(engine: Engine, assignments: Assignments, agent_id: str) -> tuple[bytes, bytes]:
+def published(engine: Engine, assignments: Assignments, agent_id: str) -> tuple[Signed, bytes]:
     with reading(engine) as session:
-        return assignments.current_set(session), assignments.document(session, agent_id)
+        bins = {bin_of(agent_id): assignments.bin(session, agent_id)}
+        return Signed(assignments.current_set(session), bins), assignments.document(session, agent_id)
 
 
-def versions(data: bytes) -> dict[str, int]:
-    found = parse_set(data)
-    return {role: version_of(found.part(role)) for role in ("timestamp", "snapshot", "targets", ASSIGN)}
+def versions(data: Signed) -> dict[str, int]:
+    found = parse_set(data.set)
+    common = {role: version_of(found.part(role)) for role in ("timestamp", "snapshot", "targets", ASSIGN)}
+    return common | {name: version_of(data) for name, data in data.bins.items()}
 
 
 def test_what_is_assigned_is_accepted_by_that_agent(
@@ -89,10 +91,64 @@ def test_many_assignments_are_one_version_and_none_is_no_version(
     before = versions(published(engine, assignments, "line-1")[0])
     assign(engine, assignments, {f"line-{n}": Desired(generation=1, bundle=digest) for n in range(40)})
     after = versions(published(engine, assignments, "line-1")[0])
-    assert after[ASSIGN] == before[ASSIGN] + 1
-    assert after["timestamp"] == before["timestamp"] + 1
+    more = {name: before[name] + 1 for name in ("timestamp", "snapshot", bin_of("line-1"))}
+    assert after == before | more, "the role that delegates to the bins has nothing new to say"
     assign(engine, assignments, {})
     assert versions(published(engine, assignments, "line-1")[0]) == after
+
+
+def test_one_changed_agent_is_one_bin_and_the_set_and_nothing_else_is_published(
+    engine: Engine, repository: Repository, assignments: Assignments, tmp_path: Path
+) -> None:
+    known: dict[str, int] = {}
+
+    def news() -> list[str]:
+        with reading(engine) as session:
+            found = assignments.news(session, known)
+        known.update({topic: version for topic, version, _ in found})
+        return [topic for topic, _, _ in found]
+
+    digest = release(engine, repository, assignments)
+    agents = {f"line-{n}": Desired(generation=1, bundle=digest) for n in range(300)}
+    assign(engine, assignments, agents)
+    everything = news()
+    assert everything[-1] == TRUST_TOPIC
+    assert set(everything) == {TRUST_TOPIC} | {bin_topic(bin_of(agent)) for agent in agents}
+    assert news() == []
+    assign(engine, assignments, {"line-7": Desired(generation=2, bundle=digest)})
+    assert news() == [bin_topic(bin_of("line-7")), TRUST_TOPIC]
+    for agent_id in ("line-7", "line-8"):
+        device = Device(repository.anchor, tmp_path / agent_id, agent_id)
+        assert device.verify(*published(engine, assignments, agent_id)).error is None
+    # An hour later only what proves freshness is signed and sent again; the bins follow after a third of their life.
+    assign(engine, assignments, {}, NOW + timedelta(hours=2))
+    assert news() == [TRUST_TOPIC]
+    assign(engine, assignments, {}, NOW + timedelta(days=11))
+    assert sorted(news()) == sorted(everything)
+
+
+def test_a_bin_that_was_emptied_stays_listed_and_agents_go_on(
+    engine: Engine, repository: Repository, assignments: Assignments, tmp_path: Path
+) -> None:
+    digest = release(engine, repository, assignments)
+    with writing(engine) as session:
+        session.add(Agent(id="line-1", generation=1, desired_bundle=digest))
+        session.add(Agent(id="line-9", generation=1, desired_bundle=digest))
+        assignments.seal(session, NOW)
+        session.commit()
+    devices = {name: Device(repository.anchor, tmp_path / name, name) for name in ("line-1", "line-9")}
+    assert all(device.verify(*published(engine, assignments, name)).error is None for name, device in devices.items())
+    document = published(engine, assignments, "line-1")[1]
+    with writing(engine) as session:
+        agent = session.get(Agent, "line-1")
+        agent.generation, agent.desired_bundle = 2, ""
+        session.add(agent)
+        assignments.seal(session, NOW)
+        session.commit()
+    offered, nothing = published(engine, assignments, "line-1")
+    assert nothing == b""
+    assert devices["line-1"].verify(offered, document).error.code == "trust.not_assigned"
+    assert devices["line-9"].verify(*published(engine, assignments, "line-9")).error is None
 
 
 def test_an_assignment_that_is_not_committed_was_never_signed(
@@ -128,6 +184,7 @@ def test_without_keys_nothing_is_assigned_and_nothing_published(engine: Engine, 
         empty.take_folder(session, NOW)
         assert not empty.seal(session, NOW)
         assert empty.current_set(session) == b""
+        assert empty.news(session, {}) == []
         assert empty.status(session, NOW) == []
     with pytest.raises(ConflictError, match="keys init"):
         assign(engine, empty, {"line-1": Desired(generation=1, bundle="a" * 64)})
@@ -190,17 +247,6 @@ def test_rotated_online_keys_come_into_force_with_their_root(
     (repository.folder.path / "online").rename(tmp_path / "gone")
     with pytest.raises(ConfigError, match="No private key"):
         assign(engine, assignments, {}, NOW + timedelta(hours=3))
-
-
-def test_a_set_too_large_for_a_broker_is_refused_before_it_is_committed(
-    engine: Engine, repository: Repository, assignments: Assignments
-) -> None:
-    digest = release(engine, repository, assignments)
-    wanted = {f"line-{n:050}": Desired(generation=1, bundle=digest) for n in range(900)}
-    with pytest.raises(TrustError) as caught:
-        assign(engine, assignments, wanted)
-    assert caught.value.code == "trust.oversize"
-    assert published(engine, assignments, "line-" + "0" * 50)[1] == b""
 
 
 def test_a_changed_row_is_signed_once_and_a_cleared_one_is_forgotten(

@@ -14,7 +14,7 @@ from edge_agent.gate import Gate, Verified
 from edge_agent.verify import TRUSTED, Question, answer
 from models.errors import MessageError, SortlineError
 from models.messages import Desired
-from tests.simulators.trust_repository import Repository
+from tests.simulators.trust_repository import Repository, Signed
 
 
 @dataclass
@@ -66,9 +66,15 @@ def turn(gate: Gate, host: Host, after_s: float = 1.0) -> Desired | None:
     return gate.done(event)
 
 
-def assigned(repository: Repository, generation: int = 1, content: bytes = b"model") -> tuple[bytes, bytes]:
+def assigned(repository: Repository, generation: int = 1, content: bytes = b"model") -> tuple[Signed, bytes]:
     document = repository.assign("line-1", repository.release(content), generation)
     return repository.seal(), document
+
+
+def offer(gate: Gate, signed: Signed) -> None:
+    """As the broker gives it: two retained messages."""
+    gate.offer_bin(signed.bin())
+    gate.offer_set(signed.set)
 
 
 def test_a_proven_assignment_passes_once_in_whatever_order_it_came(
@@ -78,12 +84,12 @@ def test_a_proven_assignment_passes_once_in_whatever_order_it_came(
     gate.offer_document(document)
     assert turn(gate, host) is None
     assert host.faults == ["trust.no_set"]
-    gate.offer_set(offered)
+    offer(gate, offered)
     assert turn(gate, host).generation == 3
     assert gate.facts["timestamp_version"] == "1"
     assert turn(gate, host) is None
     # Hourly metadata is looked at later, and the assignment stays what it is.
-    gate.offer_set(repository.seal())
+    offer(gate, repository.seal())
     assert turn(gate, host, 10.0) is None
     assert turn(gate, host, 300.0).generation == 3
     assert gate.facts["timestamp_version"] == "2"
@@ -93,7 +99,7 @@ def test_a_set_on_its_way_is_no_attack_and_a_set_that_never_comes_is_reported(
     repository: Repository, gate: Gate, host: Host
 ) -> None:
     offered, document = assigned(repository)
-    gate.offer_set(offered)
+    offer(gate, offered)
     gate.offer_document(document)
     assert turn(gate, host) is not None
     host.generation = 1
@@ -104,8 +110,58 @@ def test_a_set_on_its_way_is_no_attack_and_a_set_that_never_comes_is_reported(
     assert turn(gate, host, 4.0) is None
     assert host.faults == ["trust.wrong_assignment"]
     assert host.counters["refused_trust.wrong_assignment"] == 2
-    gate.offer_set(newer)
+    offer(gate, newer)
     assert turn(gate, host).generation == 2
+
+
+@pytest.mark.parametrize("order", ["set bin document", "document set bin", "bin document set"])
+def test_three_parts_that_come_a_second_apart_are_no_attack(
+    repository: Repository, gate: Gate, host: Host, order: str
+) -> None:
+    old, old_document = assigned(repository)
+    offer(gate, old)
+    gate.offer_document(old_document)
+    assert turn(gate, host).generation == 1
+    host.generation = 1
+    new, document = assigned(repository, 2, b"better")
+    give = {
+        "set": lambda: gate.offer_set(new.set),
+        "bin": lambda: gate.offer_bin(new.bin()),
+        "document": lambda: gate.offer_document(document),
+    }
+    accepted = []
+    for part in order.split():
+        give[part]()
+        accepted.append(turn(gate, host))
+    accepted += [turn(gate, host, 3.0) for _ in range(3)]
+    assert host.faults == []
+    assert max(found.generation for found in accepted if found) == 2
+
+
+def test_a_bin_that_never_comes_is_reported_and_made_good_when_it_does(
+    repository: Repository, gate: Gate, host: Host
+) -> None:
+    offered, document = assigned(repository)
+    gate.offer_set(offered.set)
+    gate.offer_document(document)
+    assert turn(gate, host) is None
+    assert host.faults == []
+    assert turn(gate, host, 3.0) is None
+    assert host.faults == ["trust.incomplete"]
+    gate.offer_bin(offered.bin())
+    assert turn(gate, host).generation == 1
+
+
+def test_a_thief_who_sends_parts_that_do_not_fit_all_the_time_is_reported(
+    repository: Repository, gate: Gate, host: Host
+) -> None:
+    offered, document = assigned(repository)
+    gate.offer_document(document)
+    for n in range(4):
+        gate.offer_set(offered.set)
+        gate.offer_bin(b"{}" + b" " * n)
+        assert turn(gate, host) is None
+    assert host.faults == ["trust.mixed"]
 
 
 def test_a_replayed_set_changes_nothing_and_alarms_only_where_something_new_was_wanted(
@@ -113,11 +169,11 @@ def test_a_replayed_set_changes_nothing_and_alarms_only_where_something_new_was_
 ) -> None:
     old, old_document = assigned(repository)
     newer, document = assigned(repository, 2, b"better")
-    gate.offer_set(newer)
+    offer(gate, newer)
     gate.offer_document(document)
     assert turn(gate, host).generation == 2
     host.generation = 2
-    gate.offer_set(old)
+    offer(gate, old)
     gate.offer_document(old_document)
     assert turn(gate, host) is None
     assert host.counters["refused_trust.rollback"] == 1
@@ -129,7 +185,7 @@ def test_an_agent_without_anchor_says_so_and_begins_when_it_gets_one(
 ) -> None:
     (gate.folder / "root.json").unlink()
     offered, document = assigned(repository)
-    gate.offer_set(offered)
+    offer(gate, offered)
     gate.offer_document(document)
     assert turn(gate, host) is None
     assert host.faults == ["trust.no_anchor"]
@@ -142,7 +198,7 @@ def test_a_broken_memory_is_set_aside_and_trust_begins_at_the_anchor(
 ) -> None:
     (gate.folder / TRUSTED).write_bytes(b"\0" * 40)
     offered, document = assigned(repository)
-    gate.offer_set(offered)
+    offer(gate, offered)
     gate.offer_document(document)
     assert turn(gate, host) is not None
     assert host.said == ["trust.memory_broken"]
@@ -156,7 +212,7 @@ def test_a_clock_that_is_behind_is_said_once_and_does_not_stop_updates(
     repository.later(minutes=10)
     for generation in (1, 2, 3):
         offered, document = assigned(repository, generation, str(generation).encode())
-        gate.offer_set(offered)
+        offer(gate, offered)
         gate.offer_document(document)
         assert turn(gate, host).generation == generation
     assert host.said == ["clock.behind"]
@@ -169,6 +225,8 @@ def test_garbage_is_refused_before_a_process_is_started(gate: Gate, host: Host) 
             gate.offer_document(payload)
     with pytest.raises(MessageError):
         gate.offer_set(b"x" * 200_000)
+    with pytest.raises(MessageError):
+        gate.offer_bin(b"x" * 200_000)
     assert turn(gate, host) is None
     assert host.faults == []
 
@@ -177,7 +235,7 @@ def test_a_verifier_that_crashes_accepts_nothing(
     repository: Repository, gate: Gate, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offered, document = assigned(repository)
-    gate.offer_set(offered)
+    offer(gate, offered)
     gate.offer_document(document)
     monkeypatch.setattr("edge_agent.gate.sys.executable", "/bin/false")
     assert turn(gate, host) is None
@@ -190,7 +248,7 @@ def test_what_is_trusted_is_on_disk_before_the_answer(repository: Repository, tm
     offered, document = assigned(repository)
     root = tmp_path / "root.json"
     root.write_bytes(repository.anchor)
-    question = Question(offered=offered, document=document)
+    question = Question(offered=offered.set, bin=offered.bin(), document=document)
     folder = tmp_path / "trust"
     given = {"folder": folder, "root": root, "agent_id": "line-1", "now": repository.now}
     found = answer(question, **given)

@@ -1,6 +1,8 @@
 """Attacks on what may run: replay, mixing, freezing, stolen keys, wrong clocks, hostile bytes. Signed by real keys."""
 
+import hashlib
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -8,15 +10,28 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tuf.api.metadata import Metadata
+from tuf.api.metadata import Metadata, SuccinctRoles
 
 from control_plane.trust import ceremony
 from control_plane.trust import metadata as md
 from models import bundle, trust
 from models.bundle import Manifest, sha256
 from models.errors import TrustError
-from models.trust import ASSIGN, MAX_SET_BYTES, MAX_TRUSTED_BYTES, Outcome, make_set, parse_set, verify, version_of
-from tests.simulators.trust_repository import NOW, PASSPHRASE, Device, Repository, manifest, resigned
+from models.messages import BIN_BITS, BIN_PREFIX, bin_of
+from models.trust import (
+    ASSIGN,
+    MAX_SET_BYTES,
+    MAX_TRUSTED_BYTES,
+    ROLES,
+    Outcome,
+    make_set,
+    parse_set,
+    verify,
+    version_of,
+)
+from tests.simulators.trust_repository import NOW, PASSPHRASE, Device, Repository, Signed, manifest, resigned
+
+MY_BIN, OTHER = bin_of("line-1"), "line-9"
 
 
 @pytest.fixture
@@ -34,7 +49,7 @@ def code(outcome: Outcome) -> str:
     return outcome.error.code if outcome.error else ""
 
 
-def assigned(repository: Repository, generation: int = 1, content: bytes = b"model") -> tuple[bytes, bytes]:
+def assigned(repository: Repository, generation: int = 1, content: bytes = b"model") -> tuple[Signed, bytes]:
     document = repository.assign("line-1", repository.release(content), generation)
     return repository.seal(), document
 
@@ -77,7 +92,7 @@ def test_an_old_snapshot_under_a_new_timestamp_is_refused(repository: Repository
     assert code(device.verify(replay, document)) == "trust.rollback"
 
 
-@pytest.mark.parametrize("role", ["snapshot", "targets", ASSIGN])
+@pytest.mark.parametrize("role", ["snapshot", "targets", ASSIGN, MY_BIN])
 def test_parts_of_two_sets_do_not_mix(repository: Repository, device: Device, role: str) -> None:
     assigned(repository)
     old = repository.parts[role]
@@ -107,15 +122,36 @@ def test_a_stolen_control_plane_cannot_release_its_own_model(repository: Reposit
     repository.parts["targets"] = md.sign(forged, [thief, repository.online("snapshot")])
     assert code(device.verify(repository.seal(), document)) == "trust.unsigned"
     # The same under the delegated role, where the online key does count:
-    honest = repository.folder.targets
-    assign = md.new_assign(9, repository.assignments, NOW)
+    assign = md.read_targets(repository.parts[ASSIGN])
     assign.signed.targets[entry.path] = entry
-    repository.parts |= {"targets": honest, ASSIGN: md.sign(assign, [thief])}
-    snapshot = md.new_snapshot(9, honest, repository.parts[ASSIGN], NOW)
-    repository.parts["snapshot"] = md.sign(snapshot, [repository.online("snapshot")])
+    repository.parts |= {"targets": repository.folder.targets, ASSIGN: md.sign(assign, [thief])}
     # (A device that saw the forgery waits for higher versions, or new online keys; this one did not.)
     fresh = Device(repository.anchor, device.scratch / "fresh")
-    assert code(fresh.verify(repository.stamp(), document)) == "trust.not_released"
+    assert code(fresh.verify(repository.bind(), document)) == "trust.not_released"
+
+
+@pytest.mark.parametrize("delegated", [["assign/*"], ["assign/*", "bundles/*"]])
+def test_a_bin_cannot_release_a_bundle_whatever_is_delegated_to_it(
+    repository: Repository, device: Device, delegated: list[str]
+) -> None:
+    """The thief picks a bundle that hashes into the bin: `assign` itself leaves the bins free to list anything."""
+    assigned(repository)
+    mine = int(bin_of("line-1")[-2:], 16)
+    names = (manifest(content=str(n).encode()) for n in range(100_000))
+    own = next(m for m in names if hashlib.sha256(f"bundles/{_digest(m)}".encode()).digest()[0] >> 2 == mine)
+    document = repository.assign("line-1", _digest(own), 2)
+    targets = md.read_targets(repository.parts["targets"])
+    targets.signed.delegations.roles[ASSIGN].paths = delegated
+    targets.signed.version += 1
+    repository.parts["targets"] = md.sign(targets, [repository.release_key])
+    repository.seal()
+    entry = md.bundle_target(_digest(own), own.encoded(), {})
+    forged = md.read_targets(repository.parts[MY_BIN])
+    forged.signed.targets[entry.path] = entry
+    repository.parts[MY_BIN] = md.sign(forged, [repository.online(ASSIGN)])
+    assert code(device.verify(repository.bind(), document)) == "trust.not_released"
+    repository.release_manifest(own)
+    assert device.verify(repository.bind(), document).error is None, "the release key may"
 
 
 def _digest(found: Manifest) -> str:
@@ -153,15 +189,11 @@ def parse_desired(document: bytes) -> str:
     return str(json.loads(document)["bundle"])
 
 
-@pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets", ASSIGN])
+@pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets", ASSIGN, MY_BIN])
 def test_unsigned_metadata_is_refused(repository: Repository, device: Device, role: str) -> None:
     _, document = assigned(repository)
     repository.parts[role] = resigned(repository.parts[role], [])
-    if role in {"targets", ASSIGN}:
-        online = repository.parts
-        snapshot = md.new_snapshot(9, online["targets"], online[ASSIGN], NOW)
-        repository.parts["snapshot"] = md.sign(snapshot, [repository.online("snapshot")])
-    offered = repository.set() if role == "timestamp" else repository.stamp()
+    offered = {"timestamp": repository.set, "snapshot": repository.stamp}.get(role, repository.bind)()
     assert code(device.verify(offered, document)) == "trust.unsigned"
 
 
@@ -172,7 +204,8 @@ def test_a_root_rotated_by_one_of_two_needed_keys_is_refused(repository: Reposit
     thief = repository.online("timestamp")
     roles = md.roles_of(md.read_root(repository.anchor).signed) | {"targets": md.RoleKeys((thief.public_key,))}
     forged = md.new_root(2, roles, repository.now, development=False)
-    forged_set = make_set([repository.anchor, md.sign(forged, repository.keys(1))], repository.parts)
+    roots = [repository.anchor, md.sign(forged, repository.keys(1))]
+    forged_set = Signed(make_set(roots, {role: repository.parts[role] for role in ROLES}), repository.set().bins)
     assert code(device.verify(forged_set, document, repository.now)) == "trust.unsigned"
     assert device.verify(repository.stamp(), document, repository.now).error is None
 
@@ -280,6 +313,122 @@ def test_the_reference_time_is_what_the_library_uses(repository: Repository, dev
     assert code(device.verify(offered, document, far + timedelta(hours=2))) == "trust.frozen"
 
 
+# -- bins ------------------------------------------------------------------------------------------------------------
+
+
+def two_bins(repository: Repository) -> tuple[Signed, bytes]:
+    """Line-1 and a line of another bin are assigned."""
+    assert bin_of(OTHER) != MY_BIN
+    repository.assign(OTHER, repository.release(b"other"), 1)
+    return assigned(repository)
+
+
+@given(agent_id=st.from_regex(r"\A[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z"))
+def test_an_agent_knows_its_bin_as_the_library_does(agent_id: str) -> None:
+    library = SuccinctRoles(["k"], 1, BIN_BITS, BIN_PREFIX)
+    assert bin_of(agent_id) == library.get_role_for_target(f"assign/{agent_id}.json")
+    assert library.is_delegated_role(bin_of(agent_id))
+
+
+def test_another_lines_bin_under_my_topic_does_not_do_and_does_not_stay(repository: Repository, device: Device) -> None:
+    """Same key, same version, same fleet: only the hash in the snapshot tells them apart."""
+    offered, document = two_bins(repository)
+    theirs = offered.bin(OTHER)
+    assert version_of(theirs) == version_of(offered.bin())
+    swapped = repository.set(**{MY_BIN: theirs})
+    assert code(device.verify(swapped, document)) == "trust.mixed"
+    assert code(device.verify(swapped, repository.assignments[OTHER])) == "trust.mixed"
+    assert device.verify(offered, document).error is None
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_an_old_bin_beside_a_new_set_and_a_new_bin_beside_an_old_one_are_refused(
+    repository: Repository, device: Device, seen: bool
+) -> None:
+    old, old_document = assigned(repository)
+    if seen:
+        assert device.verify(old, old_document).error is None
+    new, document = assigned(repository, 2, b"better")
+    early = device.verify(replace(old, bins=new.bins), document)
+    assert code(early) == ("trust.wrong_assignment" if seen else "trust.mixed"), "what is trusted still holds"
+    assert code(device.verify(replace(new, bins=old.bins), document)) == "trust.mixed"
+    assert code(device.verify(replace(new, bins=old.bins), old_document)) == "trust.mixed"
+    assert device.verify(new, document).error is None
+    assert code(device.verify(old, old_document)) == "trust.rollback"
+
+
+def test_a_bin_of_another_fleet_is_refused_even_with_its_own_snapshot_key_stolen(
+    repository: Repository, device: Device, tmp_path: Path
+) -> None:
+    _, document = assigned(repository)
+    stranger = Repository(tmp_path / "stranger")
+    foreign, _ = assigned(stranger)
+    assert code(device.verify(repository.set(**{MY_BIN: foreign.bin()}), document)) == "trust.mixed"
+    repository.parts[MY_BIN] = foreign.bin()
+    assert code(device.verify(repository.bind(), document)) == "trust.unsigned"
+
+
+def test_a_bin_signed_with_a_replaced_key_is_refused(repository: Repository, device: Device) -> None:
+    _, document = assigned(repository)
+    stolen = repository.online(ASSIGN)
+    ceremony.rotate(repository.folder, "online", repository.keys(1, 2), NOW, release_signers=[repository.release_key])
+    repository.parts["targets"] = repository.folder.targets
+    assert device.verify(repository.seal(), document).error is None
+    repository.parts[MY_BIN] = resigned(repository.parts[MY_BIN], [stolen], version=99)
+    assert code(device.verify(repository.bind(), document)) == "trust.unsigned"
+
+
+@pytest.mark.parametrize("bin_name", [MY_BIN, bin_of(OTHER)])
+@pytest.mark.parametrize("how", ["older", "gone"])
+def test_no_bins_version_falls_and_none_vanishes(
+    repository: Repository, device: Device, bin_name: str, how: str
+) -> None:
+    """Also of a bin this agent has never seen: whoever dropped it could deny that anything is assigned."""
+    two_bins(repository)
+    first = repository.parts[bin_name]
+    offered, document = repository.seal(), repository.assignments["line-1"]
+    assert device.verify(offered, document).error is None
+    if how == "older":
+        repository.parts[bin_name] = first
+    else:
+        del repository.parts[bin_name]
+    assert code(device.verify(repository.bind(), document)) == "trust.rollback"
+
+
+def test_an_agent_whose_bin_never_held_anything_is_told_so_without_one(repository: Repository, device: Device) -> None:
+    document = repository.assign("line-1", repository.release(), 1)
+    del repository.assignments["line-1"]
+    repository.assign(OTHER, repository.release(b"other"), 1)
+    offered = repository.seal()
+    assert offered.bin() == b""
+    assert code(device.verify(offered, document)) == "trust.not_assigned"
+    repository.assignments["line-1"] = document
+    assert device.verify(repository.seal(), document).error is None
+    del repository.assignments["line-1"]
+    offered = repository.seal()
+    assert version_of(offered.bin()) == 2, "emptied, and still listed"
+    assert code(device.verify(offered, document)) == "trust.not_assigned"
+
+
+def test_the_trusted_bin_serves_while_the_broker_gives_none(repository: Repository, device: Device) -> None:
+    offered, document = two_bins(repository)
+    assert device.verify(offered, document).facts["bin_version"] == "1"
+    repository.assign(OTHER, repository.release(b"other 2"), 2)
+    hourly = replace(repository.bind(), bins={})
+    assert device.verify(hourly, document).error is None
+    device.trusted = b""
+    assert code(device.verify(hourly, document)) == "trust.incomplete"
+
+
+def test_the_memory_of_another_agent_does_not_do(repository: Repository, device: Device) -> None:
+    offered, document = two_bins(repository)
+    other = Device(repository.anchor, device.scratch / "other", OTHER)
+    assert other.verify(offered, repository.assignments[OTHER]).error is None
+    device.trusted = other.trusted
+    assert code(device.verify(replace(offered, bins={}), document)) == "trust.incomplete"
+    assert device.verify(offered, document).error is None
+
+
 # -- anchors, power cuts, hostile bytes -------------------------------------------------------------------------------
 
 
@@ -315,17 +464,19 @@ def test_lost_memory_starts_again_from_the_anchor(repository: Repository, device
 
 def test_an_oversize_set_is_refused_before_it_is_parsed(repository: Repository, device: Device) -> None:
     offered, document = assigned(repository)
-    assert code(device.verify(offered + b" " * MAX_SET_BYTES, document)) == "trust.oversize"
+    large = b" " * MAX_SET_BYTES
+    assert code(device.verify(replace(offered, set=offered.set + large), document)) == "trust.oversize"
+    assert code(device.verify(repository.set(**{MY_BIN: offered.bin() + large}), document)) == "trust.oversize"
 
 
-@pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets", ASSIGN])
+@pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets", ASSIGN, MY_BIN])
 def test_a_set_that_lacks_a_part_is_incomplete(repository: Repository, device: Device, role: str) -> None:
     _, document = assigned(repository)
     assert code(device.verify(repository.set(**{role: b""}), document)) == "trust.incomplete"
 
 
 def test_an_unknown_version_is_refused_by_name(device: Device) -> None:
-    assert code(device.verify(b'{"schema_version":2}', b"")) == "trust.wrong_version"
+    assert code(device.verify(Signed(b'{"schema_version":2}'), b"")) == "trust.wrong_version"
 
 
 def test_too_many_roots_are_refused() -> None:
@@ -335,11 +486,11 @@ def test_too_many_roots_are_refused() -> None:
 
 def test_sets_come_back_byte_for_byte(repository: Repository) -> None:
     offered, _ = assigned(repository)
-    found = parse_set(offered)
+    found = parse_set(offered.set)
     assert [bytes(root) for root in found.roots] == repository.folder.roots()
-    for role, data in repository.parts.items():
-        assert found.part(role) == data
-    assert make_set(repository.folder.roots(), repository.parts) == offered
+    parts = {role: repository.parts[role] for role in ROLES}
+    assert {role: found.part(role) for role in ROLES} == parts
+    assert make_set(repository.folder.roots(), parts) == offered.set
 
 
 @given(data=st.binary(max_size=400) | st.text(max_size=200).map(str.encode))
@@ -354,10 +505,12 @@ def test_no_bytes_bring_the_parser_down(data: bytes) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_change_to_a_signed_set_is_accepted_as_something_else(tmp_path_factory, data: st.DataObject) -> None:
-    """Cut, flipped or spliced anywhere: either refused, or the very same assignment."""
+    """Cut, flipped or spliced anywhere in set or bin: either refused, or the very same assignment."""
     base = tmp_path_factory.mktemp("mutant")
     repository = _shared(tmp_path_factory)
-    offered, document = repository.set(), repository.assignments["line-1"]
+    signed, document = repository.set(), repository.assignments["line-1"]
+    in_bin = data.draw(st.booleans())
+    offered = signed.bin() if in_bin else signed.set
     at = data.draw(st.integers(0, len(offered) - 1))
     kind = data.draw(st.sampled_from(["cut", "flip", "drop", "insert"]))
     byte = data.draw(st.integers(0, 255))
@@ -367,8 +520,9 @@ def test_no_change_to_a_signed_set_is_accepted_as_something_else(tmp_path_factor
         "drop": offered[:at] + offered[at + 1 :],
         "insert": offered[:at] + bytes([byte]) + offered[at:],
     }[kind]
+    given = (signed.set, changed) if in_bin else (changed, signed.bin())
     found = verify(
-        changed, document, agent_id="line-1", anchor=repository.anchor, trusted=b"", now=NOW, scratch=base / "s"
+        *given, document, agent_id="line-1", anchor=repository.anchor, trusted=b"", now=NOW, scratch=base / "s"
     )
     if found.error is None:
         assert found.assignment.desired.bundle == parse_desired(document)
@@ -411,6 +565,7 @@ def test_status_says_who_signs_and_when_it_must_be_renewed(repository: Repositor
         "root": "",
         "targets": "",
         ASSIGN: "",
+        "bins": "",
         "snapshot": "renew",
         "timestamp": "renew",
         "x": "",

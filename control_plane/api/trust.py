@@ -31,7 +31,7 @@ def show_trust(services: Given) -> dict[str, Any]:
 
 @router.get("/trust/set", response_class=Response)
 def get_set(services: Given) -> Response:
-    """The signed metadata, as agents get it."""
+    """The signed metadata that all agents get, as they get it."""
     with reading(services.engine) as session:
         return _bytes(services.fleet.assignments.current_set(session), "signed metadata")
 
@@ -63,6 +63,13 @@ def get_assignment(agent_id: str, services: Given) -> Response:
     """What one agent shall run, exactly as it was signed."""
     with reading(services.engine) as session:
         return _bytes(services.fleet.assignments.document(session, agent_id), "assignment of this agent")
+
+
+@router.get("/agents/{agent_id}/bin", response_class=Response)
+def get_bin(agent_id: str, services: Given) -> Response:
+    """The signed list of assignments that this agent's is in, as the agent gets it."""
+    with reading(services.engine) as session:
+        return _bytes(services.fleet.assignments.bin(session, agent_id), "assignment of this agent")
 
 
 @router.get("/blobs/{digest}", response_class=Response)

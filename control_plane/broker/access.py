@@ -18,6 +18,7 @@ import msgspec
 from control_plane.broker.topics import has_wildcard
 from models.errors import ConfigError
 from models.files import write_atomically
+from models.messages import bin_of, bin_topic
 
 _ROOT = "sortline/v1"
 AGENT_PUBLISHES = frozenset({"presence", "reported", "batch", "live", "request", "response"})
@@ -81,7 +82,7 @@ def authorize(identity: Identity, action: Action, topic: str) -> bool:
         return False
     if mine:
         return channel in AGENT_RECEIVES
-    return topic in {f"{_ROOT}/tuf", f"{_ROOT}/sentinel"} or (
+    return topic in {f"{_ROOT}/tuf", bin_topic(bin_of(identity.name)), f"{_ROOT}/sentinel"} or (
         topic.startswith(f"{_ROOT}/blobs/") and topic.count("/") == 3
     )
 

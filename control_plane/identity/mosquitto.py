@@ -19,7 +19,7 @@ from control_plane.identity.authority import SITE, Authority
 from control_plane.identity.publication import Admission
 from models.errors import ConfigError
 from models.files import write_atomically
-from models.messages import ROOT
+from models.messages import ROOT, TRUST_TOPIC, bin_of, bin_topic
 
 log = logging.getLogger("sortline.identity")
 CONF: Final = "mosquitto.conf"
@@ -65,13 +65,13 @@ def access_list(agents: Iterable[str], planes: Iterable[str]) -> str:
     """The text of `acl`: the control plane's connections, then a block for each agent."""
     blocks = ["# Follows every enrolment and revocation; do not edit."]
     blocks += [f"user {name}\ntopic readwrite sortline/#\ntopic read $SYS/#" for name in planes]
-    shared = (f"{ROOT}/tuf", f"{ROOT}/sentinel", f"{ROOT}/blobs/+")
+    shared = (TRUST_TOPIC, f"{ROOT}/sentinel", f"{ROOT}/blobs/+")
     for agent in agents:
         own = f"{ROOT}/agents/{agent}"
         lines = [f"user {agent}"]
         lines += [f"topic write {own}/{channel}" for channel in sorted(AGENT_PUBLISHES)]
         lines += [f"topic read {own}/{channel}" for channel in sorted(AGENT_RECEIVES)]
-        lines += [f"topic read {topic}" for topic in shared]
+        lines += [f"topic read {topic}" for topic in (*shared, bin_topic(bin_of(agent)))]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 

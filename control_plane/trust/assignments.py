@@ -1,31 +1,32 @@
 """What the control plane signs itself: one assignment per agent, and that everything belongs together and is fresh.
 
-Rules: an assignment and the version of the metadata that lists it are written in one transaction, so two replicas
+Rules: an assignment and the version of the bin that lists it are written in one transaction, so two replicas
 never sign different things under one version (role and version are the key of the table); what is published is what
 was committed, byte for byte; a bundle that the release key does not list is refused here already, although agents
 would refuse it anyway; metadata from offline keys is verified before it is kept, like anybody would.
 """
 
-from datetime import datetime, timedelta
+from collections.abc import Mapping
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
 
-from sqlalchemy import func
+from sqlalchemy import func, tuple_
 from sqlmodel import Session, col, delete, desc, select
 
 from control_plane.tables import Agent, AssignmentRow, TrustMetadata
 from control_plane.trust import metadata as md
 from control_plane.trust.ceremony import Folder, RoleStatus, status
+from control_plane.trust.sealing import ONLINE, is_bin, sign_changes
 from models.errors import ConflictError
-from models.messages import Desired, Mode, Swap, encode
-from models.trust import ASSIGN, is_development, make_set, version_of
+from models.messages import TRUST_TOPIC, Desired, Mode, Swap, bin_of, bin_topic, encode
+from models.trust import is_development, make_set, version_of
 
-RESIGN_AFTER: Final = timedelta(hours=1)
-"""Timestamp and snapshot are signed again so often, although they live seven days: a freeze shows within hours."""
 NO_KEYS: Final = "no keys: nothing can be rolled out"
 DEVELOPMENT: Final = "development keys: whoever reads this machine can release any model"
 _KEPT_VERSIONS: Final = 5
-_ONLINE: Final = (ASSIGN, "snapshot", "timestamp")
+_COMMON: Final = (*ONLINE, "targets")
+"""What all agents get, beside the roots."""
 
 
 def desired_of(agent: Agent) -> Desired:
@@ -89,12 +90,13 @@ class Assignments:
 
     def look(self, session: Session, now: datetime) -> None:
         """Finds out what people must be told: metadata that only offline keys can renew comes first."""
-        late = [f"{row.role} {row.alarm}" for row in self.status(session, now) if row.alarm]
-        root = self._latest(session, "root")
+        parts = self._newest(session)
+        if "root" not in parts:
+            return
+        late = [f"{row.role} {row.alarm}" for row in status(parts["root"], parts, now) if row.alarm]
+        self._see(parts["root"])
         if late:
             self.kind = f"signatures: {', '.join(late)} (sortline keys status)"
-        elif root:
-            self._see(root)
 
     def _see(self, root: bytes) -> None:
         self.kind = DEVELOPMENT if is_development(root) else "ok"
@@ -153,66 +155,45 @@ class Assignments:
             ConflictError: `trust.not_released`, `trust.not_initialised`.
         """
         self.check_released(session, desired.bundle)
-        row = session.get(AssignmentRow, agent_id) or AssignmentRow(agent_id=agent_id)
-        row.generation, row.document, row.updated_at = desired.generation, encode(desired), now
-        session.add(row)
+        _write(session, session.get(AssignmentRow, agent_id), agent_id, desired, now)
 
     def seal(self, session: Session, now: datetime, *, force: bool = False) -> bool:
-        """Signs the assignments, the snapshot and the timestamp when something changed or is getting old.
+        """Signs what has changed or is getting old: see `control_plane.trust.sealing`.
 
         In the caller's writing transaction; returns whether anything was signed. An agent whose generation grew gets
         its new assignment; one whose bundle is not released keeps the one it has.
 
         Raises:
             ConfigError: `keys.no_online_key`.
-            TrustError: `trust.oversize`: too many agents for one document.
+            TrustError: `trust.oversize`: too many agents for one bin, or bundles for the set.
         """
         roots = self._roots(session, lock=True)
-        targets = self._latest(session, "targets")
-        if not roots or not targets:
+        parts = self._newest(session)
+        if not roots or "targets" not in parts:
             return False
         self._take_agents(session, now)
-        root = md.read_root(roots[-1]).signed
-        roles = md.roles_of(root) | {ASSIGN: md.assign_keys_of(md.read_targets(targets).signed)}
-        parts = {role: self._latest(session, role) for role in _ONLINE} | {"targets": targets}
-        wanted = {row.agent_id: row.document for row in session.exec(select(AssignmentRow))}
-        fresh = {
-            role: bool(parts[role])
-            and not force
-            and md.fresh_for(parts[role], roles[role], role, now, _age_limit(role))
-            for role in _ONLINE
-        }
-        documents = md.new_assign(version_of(parts[ASSIGN]) + 1, wanted, now)
-        if not fresh[ASSIGN] or md.read_targets(parts[ASSIGN]).signed.targets != documents.signed.targets:
-            parts[ASSIGN] = md.sign(documents, [self._folder.online_signer(ASSIGN, roles[ASSIGN])])
-            fresh["snapshot"] = False
-        listed = md.meta_versions(parts["snapshot"]) if parts["snapshot"] else {}
-        if not fresh["snapshot"] or listed != {r: version_of(parts[r]) for r in ("targets", ASSIGN)}:
-            snapshot = md.new_snapshot(version_of(parts["snapshot"]) + 1, targets, parts[ASSIGN], now)
-            parts["snapshot"] = md.sign(snapshot, [self._folder.online_signer("snapshot", roles["snapshot"])])
-            fresh["timestamp"] = False
-        if fresh["timestamp"]:
+        documents = dict(session.exec(select(AssignmentRow.agent_id, AssignmentRow.document)).all())
+        new = sign_changes(parts, documents, self._folder.online_signer, now, force=force)
+        if not new:
             return False
-        timestamp = md.new_timestamp(version_of(parts["timestamp"]) + 1, parts["snapshot"], now)
-        parts["timestamp"] = md.sign(timestamp, [self._folder.online_signer("timestamp", roles["timestamp"])])
-        make_set(roots, parts)  # too large a set must fail here, not at the broker
-        for role in _ONLINE:
-            self._keep(session, role, version_of(parts[role]), parts[role], now)
+        signed = parts | new
+        make_set(roots, {role: signed[role] for role in _COMMON})  # too large a set must fail here, not at the broker
+        for role, data in new.items():
+            self._keep(session, role, version_of(data), data, now)
         return True
 
     def _take_agents(self, session: Session, now: datetime) -> None:
         session.flush()
-        released = self.released(session)
         query = (
-            select(Agent)
+            select(Agent, AssignmentRow)
             .outerjoin(AssignmentRow, col(AssignmentRow.agent_id) == col(Agent.id))
             .where(
-                col(Agent.desired_bundle).in_(list(released)),
+                col(Agent.desired_bundle).in_(list(self.released(session))),
                 func.coalesce(col(AssignmentRow.generation), -1) < col(Agent.generation),
             )
         )
-        for agent in session.exec(query).all():
-            self.assign(session, agent.id, desired_of(agent), now)
+        for agent, row in session.exec(query).all():
+            _write(session, row, agent.id, desired_of(agent), now)
         idle = select(Agent.id).where(Agent.desired_bundle == "")
         session.exec(delete(AssignmentRow).where(col(AssignmentRow.agent_id).in_(idle)))
         session.flush()
@@ -220,15 +201,30 @@ class Assignments:
     # -- what is published ------------------------------------------------------------------------------------
 
     def current_set(self, session: Session) -> bytes:
-        """The retained set as it was committed; empty before the first signing."""
-        parts = {role: self._latest(session, role) for role in (*_ONLINE, "targets")}
-        if not all(parts.values()):
-            return b""
-        return make_set(self._roots(session), parts)
+        """What all agents get, as it was committed; empty before the first signing."""
+        return self._set(session, self._versions(session))
 
-    def version(self, session: Session) -> int:
-        """Of the newest timestamp: changes with every signing."""
-        return version_of(self._latest(session, "timestamp"))
+    def _set(self, session: Session, versions: Mapping[str, int]) -> bytes:
+        if not versions.keys() >= set(_COMMON):
+            return b""
+        return make_set(self._roots(session), self._load(session, {role: versions[role] for role in _COMMON}))
+
+    def bin(self, session: Session, agent_id: str) -> bytes:
+        """The bin that lists an agent, as it was signed; empty when there is none."""
+        return self._latest(session, bin_of(agent_id))
+
+    def news(self, session: Session, known: Mapping[str, int]) -> list[tuple[str, int, bytes]]:
+        """Topic, version and payload of what is newer than what is known by topic: bins first, then the set.
+
+        Whoever gets only the bins can still use what it trusts already.
+        """
+        versions = self._versions(session)
+        stale = {r: v for r, v in versions.items() if is_bin(r) and known.get(bin_topic(r)) != v}
+        found = [(bin_topic(role), stale[role], data) for role, data in self._load(session, stale).items()]
+        version = versions.get("timestamp", 0)
+        if known.get(TRUST_TOPIC, 0) != version and (data := self._set(session, versions)):
+            found.append((TRUST_TOPIC, version, data))
+        return found
 
     def is_sealed(self, session: Session, agent: Agent) -> bool:
         """Whether what the agent's row says is what was signed last."""
@@ -242,9 +238,8 @@ class Assignments:
 
     def status(self, session: Session, now: datetime) -> list[RoleStatus]:
         """Roles, keys, versions and expiry; empty before the first root."""
-        root = self._latest(session, "root")
-        parts = {role: self._latest(session, role) for role in (*_ONLINE, "targets")}
-        return status(root, parts, now) if root else []
+        parts = self._newest(session)
+        return status(parts["root"], parts, now) if "root" in parts else []
 
     def part(self, session: Session, role: str) -> bytes:
         """The newest metadata of a role; empty when there is none."""
@@ -261,6 +256,20 @@ class Assignments:
         row = session.exec(query).first()
         return row.data if row else b""
 
+    def _versions(self, session: Session) -> dict[str, int]:
+        query = select(TrustMetadata.role, func.max(TrustMetadata.version)).group_by(col(TrustMetadata.role))
+        return dict(session.exec(query).all())
+
+    def _load(self, session: Session, versions: Mapping[str, int]) -> dict[str, bytes]:
+        """Exactly these versions: what is put together belongs together, whatever another replica signs meanwhile."""
+        key = tuple_(col(TrustMetadata.role), col(TrustMetadata.version))
+        query = select(TrustMetadata.role, TrustMetadata.data).where(key.in_(list(versions.items())))
+        return dict(session.exec(query).all()) if versions else {}
+
+    def _newest(self, session: Session) -> dict[str, bytes]:
+        """The newest metadata of every role and bin."""
+        return self._load(session, self._versions(session))
+
     def _roots(self, session: Session, *, lock: bool = False) -> list[bytes]:
         query = select(TrustMetadata).where(TrustMetadata.role == "root").order_by(col(TrustMetadata.version))
         if lock:
@@ -271,14 +280,16 @@ class Assignments:
     def _keep(self, session: Session, role: str, version: int, data: bytes, now: datetime) -> None:
         if session.get(TrustMetadata, (role, version)) is None:
             session.add(TrustMetadata(role=role, version=version, data=data, created_at=now))
-        if role in _ONLINE:
+        if role in ONLINE or is_bin(role):
             old = (col(TrustMetadata.role) == role) & (col(TrustMetadata.version) <= version - _KEPT_VERSIONS)
             session.exec(delete(TrustMetadata).where(old))
         session.flush()
 
 
-def _age_limit(role: str) -> timedelta:
-    return RESIGN_AFTER if role in {"snapshot", "timestamp"} else md.LIFE[role] / 3
+def _write(session: Session, row: AssignmentRow | None, agent_id: str, desired: Desired, now: datetime) -> None:
+    row = row or AssignmentRow(agent_id=agent_id)
+    row.generation, row.document, row.updated_at = desired.generation, encode(desired), now
+    session.add(row)
 
 
 @lru_cache(maxsize=4)

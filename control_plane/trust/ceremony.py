@@ -5,20 +5,22 @@ the control plane. Root and release keys are files elsewhere: on media that are 
 signatures waits as `N.root.pending.json` (and `targets.pending.json` with it) until `add_signature` completes it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
-
-from tuf.api.metadata import Metadata, Root
+from typing import TYPE_CHECKING, Any, Final
 
 from control_plane.trust import metadata as md
-from control_plane.trust.keys import PublicKey, Signer, is_encrypted, load_key, new_key
+from control_plane.trust.keys import Signer, is_encrypted, load_key, new_key
+from control_plane.trust.sealing import is_bin
 from models.bundle import Manifest, sha256
 from models.errors import ConfigError, ConflictError, InputError
 from models.files import write_atomically
-from models.trust import ASSIGN, issued_at, version_of
+from models.trust import ASSIGN, version_of
+
+if TYPE_CHECKING:
+    from tuf.api.metadata import Metadata, Root
 
 Passphrase = Callable[[Path], str]
 """Asks for the passphrase of a key file."""
@@ -344,26 +346,23 @@ class RoleStatus:
     """Empty, `renew` after two thirds of its life, or `expired`."""
 
 
-def status(root: bytes, parts: dict[str, bytes], now: datetime) -> list[RoleStatus]:
-    """Keys, versions and expiry of every role that has metadata."""
-    found = []
-    top = md.read_root(root).signed
-    roles = md.roles_of(top)
+def status(root: bytes, parts: Mapping[str, bytes], now: datetime) -> list[RoleStatus]:
+    """Keys, versions and expiry of every role that has metadata; of the bins the one that expires first."""
+    roles = md.roles_of(md.read_root(root).signed)
     if parts.get("targets"):
         roles[ASSIGN] = md.assign_keys_of(md.read_targets(parts["targets"]).signed)
+    found = []
     for role in ("root", "targets", ASSIGN, "snapshot", "timestamp"):
         data = root if role == "root" else parts.get(role, b"")
-        keys: tuple[PublicKey, ...] = roles[role].keys if role in roles else ()
-        names = tuple(key.keyid[:12] for key in keys)
-        threshold = roles[role].threshold if role in roles else 0
-        if not data:
-            found.append(RoleStatus(role, 0, names, threshold, "", "", ""))
-            continue
-        signed = Metadata.from_bytes(data).signed
-        issued = issued_at(signed) or signed.expires - md.LIFE[role]
-        used = (now - issued) / (signed.expires - issued)
-        alarm = "expired" if now >= signed.expires else "renew" if used >= md.ALARM_SHARE else ""
-        found.append(
-            RoleStatus(role, signed.version, names, threshold, issued.isoformat(), signed.expires.isoformat(), alarm)
-        )
-    return found
+        found.append(_role_status(role, data, roles.get(role, md.RoleKeys((), 0)), now))
+    bins = [_role_status("bins", data, roles[ASSIGN], now) for role, data in parts.items() if is_bin(role)]
+    return [*found, *sorted(bins, key=lambda row: row.expires_at)[:1]]
+
+
+def _role_status(role: str, data: bytes, keys: md.RoleKeys, now: datetime) -> RoleStatus:
+    names = tuple(key.keyid[:12] for key in keys.keys)
+    if not data:
+        return RoleStatus(role, 0, names, keys.threshold, "", "", "")
+    issued, expires = md.dates_of(data)
+    alarm = "expired" if now >= expires else "renew" if now - issued >= md.ALARM_SHARE * (expires - issued) else ""
+    return RoleStatus(role, version_of(data), names, keys.threshold, issued.isoformat(), expires.isoformat(), alarm)

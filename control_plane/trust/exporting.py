@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from models.bundle import blobs_of, parse_manifest
-from models.errors import InputError
+from models.errors import ConflictError, InputError
 from models.files import write_atomically
 from models.messages import Desired, blob_topic, decode
 
-SET, DESIRED = "tuf.json", "desired.json"
+SET, BIN, DESIRED = "tuf.json", "tuf-bin.json", "desired.json"
+_TRIES = 10
 
 
 class Source(Protocol):
@@ -19,21 +20,34 @@ class Source(Protocol):
 
 
 def export_agent(source: Source, agent_id: str, to: Path) -> dict[str, Any]:
-    """Writes `tuf.json`, `desired.json` and every blob of the bundle under the path of its topic.
+    """Writes `tuf.json`, `tuf-bin.json`, `desired.json` and every blob of the bundle under the path of its topic.
 
     Raises:
         InputError: `export.not_empty`; `trust.unknown`: nothing is assigned to this agent.
+        ConflictError: `export.changing`.
     """
     if to.exists() and any(to.iterdir()):
         raise InputError("export.not_empty", f"{to} is not empty.", expected="a new folder", got=str(to))
-    document = bytes(source.get(f"/api/v1/agents/{agent_id}/assignment"))
-    desired = decode(document, Desired)
+    signed = _signed(source, agent_id)
+    desired = decode(signed[DESIRED], Desired)
     manifest = parse_manifest(bytes(source.get(f"/api/v1/blobs/{desired.bundle}")), digest=desired.bundle)
     blobs = blobs_of(manifest, lambda entry: bytes(source.get(f"/api/v1/blobs/{entry.sha256}")))
-    files = {blob_topic(digest): data for digest, data in blobs}
-    files |= {DESIRED: document, SET: bytes(source.get("/api/v1/trust/set"))}
+    files = {blob_topic(digest): data for digest, data in blobs} | signed
     for name, data in files.items():
         path = to / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
     return {"files": len(files), "bytes": sum(map(len, files.values())), "bundle": desired.bundle}
+
+
+def _signed(source: Source, agent_id: str) -> dict[str, bytes]:
+    """What belongs together: every signing changes the set, so what was read while it stayed the same is one."""
+    paths = {DESIRED: f"/api/v1/agents/{agent_id}/assignment", BIN: f"/api/v1/agents/{agent_id}/bin"}
+    before = bytes(source.get("/api/v1/trust/set"))
+    for _ in range(_TRIES):
+        found = {name: bytes(source.get(path)) for name, path in paths.items()}
+        after = bytes(source.get("/api/v1/trust/set"))
+        if after == before:
+            return found | {SET: after}
+        before = after
+    raise ConflictError("export.changing", "Assignments change all the time; export once the rollout is quiet.")

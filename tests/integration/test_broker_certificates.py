@@ -21,13 +21,14 @@ from control_plane.identity.certificates import (
     issue_server,
 )
 from control_plane.identity.publication import publish_admission, refresh_site
-from models.messages import KEEP_ALIVE_S
+from models.messages import KEEP_ALIVE_S, bin_of, bin_topic
 from tests.simulators.mqtt_probe import OPENED, Probe, close_probes, packet, text
 from tests.simulators.processes import wait_until
 from tests.simulators.site import Site, embedded_mtls, key_text, make_site, mosquitto_mtls, new_key
 
 AGENTS = "sortline/v1/agents"
 BLOB = f"sortline/v1/blobs/{'ab' * 32}"
+BIN = bin_topic(bin_of("line-1"))
 BROKERS = [
     pytest.param(embedded_mtls, id="embedded"),
     pytest.param(mosquitto_mtls, id="mosquitto", marks=pytest.mark.mosquitto),
@@ -107,6 +108,9 @@ TOPICS = (
     f"{AGENTS}/line-1/batch/deeper",
     f"{AGENTS}/batch",
     "sortline/v1/tuf",
+    BIN,
+    f"sortline/v1/tuf/{bin_of('line-2')}",
+    f"{BIN}/deeper",
     "sortline/v1/sentinel",
     BLOB,
     f"{BLOB}/0",
@@ -118,6 +122,7 @@ MAY_PUBLISH = {f"{AGENTS}/line-1/{channel}" for channel in SAYS}
 MAY_RECEIVE = {
     *(f"{AGENTS}/line-1/{channel}" for channel in HEARS),
     "sortline/v1/tuf",
+    BIN,
     "sortline/v1/sentinel",
     BLOB,
 }
@@ -188,7 +193,9 @@ def test_an_agent_receives_its_own_and_what_is_for_all(shared: Place, how: str) 
             assert plane.wait_for(4)
 
 
-@pytest.mark.parametrize("wanted", ["#", "sortline/#", f"{AGENTS}/+/desired", f"{AGENTS}/#", "$SYS/#", "+/+/+/+/+"])
+@pytest.mark.parametrize(
+    "wanted", ["#", "sortline/#", f"{AGENTS}/+/desired", f"{AGENTS}/#", "$SYS/#", "+/+/+/+/+", "sortline/v1/tuf/+"]
+)
 def test_a_wildcard_brings_an_agent_nothing_that_is_not_its_own(shared: Place, wanted: str) -> None:
     plane, agent = shared.plane("bulk"), shared.agent()
     codes = agent.subscribe((wanted, 1))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import pytest
 from control_plane.broker.access import Role, add_identities
 from control_plane.client import Client
 from models.errors import ConflictError, SortlineError
-from models.messages import TRUST_TOPIC, Channel, Desired, Phase, agent_topic, encode
+from models.messages import Channel, Desired, Phase, agent_topic, encode
 from tests.integration.test_whole_system import Plane, agent, end
 from tests.simulators.processes import embedded_broker, free_port, running, wait_until
 from tests.simulators.site import embedded_mtls, make_site
 from tests.simulators.tiny_bundle import tiny_bundle
-from tests.simulators.trust_repository import Repository
+from tests.simulators.trust_repository import Repository, Signed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,10 +44,10 @@ def test_what_a_thief_publishes_changes_nothing_on_a_running_line(tmp_path: Path
             thief.client = plane.client
             evil = thief.offer(tmp_path / "evil")
 
-            def publish(signed: bytes | None, document: bytes, refusal: str) -> None:
+            def publish(signed: Signed | None, document: bytes, refusal: str) -> None:
                 before = plane.reported.counters.get(f"refused_{refusal}", 0)
                 if signed is not None:
-                    plane.client.publish(TRUST_TOPIC, signed, 1, True)
+                    plane.give(signed)
                 plane.client.publish(agent_topic("line-1", Channel.DESIRED), document, 1, True)
                 wait_until(
                     lambda: plane.reported.counters.get(f"refused_{refusal}", 0) > before, 30, f"a refusal: {refusal}"
@@ -58,6 +59,8 @@ def test_what_a_thief_publishes_changes_nothing_on_a_running_line(tmp_path: Path
             publish(None, encode(Desired(generation=3, bundle=evil)), "trust.wrong_assignment")
             publish(stranger.seal(), stranger.assign("line-1", evil, 4), "trust.unsigned")
             publish(old_set, old_document, "trust.rollback")
+            held_back = repository.assign("line-1", good, 4)
+            publish(replace(repository.seal(), bins=old_set.bins), held_back, "trust.mixed")
             plane.wish(good, 5)
             wait_until(lambda: plane.reported.generation == 5, 30, "the true one again")
         finally:
@@ -174,7 +177,7 @@ def test_a_plant_with_offline_keys_from_ceremony_to_stick(
         assert client.get("/api/v1/agents/line-1")["reported"]["trust"]["root_version"] == "2"
         rows = json.loads(sortline("keys", "status", "--server", url, "--json"))["roles"]
         assert {row["role"]: row["alarm"] for row in rows} == dict.fromkeys(
-            ("root", "targets", "assign", "snapshot", "timestamp"), ""
+            ("root", "targets", "assign", "snapshot", "timestamp", "bins"), ""
         )
         # The same line without network: what the stick carries is verified the same way.
         assert end(online) == 0

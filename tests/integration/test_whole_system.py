@@ -30,6 +30,8 @@ from models.messages import (
     Reported,
     ShadowPhase,
     agent_topic,
+    bin_of,
+    bin_topic,
     blob_topic,
     decode,
     decode_batch,
@@ -40,7 +42,7 @@ from models.windows import Window
 from tests.simulators.processes import free_port, running, wait_until
 from tests.simulators.site import Site, embedded_mtls, make_site, mosquitto_mtls
 from tests.simulators.tiny_bundle import tiny_bundle
-from tests.simulators.trust_repository import Repository
+from tests.simulators.trust_repository import Repository, Signed
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKERS = [
@@ -109,8 +111,12 @@ class Plane:
 
     def wish(self, digest: str, generation: int, **options: object) -> None:
         document = self.repository.assign("line-1", digest, generation, **({"trial_items": 10} | options))
-        self.client.publish(TRUST_TOPIC, self.repository.seal(), 1, True)
+        self.give(self.repository.seal())
         self.client.publish(agent_topic("line-1", Channel.DESIRED), document, 1, True)
+
+    def give(self, signed: Signed) -> None:
+        self.client.publish(bin_topic(bin_of("line-1")), signed.bin(), 1, True)
+        self.client.publish(TRUST_TOPIC, signed.set, 1, True)
 
     def phase(self, phase: Phase, digest: str) -> bool:
         found = self.reported

@@ -10,8 +10,8 @@ from control_plane.trust import ceremony
 from control_plane.trust import metadata as md
 from control_plane.trust.keys import Signer, load_key
 from models.bundle import Chunk, FileEntry, Manifest, sha256
-from models.messages import Desired, encode
-from models.trust import ASSIGN, Outcome, make_set, verify, version_of
+from models.messages import Desired, bin_of, encode
+from models.trust import ASSIGN, ROLES, Outcome, make_set, verify, version_of
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 PASSPHRASE = "correct horse battery"
@@ -22,6 +22,18 @@ def manifest(name: str = "apples", content: bytes = b"model") -> Manifest:
     return Manifest(
         name=name, files=(FileEntry(path="card.md", size_bytes=5, sha256=digest, chunks=(Chunk(digest, 5),)),)
     )
+
+
+@dataclass(frozen=True)
+class Signed:
+    """What travels: the set for all, and bins by name."""
+
+    set: bytes
+    bins: dict[str, bytes] = field(default_factory=dict)
+
+    def bin(self, agent_id: str = "line-1") -> bytes:
+        """What this agent gets; empty when there is none."""
+        return self.bins.get(bin_of(agent_id), b"")
 
 
 @dataclass
@@ -72,24 +84,36 @@ class Repository:
         roles[ASSIGN] = md.assign_keys_of(md.read_targets(self.folder.targets).signed)
         return self.folder.online_signer(role, roles[role])
 
-    def seal(self) -> bytes:
-        """Signs assign, snapshot and timestamp; returns the set."""
-        new = {role: version_of(self.parts.get(role, b"")) + 1 for role in (ASSIGN, "snapshot", "timestamp")}
-        assign = md.new_assign(new[ASSIGN], self.assignments, self.now)
-        self.parts[ASSIGN] = md.sign(assign, [self.online(ASSIGN)])
-        snapshot = md.new_snapshot(new["snapshot"], self.parts["targets"], self.parts[ASSIGN], self.now)
+    def seal(self) -> Signed:
+        """Signs assign, bins, snapshot and timestamp."""
+        keys = md.assign_keys_of(md.read_targets(self.folder.targets).signed)
+        self.parts[ASSIGN] = md.sign(md.new_assign(self._next(ASSIGN), keys, self.now), [self.online(ASSIGN)])
+        for name in {bin_of(agent) for agent in self.assignments} | {part for part in self.parts if part not in ROLES}:
+            here = {agent: data for agent, data in self.assignments.items() if bin_of(agent) == name}
+            self.parts[name] = md.sign(md.new_bin(self._next(name), here, self.now), [self.online(ASSIGN)])
+        return self.bind()
+
+    def bind(self) -> Signed:
+        """Signs what belongs together: snapshot and timestamp."""
+        parts = {role: data for role, data in self.parts.items() if role not in {"snapshot", "timestamp"}}
+        snapshot = md.new_snapshot(self._next("snapshot"), parts, self.now)
         self.parts["snapshot"] = md.sign(snapshot, [self.online("snapshot")])
         return self.stamp()
 
-    def stamp(self) -> bytes:
+    def stamp(self) -> Signed:
         """Signs a new timestamp only."""
-        version = version_of(self.parts.get("timestamp", b"")) + 1
-        timestamp = md.new_timestamp(version, self.parts["snapshot"], self.now)
+        timestamp = md.new_timestamp(self._next("timestamp"), self.parts["snapshot"], self.now)
         self.parts["timestamp"] = md.sign(timestamp, [self.online("timestamp")])
         return self.set()
 
-    def set(self, **parts: bytes) -> bytes:
-        return make_set(self.folder.roots(), self.parts | parts)
+    def _next(self, role: str) -> int:
+        return version_of(self.parts.get(role, b"")) + 1
+
+    def set(self, **changed: bytes) -> Signed:
+        """What is current, with some parts replaced."""
+        parts = self.parts | changed
+        bins = {name: data for name, data in parts.items() if name not in ROLES}
+        return Signed(make_set(self.folder.roots(), {role: parts[role] for role in ROLES}), bins)
 
     def later(self, **span: float) -> None:
         self.now += timedelta(**span)
@@ -105,10 +129,11 @@ class Device:
     trusted: bytes = b""
     runs: int = 0
 
-    def verify(self, offered: bytes, document: bytes | None, now: datetime = NOW) -> Outcome:
+    def verify(self, offered: Signed, document: bytes | None, now: datetime = NOW) -> Outcome:
         self.runs += 1
         outcome = verify(
-            offered,
+            offered.set,
+            offered.bin(self.agent_id),
             document,
             agent_id=self.agent_id,
             anchor=self.anchor,
