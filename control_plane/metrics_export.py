@@ -73,6 +73,10 @@ class FleetCollector:
         connected = GaugeMetricFamily("sortline_broker_connected", "Both connections to the broker stand")
         connected.add_metric([], float(self._services.fleet.connected))
         yield connected
+        full = GaugeMetricFamily("sortline_trust_fill_ratio", "Signed metadata / what brokers carry", labels=["part"])
+        for part, share in sorted(self._services.fleet.assignments.fill.items()):
+            full.add_metric([part], share)
+        yield full
         uptime = GaugeMetricFamily("sortline_uptime_seconds", "Since this process started")
         uptime.add_metric([], time.monotonic() - self._services.started_s)
         yield uptime

@@ -10,8 +10,10 @@ from fastapi.testclient import TestClient
 from control_plane.api.services import Services
 from control_plane.cli import main
 from control_plane.config import ControlPlaneConfig, ServerConfig, load_control_plane_config
+from control_plane.database import reading
 from control_plane.pages import charts
 from control_plane.pages.live import Feed
+from control_plane.tables import utc_now
 from models.bundle import pack, read_bundle
 from models.errors import ConfigError
 from models.messages import Channel, Event, Live, Phase, Presence, agent_topic, encode
@@ -145,7 +147,10 @@ def test_probes_and_metrics(client: TestClient, services: Services, tmp_path: Pa
     ready = client.get("/readyz")
     assert ready.status_code == 200
     assert ready.json()["checks"]["database"] == "ok"
+    with reading(services.engine) as session:
+        services.fleet.assignments.look(session, utc_now())
     text = client.get("/metrics").text
+    assert re.search(r'^sortline_trust_fill_ratio\{part="set"\} 0\.0\d', text, re.MULTILINE)
     assert 'sortline_agent_state{agent="line-1",sortline_agent_state="good"} 1.0' in text
     assert re.search(r'^sortline_fleet_messages_total\{what="stored"\} 2\.0', text, re.MULTILINE)
     for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE):

@@ -1,19 +1,22 @@
 """The control plane signs assignments: in one transaction, nothing unreleased, the same versions never twice."""
 
+import itertools
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+import typer
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import col, select
 
+from control_plane.cli import keys
 from control_plane.database import migrate, open_database, reading, writing
 from control_plane.tables import Agent, TrustMetadata
 from control_plane.trust import ceremony
 from control_plane.trust.assignments import Assignments
-from models.errors import ConfigError, ConflictError, InputError, SortlineError
+from models.errors import ConfigError, ConflictError, InputError, SortlineError, TrustError
 from models.messages import TRUST_TOPIC, Desired, bin_of, bin_topic
 from models.trust import ASSIGN, parse_set, version_of
 from tests.simulators.trust_repository import NOW, PASSPHRASE, Device, Repository, Signed
@@ -249,6 +252,29 @@ def test_rotated_online_keys_come_into_force_with_their_root(
         assign(engine, assignments, {}, NOW + timedelta(hours=3))
 
 
+def test_people_are_told_before_a_bin_is_too_large_for_a_broker_and_then_nothing_is_committed(
+    engine: Engine, repository: Repository, assignments: Assignments
+) -> None:
+    digest = release(engine, repository, assignments)
+    names = (name for n in itertools.count() if bin_of(name := f"line-{n:050}") == bin_of("line-1"))
+    crowd = {name: Desired(generation=1, bundle=digest) for name in itertools.islice(names, 900)}
+
+    def told(agents: int) -> str:
+        assign(engine, assignments, dict(itertools.islice(crowd.items(), agents)))
+        with reading(engine) as session:
+            assignments.look(session, NOW)
+        return assignments.kind
+
+    assert told(500) == "ok"
+    assert told(600) == f"signatures: bin {assignments.fill['bin']:.0%} full (sortline keys status)"
+    assert 0.8 <= assignments.fill["bin"] < 1.0
+    last = next(reversed(crowd))
+    with pytest.raises(TrustError) as caught:
+        told(900)
+    assert caught.value.code == "trust.oversize"
+    assert published(engine, assignments, last)[1] == b""
+
+
 def test_a_changed_row_is_signed_once_and_a_cleared_one_is_forgotten(
     engine: Engine, repository: Repository, assignments: Assignments
 ) -> None:
@@ -333,3 +359,16 @@ def test_ceremonies_refuse_what_makes_no_sense(repository: Repository) -> None:
         ceremony.withdraw(repository.parts["targets"], folder.root, "a" * 64, repository.release_key, NOW)
     with pytest.raises(InputError, match="Name the root keys"):
         ceremony.initialise(ceremony.Folder(repository.root / "x"), [], Path("y"), lambda _: PASSPHRASE, NOW)
+
+
+def test_the_command_for_people_fails_when_something_is_nearly_full(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    found = {"development": False, "roles": [], "fill": {"set": 0.79, "bin": 0.8}}
+    monkeypatch.setattr(keys, "_remote_status", lambda _server: found)
+    with pytest.raises(typer.Exit) as caught:
+        keys.status()
+    assert caught.value.exit_code == 1
+    told = capsys.readouterr().err
+    assert "bin 80% full" in told
+    assert "set" not in told
+    found["fill"]["bin"] = 0.5
+    keys.status()

@@ -17,7 +17,7 @@ Given = Annotated[Services, Depends(services_of)]
 
 @router.get("/trust")
 def show_trust(services: Given) -> dict[str, Any]:
-    """Roles with keys, versions and expiry, and the released bundles."""
+    """Roles with keys, versions and expiry, how full what travels is, and the released bundles."""
     found = services.fleet.assignments
     with reading(services.engine) as session:
         roles = found.status(session, utc_now())
@@ -25,6 +25,7 @@ def show_trust(services: Given) -> dict[str, Any]:
             "kind": found.kind,
             "development": found.development(session),
             "roles": [asdict(role) for role in roles],
+            "fill": found.fill,
             "released": found.released(session) if roles else {},
         }
 

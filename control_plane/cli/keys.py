@@ -187,13 +187,24 @@ def status(
     server: Server = "",
     as_json: AsJson = False,
 ) -> None:
-    """Roles, keys, versions, expiry; an alarm from two thirds of a life on (exit status 1 when there is one)."""
+    """Roles, keys, versions, expiry; an alarm from two thirds of a life on, or 80 % of the size (exit status 1)."""
+    from control_plane.trust.sealing import FULL_SHARE  # noqa: PLC0415
+
     found = _local_status(trust) if trust is not None else _remote_status(server)
     say(found, as_json=as_json, table=_status_table)
     if found["development"]:
         warn_development()
-    if any(role["alarm"] for role in found["roles"]):
+    full = {part: share for part, share in found["fill"].items() if share >= FULL_SHARE}
+    for part, share in full.items():
+        err.print(f"[bold red]{part} {share:.0%} full[/]: {_CURES[part]}")
+    if full or any(role["alarm"] for role in found["roles"]):
         raise typer.Exit(1)
+
+
+_CURES = {
+    "set": "withdraw bundles that nobody shall start any more",
+    "bin": "too many agents for one control plane; give some of them another",
+}
 
 
 def _remote_status(server: str) -> dict[str, Any]:
@@ -207,7 +218,7 @@ def _local_status(trust: Path) -> dict[str, Any]:
 
     folder = ceremony.Folder(trust)
     rows = ceremony.status(folder.root, {"targets": folder.targets}, datetime.now(UTC))
-    return {"development": _development(folder.root), "roles": [asdict(row) for row in rows]}
+    return {"development": _development(folder.root), "roles": [asdict(row) for row in rows], "fill": {}}
 
 
 def _status_table(found: dict[str, Any]) -> Table:

@@ -17,7 +17,7 @@ from sqlmodel import Session, col, delete, desc, select
 from control_plane.tables import Agent, AssignmentRow, TrustMetadata
 from control_plane.trust import metadata as md
 from control_plane.trust.ceremony import Folder, RoleStatus, status
-from control_plane.trust.sealing import ONLINE, is_bin, sign_changes
+from control_plane.trust.sealing import FULL_SHARE, ONLINE, fill, is_bin, sign_changes
 from models.errors import ConflictError
 from models.messages import TRUST_TOPIC, Desired, Mode, Swap, bin_of, bin_topic, encode
 from models.trust import is_development, make_set, version_of
@@ -54,6 +54,8 @@ class Assignments:
         self._folder = folder
         self.kind = NO_KEYS
         """For people, without asking the database: real keys, development keys or none."""
+        self.fill: dict[str, float] = {}
+        """See `sealing.fill`; as it was looked at last."""
         roots = folder.roots()
         if roots:
             self._see(roots[-1])
@@ -94,6 +96,8 @@ class Assignments:
         if "root" not in parts:
             return
         late = [f"{row.role} {row.alarm}" for row in status(parts["root"], parts, now) if row.alarm]
+        self.fill = fill(self.current_set(session), parts)
+        late += [f"{part} {share:.0%} full" for part, share in self.fill.items() if share >= FULL_SHARE]
         self._see(parts["root"])
         if late:
             self.kind = f"signatures: {', '.join(late)} (sortline keys status)"

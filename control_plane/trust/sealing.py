@@ -12,11 +12,13 @@ from control_plane.trust import metadata as md
 from control_plane.trust.keys import Signer
 from models.bundle import sha256
 from models.messages import BIN_PREFIX, assignment_path, bin_of
-from models.trust import ASSIGN, check_size, version_of
+from models.trust import ASSIGN, MAX_SET_BYTES, check_size, version_of
 
 RESIGN_AFTER: Final = timedelta(hours=1)
 """Timestamp and snapshot are signed again so often, although they live seven days: a freeze shows within hours."""
 _THIRD: Final = md.LIFE[ASSIGN] / 3
+FULL_SHARE: Final = 0.8
+"""Of what a broker carries: from here on people are told."""
 ONLINE: Final = (ASSIGN, "snapshot", "timestamp")
 """Beside the bins, which the keys of `assign` sign."""
 
@@ -74,6 +76,15 @@ def sign_changes(
         timestamp = md.new_timestamp(next_version("timestamp"), new.get("snapshot") or parts["snapshot"], now)
         new["timestamp"] = md.sign(timestamp, [signer_of("timestamp", keys["timestamp"])])
     return new
+
+
+def fill(common: bytes, parts: Mapping[str, bytes]) -> dict[str, float]:
+    """How full the set and the fullest bin are, as a share of what may travel.
+
+    The set grows with released bundles and roots, a bin with agents.
+    """
+    largest = max((len(data) for role, data in parts.items() if is_bin(role)), default=0)
+    return {"set": len(common) / MAX_SET_BYTES, "bin": largest / MAX_SET_BYTES}
 
 
 def _by_bin(documents: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:
