@@ -28,7 +28,8 @@ from control_plane.trust.assignments import Assignments
 from control_plane.trust.sealing import is_bin, sign_changes
 from models.bundle import Chunk, FileEntry, Manifest, sha256
 from models.messages import Desired, bin_of, encode
-from models.trust import MAX_SET_BYTES, ROLES, make_set, verify
+from models.signed_set import MAX_SET_BYTES, ROLES, make_set
+from models.trust import verify
 
 _SIGNATURES = 7
 """That a set without rotations has an agent check: the root twice, timestamp, snapshot, targets, assign, bin."""

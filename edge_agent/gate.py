@@ -26,6 +26,7 @@ from edge_agent.config import TrustConfig
 from models.bundle import sha256
 from models.errors import MessageError, SortlineError, TrustError
 from models.messages import MAX_CONTROL_BYTES, Desired, Fault, decode
+from models.signed_set import MAX_SET_BYTES
 
 log = logging.getLogger("sortline.gate")
 _APART: Final = frozenset({"trust.wrong_assignment", "trust.not_assigned", "trust.incomplete", "trust.mixed"})
@@ -36,7 +37,6 @@ _PARTS: Final = 3
 _SPACING_S: Final = 0.5
 _CLOCK_ALARM_S: Final = 300
 _LONGEST_RETRY_S: Final = 600.0
-_MAX_SET_BYTES: Final = 120 * 1024
 
 
 class Host(Protocol):
@@ -219,9 +219,9 @@ def places(root: Path, config: TrustConfig) -> tuple[Path, Path]:
 
 
 def _check_size(payload: bytes) -> None:
-    if len(payload) > _MAX_SET_BYTES:
+    if len(payload) > MAX_SET_BYTES:
         raise MessageError(
-            "message.oversize", "Signed metadata is too large.", expected=_MAX_SET_BYTES, got=len(payload)
+            "message.oversize", "Signed metadata is too large.", expected=MAX_SET_BYTES, got=len(payload)
         )
 
 

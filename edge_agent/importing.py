@@ -16,10 +16,10 @@ from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, InputError, SortlineError
 from models.files import sync_directory
 from models.messages import BLOBS, MAX_CONTROL_BYTES, Desired, decode
+from models.signed_set import MAX_SET_BYTES
 
 log = logging.getLogger("sortline.importing")
 SET, BIN, DESIRED, STAGED = "tuf.json", "tuf-bin.json", "desired.json", "import"
-_MAX_SET_BYTES: Final = 120 * 1024
 _MAX_FILES: Final = 20_000
 
 
@@ -37,7 +37,7 @@ def read_export(source: Path) -> Export:
     Raises:
         InputError: `import.not_an_export`.
     """
-    limits = {SET: _MAX_SET_BYTES, BIN: _MAX_SET_BYTES, DESIRED: MAX_CONTROL_BYTES}
+    limits = {SET: MAX_SET_BYTES, BIN: MAX_SET_BYTES, DESIRED: MAX_CONTROL_BYTES}
     return Export(*(_read(source / name, limit) for name, limit in limits.items()))
 
 

@@ -19,7 +19,8 @@ import msgspec
 from models.errors import SortlineError, TrustError
 from models.files import write_atomically
 from models.messages import MAX_CONTROL_BYTES, Desired, Fault
-from models.trust import MAX_SET_BYTES, MAX_TRUSTED_BYTES, Outcome, parse_set, verify
+from models.signed_set import MAX_SET_BYTES, MAX_TRUSTED_BYTES, parse_set
+from models.trust import Outcome, verify
 
 TRUSTED = "trusted.json"
 MAX_ROOT_BYTES = 64 * 1024

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 from tuf.api.exceptions import (
@@ -42,39 +42,22 @@ from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from models.errors import MessageError, TrustError
 from models.messages import Desired, assignment_path, bin_of, decode
+from models.signed_set import (
+    BIN,
+    MAX_ROOTS,
+    MAX_SET_BYTES,
+    MAX_TRUSTED_BYTES,
+    ROLES,
+    TrustSet,
+    check_size,
+    is_development,
+    parse_set,
+    set_of,
+    version_of,
+)
 
-MAX_SET_BYTES: Final = 120 * 1024
-"""Of the set, and of a bin: fits the payload limit of every broker we know of."""
-MAX_TRUSTED_BYTES: Final = 4 * MAX_SET_BYTES
-MAX_ROOTS: Final = 64
 MAX_MANIFEST_BYTES: Final = 120 * 1024
 """As in `models.bundle`, which would bring numpy into a process that lives for half a second."""
-ASSIGN: Final = "assign"
-"""The delegated role that spreads assignments over bins; terminating, paths `assign/*`."""
-ROLES: Final = ("timestamp", "snapshot", "targets", ASSIGN)
-"""What all agents get."""
-BIN: Final = "bin"
-"""What one agent gets beside: the role `models.messages.bin_of` of it."""
-_ABSENT: Final = msgspec.Raw(b"null")
-
-
-class TrustSet(msgspec.Struct, frozen=True, kw_only=True):
-    """Signed metadata as it travels and as it is kept; each part exactly as it was signed, byte for byte."""
-
-    schema_version: Literal[1] = 1
-    roots: tuple[msgspec.Raw, ...] = ()
-    """Root chain, oldest first."""
-    timestamp: msgspec.Raw = _ABSENT
-    snapshot: msgspec.Raw = _ABSENT
-    targets: msgspec.Raw = _ABSENT
-    assign: msgspec.Raw = _ABSENT
-    bin: msgspec.Raw = _ABSENT
-    """Of the agent that keeps the set; travels apart from the rest."""
-
-    def part(self, role: str) -> bytes:
-        """A role's metadata; empty when there is none."""
-        data = bytes(getattr(self, role))
-        return b"" if data == b"null" else data
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,72 +84,6 @@ class Outcome:
     assignment: Assignment | None = None
     error: TrustError | None = None
     facts: dict[str, str] = field(default_factory=dict)
-
-
-def make_set(roots: list[bytes], parts: dict[str, bytes]) -> bytes:
-    """The document of these metadata files. Law: `parse_set(make_set(r, p))` gives the same bytes back.
-
-    Raises:
-        TrustError: `trust.oversize`: it would not fit through a broker.
-    """
-    data = msgspec.json.encode(_set_of(roots, parts))
-    check_size(data, "The set of signed metadata")
-    return data
-
-
-def _set_of(roots: list[bytes], parts: dict[str, bytes]) -> TrustSet:
-    found = TrustSet(roots=tuple(msgspec.Raw(root) for root in roots))
-    return msgspec.structs.replace(found, **{role: msgspec.Raw(data) for role, data in parts.items() if data})
-
-
-def parse_set(data: bytes, limit: int = MAX_SET_BYTES) -> TrustSet:
-    """Reads a set; verifies nothing.
-
-    Args:
-        data: As it came.
-        limit: In bytes.
-
-    Raises:
-        TrustError: `trust.oversize`, `trust.malformed`, `trust.wrong_version`.
-    """
-    check_size(data, "The set of signed metadata", limit)
-    try:
-        found = msgspec.json.decode(data, type=TrustSet)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise _explain(data, error) from error
-    if len(found.roots) > MAX_ROOTS:
-        raise TrustError("trust.malformed", "Too many roots.", expected=f"<= {MAX_ROOTS}", got=len(found.roots))
-    return found
-
-
-class _Claims(msgspec.Struct):
-    version: int
-    development: bool = False
-
-
-class _Signed(msgspec.Struct):
-    signed: _Claims
-
-
-class _Versioned(msgspec.Struct):
-    schema_version: int = 1
-
-
-def _claims(data: bytes) -> _Claims:
-    try:
-        return msgspec.json.decode(data, type=_Signed).signed
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return _Claims(0)
-
-
-def version_of(data: bytes) -> int:
-    """The version a metadata file claims; 0 when it is none."""
-    return _claims(data).version
-
-
-def is_development(root: bytes) -> bool:
-    """Whether a root says that its keys were made for development: all on one machine, threshold 1."""
-    return _claims(root).development
 
 
 def verify(
@@ -351,7 +268,7 @@ def _parts(kept: TrustSet) -> dict[str, bytes]:
 def _collect(folder: Path, names: dict[str, str]) -> TrustSet:
     roots = sorted((p.read_bytes() for p in (folder / "root_history").glob("*.root.json")), key=version_of)
     paths = {part: folder / f"{name}.json" for part, name in names.items()}
-    return _set_of(roots, {part: path.read_bytes() for part, path in paths.items() if path.exists()})
+    return set_of(roots, {part: path.read_bytes() for part, path in paths.items() if path.exists()})
 
 
 def _check_anchor(anchor: bytes) -> None:
@@ -478,25 +395,3 @@ def _facts(kept: TrustSet) -> dict[str, str]:
         if is_development(bytes(kept.roots[-1])):
             facts["development"] = "yes"
     return facts
-
-
-def check_size(data: bytes, what: str, limit: int = MAX_SET_BYTES) -> None:
-    """Whether it fits through a broker.
-
-    Raises:
-        TrustError: `trust.oversize`.
-    """
-    if len(data) > limit:
-        raise TrustError("trust.oversize", f"{what} is too large.", expected=f"<= {limit} bytes", got=len(data))
-
-
-def _explain(data: bytes, error: Exception) -> TrustError:
-    try:
-        version = msgspec.json.decode(data, type=_Versioned).schema_version
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        version = 1
-    if version != 1:
-        return TrustError(
-            "trust.wrong_version", "The set has a schema version this program does not know.", expected=1, got=version
-        )
-    return TrustError("trust.malformed", "This is no set of signed metadata.", got=str(error)[:200])

@@ -18,7 +18,7 @@ from control_plane.trust import ceremony
 from control_plane.trust.assignments import Assignments
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, TrustError
 from models.messages import TRUST_TOPIC, Desired, bin_of, bin_topic
-from models.trust import ASSIGN, parse_set, version_of
+from models.signed_set import ASSIGN, parse_set, version_of
 from tests.simulators.trust_repository import NOW, PASSPHRASE, Device, Repository, Signed
 
 

@@ -9,7 +9,7 @@ from control_plane.api.services import Services, services_of
 from control_plane.database import audit, reading, writing
 from control_plane.tables import utc_now
 from models.errors import InputError
-from models.trust import parse_set, version_of
+from models.signed_set import parse_set, version_of
 
 router = APIRouter(prefix="/api/v1", tags=["trust"])
 Given = Annotated[Services, Depends(services_of)]

@@ -38,7 +38,7 @@ def _passphrase(file: Path | None, *, confirm: bool = False) -> Callable[[Path],
 
 
 def _warn_of(root: bytes) -> None:
-    from models.trust import is_development  # noqa: PLC0415
+    from models.signed_set import is_development  # noqa: PLC0415
 
     if is_development(root):
         warn_development()
@@ -107,7 +107,7 @@ def rotate(
 
 
 def _development(root: bytes) -> bool:
-    from models.trust import is_development  # noqa: PLC0415
+    from models.signed_set import is_development  # noqa: PLC0415
 
     return is_development(root)
 
@@ -161,7 +161,7 @@ def push(trust: Trust = DEFAULT_TRUST, server: Server = "") -> None:
     """Bring roots and targets of a folder to the control plane, which verifies them like anybody would."""
     from control_plane.client import Client  # noqa: PLC0415
     from control_plane.trust.ceremony import Folder  # noqa: PLC0415
-    from models.trust import make_set  # noqa: PLC0415
+    from models.signed_set import make_set  # noqa: PLC0415
 
     folder = Folder(trust)
     data = make_set(folder.roots(), {"targets": folder.targets})
@@ -174,7 +174,7 @@ def pull(trust: Trust = DEFAULT_TRUST, server: Server = "") -> None:
     """Bring a folder up to what the control plane has by now; do this before a ceremony. Everything is verified."""
     from control_plane.client import Client  # noqa: PLC0415
     from control_plane.trust.ceremony import Folder, follow  # noqa: PLC0415
-    from models.trust import parse_set  # noqa: PLC0415
+    from models.signed_set import parse_set  # noqa: PLC0415
 
     known = parse_set(Client(server).get("/api/v1/trust/set"))
     new = follow(Folder(trust), [bytes(root) for root in known.roots], known.part("targets"))
@@ -287,7 +287,7 @@ def _change_released(
     """Changes what is released; returns the digest of the bundle."""
     from control_plane.client import Client  # noqa: PLC0415
     from control_plane.trust import ceremony  # noqa: PLC0415
-    from models.trust import make_set, parse_set  # noqa: PLC0415
+    from models.signed_set import make_set, parse_set  # noqa: PLC0415
 
     client = Client(server)
     digest = str(client.get(f"/api/v1/versions/{reference}")["bundle"])

@@ -17,7 +17,7 @@ from control_plane.trust.sealing import is_bin
 from models.bundle import Manifest, sha256
 from models.errors import ConfigError, ConflictError, InputError
 from models.files import write_atomically
-from models.trust import ASSIGN, version_of
+from models.signed_set import ASSIGN, version_of
 
 if TYPE_CHECKING:
     from tuf.api.metadata import Metadata, Root

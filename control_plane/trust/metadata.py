@@ -29,7 +29,7 @@ from control_plane.trust.keys import PublicKey, Signer
 from models.bundle import sha256
 from models.errors import InputError
 from models.messages import BIN_BITS, BIN_PREFIX, assignment_path
-from models.trust import ASSIGN, version_of
+from models.signed_set import ASSIGN, version_of
 
 LIFE: Final[dict[str, timedelta]] = {
     "root": timedelta(days=3 * 365),

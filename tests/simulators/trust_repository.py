@@ -11,7 +11,8 @@ from control_plane.trust import metadata as md
 from control_plane.trust.keys import Signer, load_key
 from models.bundle import Chunk, FileEntry, Manifest, sha256
 from models.messages import Desired, bin_of, encode
-from models.trust import ASSIGN, ROLES, Outcome, make_set, verify, version_of
+from models.signed_set import ASSIGN, ROLES, make_set, version_of
+from models.trust import Outcome, verify
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 PASSPHRASE = "correct horse battery"
