@@ -27,6 +27,7 @@ from sqlmodel import select
 
 from benchmarks import broker as broker_cost
 from benchmarks.figures import Figures, Row
+from benchmarks.flood import came_back, flood
 from benchmarks.plots import Chart, render
 from benchmarks.receivers import WHOLE_TOPIC
 from control_plane.api.services import Services
@@ -465,10 +466,23 @@ def cost(figures: Figures, scratch: Path, *, quick: bool) -> None:
     figures.table("CPU per message, embedded broker", rows, {name: ("<=", 1.7) for name, _, _ in rows})
 
 
+# -- rogues and crowds ----------------------------------------------------------------------------------------
+
+
+def floods(figures: Figures, scratch: Path, kinds: list[str], *, quick: bool) -> None:
+    """One agent floods while others speak; then all agents come back at once (`benchmarks.flood`)."""
+    for kind in kinds:
+        flood(figures, scratch, kind, count=10 if quick else 20, seconds=3.0 if quick else 10.0)
+    for kind in kinds:
+        came_back(figures, scratch, kind, count=20 if quick else 200, watch_s=2.0 if quick else 5.0)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="under a minute: fewer agents, a smaller bundle")
-    parser.add_argument("--only", action="append", choices=("fan-out", "differences", "partition", "rollout", "cost"))
+    parser.add_argument("--quick", action="store_true", help="two minutes: fewer agents, a smaller bundle")
+    parser.add_argument(
+        "--only", action="append", choices=("fan-out", "differences", "partition", "rollout", "cost", "flood")
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plots", type=Path, help="folder for SVG plots")
     options = parser.parse_args()
@@ -487,6 +501,7 @@ def main() -> int:
                 figures, scratch, (1, 5, 20) if quick else (1, 10, 50, 200), 2 if quick else 20, kinds
             ),
             "rollout": lambda: [rollout(figures, scratch, 50 if quick else 200, kind) for kind in kinds],  # type: ignore[func-returns-value]
+            "flood": lambda: floods(figures, scratch, kinds, quick=quick),
         }
         for name, stage in stages.items():
             if not options.only or name in options.only:

@@ -1,6 +1,10 @@
 """The benchmarks measure what they say: known identities, known misses, routing that can fail, plots that parse."""
 
 import json
+import math
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -10,10 +14,12 @@ from rich.console import Console
 
 from benchmarks import routing
 from benchmarks.figures import Figures
+from benchmarks.flood import Served, p99
 from benchmarks.plots import Chart, render
 from benchmarks.tracking import Identities
 from edge_agent.judging import Judge
 from edge_agent.simulation import SimulationConfig
+from tests.simulators.processes import free_port, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
 
 TWO_LANES = SimulationConfig(apples=8, varieties=("golden",), seed=5)
@@ -53,6 +59,29 @@ def test_a_missed_bound_and_a_figure_that_is_no_number_fail_the_run(tmp_path: Pa
     assert told["figures"]["stage"] == {"fine": 1.0, "slow": 3.0, "unknown": None}
     with pytest.raises(ValueError, match="without a figure"):
         figures.table("stage", rows, {"misspelt": ("<=", 2.0)})
+
+
+def test_what_did_not_come_is_later_than_anything_that_came() -> None:
+    came = [float(k) for k in range(1, 101)]
+    assert p99(came) == 99.0
+    assert p99(came[:99], 1) == 99.0
+    assert math.isinf(p99(came[:98], 2))
+    assert math.isnan(p99([]))
+
+
+def test_a_loop_that_is_held_up_is_seen_to_be_late() -> None:
+    async def busy(_scope: object, _receive: object, send: Callable[[dict[str, object]], Awaitable[None]]) -> None:
+        time.sleep(0.3)  # noqa: ASYNC251  the defect that is looked for
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    port = free_port()
+    with Served(busy, port, lifespan="off") as served:
+        start_s = time.monotonic()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+            assert answer.status == 204
+        wait_until(lambda: served.late_ms and served.late_ms[-1][0] > start_s + 0.35, 10, "the next look")
+        assert max(served.between(start_s, math.inf)) >= 250.0
 
 
 def test_plots_are_whole_documents_even_of_odd_values() -> None:

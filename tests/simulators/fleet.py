@@ -9,6 +9,7 @@ import json
 import queue
 import selectors
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Any, Self
 
 import paho.mqtt.client as mqtt
 
+from control_plane.identity.authority import SITE
 from models.messages import Channel, Phase, Presence, agent_topic, encode
 from tests.simulators.simulated_agent import Manner, SimulatedAgent, wall_ms
 
@@ -171,12 +173,26 @@ def _credentials(folder: str) -> Callable[[mqtt.Client, str], None]:
     return prepare
 
 
+def _certificates(folder: Path) -> Callable[[mqtt.Client, str], None]:
+    """The authority in `identity` there, and `<agent>.pem` with key and chain."""
+
+    def prepare(client: mqtt.Client, agent_id: str) -> None:
+        context = ssl.create_default_context(cafile=str(folder / "identity" / SITE / "ca.pem"))
+        context.load_cert_chain(folder / f"{agent_id}.pem")
+        client.tls_set_context(context)
+
+    return prepare
+
+
 def main() -> int:
     """Runs a fleet until SIGTERM; prints its figures once a second as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--passwords", default="", help="folder with <agent>.password")
+    parser.add_argument("--pairs", type=Path, help="folder of a site with <agent>.pem: mutual TLS")
+    parser.add_argument("--reconnect-s", type=float, nargs=2, default=Manner.reconnect_s, help="between two tries")
+    parser.add_argument("--every-s", type=float, default=1.0, help="between two lines")
     parser.add_argument("--window-s", type=float, default=10.0)
     parser.add_argument("--items-per-s", type=float, default=20.0)
     parser.add_argument("--verdict", default="commit")
@@ -186,10 +202,15 @@ def main() -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    manner = Manner(window_s=given.window_s, items_per_s=given.items_per_s, verdict=given.verdict)
-    prepare = _credentials(given.passwords)
+    manner = Manner(
+        window_s=given.window_s,
+        items_per_s=given.items_per_s,
+        verdict=given.verdict,
+        reconnect_s=tuple(given.reconnect_s),
+    )
+    prepare = _certificates(given.pairs) if given.pairs else _credentials(given.passwords)
     with SimulatedFleet(given.port, given.count, manner=manner, prepare=prepare, seed=given.seed) as fleet:
-        while not stop.wait(1.0):
+        while not stop.wait(given.every_s):
             sys.stdout.write(json.dumps(fleet.figures()) + "\n")
             sys.stdout.flush()
         if given.report:

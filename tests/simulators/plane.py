@@ -8,7 +8,7 @@ from securesystemslib.signer import Signer
 
 from control_plane.api.app import create_app
 from control_plane.api.services import Services, open_services
-from control_plane.config import BrokerConfig, ControlPlaneConfig, ServerConfig
+from control_plane.config import BrokerConfig, ControlPlaneConfig, IdentityConfig, ServerConfig
 from control_plane.database import migrate, writing
 from control_plane.tables import utc_now
 from control_plane.trust import ceremony
@@ -17,13 +17,21 @@ from control_plane.trust.keys import load_key
 
 
 def make_services(
-    root: Path, *, database: str = "", port: int = 0, token_file: str = "", wait_s: float = 5.0
+    root: Path,
+    *,
+    database: str = "",
+    port: int = 0,
+    token_file: str = "",
+    wait_s: float = 5.0,
+    identity: Path | None = None,
 ) -> Services:
+    """Everything of a control plane; with the folder of an authority it speaks mutual TLS to its broker."""
     config = ControlPlaneConfig(
         data_dir=str(root),
         database=database,
         database_wait_s=wait_s,
-        broker=BrokerConfig(enabled=bool(port), port=port or 1883),
+        broker=BrokerConfig(enabled=bool(port), port=port or 1883, tls=identity is not None),
+        identity=IdentityConfig(folder=str(identity or "")),
         server=ServerConfig(token_file=token_file),
     )
     config.root.mkdir(parents=True, exist_ok=True)
