@@ -9,6 +9,7 @@ needs neither network nor clock; the start configuration counts until somebody s
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -48,6 +49,8 @@ TERMS: Final = {
     "variety": "of this variety",
     "recipe": "the recipe's own: it has none for this lot or variety",
 }
+PAUSE_S: Final = 1.0
+"""Between two commands that are obeyed: each is written to the disk and closes a window."""
 _REMEMBERED: Final = 32
 _MAX_BYTES: Final = 16 * 1024
 
@@ -168,6 +171,7 @@ class Lots:
         host: The supervisor.
         commands: Whether the control plane may say which lot runs.
         wall_ms: Milliseconds since 1970 by this machine's clock.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -178,7 +182,9 @@ class Lots:
         *,
         commands: bool = True,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock, self._obeyed_s = clock, -math.inf
         self._path, self._wish, self._taken = root / STATE, root / WISH, root / TAKEN
         self._host, self._commands, self._wall_ms = host, commands, wall_ms
         self.state = self._load(configured)
@@ -223,9 +229,8 @@ class Lots:
         if (state.lot, state.variety) == (before.lot, before.variety):
             return
         self._host.set_lot(state.lot, state.variety)
-        self._host.event(
-            "lot.changed", "", lot=state.lot, variety=state.variety, source=state.source, request=request_id
-        )
+        facts = {"lot": state.lot, "variety": state.variety, "source": state.source, "request": request_id}
+        self._host.event("lot.changed", "", **facts)
 
     # -- the control plane's way ------------------------------------------------------------------------------
 
@@ -246,11 +251,14 @@ class Lots:
                     got=command.kind,
                 )
             state = accept(self.state, command, self._wall_ms())
+            if state is not self.state and self._clock() - self._obeyed_s < PAUSE_S:
+                raise MessageError("command.too_soon", "Another command was obeyed just now: say it again.")
         except MessageError as error:
             self._answer(command, Fault(code=error.code, message=str(error)[:600], at_ms=self._wall_ms()))
             raise
         if state is not self.state:
             self._begin(state, command.request_id)
+            self._obeyed_s = self._clock()
         self._answer(command, None)
         self._host.report()
 
@@ -378,7 +386,7 @@ def _bounded(path: Path) -> bytes:
     with path.open("rb") as stream:
         data = stream.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
-        raise _unreadable(path.name, f"more than {_MAX_BYTES} bytes")
+        raise _unreadable(path.name, f"> {_MAX_BYTES} bytes")
     return data
 
 

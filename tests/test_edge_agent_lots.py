@@ -3,6 +3,7 @@
 import shutil
 import socket
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from edge_agent.loading import LoadedJudge
 from edge_agent.lots import (
     CLOCK_SLACK_MS,
     MAX_LIFE_MS,
+    PAUSE_S,
     STATE,
     TAKEN,
     WISH,
@@ -96,7 +98,9 @@ def clock() -> Clock:
 
 
 def opened(host: Host, clock: Clock, configured: tuple[str, str] = ("", ""), **options: bool) -> Lots:
-    return Lots(host.root, configured, host, wall_ms=clock, **options)
+    """The lots of a host, where commands come as seldom as they may."""
+    steps = count()
+    return Lots(host.root, configured, host, wall_ms=clock, clock=lambda: next(steps) * PAUSE_S, **options)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -166,6 +170,20 @@ def test_the_command_that_was_issued_last_wins_in_whatever_order_they_come(
         now += pause_ms // 10
     assert codes <= {"command.overtaken", "command.expired"}
     assert state.lot == f"lot-{max(heard)}"
+
+
+def test_a_flood_of_commands_is_no_flood_of_writes_and_windows(host: Host, clock: Clock) -> None:
+    now_s = [100.0]
+    lots = Lots(host.root, ("", ""), host, wall_ms=clock, clock=lambda: now_s[0])
+    lots.command(encode(command(1)))
+    now_s[0] += PAUSE_S / 2
+    with pytest.raises(MessageError) as caught:
+        lots.command(encode(command(2, issued=NOW + 1)))
+    assert caught.value.code == host.answers[-1].fault.code == "command.too_soon"
+    lots.command(encode(command(1)))  # a repetition writes nothing, so it is answered
+    now_s[0] += PAUSE_S / 2
+    lots.command(encode(command(2, issued=NOW + 1)))
+    assert host.lots == [("lot-1", "gala"), ("lot-2", "gala")]
 
 
 def test_what_was_obeyed_with_both_clocks_years_ahead_does_not_keep_everything_out(host: Host, clock: Clock) -> None:
