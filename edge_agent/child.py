@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from edge_agent.line_config import LineConfig
-from edge_agent.pipe import FromLine, Load, LoadShadow, Pipe, Ready, SetLot
+from edge_agent.pipe import FromLine, Go, Load, LoadShadow, Pipe, Ready, SetLot, Waiting
 from models.errors import SortlineError
 from models.files import write_atomically
 from models.messages import Fault, Swap
@@ -56,20 +56,22 @@ resident instead of 200)."""
 
 
 class LineChild:
-    """One running line process.
+    """One running line process, or one that waits to become it.
 
     Args:
         config: What it runs.
-        root: The agent's state directory; gets `line.json`.
-        deliver: Gets (child, message) pairs and a `LineGone`.
+        root: The agent's state directory; gets `line.json` or `standby.json`.
+        deliver: Gets (child, message) pairs and, once the process is reaped, a `LineGone`.
+        standby: It waits for `go`.
     """
 
-    def __init__(self, config: LineConfig, root: Path, deliver: Deliver) -> None:
-        path = root / "line.json"
+    def __init__(self, config: LineConfig, root: Path, deliver: Deliver, *, standby: bool = False) -> None:
+        name = "standby" if standby else "line"
+        path = root / f"{name}.json"
         write_atomically(path, msgspec.json.encode(config))
         ours, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "edge_agent.line", "--config", str(path), "--pipe-fd", str(theirs.fileno())],
+            [sys.executable, "-m", f"edge_agent.{name}", "--config", str(path), "--pipe-fd", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env=os.environ | LINE_ENVIRONMENT,
@@ -77,15 +79,22 @@ class LineChild:
         theirs.close()
         self._pipe = Pipe(ours)
         self._deliver = deliver
+        self.digest = config.digest
         self.started_s = self.heard_s = time.monotonic()
         self.ready = False
-        self._thread = threading.Thread(target=self._read, name=f"line-{self._process.pid}", daemon=True)
+        self._warm = self._told = False
+        self._thread = threading.Thread(target=self._read, name=f"{name}-{self._process.pid}", daemon=True)
         self._thread.start()
 
     @property
     def pid(self) -> int:
         """Of the process."""
         return self._process.pid
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is a standby that could take over now."""
+        return self._warm and not self._told
 
     def _read(self) -> None:
         reason = "the line process ended"
@@ -94,6 +103,11 @@ class LineChild:
                 message = self._pipe.receive(FromLine, 1.0)
                 if message is not None:
                     self.heard_s = time.monotonic()
+                    if isinstance(message, Waiting):
+                        if not self._warm:
+                            log.info("standby %s waits to take over", self.pid)
+                        self._warm = True
+                        continue
                     self.ready = self.ready or isinstance(message, Ready)
                     self._deliver((self, message))
         except SortlineError as error:
@@ -101,6 +115,7 @@ class LineChild:
         except OSError as error:
             reason = f"pipe failed: {error}"
         status = self._reap()
+        self._pipe.close()
         self._deliver(LineGone(self, f"{reason} (exit status {status})"))
 
     def _reap(self) -> int:
@@ -124,6 +139,7 @@ class LineChild:
         Raises:
             UnavailableError: The line does not read.
         """
+        self.digest = digest
         self._pipe.send(Load(digest=digest, directory=str(directory), swap=swap, swap_within_s=swap_within_s))
 
     def load_shadow(self, digest: str, directory: Path | None, samples: str) -> None:
@@ -141,6 +157,19 @@ class LineChild:
             UnavailableError: The line does not read.
         """
         self._pipe.send(SetLot(lot=lot, variety=variety))
+
+    def go(self, present: Go) -> None:
+        """Makes a standby the line: its life as such begins now.
+
+        Args:
+            present: What it goes on from.
+
+        Raises:
+            UnavailableError: It does not read.
+        """
+        self._pipe.send(present)
+        self._told = True
+        self.started_s = self.heard_s = time.monotonic()
 
     def kill(self) -> None:
         """Ends a line that does not answer; `LineGone` follows."""

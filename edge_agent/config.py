@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +67,8 @@ class DeliveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     selftest_timeout_s: Seconds = 60.0
     max_tries: Annotated[int, msgspec.Meta(ge=1, le=10)] = 2
     """Starts of a bundle on trial before it is rolled back."""
+    standby_wait_s: Annotated[float, msgspec.Meta(ge=0.0, le=600.0)] = 30.0
+    """A trial waits so long for its standby, then begins without one: a box that is too small still gets updates."""
 
 
 class IdentityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,6 +95,16 @@ class TrustConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Of one verification."""
 
 
+class Standby(StrEnum):
+    """When a second line process waits to take over from one that dies (`edge_agent.keeping`)."""
+
+    TRIAL = "trial"
+    """While a new bundle is on trial, with the bundle before."""
+    ALWAYS = "always"
+    """Outside trials too, with the active bundle."""
+    NEVER = "never"
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One agent."""
 
@@ -108,6 +121,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     delivery: DeliveryConfig = DeliveryConfig()
     identity: IdentityConfig = IdentityConfig()
     trust: TrustConfig = TrustConfig()
+    standby: Standby = Standby.TRIAL
+    """`trial`, `always` or `never`: a line that dies is replaced in a moment, for the memory of a second line."""
 
 
 def load_agent_config(

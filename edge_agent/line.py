@@ -53,6 +53,7 @@ from edge_agent.pipe import (
 )
 from edge_agent.seams import Frame, Lane, LineGeometry
 from edge_agent.shadow import Shadow
+from edge_agent.simulation import SimulatedLine
 from edge_agent.sorting import LineCore, World, geometry_of, load_judge, load_shadow, open_world
 from edge_agent.tuning import facts, tune_opencv
 from edge_agent.watch import CameraWatch
@@ -82,9 +83,12 @@ class Line:
         config: The line.
         pipe: To the supervisor.
         world: Camera, encoder, ejector; opened from the configuration unless given.
+        judge: The configuration's bundle, if it is loaded already.
     """
 
-    def __init__(self, config: LineConfig, pipe: Pipe, world: World | None = None) -> None:
+    def __init__(
+        self, config: LineConfig, pipe: Pipe, world: World | None = None, *, judge: Judge | None = None
+    ) -> None:
         self._config, self._pipe = config, pipe
         self._world = world or open_world(config)
         self._stop = threading.Event()
@@ -104,7 +108,7 @@ class Line:
         )
         self._refused = self._refused_seen = 0
         """Frames the watch refused, and those the sorting thread knows of: it must not take them for dropped."""
-        self._champion: Judge | None = None
+        self._champion = judge
         self._waiting: tuple[LoadedJudge, tuple[str, str]] | None = None
         """The bundle that is ready, and the lot that ran when it became so."""
         self._loader = Loader(config.threads, self._say, lambda: self._champion)
@@ -136,7 +140,7 @@ class Line:
         """
         self._tune_opencv()
         sys.setswitchinterval(_SWITCH_S)
-        judge = self._champion = self._first_judge()
+        judge = self._champion = self._champion or self._first_judge()
         self._counter.use_shadow(self._first_shadow(judge))
         threads = [
             threading.Thread(target=body, name=name, daemon=True)
@@ -510,19 +514,28 @@ class Line:
         )
 
 
-def main(argv: list[str] | None = None, *, environment_exit: Callable[[int], None] = os._exit) -> int:
-    """Entry of the process."""
-    import argparse  # noqa: PLC0415  only the process needs it
+def serve(
+    config: LineConfig,
+    pipe: Pipe,
+    *,
+    judge: Judge | None = None,
+    drawn: SimulatedLine | None = None,
+    environment_exit: Callable[[int], None] = os._exit,
+) -> int:
+    """Opens the world and sorts until told to stop; the rest of this process's life.
 
-    parser = argparse.ArgumentParser(prog="python -m edge_agent.line", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="LineConfig as JSON")
-    parser.add_argument("--pipe-fd", type=int, required=True, help="inherited socket to the supervisor")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    config = msgspec.json.decode(arguments.config.read_bytes(), type=LineConfig)
-    pipe = Pipe(socket.socket(fileno=arguments.pipe_fd))
+    Args:
+        config: The line.
+        pipe: To the supervisor.
+        judge: The configuration's bundle, if it is loaded already.
+        drawn: Its simulated line, if it is drawn already.
+        environment_exit: Ends the process.
+
+    Returns:
+        The exit status; 3: camera or devices cannot be opened.
+    """
     try:
-        line = Line(config, pipe)
+        line = Line(config, pipe, open_world(config, drawn=drawn), judge=judge)
     except SortlineError as error:
         pipe.send(Faulted(fault=fault_of(error)))
         log.warning("%s", error)
@@ -535,6 +548,19 @@ def main(argv: list[str] | None = None, *, environment_exit: Callable[[int], Non
     logging.shutdown()
     environment_exit(status)
     return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of the process."""
+    import argparse  # noqa: PLC0415  only the process needs it
+
+    parser = argparse.ArgumentParser(prog="python -m edge_agent.line", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="LineConfig as JSON")
+    parser.add_argument("--pipe-fd", type=int, required=True, help="inherited socket to the supervisor")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    config = msgspec.json.decode(arguments.config.read_bytes(), type=LineConfig)
+    return serve(config, Pipe(socket.socket(fileno=arguments.pipe_fd)))
 
 
 if __name__ == "__main__":

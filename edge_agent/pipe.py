@@ -51,6 +51,19 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Supervisor: finish the items in flight and end."""
 
 
+class Go(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Supervisor to a standby: the line before is gone; open the camera and sort."""
+
+    lifetime_items: int
+    """Judged by this line so far."""
+    lot: str
+    variety: str
+
+
+class Waiting(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Standby, every second: everything is in memory, `Go` makes it the line."""
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Line: the camera is open (or being reopened), frames are being judged or passed."""
 
@@ -128,9 +141,19 @@ class Faulted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     fault: Fault
 
 
-ToLine = Load | LoadShadow | SetLot | Stop
+ToLine = Load | LoadShadow | SetLot | Stop | Go
 FromLine = (
-    Ready | Swapped | LoadFailed | ModelFailed | ShadowChanged | ShadowFailed | Beat | WindowClosed | Faulted | Tuned
+    Ready
+    | Waiting
+    | Swapped
+    | LoadFailed
+    | ModelFailed
+    | ShadowChanged
+    | ShadowFailed
+    | Beat
+    | WindowClosed
+    | Faulted
+    | Tuned
 )
 
 

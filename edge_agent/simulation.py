@@ -174,9 +174,6 @@ class SimulatedLine:
         self._valves = np.random.default_rng((config.seed, 98))
         self._sightings: deque[tuple[float, Sighting]] = deque(maxlen=4096)
         self._trouble = CALM
-        self._start_s = 0.0 if virtual else clock()
-        self._now_s = self._start_s
-        self._motion = BeltMotion(self._start_s, config.belt_mm_s)
         self._number = -1
         self._frozen: NDArray[np.uint8] | None = None
         self._drawing_s = 0.0
@@ -184,6 +181,12 @@ class SimulatedLine:
         self._outcomes: Counter[str] = Counter()
         self._ejections: Counter[str] = Counter()
         self._dropped = 0
+        self.start()
+
+    def start(self) -> None:
+        """The belt starts now; again only for a line that was drawn ahead and not read yet."""
+        self._start_s = self._now_s = 0.0 if self._virtual else self._clock()
+        self._motion = BeltMotion(self._start_s, self.config.belt_mm_s)
 
     def _make_library(self, rng: np.random.Generator) -> dict[str, list[RollingItem]]:
         config = self.config

@@ -111,8 +111,22 @@ class World:
         return EjectionQueue(self.encoder, self.ejector, clock=clock, rules=rules, ledger=ledger)
 
 
-def open_world(config: LineConfig, *, virtual: bool = False) -> World:
+def draw_ahead(config: LineConfig) -> SimulatedLine | None:
+    """The simulated line of a configuration, its pictures drawn (which takes a second or two); None for a real camera.
+
+    Raises:
+        ConfigError: The simulation's settings are impossible.
+    """
+    return SimulatedLine(simulation_config(config), schedule=config.trouble) if config.camera == "simulated" else None
+
+
+def open_world(config: LineConfig, *, virtual: bool = False, drawn: SimulatedLine | None = None) -> World:
     """Opens camera, encoder and ejector of a configuration.
+
+    Args:
+        config: The line.
+        virtual: The simulation's clock follows its frames.
+        drawn: A simulated line that was drawn ahead; it starts now.
 
     Raises:
         CameraError: There is no such camera.
@@ -120,7 +134,8 @@ def open_world(config: LineConfig, *, virtual: bool = False) -> World:
     """
     _check_fail_safe(config)
     if config.camera == "simulated":
-        line = SimulatedLine(simulation_config(config), schedule=config.trouble, virtual=virtual)
+        line = drawn or SimulatedLine(simulation_config(config), schedule=config.trouble, virtual=virtual)
+        line.start()
         rolling = "photographs" if config.photos else "apples"
         cells = tuple(line.load_cell(lane) for lane in range(config.lanes))
         return World(line, line, line, line, f"simulated, {config.lanes} lanes of {rolling}", line, line, cells)

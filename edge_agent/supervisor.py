@@ -26,11 +26,13 @@ from edge_agent.config import AgentConfig
 from edge_agent.gate import Gate, Verified
 from edge_agent.identity import IdentityUpkeep, identity_folder
 from edge_agent.importing import Stick, StickOrNetwork
+from edge_agent.keeping import LineKeeper, standby_for
 from edge_agent.link import Incoming, Link, LinkChanged, bounded_queue
 from edge_agent.lots import Lots
 from edge_agent.pipe import (
     Beat,
     Faulted,
+    Go,
     LoadFailed,
     ModelFailed,
     Ready,
@@ -69,8 +71,6 @@ from models.messages import (
 
 log = logging.getLogger("sortline.supervisor")
 _TICK_S = 0.25
-_BEAT_TIMEOUT_S = 5.0
-_START_TIMEOUT_S = 60.0
 _REPORT_S = 10.0
 _HEARD = (Channel.DESIRED, Channel.ACK, Channel.BLOB, Channel.COMMAND)
 
@@ -107,9 +107,7 @@ class Supervisor:
         self._lifetime_items = self._spool.lifetime_items
         self.fault: Fault | None = None
         """What is wrong now, as it is reported."""
-        self._line: LineChild | None = None
-        self._line_next_s = 0.0
-        self._line_failures = 0
+        self._keeper = LineKeeper(self, self.counters)
         self._beat: Beat | None = None
         self._lanes, self._camera = 0, ""
         self._tuned: dict[str, str] = {}
@@ -195,13 +193,12 @@ class Supervisor:
 
     def _shut_down(self) -> None:
         self._identity.stop()
-        if self._line is not None:
-            self._line.stop(2.0)
-            # What the line said last (its final window) still goes to the spool.
-            while not self._events.empty():
-                event = self._events.get_nowait()
-                if isinstance(event, tuple) and isinstance(event[1], WindowClosed):
-                    self._store_window(event[1])
+        self._keeper.stop(2.0)
+        # What the line said last (its final window) still goes to the spool.
+        while not self._events.empty():
+            event = self._events.get_nowait()
+            if isinstance(event, tuple) and isinstance(event[1], WindowClosed):
+                self._store_window(event[1])
         self._uplink.tick(time.monotonic())
         presence = Presence(online=False, boot_id=self.boot_id, at_ms=wall_ms())
         self._link.publish(self._topic(Channel.PRESENCE), encode(presence), retain=True)
@@ -223,9 +220,9 @@ class Supervisor:
                 if desired is not None:
                     self._desire(desired)
             case LineGone():
-                if event.child is self._line:
+                if self._keeper.gone(event.child, self._standby_for):
                     self._line_gone(event.reason)
-            case (child, message) if child is self._line:
+            case (child, message) if child is self._keeper.line:
                 self._from_line(message)
             case _:
                 self.counters["stale_events"] += 1
@@ -286,59 +283,52 @@ class Supervisor:
 
     # -- the line ---------------------------------------------------------------------------------------------
 
-    def _tick_line(self, now: float) -> None:
-        line = self._line
-        if line is None:
-            if now >= self._line_next_s:
-                self._start_line()
-            return
-        silent_s = now - line.heard_s
-        if silent_s > (_BEAT_TIMEOUT_S if line.ready else _START_TIMEOUT_S):
-            self.counters["line_stalled"] += 1
-            line.kill()
+    @property
+    def _standby_for(self) -> str:
+        return standby_for(self.config.standby, self._updater.state)
 
-    def _start_line(self) -> None:
-        active = self._updater.state.active
+    @property
+    def covered(self) -> bool:
+        """Whether a standby can take over from a bundle on trial, or none is wanted."""
+        return self._keeper.covered(self._standby_for)
+
+    @property
+    def line_ready(self) -> bool:
+        """Whether a line process works."""
+        return self._keeper.ready
+
+    @property
+    def present(self) -> Go:
+        """What a standby has to know to go on from here."""
+        lots = self._lots.state
+        return Go(lifetime_items=self._lifetime_items, lot=lots.lot, variety=lots.variety)
+
+    def start_process(self, digest: str, *, standby: bool) -> LineChild:
+        """Starts a line process, or a standby, with this bundle (empty = none)."""
         config = msgspec.structs.replace(
             self.config.line,
-            bundle=str(self._updater.slot(active)) if active else "",
-            digest=active,
+            bundle=str(self._updater.slot(digest)) if digest else "",
+            digest=digest,
             lot=self._lots.state.lot,
             variety=self._lots.state.variety,
             lifetime_items=self._lifetime_items,
             boot_id=self.boot_id,
         )
-        self._beat = None
-        self._line = LineChild(config, self._root, self.enqueue)
-        self.counters["line_starts"] += 1
+        return LineChild(config, self._root, self.enqueue, standby=standby)
 
-    def load_active(self) -> None:
-        """Makes the line use the active bundle: by a swap while it runs, else at its next start."""
-        line, state = self._line, self._updater.state
-        active = state.active
-        if line is None:
-            return
-        if not active:
-            line.kill()
-            return
-        try:
-            if state.phase is Phase.TRIAL:
-                line.load(active, self._updater.slot(active), swap=state.swap, swap_within_s=state.swap_within_s)
-            else:
-                # The way back waits for no lot.
-                line.load(active, self._updater.slot(active))
-        except SortlineError as error:
-            log.warning("load not sent: %s", error)
-            line.kill()
-
-    @property
-    def line_ready(self) -> bool:
-        """Whether a line process works."""
-        return self._line is not None and self._line.ready
+    def load_judging(self) -> None:
+        """Makes the line use `Updater.judging`: by a swap while it runs, else at its next start."""
+        updater, digest = self._updater, self._updater.judging
+        state, slot = updater.state, updater.slot(digest)
+        if state.phase is Phase.TRIAL and digest == state.active:
+            self._keeper.load(digest, slot, swap=updater.swap, swap_within_s=state.swap_within_s)
+        else:
+            # The way back waits for no lot.
+            self._keeper.load(digest, slot)
 
     def load_shadow(self, digest: str) -> None:
         """Asks the line to take this challenger, or none."""
-        line = self._line
+        line = self._keeper.line
         if line is None:
             return
         samples = self.config.line.samples or str(self._root / "shadow-samples")
@@ -349,23 +339,22 @@ class Supervisor:
 
     def set_lot(self, lot: str, variety: str) -> None:
         """Tells the line that another lot begins; one that does not listen is replaced by one that starts with it."""
-        if self._line is None:
+        self._updater.lot_began()
+        line = self._keeper.line
+        if line is None:
             return
         try:
-            self._line.set_lot(lot, variety)
+            line.set_lot(lot, variety)
         except SortlineError as error:
             log.warning("lot not sent: %s", error)
-            self._line.kill()
+            line.kill()
 
     def respond(self, response: Response) -> None:
         """Answers a command."""
         self._link.publish(self._topic(Channel.RESPONSE), encode(response))
 
     def _line_gone(self, reason: str) -> None:
-        line, self._line, self._beat = self._line, None, None
-        lived_s = time.monotonic() - line.started_s if line else 0.0
-        self._line_failures = 0 if lived_s > 60.0 else self._line_failures + 1
-        self._line_next_s = time.monotonic() + min(0.2 * 2.0**self._line_failures, 10.0)
+        self._beat = None
         self.event("line.gone", reason)
         self._challenger.line_gone()
         self._updater.line_died(reason)
@@ -382,6 +371,7 @@ class Supervisor:
                 self._store_window(message)
             case Ready():
                 self._lanes, self._camera = message.lanes, message.camera
+                self._keeper.came_up()
                 self.report()
             case Swapped():
                 self.event(
@@ -431,7 +421,7 @@ class Supervisor:
         self._gate.tick()
         self._updater.tick(elapsed_s, self._beat)
         self._challenger.tick(settled=self._settled)
-        self._tick_line(now)
+        self._keeper.tick(self._updater.judging, self._standby_for)
         self._uplink.tick(now)
         if now - self._reported_s > (1.0 if self._updater.state.phase in {Phase.FETCHING, Phase.TRIAL} else _REPORT_S):
             self.report()
@@ -484,7 +474,7 @@ class Supervisor:
                     trust=self._gate.facts,
                     lanes=self._lanes,
                     labels=self.config.labels,
-                    rss_mb=round(_rss_mb(os.getpid()) + (_rss_mb(self._line.pid) if self._line else 0.0), 1),
+                    rss_mb=round(sum(_rss_mb(pid) for pid in (os.getpid(), *self._keeper.pids)), 1),
                 )
             ),
             retain=True,

@@ -19,7 +19,7 @@ from edge_agent.slots import SlotState, StateFile, Trigger, advance, already_run
 from edge_agent.transfer import Transfer
 from models.bundle import read_bundle
 from models.errors import BundleError, ConflictError, SortlineError
-from models.messages import Desired, Fault, Mode, Phase
+from models.messages import Desired, Fault, Mode, Phase, Swap
 
 log = logging.getLogger("sortline.updating")
 _SHORTEST_TRIAL_S: Final = 1.0
@@ -43,11 +43,15 @@ class Host(Protocol):
     def report(self) -> None:
         """Tells the control plane how things are."""
 
-    def load_active(self) -> None:
-        """Makes the line use `state.active`."""
+    def load_judging(self) -> None:
+        """Makes the line use `Updater.judging`."""
 
     def enqueue(self, event: object) -> bool:
         """Hands an event to the loop, from any thread."""
+
+    @property
+    def covered(self) -> bool:
+        """Whether a standby can take over from a bundle on trial, or none is wanted."""
 
 
 class Updater:
@@ -67,16 +71,41 @@ class Updater:
         self.state: SlotState = file.load()
         self._testing = False
         self._trial_running_s = 0.0
+        self._waited_s: float | None = None
+        """How long the next try has been waiting for a standby; None = no try waits."""
+        self._lot_began = False
+        """Another lot has begun while the try waited."""
+        self._died = ""
+        """Why the line of the present try ended, until that is on disk."""
 
     def slot(self, digest: str) -> Path:
         """Where this bundle is."""
         return self._root / "slots" / digest
 
+    @property
+    def judging(self) -> str:
+        """What the line has to judge with: the bundle on trial only while a try runs."""
+        trying = self._waited_s is None and not self._died
+        return self.state.active if trying else self.state.previous
+
+    @property
+    def swap(self) -> Swap:
+        """What the line waits for before it switches to the bundle on trial."""
+        return Swap.BELT_GAP if self._lot_began else self.state.swap
+
+    def lot_began(self) -> None:
+        """Another lot begins: a bundle that waits for one, but for its standby too, need not wait for the next."""
+        self._lot_began = self._waited_s is not None and self.state.swap is Swap.LOT_CHANGE
+
+    def _no_try(self) -> None:
+        """Nothing waits and nothing died: `judging` is the active bundle."""
+        self._waited_s, self._died = None, ""
+
     def progress(self, beat: Beat | None) -> float:
         """0..1 of the phase."""
         if self.state.phase is Phase.FETCHING:
             return self.transfer.progress
-        if self.state.phase is Phase.TRIAL and beat is not None:
+        if self.state.phase is Phase.TRIAL and beat is not None and beat.digest == self.state.active:
             return min(1.0, beat.items_on_bundle / max(self.state.trial_items, 1))
         return 1.0 if self.state.phase is Phase.COMMITTED else 0.0
 
@@ -96,7 +125,7 @@ class Updater:
             fallback = self.state.previous if self._usable(self.state.previous) else ""
             self._save(msgspec.structs.replace(self.state, active=fallback, previous="", phase=Phase.ROLLED_BACK))
         elif phase is Phase.TRIAL:
-            self._start_trial()
+            self._next_try(wait=self._usable(self.state.previous))
         elif phase in {Phase.FETCHING, Phase.VERIFIED, Phase.SELF_TEST}:
             self._save(msgspec.structs.replace(self.state, phase=Phase.FETCHING))
 
@@ -137,7 +166,7 @@ class Updater:
         if desired.bundle == state.active and state.phase is not Phase.TRIAL:
             self._save(already_running(state, **facts))
             return
-        was_trial = state.phase is Phase.TRIAL
+        was_tried = state.phase is Phase.TRIAL and self._waited_s is None
         self._save(
             advance(
                 state,
@@ -150,8 +179,9 @@ class Updater:
                 **facts,
             )
         )
-        if was_trial:
-            self._host.load_active()
+        self._no_try()
+        if was_tried:
+            self._host.load_judging()
 
     # -- what happens -----------------------------------------------------------------------------------------
 
@@ -174,7 +204,12 @@ class Updater:
         elif phase is Phase.VERIFIED and not self._testing:
             self._start_selftest()
         elif phase is Phase.TRIAL:
-            self._tick_trial(elapsed_s, beat)
+            if self._died:
+                self._after_death()
+            elif self._waited_s is not None:
+                self._wait_for_standby(elapsed_s)
+            else:
+                self._tick_trial(elapsed_s, beat)
 
     def chunk(self, topic: str, payload: bytes) -> None:
         """A chunk came."""
@@ -215,23 +250,39 @@ class Updater:
             return
         self._host.event("selftest.passed", "", bundle=done.digest, p99_ms=str(done.p99_ms), rss_mb=str(done.rss_mb))
         self._save(advance(self.state, Trigger.TEST_PASSED))
-        self._start_trial()
+        self._next_try()
 
-    def _start_trial(self) -> None:
-        """Counts the try before the bundle is loaded: a crash cannot forget it."""
+    def _next_try(self, *, wait: bool = True) -> None:
+        """Begins the next try as soon as a standby could take over from it, or has been waited for long enough."""
         if self.state.tries >= self._config.max_tries:
             self._roll_back(Fault(code="trial.too_many_tries", message="The bundle did not survive its trial."))
             return
+        self._waited_s, self._lot_began = 0.0 if wait else self._config.standby_wait_s, False
+        self._wait_for_standby(0.0)
+
+    def _wait_for_standby(self, elapsed_s: float) -> None:
+        self._waited_s = (self._waited_s or 0.0) + elapsed_s
+        covered = self._host.covered
+        if not covered and self._waited_s < self._config.standby_wait_s:
+            return
+        if not covered:
+            log.warning("the trial begins without a standby after %.0f s", self._waited_s)
+        self._start_try()
+
+    def _start_try(self) -> None:
+        """Counts the try before the bundle is loaded: a crash cannot forget it."""
         self._save(advance(self.state, Trigger.TRIAL_STARTED))
+        self._no_try()
         self._trial_running_s = 0.0
-        self._host.load_active()
+        self._host.load_judging()
 
     def _roll_back(self, fault: Fault) -> None:
         self._host.set_fault(fault)
         self._host.event(fault.code, fault.message, bundle=self.state.active)
         self._save(advance(self.state, Trigger.TRIAL_FAILED))
+        self._no_try()
         log.warning("rolled back: %s", fault.message)
-        self._host.load_active()
+        self._host.load_judging()
 
     def _tick_trial(self, elapsed_s: float, beat: Beat | None) -> None:
         if beat is None or beat.digest != self.state.active:
@@ -250,22 +301,30 @@ class Updater:
             self._roll_back(Fault(code="trial.timeout", message=message))
 
     def line_died(self, reason: str) -> None:
-        """The line process ended; during a trial that counts against the bundle."""
-        if self.state.phase is not Phase.TRIAL:
-            return
+        """The line process ended; during a try that counts against the bundle.
+
+        Raises:
+            OSError: The state could not be saved; tried again by itself.
+        """
+        if self.state.phase is Phase.TRIAL and self._waited_s is None:
+            self._died = reason
+            self._after_death()
+
+    def _after_death(self) -> None:
         if self.state.tries >= self._config.max_tries:
-            self._roll_back(Fault(code="trial.line_died", message=reason))
+            self._roll_back(Fault(code="trial.line_died", message=self._died))
         else:
-            self._start_trial()
+            self._next_try()
+        self._died = ""
 
     def bundle_failed(self, message: LoadFailed | ModelFailed) -> None:
         """The line could not load or run a bundle."""
         self._host.event(message.fault.code, message.fault.message, bundle=message.digest)
-        if message.digest != self.state.active:
+        if message.digest != self.judging:
             return
-        if self.state.phase is Phase.TRIAL:
+        if self.state.phase is Phase.TRIAL and self._waited_s is None:
             self._roll_back(message.fault)
         elif isinstance(message, ModelFailed):
-            # The committed model broke on one input: load it again rather than stop judging.
+            # A model that was good enough broke on one input: load it again rather than stop judging.
             self._host.set_fault(message.fault)
-            self._host.load_active()
+            self._host.load_judging()

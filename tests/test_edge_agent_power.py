@@ -29,6 +29,7 @@ class Host:
     """A supervisor without processes."""
 
     fault: Fault | None = None
+    covered = True
 
     def __init__(self) -> None:
         self.loads: list[str] = []
@@ -50,8 +51,8 @@ class Host:
     def enqueue(self, event: object) -> bool:
         return True
 
-    def load_active(self) -> None:
-        self.loads.append(self.updater.state.active)
+    def load_judging(self) -> None:
+        self.loads.append(self.updater.judging)
 
 
 class Agent:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sqlite3
@@ -239,10 +240,13 @@ class Chaos:
             self.outcome.faults["file corrupted"] += 1
 
     def _kill_line(self, agent: Process) -> None:
+        """The line or, in a trial, perhaps the standby beside it."""
         with contextlib.suppress(OSError):
-            for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
-                if b"edge_agent.line" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(int(pid), signal.SIGKILL)
+            found = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+            commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found}
+            victims = [pid for pid, command in commands.items() if re.search(rb"edge_agent\.(line|standby)", command)]
+            if victims:
+                os.kill(int(self.rng.choice(victims)), signal.SIGKILL)
 
     def _partition(self, proxy: Proxy) -> None:
         proxy.partitioned = True

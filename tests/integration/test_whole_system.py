@@ -1,5 +1,6 @@
 """Real processes: broker, control plane, agents; power cuts at bad moments; the demo as a person runs it."""
 
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
+from edge_agent.slots import StateFile
 from models.bundle import MODEL, blobs_of, read_bundle
 from models.messages import (
     MAX_REPORTED_BYTES,
@@ -286,34 +288,46 @@ def test_a_model_that_fails_late_is_rolled_back(plane: Plane, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_line_that_dies_in_the_trial_twice_is_rolled_back(plane: Plane, tmp_path: Path) -> None:
+def test_a_line_that_dies_in_the_trial_is_replaced_at_once_by_the_old_bundle_and_after_two_tries_for_good(
+    plane: Plane, tmp_path: Path
+) -> None:
     tiny_bundle(tmp_path / "good")
     tiny_bundle(tmp_path / "new", bias=0.5)
     process = agent(plane, tmp_path / "state")
+    state = lambda: StateFile(tmp_path / "state").load()  # noqa: E731
     try:
         good, new = plane.offer(tmp_path / "good"), plane.offer(tmp_path / "new")
         plane.wish(good, 1)
         wait_until(lambda: plane.phase(Phase.COMMITTED, good), 60, "the first commit")
         plane.wish(new, 2, trial_items=100_000, trial_s=600.0)
-        for _ in range(2):
-            wait_until(lambda: plane.phase(Phase.TRIAL, new) and plane.reported.items_on_active > 0, 60, "the trial")
-            line = next(p for p in children(process.pid) if b"edge_agent.line" in cmdline(p))
+        for tries in (1, 2):
+            wait_until(lambda: plane.phase(Phase.TRIAL, new) and plane.reported.items_on_active > 0, 90, "the trial")
+            assert state().tries == tries
+            line, spare = sorted(children(process.pid), key=threads_of, reverse=True)
             os.kill(line, signal.SIGSEGV)
-            wait_until(lambda line=line: line not in children(process.pid), 20, "its end")
-            plane.reported = None
-            wait_until(lambda: plane.reported is not None, 20, "a report")
+            taken = lambda: [e for e in events(plane) if e.code == "line.taken_over"]  # noqa: E731
+            wait_until(lambda tries=tries, taken=taken: len(taken()) == tries, 30, "the standby")
+            assert taken()[-1].facts["bundle"] == good
+            assert spare in children(process.pid)
+            assert line not in children(process.pid)
+            assert state().tries == (1 if tries == 1 else 0)
         wait_until(lambda: new in plane.reported.blocked, 60, "the rollback")
-        assert plane.reported.active == good
-        wait_until(lambda: plane.reported.line_running and plane.reported.items_on_active > 0, 60, "the line")
+        assert (plane.reported.phase, plane.reported.active) == (Phase.ROLLED_BACK, good)
+        wait_until(lambda: plane.reported.items_on_active > 0, 60, "the old bundle at work")
+        wait_until(lambda: children(process.pid) == [spare], 20, "no standby, since there is no trial")
+        assert plane.reported.counters["standby_takeovers"] == 2
+        assert "standby_died" not in plane.reported.counters
     finally:
-        end(process)
+        assert end(process) == 0
+    windows = sorted(plane.windows(), key=lambda window: window.started_ms)
+    assert [w.lifetime_items for w in windows] == sorted(w.lifetime_items for w in windows)
+    for before, after in itertools.pairwise(windows):
+        assert before.started_ms + before.duration_ms <= after.started_ms + 2, "two lines judged at the same time"
 
 
-def cmdline(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+def threads_of(pid: int) -> int:
+    """A line at work has many, a standby few."""
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 def test_a_line_that_is_killed_comes_back_with_the_same_bundle(plane: Plane, tmp_path: Path) -> None:
