@@ -170,8 +170,9 @@ class Line:
         return self._status
 
     def _tune_opencv(self) -> None:
-        if self._config.threads:
-            cv2.setNumThreads(self._config.threads)
+        threads = self._config.opencv_threads or self._config.threads
+        if threads:
+            cv2.setNumThreads(threads)
         else:
             self._say(Tuned(facts=facts("opencv", tune_opencv())))
 

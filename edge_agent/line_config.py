@@ -94,6 +94,8 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Length of a statistics window."""
     threads: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     """Of ONNX Runtime, and of OpenCV in the line process; 0 = measured when the line starts (and 1 without a line)."""
+    opencv_threads: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    """Of OpenCV in the line process; 0 = as `threads`."""
     lot: LotText = ""
     """Which runs at the first start; from then on operator or control plane say it (`sortline-agent lot`)."""
     variety: LotText = ""

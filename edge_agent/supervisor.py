@@ -305,8 +305,14 @@ class Supervisor:
 
     def start_process(self, digest: str, *, standby: bool) -> LineChild:
         """Starts a line process, or a standby, with this bundle (empty = none)."""
+        line = self.config.line
+        if not line.threads:
+            # What one line measured holds for those after it.
+            onnx, opencv = (int(self._tuned.get(f"{library}_threads", 0)) for library in ("onnx", "opencv"))
+            if onnx and opencv:
+                line = msgspec.structs.replace(line, threads=onnx, opencv_threads=line.opencv_threads or opencv)
         config = msgspec.structs.replace(
-            self.config.line,
+            line,
             bundle=str(self._updater.slot(digest)) if digest else "",
             digest=digest,
             lot=self._lots.state.lot,

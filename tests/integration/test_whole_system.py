@@ -343,8 +343,12 @@ def test_a_line_that_is_killed_comes_back_with_the_same_bundle(plane: Plane, tmp
         wait_until(lambda: children(process.pid) not in ([], [line]), 15, "a new line")
         wait_until(lambda: 0 < plane.reported.items_on_active < before + 10_000, 20, "items again")
         assert plane.reported.active == digest
+        gone_ms = lambda: next((e.at_ms for e in plane.events if e.code == "line.gone"), sys.maxsize)  # noqa: E731
+        wait_until(lambda: any(w.started_ms > gone_ms() and w.items for w in plane.windows()), 20, "its windows")
     finally:
-        end(process)
+        assert end(process) == 0
+    # OpenCV by the first line, ONNX Runtime with its first bundle: the second line takes that over.
+    assert [event.code for event in plane.events].count("line.tuned") == 2
 
 
 @pytest.mark.slow
