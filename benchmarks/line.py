@@ -67,6 +67,7 @@ def stages(figures: Figures, bundle: Path, options: argparse.Namespace) -> dict[
         "model": lambda: quantised.stage(figures, bundle, quick=quick),
         "routing": lambda: routing.stage(figures, bundle, 4.0 if quick else 60.0),
         "agent": lambda: agent.stage(figures, bundle, 6.0 if quick else 30.0, 1 if quick else 5),
+        "gap": lambda: agent.gaps(figures, bundle, 2 if quick else 5),
         "soak": lambda: soak.stage(figures, bundle, soak_s),
     }
 
