@@ -11,10 +11,20 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from control_plane.training import head as head_module
 from control_plane.training.augment import varied
 from control_plane.training.datasets import load_dataset
 from control_plane.training.evaluation import evaluate, judged_items
-from control_plane.training.features import Dictionary, FeatureExtractor, FeatureSpec, Scale, normalised, shrunk, widths
+from control_plane.training.features import (
+    Dictionary,
+    FeatureExtractor,
+    FeatureSpec,
+    Scale,
+    normalised,
+    shrunk,
+    united,
+    widths,
+)
 from control_plane.training.graph import build_graph, parity
 from control_plane.training.head import fit_head, view_weights
 from control_plane.training.importing import ImportSettings, import_onnx
@@ -293,6 +303,65 @@ def test_features_are_finite_for_empty_and_tiny_items_and_blind_to_the_backgroun
     assert extractor.transform(np.zeros((0, 64, 64, 3), np.uint8)).shape == (0, 36)
 
 
+def test_united_features_are_those_of_a_view_that_shows_both() -> None:
+    rng = np.random.default_rng(6)
+    views = np.zeros((3, 64, 64, 3), np.uint8)
+    views[0, 8:56, 4:28] = rng.integers(60, 90, (48, 24, 3))
+    views[1, 8:56, 36:60] = rng.integers(20, 250, (48, 24, 3))
+    views[2] = views[0] + views[1]
+    extractor = FeatureExtractor.fit(views, np.arange(3), FeatureSpec(filters=6, patches=400), seed=1)
+    for scale in np.split(extractor.transform(views), 2, axis=1):
+        first, second, both = scale[0:1], scale[1:2], scale[2:3]
+        found = united(first, second)
+        assert found[:, :12] == pytest.approx(both[:, :12], abs=1e-4)
+        assert found[:, 12:] == pytest.approx((first + second)[:, 12:] / 2)
+        assert (found == united(second, first)).all()
+        assert united(first, first) == pytest.approx(first)
+
+
+def skins_and_marks(rng: np.random.Generator, *, telling: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of one scale of four filters: a mark tells a defect; the skin does by accident, or not at all."""
+    kind = np.arange(12) % 2
+    labels, items = np.repeat(kind, 20), np.repeat([f"i{k}" for k in range(12)], 20)
+    features = np.abs(rng.normal(1.0, 0.1, (240, 12)))
+    features[:, :4] += np.repeat(0.7 * rng.random(12) + (0.3 * kind if telling else 0.15), 20)[:, None]
+    features[:, 4] += 0.2 * labels
+    return features.astype(np.float32), labels, items
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_unions_teach_to_look_at_the_mark_and_not_at_the_skin(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    features, labels, items = skins_and_marks(rng, telling=True)
+    others, truth, _ = skins_and_marks(rng, telling=False)
+    weights = view_weights(labels, items)
+    plain, taught = (
+        fit_head(features, labels, items, weights, classes=2, widths=(12,), seed=1, unions=unions).predict_proba(others)
+        for unions in (False, True)
+    )
+    assert auc(truth > 0, taught[:, 1]) > auc(truth > 0, plain[:, 1]) + 0.005
+
+
+@pytest.mark.parametrize("good_items", [1, 6])
+def test_a_view_is_united_with_good_views_of_other_items_only(monkeypatch: pytest.MonkeyPatch, good_items: int) -> None:
+    features, _, items = skins_and_marks(np.random.default_rng(3), telling=True)
+    labels = np.repeat(np.arange(12) >= good_items, 20).astype(int)
+    features[:, 0] = np.arange(len(features))
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def seen(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        pairs.append((first[:, 0].astype(int), second[:, 0].astype(int)))
+        return united(first, second)
+
+    monkeypatch.setattr(head_module, "united", seen)
+    weights = view_weights(labels, items)
+    fit_head(features, labels, items, weights, classes=2, widths=(12,), seed=1, unions=True)
+    first, second = (np.concatenate(rows) for rows in zip(*pairs, strict=True))
+    assert (labels[second] == 0).all()
+    assert (items[first] != items[second]).all()
+    assert set(labels[first]) == ({0, 1} if good_items > 1 else {1})
+
+
 def test_the_same_data_and_seed_give_the_same_bytes() -> None:
     views, truth, items = small_views()
     graphs = []
@@ -300,15 +369,22 @@ def test_the_same_data_and_seed_give_the_same_bytes() -> None:
         extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=6, patches=400), seed=1)
         weights = view_weights(truth, items)
         head = fit_head(
-            extractor.transform(views), truth, items, weights, classes=2, widths=widths(extractor.spec), seed=1
+            extractor.transform(views),
+            truth,
+            items,
+            weights,
+            classes=2,
+            widths=widths(extractor.spec),
+            seed=1,
+            unions=True,
         )
         graphs.append(build_graph(extractor, head, name="t", metadata={"b": "2", "a": "1"}))
     assert graphs[0] == graphs[1]
     assert OnnxClassifier(graphs[0]).metadata == {"a": "1", "b": "2"}
 
 
-@pytest.mark.parametrize("scalars", [0, 2])
-def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars: int) -> None:
+@pytest.mark.parametrize(("scalars", "unions"), [(0, False), (2, False), (2, True)])
+def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars: int, unions: bool) -> None:
     views, truth, items = small_views()
     extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=6, patches=400), seed=1)
     known = np.random.default_rng(2).normal(100, 20, (len(views), scalars)).astype(np.float32) if scalars else None
@@ -323,6 +399,7 @@ def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars:
         widths=widths(extractor.spec),
         seed=1,
         scalars=known,
+        unions=unions,
     )
     graph = build_graph(extractor, head, name="t", metadata={})
     report = parity(extractor, head, graph, views, known)

@@ -191,6 +191,24 @@ def _sample_patches(
     return np.concatenate(found)
 
 
+def united(first: Floats, second: Floats) -> Floats:
+    """Features of one scale as if one view showed what two views show, side by side and as large as before.
+
+    Follows from how `_pooled` pools: means average, a maximum is the larger one, local maxima average.
+
+    Args:
+        first: (N, 3 * filters): root of the mean, maximum, mean of local maxima.
+        second: (N, 3 * filters).
+
+    Returns:
+        (N, 3 * filters); `united(a, a) == a`, and the order of the two does not matter.
+    """
+    mean_a, top_a, tops_a = np.split(first, 3, axis=1)
+    mean_b, top_b, tops_b = np.split(second, 3, axis=1)
+    mean = np.sqrt((mean_a**2 + mean_b**2) / 2.0)
+    return as_float32(np.hstack([mean, np.maximum(top_a, top_b), (tops_a + tops_b) / 2.0]))
+
+
 def widths(spec: FeatureSpec) -> tuple[int, ...]:
     """Number of features of each scale."""
     return (3 * spec.filters,) * len(spec.scales)

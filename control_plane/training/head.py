@@ -4,6 +4,10 @@ Each scale of the features has a member of its own, and the mean of their log-pr
 different things err on different skins, and one classifier on all features together would learn the larger scale's
 errors with its strengths (0.84 against 0.86 view AUC on the apples of the README).
 
+It learns as well from views that were never taken: each view united with a good view of another item keeps its label,
+so that the skin a defect happens to sit on tells less of the defect (`features.united`; a composition of
+examples as in mixup, Zhang et al. 2018, but by the rule that labels follow here: a defect anywhere is a defect).
+
 Strength of the penalty and calibration come from a cross-validation by item *inside* the training data, so the data
 that measure the model never choose anything. Weights make items count alike however many views they have.
 """
@@ -21,13 +25,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+from control_plane.training.features import united
 from control_plane.training.splits import item_folds
 
 Floats = NDArray[np.floating]
 EMBEDDING = 5
 CLIP = 1e-7
 """Probabilities of a member are kept this far from zero before their logarithm is taken."""
-_COMPONENTS = 192
+_COMPONENTS = 96
 _PENALTIES = (1e-3, 3e-3, 1e-2)
 _VIEWS_PER_ITEM = 40
 
@@ -107,75 +112,113 @@ def fit_head(
     seed: int,
     scalars: Floats | None = None,
     calibrate_on: NDArray[np.bool_] | None = None,
+    unions: bool = False,
 ) -> Head:
     """Fits, choosing penalty and calibration by an inner cross-validation by item.
 
     Args:
         features: (N, F).
-        labels: (N,) 0..C-1.
+        labels: (N,) 0..C-1, 0 = good.
         items: (N,) item of each view.
         weights: (N,) of each view.
         classes: C.
         widths: Features of each member; their sum is F.
-        seed: Of folds and projection.
+        seed: Of folds, projection and unions.
         scalars: (N, K) or None.
         calibrate_on: Views that count for choosing and calibrating (augmented ones do not); None = all.
+        unions: Learn from unions of views too; the layout of `features` must be that of `features.united`.
     """
     medians = np.zeros(0, np.float32)
     if scalars is not None and scalars.shape[1]:
         known = np.where(np.isnan(scalars).all(axis=0), 0.0, 1.0)
         medians = np.where(known > 0, np.nanmedian(np.where(known > 0, scalars, 0.0), axis=0), 0.0).astype(np.float32)
-    inputs = _inputs(features, widths, scalars, medians)
-    chosen, scores = _choose(inputs, labels, items, weights, classes, seed, calibrate_on)
+    views = _Views(_inputs(features, widths, scalars, medians), tuple(widths), labels, items, weights, seed, unions)
+    chosen, scores = _choose(views, classes, calibrate_on)
     counted = np.ones(len(labels), bool) if calibrate_on is None else calibrate_on
     counted = counted & np.isfinite(scores).all(axis=1)
     temperature, bias = _calibrate(scores[counted], labels[counted], items[counted])
-    members = [_pipeline(chosen, own, seed).fit(own, labels, logistic__sample_weight=weights) for own in inputs]
+    every = np.arange(len(labels))
+    bases, examples = views.bases(every), views.examples(every)
+    members = [
+        Pipeline([*base.steps, ("logistic", _logistic(chosen, base.transform(own), examples.labels, examples.weights))])
+        for base, own in zip(bases, examples.inputs, strict=True)
+    ]
     return Head(tuple(members), tuple(widths), temperature, bias, medians, chosen)
 
 
-def _pipeline(penalty: float, features: Floats, seed: int) -> Pipeline:
+@dataclass(frozen=True, slots=True)
+class _Examples:
+    """What a classifier is fitted on."""
+
+    inputs: list[Floats]
+    labels: NDArray[np.integer]
+    weights: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """All views that may be learnt from; see `fit_head`."""
+
+    inputs: list[Floats]
+    widths: tuple[int, ...]
+    labels: NDArray[np.integer]
+    items: NDArray[np.generic]
+    weights: Floats
+    seed: int
+    unions: bool
+
+    def bases(self, rows: NDArray[np.intp]) -> list[Pipeline]:
+        """Scaling and projection of each member, from these views as they are."""
+        return [_base(own[rows], self.seed) for own in self.inputs]
+
+    def examples(self, rows: NDArray[np.intp]) -> _Examples:
+        """These views, and their unions with good ones among them."""
+        first, second = self._partners(rows) if self.unions else (rows[:0], rows[:0])
+        inputs: list[Floats] = []
+        for own, width in zip(self.inputs, self.widths, strict=True):
+            both = united(own[first, :width], own[second, :width])
+            inputs.append(np.vstack([own[rows], np.hstack([both, own[first, width:]])]))
+        every = np.concatenate([rows, first])
+        return _Examples(inputs, self.labels[every], self.weights[every])
+
+    def _partners(self, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Each view with a good view drawn by weight; those that drew their own item are left out."""
+        good = rows[self.labels[rows] == 0]
+        share = self.weights[good] / self.weights[good].sum()
+        drawn = np.random.default_rng(self.seed).choice(good, size=len(rows), p=share)
+        other = self.items[drawn] != self.items[rows]
+        return rows[other], drawn[other]
+
+
+def _base(features: Floats, seed: int) -> Pipeline:
     components = min(_COMPONENTS, features.shape[1], len(features) - 1)
-    return Pipeline(
-        [
-            ("scale", StandardScaler()),
-            ("project", PCA(components, random_state=seed, svd_solver="covariance_eigh")),
-            ("logistic", LogisticRegression(C=penalty, max_iter=400)),
-        ]
-    )
+    project = PCA(components, random_state=seed, svd_solver="covariance_eigh")
+    return Pipeline([("scale", StandardScaler()), ("project", project)]).fit(features)
 
 
-def _choose(
-    inputs: Sequence[Floats],
-    labels: NDArray[np.integer],
-    items: NDArray[np.generic],
-    weights: Floats,
-    classes: int,
-    seed: int,
-    counted: NDArray[np.bool_] | None,
-) -> tuple[float, NDArray[np.float64]]:
+def _choose(views: _Views, classes: int, counted: NDArray[np.bool_] | None) -> tuple[float, NDArray[np.float64]]:
     """The penalty with the smallest out-of-fold log loss, and its out-of-fold mean log-probabilities (or NaN)."""
     best: tuple[float, float, NDArray[np.float64]] | None = None
-    prepared = []
-    for train, test in item_folds(items, labels, folds=4, seed=seed):
+    labels, prepared = views.labels, []
+    for train, test in item_folds(views.items, labels, folds=4, seed=views.seed):
         if len(np.unique(labels[train])) < classes:
             continue
-        bases = [_pipeline(1.0, own[train], seed)[:-1].fit(own[train]) for own in inputs]
+        examples = views.examples(train)
         pairs = [
-            (base.transform(own[train]), base.transform(own[test])) for base, own in zip(bases, inputs, strict=True)
+            (base.transform(seen), base.transform(own[test]))
+            for base, seen, own in zip(views.bases(train), examples.inputs, views.inputs, strict=True)
         ]
-        prepared.append((train, test, pairs))
+        prepared.append((examples, test, pairs))
     for penalty in _PENALTIES:
         found = np.full((len(labels), classes), np.nan)
-        for train, test, pairs in prepared:
-            found[test] = _mean_log(
-                [_logistic(penalty, a, labels[train], weights[train]).predict_proba(b) for a, b in pairs]
-            )
+        for examples, test, pairs in prepared:
+            fitted = [_logistic(penalty, seen, examples.labels, examples.weights) for seen, _ in pairs]
+            found[test] = _mean_log([one.predict_proba(held) for one, (_, held) in zip(fitted, pairs, strict=True)])
         known = np.isfinite(found).all(axis=1) & (counted if counted is not None else True)
         if not known.any():
             return 1e-2, found
         picked = np.clip(calibrated(found[known], 1.0, np.zeros(classes)), 1e-6, 1.0)
-        loss = float(-(weights[known] * np.log(picked[np.arange(len(picked)), labels[known]])).sum())
+        loss = float(-(views.weights[known] * np.log(picked[np.arange(len(picked)), labels[known]])).sum())
         if best is None or loss < best[0]:
             best = (loss, penalty, found)
     assert best is not None  # noqa: S101  there is at least one penalty

@@ -39,6 +39,8 @@ from models.windows import build_profile, feature_names
 
 GOLDEN_VIEWS: Final = 32
 GOLDEN_TOLERANCE: Final = 2e-3
+VARIED: Final = 2
+"""Varied copies of each view that standard effort learns from."""
 Progress = Callable[[str, float], None]
 
 
@@ -48,7 +50,7 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     name: str
     seed: int = 1
     effort: Literal["quick", "standard"] = "standard"
-    """quick: smaller dictionary, no augmentation; for a first look and for the demo."""
+    """quick: smaller dictionary, no augmentation, no unions; for a first look and for the demo."""
     folds: int = 5
     good_class: str = ""
     abstain_budget: Share = 0.0
@@ -191,7 +193,8 @@ def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _
     rng = np.random.default_rng(settings.seed)
     extractor = FeatureExtractor.fit(views, items, settings.features, seed=settings.seed)
     weights = view_weights(labels, items)
-    pictures = [views, varied(views, rng)] if settings.effort == "standard" else [views]
+    standard = settings.effort == "standard"
+    pictures = [views, *(varied(views, rng) for _ in range(VARIED if standard else 0))]
     features = np.concatenate([extractor.transform(part) for part in pictures])
     labels, items, weights = (np.concatenate([part] * len(pictures)) for part in (labels, items, weights))
     head = fit_head(
@@ -203,6 +206,7 @@ def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _
         widths=widths(settings.features),
         seed=settings.seed,
         calibrate_on=np.arange(len(features)) < len(rows),
+        unions=standard,
     )
     metadata = {"sortline.classes": ",".join(dataset.classes), "sortline.dataset": dataset.digest}
     return _Fitted(extractor, head, build_graph(extractor, head, name=settings.name, metadata=metadata))
