@@ -70,6 +70,7 @@ class Updater:
         self.transfer = transfer
         self.state: SlotState = file.load()
         self._testing = False
+        self._found: SelfTestDone | None = None
         self._trial_running_s = 0.0
         self._waited_s: float | None = None
         """How long the next try has been waiting for a standby; None = no try waits."""
@@ -203,6 +204,8 @@ class Updater:
                 self._save(advance(self.state, Trigger.FETCHED))
         elif phase is Phase.VERIFIED and not self._testing:
             self._start_selftest()
+        elif phase is Phase.SELF_TEST and self._found is not None:
+            self._judge_found(self._found)
         elif phase is Phase.TRIAL:
             if self._died:
                 self._after_death()
@@ -239,17 +242,22 @@ class Updater:
         )
 
     def tested(self, done: SelfTestDone) -> None:
-        """The self-test ended."""
-        self._testing = False
+        """The self-test ended. What it found is kept until the disk has taken it."""
+        self._testing, self._found = False, done
+        self._judge_found(done)
+
+    def _judge_found(self, done: SelfTestDone) -> None:
         if self.state.phase is not Phase.SELF_TEST or done.digest != self.state.target:
-            return  # overtaken by a newer wish
+            self._found = None  # overtaken by a newer wish
+            return
+        self._save(advance(self.state, Trigger.TEST_PASSED if done.fault is None else Trigger.TEST_FAILED))
+        self._found = None
         if done.fault is not None:
             self._host.set_fault(done.fault)
             self._host.event(done.fault.code, done.fault.message, bundle=done.digest)
-            self._save(advance(self.state, Trigger.TEST_FAILED))
+            self._host.report()
             return
         self._host.event("selftest.passed", "", bundle=done.digest, p99_ms=str(done.p99_ms), rss_mb=str(done.rss_mb))
-        self._save(advance(self.state, Trigger.TEST_PASSED))
         self._next_try()
 
     def _next_try(self, *, wait: bool = True) -> None:

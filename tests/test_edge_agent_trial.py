@@ -43,6 +43,7 @@ class Trial:
             self.updater.tick(0.25, None)
             while self.agent.broker.deliveries:
                 self.updater.chunk(*self.agent.broker.deliveries.pop(0))
+        self.testing = self.state
         self.updater.tested(SelfTestDone(self.new, None))
 
     @property
@@ -202,3 +203,28 @@ def test_a_death_that_cannot_be_written_down_is_written_later(
         assert (trial.on_disk.tries, trial.updater.judging) == (2, trial.new)
     else:
         assert (trial.on_disk.phase, trial.updater.judging) == (Phase.ROLLED_BACK, trial.old)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_what_the_self_test_found_waits_for_a_disk_that_is_full(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch, passed: bool
+) -> None:
+    trial.updater.state = trial.testing
+    before = len(trial.host.codes)
+
+    def full(_state: SlotState) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial.updater._file, "save", full)
+        fault = None if passed else Fault(code="selftest.too_slow", message="")
+        with pytest.raises(OSError, match="No space"):
+            trial.updater.tested(SelfTestDone(trial.new, fault))
+        with pytest.raises(OSError, match="No space"):
+            trial.updater.tick(0.25, None)
+        assert trial.host.codes[before:] == []
+    trial.updater.tick(0.25, None)
+    assert trial.on_disk.phase is (Phase.TRIAL if passed else Phase.ROLLED_BACK)
+    assert "selftest.passed" in trial.host.codes[before:] or not passed
+    trial.updater.tick(0.25, None)
+    assert trial.host.codes[before:].count("selftest.passed") == passed
