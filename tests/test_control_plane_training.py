@@ -11,7 +11,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from control_plane.training import head as head_module
 from control_plane.training.augment import varied
 from control_plane.training.datasets import load_dataset
 from control_plane.training.evaluation import evaluate, judged_items
@@ -22,6 +21,7 @@ from control_plane.training.features import (
     Scale,
     normalised,
     shrunk,
+    unions,
     united,
     widths,
 )
@@ -31,6 +31,7 @@ from control_plane.training.importing import ImportSettings, import_onnx
 from control_plane.training.metrics import auc, auc_within_folds, item_truth, measure
 from control_plane.training.pipeline import TrainSettings, train
 from control_plane.training.splits import item_folds
+from control_plane.training.tint import TINT_FEATURES, Tint, directions, united_tint
 from control_plane.training.tuning import cost_report, held_out_of
 from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
@@ -271,7 +272,7 @@ def test_the_graph_computes_what_numpy_computes(view_px: int) -> None:
     for row in range(4):
         expected = [
             pooled_in_numpy(views[row], *pair) for pair in zip(spec.scales, extractor.dictionaries, strict=True)
-        ]
+        ] + [tint_in_numpy(views[row], extractor.tint)]
         assert got[row] == pytest.approx(np.concatenate(expected), rel=2e-3, abs=2e-3)
 
 
@@ -294,13 +295,41 @@ def pooled_in_numpy(view: np.ndarray, scale: Scale, dictionary: Dictionary) -> n
     return np.concatenate((np.sqrt(mean), np.max(tops, axis=0), np.mean(tops, axis=0)))
 
 
+def tint_in_numpy(view: np.ndarray, tint: Tint) -> np.ndarray:
+    """Features of the tint, straight from their description, place by place."""
+    side = len(view) // 2
+    deviation, mostly = np.zeros((side, side, 3)), np.zeros((side, side), bool)
+    for y, x in np.ndindex(side, side):
+        block = view[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].reshape(4, 3).astype(float)
+        item = block[block.max(axis=1) > 0]
+        mostly[y, x] = len(item) > 2
+        if mostly[y, x]:
+            blue, green, red = np.log(item.mean(axis=0) + 6.0)
+            deviation[y, x] = (0.2 * blue + 0.4 * green + 0.4 * red, red - green, green - blue)
+    deviation[mostly] -= deviation[mostly].mean(axis=0)
+    deviation = (deviation - tint.usual.transpose(1, 2, 0)) / tint.spread
+    found = []
+    for reach in (0, 1, 2):
+        step = 1 if reach == 0 else 2
+        smooth, count = np.zeros((side, side, 3)), 0
+        for y, x in np.ndindex(side, side):
+            near = slice(max(y - reach, 0), y + reach + 1), slice(max(x - reach, 0), x + reach + 1)
+            if y % step == x % step == 0 and mostly[near].sum() > 0.5 * (2 * reach + 1) ** 2:
+                smooth[y, x] = deviation[near][mostly[near]].mean(axis=0)
+                count += 1
+        along = smooth @ np.concatenate((directions(), -directions())).T
+        found.append(along.max(axis=(0, 1)))
+        found += [np.sqrt(np.maximum(along - t, 0.0).sum(axis=(0, 1)) / count) for t in (0.0, 1.0, 2.0)]
+    return np.concatenate(found)
+
+
 def test_features_are_finite_for_empty_and_tiny_items_and_blind_to_the_background() -> None:
     views, _, items = small_views(8)
     extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=6, patches=400), seed=1)
     odd = np.zeros((2, 64, 64, 3), np.uint8)
     odd[1, 30, 30] = 9
     assert np.isfinite(extractor.transform(odd)).all()
-    assert extractor.transform(np.zeros((0, 64, 64, 3), np.uint8)).shape == (0, 36)
+    assert extractor.transform(np.zeros((0, 64, 64, 3), np.uint8)).shape == (0, 36 + TINT_FEATURES)
 
 
 def test_united_features_are_those_of_a_view_that_shows_both() -> None:
@@ -310,13 +339,16 @@ def test_united_features_are_those_of_a_view_that_shows_both() -> None:
     views[1, 8:56, 36:60] = rng.integers(20, 250, (48, 24, 3))
     views[2] = views[0] + views[1]
     extractor = FeatureExtractor.fit(views, np.arange(3), FeatureSpec(filters=6, patches=400), seed=1)
-    for scale in np.split(extractor.transform(views), 2, axis=1):
+    for scale in np.split(extractor.transform(views)[:, :36], 2, axis=1):
         first, second, both = scale[0:1], scale[1:2], scale[2:3]
         found = united(first, second)
         assert found[:, :12] == pytest.approx(both[:, :12], abs=1e-4)
         assert found[:, 12:] == pytest.approx((first + second)[:, 12:] / 2)
         assert (found == united(second, first)).all()
         assert united(first, first) == pytest.approx(first)
+    first, second = (extractor.transform(views)[k : k + 1, 36:] for k in (0, 1))
+    assert united_tint(first, first) == pytest.approx(np.abs(first), abs=1e-6)
+    assert (united_tint(first, second) == united_tint(second, first)).all()
 
 
 def skins_and_marks(rng: np.random.Generator, *, telling: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -336,14 +368,16 @@ def test_unions_teach_to_look_at_the_mark_and_not_at_the_skin(seed: int) -> None
     others, truth, _ = skins_and_marks(rng, telling=False)
     weights = view_weights(labels, items)
     plain, taught = (
-        fit_head(features, labels, items, weights, classes=2, widths=(12,), seed=1, unions=unions).predict_proba(others)
-        for unions in (False, True)
+        fit_head(features, labels, items, weights, classes=2, widths=(12,), seed=1, unite=unite)[0].predict_proba(
+            others
+        )
+        for unite in ((), (united,))
     )
     assert auc(truth > 0, taught[:, 1]) > auc(truth > 0, plain[:, 1]) + 0.005
 
 
 @pytest.mark.parametrize("good_items", [1, 6])
-def test_a_view_is_united_with_good_views_of_other_items_only(monkeypatch: pytest.MonkeyPatch, good_items: int) -> None:
+def test_a_view_is_united_with_good_views_of_other_items_only(good_items: int) -> None:
     features, _, items = skins_and_marks(np.random.default_rng(3), telling=True)
     labels = np.repeat(np.arange(12) >= good_items, 20).astype(int)
     features[:, 0] = np.arange(len(features))
@@ -353,9 +387,8 @@ def test_a_view_is_united_with_good_views_of_other_items_only(monkeypatch: pytes
         pairs.append((first[:, 0].astype(int), second[:, 0].astype(int)))
         return united(first, second)
 
-    monkeypatch.setattr(head_module, "united", seen)
     weights = view_weights(labels, items)
-    fit_head(features, labels, items, weights, classes=2, widths=(12,), seed=1, unions=True)
+    fit_head(features, labels, items, weights, classes=2, widths=(12,), seed=1, unite=(seen,))
     first, second = (np.concatenate(rows) for rows in zip(*pairs, strict=True))
     assert (labels[second] == 0).all()
     assert (items[first] != items[second]).all()
@@ -368,7 +401,7 @@ def test_the_same_data_and_seed_give_the_same_bytes() -> None:
     for _ in range(2):
         extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=6, patches=400), seed=1)
         weights = view_weights(truth, items)
-        head = fit_head(
+        head, _ = fit_head(
             extractor.transform(views),
             truth,
             items,
@@ -376,21 +409,21 @@ def test_the_same_data_and_seed_give_the_same_bytes() -> None:
             classes=2,
             widths=widths(extractor.spec),
             seed=1,
-            unions=True,
+            unite=unions(extractor.spec),
         )
         graphs.append(build_graph(extractor, head, name="t", metadata={"b": "2", "a": "1"}))
     assert graphs[0] == graphs[1]
     assert OnnxClassifier(graphs[0]).metadata == {"a": "1", "b": "2"}
 
 
-@pytest.mark.parametrize(("scalars", "unions"), [(0, False), (2, False), (2, True)])
-def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars: int, unions: bool) -> None:
+@pytest.mark.parametrize(("scalars", "unite"), [(0, False), (2, False), (2, True)])
+def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars: int, unite: bool) -> None:
     views, truth, items = small_views()
     extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=6, patches=400), seed=1)
     known = np.random.default_rng(2).normal(100, 20, (len(views), scalars)).astype(np.float32) if scalars else None
     if known is not None:
         known[::5, 0] = np.nan
-    head = fit_head(
+    head, _ = fit_head(
         extractor.transform(views),
         truth,
         items,
@@ -399,13 +432,13 @@ def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars:
         widths=widths(extractor.spec),
         seed=1,
         scalars=known,
-        unions=unions,
+        unite=unions(extractor.spec) if unite else (),
     )
     graph = build_graph(extractor, head, name="t", metadata={})
     report = parity(extractor, head, graph, views, known)
     assert report.passed
     assert report.max_difference < 1e-4
-    wrong = build_graph(extractor, replace(head, temperature=2.5 * head.temperature), name="t", metadata={})
+    wrong = build_graph(extractor, replace(head, votes=2.5 * head.votes), name="t", metadata={})
     assert not parity(extractor, head, wrong, views, known).passed
 
 
@@ -449,6 +482,7 @@ def test_training_makes_a_bundle_that_works_and_tells_its_figures(trained: tuple
     assert bundle.recipe.fusion.calibration_items == 24
     assert "Brier score" in bundle.card
     assert "24 items in 2 bins" in bundle.card
+    assert "- contrast in colour, 1/1: " in bundle.card
     held = held_out_of(bundle.lineage, bundle.recipe)
     assert len(held.truth) == 24
     assert bundle.lineage["fusion"]["log_loss"].keys() == {"1", "2", "3", "4"}

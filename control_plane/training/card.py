@@ -14,8 +14,9 @@ def write_card(
     parity: "ParityReport",
     recipe: "Recipe",
     fusion: dict[str, Any] | None = None,
+    votes: dict[str, float] | None = None,
 ) -> str:
-    """Markdown with a YAML head."""
+    """Markdown with a YAML head; `votes` tells how strongly each part of the model counts."""
     levels = [key for key in ("view", "view_without_doubt", "item") if key in metrics]
     rows = [
         f"| {level.replace('_', ' ')} | {metric.replace('_', ' ')} | {_figure(metrics[level][metric])} |"
@@ -46,6 +47,7 @@ def write_card(
         "|---|---|---|",
         *rows,
         "",
+        *(["## What votes", *_votes(votes), ""] if votes else []),
         "## From views to items",
         *_fusion(recipe, fusion or {}),
         "",
@@ -59,6 +61,11 @@ def write_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _votes(votes: dict[str, float]) -> list[str]:
+    shown = {name: f"{vote:.2f}" if vote else "none, it does not help here" for name, vote in votes.items()}
+    return ["Weights of the parts' log-probabilities:", "", *(f"- {name}: {vote}" for name, vote in shown.items())]
 
 
 def _fusion(recipe: "Recipe", report: dict[str, Any]) -> list[str]:

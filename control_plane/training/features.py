@@ -5,15 +5,16 @@ k-means (Coates & Ng, "Learning Feature Representations with K-means", 2012), an
 soft threshold, pooled over the item by mean, by maximum and by the mean of local maxima: a defect may be small, so the
 maximum must count, and every sound item has its stem, so one maximum must not decide. One
 scale sees fine detail in colour, one sees larger form in brightness alone: the two err on different skins, so each
-gets a classifier of its own (`head`) and their mean errs less than either. What is outside the item is filled with
+gets a classifier of its own (`head`) and their mean errs less than either. What contrast cannot tell, large soft areas
+of another colour, a third part looks at (`tint`). What is outside the item is filled with
 the item's mean colour and no patch that touches it is pooled, so belt and backdrop cannot matter; contrast
 normalisation takes out the lamp.
 
 `features_graph` is the only implementation; `FeatureExtractor.transform` runs it with ONNX Runtime.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import MiniBatchKMeans
 
 from control_plane.training.nodes import GraphWriter, as_float32, floats, views_input
+from control_plane.training.tint import TINT_FEATURES, Tint, united_tint, write_tint
 
 Views = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -68,6 +70,8 @@ class FeatureSpec:
     """Per scale, that the dictionary is learnt on."""
     threshold: float = 1.0
     """Of the soft threshold, in units of the whitened patch."""
+    tint: bool = True
+    """Whether colour and brightness relative to the item are looked at, as the last part (`tint`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +87,11 @@ class Dictionary:
 
 @dataclass(frozen=True, slots=True)
 class FeatureExtractor:
-    """Fitted dictionaries, one per scale."""
+    """Fitted dictionaries, one per scale, and what tint is usual."""
 
     spec: FeatureSpec
     dictionaries: tuple[Dictionary, ...]
+    tint: Tint | None = None
 
     @classmethod
     def fit(cls, views: Views, groups: NDArray[np.generic], spec: FeatureSpec, *, seed: int) -> "FeatureExtractor":
@@ -100,7 +105,16 @@ class FeatureExtractor:
         """
         rng = np.random.default_rng(seed)
         found = tuple(_learn(views, groups, spec, scale, rng, seed) for scale in spec.scales)
-        return cls(spec, found)
+        return cls(spec, found, Tint.fit(views, groups) if spec.tint else None)
+
+    def only(self, parts: Sequence[int]) -> "FeatureExtractor":
+        """The same without the parts whose numbers are not among these."""
+        scales = len(self.spec.scales)
+        kept = [k for k in range(scales) if k in parts]
+        spec = replace(
+            self.spec, scales=tuple(self.spec.scales[k] for k in kept), tint=self.spec.tint and scales in parts
+        )
+        return FeatureExtractor(spec, tuple(self.dictionaries[k] for k in kept), self.tint if spec.tint else None)
 
     def transform(self, views: Views, *, progress: Callable[[float], None] | None = None, batch: int = 64) -> Floats:
         """float32 (N, F): the features of each view."""
@@ -210,8 +224,20 @@ def united(first: Floats, second: Floats) -> Floats:
 
 
 def widths(spec: FeatureSpec) -> tuple[int, ...]:
-    """Number of features of each scale."""
-    return (3 * spec.filters,) * len(spec.scales)
+    """Number of features of each part: one per scale, then tint."""
+    return (3 * spec.filters,) * len(spec.scales) + (TINT_FEATURES,) * spec.tint
+
+
+def unions(spec: FeatureSpec) -> list[Callable[[Floats, Floats], Floats]]:
+    """What unites two views, per part."""
+    found: list[Callable[[Floats, Floats], Floats]] = [united] * len(spec.scales)
+    return found + [united_tint] * spec.tint
+
+
+def part_names(spec: FeatureSpec) -> list[str]:
+    """What each part looks at, for people; in the order of `widths`."""
+    names = [f"contrast in {'brightness' if scale.grey else 'colour'}, 1/{scale.shrink}" for scale in spec.scales]
+    return names + ["tint"] * spec.tint
 
 
 def feature_count(spec: FeatureSpec) -> int:
@@ -220,7 +246,7 @@ def feature_count(spec: FeatureSpec) -> int:
 
 
 def features_graph(extractor: FeatureExtractor) -> onnx.ModelProto:
-    """The feature part as a model of its own: `views` -> `features` float32 [N, F], one scale after the other."""
+    """The feature part as a model of its own: `views` -> `features` float32 [N, F], one part after the other."""
     w = GraphWriter()
     w.op("Concat", write_features(w, extractor), output="features", axis=1)
     return w.model(
@@ -229,7 +255,7 @@ def features_graph(extractor: FeatureExtractor) -> onnx.ModelProto:
 
 
 def write_features(w: GraphWriter, extractor: FeatureExtractor) -> list[str]:
-    """Adds the feature nodes; `views` must be an input of the graph. Returns the features of each scale."""
+    """Adds the feature nodes; `views` must be an input of the graph. Returns the features of each part."""
     colour = w.op("Transpose", [w.op("Cast", ["views"], to=1)], perm=[0, 3, 1, 2])
     inside = w.op("Cast", [w.op("Greater", [w.reduce("ReduceMax", colour, [1]), w.constant(0.0)])], to=1)
     count = w.op("Max", [w.reduce("ReduceSum", inside, [2, 3]), w.constant(1.0)])
@@ -241,6 +267,8 @@ def write_features(w: GraphWriter, extractor: FeatureExtractor) -> list[str]:
         picture, mostly = _shrink(w, x, inside, mean, scale.shrink)
         positions = (extractor.spec.view_px // scale.shrink - scale.patch_px) // scale.stride + 1
         parts.append(_pooled(w, picture, mostly, dictionary, scale, positions))
+    if extractor.tint is not None:
+        parts.append(write_tint(w, extractor.tint, colour, inside))
     return parts
 
 

@@ -55,8 +55,9 @@ def build_graph(extractor: FeatureExtractor, head: Head, *, name: str, metadata:
     logs: list[str] = []
     for member, part, width in zip(head.members, parts, head.widths, strict=True):
         raw = _graft(w, member, part, width + scalars)
-        logs.append(w.op("Log", [w.op("Clip", [raw, w.constant(CLIP), w.constant(1.0)])]))
-    scores = w.op("Mul", [w.op("Mean", logs), w.constant(head.temperature)])
+        log = w.op("Log", [w.op("Clip", [raw, w.constant(CLIP), w.constant(1.0)])])
+        logs.append(w.op("Mul", [log, w.constant(head.votes[len(logs)])]))
+    scores = w.op("Sum", logs)
     w.op("Softmax", [w.op("Add", [scores, w.constant(head.bias)])], output=PROBABILITIES, axis=1)
     _embed(w, head.members[0], parts[0])
     outputs = [floats(PROBABILITIES, len(head.bias)), floats(EMBEDDING_OUTPUT, EMBEDDING)]

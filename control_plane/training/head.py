@@ -1,39 +1,42 @@
-"""The classifier on top of the features: per scale scaled, projected, logistic; their mean, calibrated by item.
+"""The classifier on top of the features: one member per part, scaled, projected, logistic; and a vote (`vote`).
 
-Each scale of the features has a member of its own, and the mean of their log-probabilities counts: members that see
-different things err on different skins, and one classifier on all features together would learn the larger scale's
-errors with its strengths (0.84 against 0.86 view AUC on the apples of the README).
+Each part of the features has a member of its own: members that see different things err on different skins, and one
+classifier on all features together would learn the larger part's errors with its strengths (0.84 against 0.86 view
+AUC on the apples of the README).
 
 It learns as well from views that were never taken: each view united with a good view of another item keeps its label,
 so that the skin a defect happens to sit on tells less of the defect (`features.united`; a composition of
 examples as in mixup, Zhang et al. 2018, but by the rule that labels follow here: a defect anywhere is a defect).
 
-Strength of the penalty and calibration come from a cross-validation by item *inside* the training data, so the data
+Penalties, votes and calibration come from a cross-validation by item *inside* the training data, so the data
 that measure the model never choose anything. Weights make items count alike however many views they have.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from control_plane.training.features import united
 from control_plane.training.splits import item_folds
+from control_plane.training.vote import Unseen, softmax
 
 Floats = NDArray[np.floating]
+Unite = Callable[[Any, Any], Any]
+"""Features of one part, of two views: (N, F), (N, F) -> (N, F) as if one view showed what both show."""
 EMBEDDING = 5
 CLIP = 1e-7
 """Probabilities of a member are kept this far from zero before their logarithm is taken."""
 _COMPONENTS = 96
 _PENALTIES = (1e-3, 3e-3, 1e-2)
+_OPTIONAL_PENALTIES = (1e-2, 3e-2, 1e-1)
+"""A member that must show that it knows unseen items may be trusted with more."""
 _VIEWS_PER_ITEM = 40
 
 
@@ -42,32 +45,32 @@ class Head:
     """A fitted classifier.
 
     Attributes:
-        members: scikit-learn, one per scale: its features (and imputed scalars) -> probabilities.
+        members: scikit-learn, one per part: its features (and imputed scalars) -> probabilities.
         widths: Features of each member, in their order.
-        temperature: The mean of the members' log-probabilities is multiplied by this ...
+        votes: (M,) what each member's log-probabilities are multiplied by before they are added ...
         bias: ... and this (C,) is added before they are normalised again.
         medians: (K,) what stands for an unknown scalar.
-        penalty: `C` of the logistic regressions that was chosen.
+        penalties: `C` of each member's logistic regression.
     """
 
     members: tuple[Pipeline, ...]
     widths: tuple[int, ...]
-    temperature: float
+    votes: NDArray[np.float64]
     bias: NDArray[np.float64]
     medians: NDArray[np.float32]
-    penalty: float
+    penalties: tuple[float, ...]
 
     def predict_proba(self, features: Floats, scalars: Floats | None = None) -> NDArray[np.float64]:
         """float64 (N, C), calibrated: the scikit-learn side of the parity check."""
         inputs = _inputs(np.asarray(features, np.float64), self.widths, scalars, self.medians)
-        found = [member.predict_proba(own) for member, own in zip(self.members, inputs, strict=True)]
-        return calibrated(_mean_log(found), self.temperature, self.bias)
+        found = [_log(member.predict_proba(own)) for member, own in zip(self.members, inputs, strict=True)]
+        return softmax(np.tensordot(self.votes, np.stack(found), 1) + self.bias)
 
 
 def _inputs(
     features: Floats, widths: Sequence[int], scalars: Floats | None, medians: NDArray[np.float32]
 ) -> list[Floats]:
-    """What each member sees: the features of its scale, and all scalars with the unknown ones filled."""
+    """What each member sees: the features of its part, and all scalars with the unknown ones filled."""
     edges = np.cumsum([0, *widths])
     parts: list[Floats] = [features[:, a:b] for a, b in pairwise(edges)]
     if not len(medians):
@@ -77,16 +80,8 @@ def _inputs(
     return [np.hstack([part, filled]) for part in parts]
 
 
-def _mean_log(probabilities: Sequence[Floats]) -> NDArray[np.float64]:
-    return np.asarray(np.mean([np.log(np.clip(p, CLIP, 1.0)) for p in probabilities], axis=0), np.float64)
-
-
-def calibrated(scores: Floats, temperature: float, bias: Floats) -> NDArray[np.float64]:
-    """softmax(temperature * scores + bias), rows; scores are log-probabilities up to a constant."""
-    scores = temperature * scores + bias
-    scores = scores - scores.max(axis=1, keepdims=True)
-    powers = np.exp(scores)
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float64)
+def _log(probabilities: Floats) -> NDArray[np.float64]:
+    return np.asarray(np.log(np.clip(probabilities, CLIP, 1.0)), np.float64)
 
 
 def view_weights(labels: NDArray[np.integer], items: NDArray[np.generic]) -> NDArray[np.float64]:
@@ -110,11 +105,12 @@ def fit_head(
     classes: int,
     widths: Sequence[int],
     seed: int,
+    optional: bool = False,
     scalars: Floats | None = None,
     calibrate_on: NDArray[np.bool_] | None = None,
-    unions: bool = False,
-) -> Head:
-    """Fits, choosing penalty and calibration by an inner cross-validation by item.
+    unite: Sequence[Unite] = (),
+) -> tuple[Head, tuple[int, ...]]:
+    """Fits, choosing members, penalties and calibration by an inner cross-validation by item.
 
     Args:
         features: (N, F).
@@ -124,26 +120,31 @@ def fit_head(
         classes: C.
         widths: Features of each member; their sum is F.
         seed: Of folds, projection and unions.
+        optional: The last member must earn its vote.
         scalars: (N, K) or None.
         calibrate_on: Views that count for choosing and calibrating (augmented ones do not); None = all.
-        unions: Learn from unions of views too; the layout of `features` must be that of `features.united`.
+        unite: Per member, what makes unions of views to learn from too; empty = none.
+
+    Returns:
+        The head, and the numbers of the members that have a vote in it.
     """
     medians = np.zeros(0, np.float32)
     if scalars is not None and scalars.shape[1]:
         known = np.where(np.isnan(scalars).all(axis=0), 0.0, 1.0)
         medians = np.where(known > 0, np.nanmedian(np.where(known > 0, scalars, 0.0), axis=0), 0.0).astype(np.float32)
-    views = _Views(_inputs(features, widths, scalars, medians), tuple(widths), labels, items, weights, seed, unions)
-    chosen, scores = _choose(views, classes, calibrate_on)
-    counted = np.ones(len(labels), bool) if calibrate_on is None else calibrate_on
-    counted = counted & np.isfinite(scores).all(axis=1)
-    temperature, bias = _calibrate(scores[counted], labels[counted], items[counted])
+    inputs = _inputs(features, widths, scalars, medians)
+    views = _Views(inputs, tuple(widths), labels, items, weights, seed, tuple(unite))
+    sure = len(inputs) - optional
+    grids = [_PENALTIES] * sure + [_OPTIONAL_PENALTIES] * optional
+    vote = _ask(views, grids, classes, calibrate_on).vote(sure)
     every = np.arange(len(labels))
     bases, examples = views.bases(every), views.examples(every)
     members = [
-        Pipeline([*base.steps, ("logistic", _logistic(chosen, base.transform(own), examples.labels, examples.weights))])
-        for base, own in zip(bases, examples.inputs, strict=True)
+        Pipeline([*bases[k].steps, ("logistic", _logistic(penalty, bases[k].transform(examples.inputs[k]), examples))])
+        for k, penalty in zip(vote.members, vote.penalties, strict=True)
     ]
-    return Head(tuple(members), tuple(widths), temperature, bias, medians, chosen)
+    kept = tuple(widths[k] for k in vote.members)
+    return Head(tuple(members), kept, vote.votes, vote.bias, medians, vote.penalties), vote.members
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ class _Views:
     items: NDArray[np.generic]
     weights: Floats
     seed: int
-    unions: bool
+    unite: tuple[Unite, ...]
 
     def bases(self, rows: NDArray[np.intp]) -> list[Pipeline]:
         """Scaling and projection of each member, from these views as they are."""
@@ -173,9 +174,11 @@ class _Views:
 
     def examples(self, rows: NDArray[np.intp]) -> _Examples:
         """These views, and their unions with good ones among them."""
-        first, second = self._partners(rows) if self.unions else (rows[:0], rows[:0])
+        if not self.unite:
+            return _Examples([own[rows] for own in self.inputs], self.labels[rows], self.weights[rows])
+        first, second = self._partners(rows)
         inputs: list[Floats] = []
-        for own, width in zip(self.inputs, self.widths, strict=True):
+        for own, width, united in zip(self.inputs, self.widths, self.unite, strict=True):
             both = united(own[first, :width], own[second, :width])
             inputs.append(np.vstack([own[rows], np.hstack([both, own[first, width:]])]))
         every = np.concatenate([rows, first])
@@ -196,55 +199,25 @@ def _base(features: Floats, seed: int) -> Pipeline:
     return Pipeline([("scale", StandardScaler()), ("project", project)]).fit(features)
 
 
-def _choose(views: _Views, classes: int, counted: NDArray[np.bool_] | None) -> tuple[float, NDArray[np.float64]]:
-    """The penalty with the smallest out-of-fold log loss, and its out-of-fold mean log-probabilities (or NaN)."""
-    best: tuple[float, float, NDArray[np.float64]] | None = None
-    labels, prepared = views.labels, []
+def _ask(views: _Views, grids: Sequence[tuple[float, ...]], classes: int, counted: NDArray[np.bool_] | None) -> Unseen:
+    """Cross-validates every member under every penalty of its grid."""
+    labels = views.labels
+    found = [{penalty: np.full((len(labels), classes), np.nan) for penalty in grid} for grid in grids]
+    known = np.zeros(len(labels), bool)
     for train, test in item_folds(views.items, labels, folds=4, seed=views.seed):
         if len(np.unique(labels[train])) < classes:
             continue
+        known[test] = True
         examples = views.examples(train)
-        pairs = [
-            (base.transform(seen), base.transform(own[test]))
-            for base, seen, own in zip(views.bases(train), examples.inputs, views.inputs, strict=True)
-        ]
-        prepared.append((examples, test, pairs))
-    for penalty in _PENALTIES:
-        found = np.full((len(labels), classes), np.nan)
-        for examples, test, pairs in prepared:
-            fitted = [_logistic(penalty, seen, examples.labels, examples.weights) for seen, _ in pairs]
-            found[test] = _mean_log([one.predict_proba(held) for one, (_, held) in zip(fitted, pairs, strict=True)])
-        known = np.isfinite(found).all(axis=1) & (counted if counted is not None else True)
-        if not known.any():
-            return 1e-2, found
-        picked = np.clip(calibrated(found[known], 1.0, np.zeros(classes)), 1e-6, 1.0)
-        loss = float(-(views.weights[known] * np.log(picked[np.arange(len(picked)), labels[known]])).sum())
-        if best is None or loss < best[0]:
-            best = (loss, penalty, found)
-    assert best is not None  # noqa: S101  there is at least one penalty
-    return best[1], best[2]
+        for logs, base, seen, own in zip(found, views.bases(train), examples.inputs, views.inputs, strict=True):
+            learnt, held = base.transform(seen), base.transform(own[test])
+            for penalty, log in logs.items():
+                log[test] = _log(_logistic(penalty, learnt, examples).predict_proba(held))
+    known = known if counted is None else known & counted
+    kept = [{penalty: log[known] for penalty, log in member.items()} for member in found]
+    place = np.unique(views.items[known], return_inverse=True)[1]
+    return Unseen(kept, labels[known], views.weights[known], place, classes)
 
 
-def _logistic(penalty: float, features: Floats, labels: NDArray[np.integer], weights: Floats) -> Any:
-    return LogisticRegression(C=penalty, max_iter=400).fit(features, labels, weights)
-
-
-def _calibrate(
-    scores: Floats, labels: NDArray[np.integer], items: NDArray[np.generic]
-) -> tuple[float, NDArray[np.float64]]:
-    """Temperature and class biases (Guo et al. 2017, with biases) by weighted log loss; each item weighs the same."""
-    classes = scores.shape[1] if scores.ndim == 2 else 1
-    identity = (1.0, np.zeros(classes))
-    if len(labels) < 20 or len(np.unique(labels)) < classes:
-        return identity
-    _, place, counts = np.unique(items, return_inverse=True, return_counts=True)
-    weights = 1.0 / counts[place]
-    weights = weights / weights.sum()
-
-    def loss(parameters: NDArray[np.float64]) -> float:
-        p = calibrated(scores, float(np.exp(parameters[0])), parameters[1:])
-        picked = np.log(np.clip(p[np.arange(len(labels)), labels], 1e-9, 1.0))
-        return float(-(weights * picked).sum() + 0.01 * (parameters**2).sum())
-
-    found = minimize(loss, np.zeros(classes + 1), method="L-BFGS-B", bounds=[(-2.0, 2.0)] + [(-3.0, 3.0)] * classes)
-    return float(np.exp(found.x[0])), np.asarray(found.x[1:], np.float64)
+def _logistic(penalty: float, features: Floats, examples: _Examples) -> Any:
+    return LogisticRegression(C=penalty, max_iter=400).fit(features, examples.labels, examples.weights)

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from control_plane.training.augment import varied
 from control_plane.training.card import write_card
 from control_plane.training.datasets import Dataset, load_dataset
-from control_plane.training.features import FeatureExtractor, FeatureSpec, widths
+from control_plane.training.features import FeatureExtractor, FeatureSpec, part_names, unions, widths
 from control_plane.training.fusing import LearntFusion, learn_fusion
 from control_plane.training.graph import ParityReport, build_graph, parity
 from control_plane.training.head import Head, fit_head, view_weights
@@ -92,6 +92,8 @@ class _Fitted:
     extractor: FeatureExtractor
     head: Head
     graph: bytes
+    votes: dict[str, float]
+    """Part of the features -> weight of its log-probabilities; zero = it is left out."""
 
 
 class _Clock:
@@ -155,13 +157,14 @@ def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock) -> 
         "versions": {name: version(name) for name in ("sortline", "numpy", "scikit-learn", "skl2onnx", "onnxruntime")},
         "metrics": metrics,
         "parity": msgspec.to_builtins(report),
-        "penalty": fitted.head.penalty,
+        "penalties": list(fitted.head.penalties),
+        "votes": fitted.votes,
         "fusion": learnt.report,
         "costs": _costs(held, recipe),
         "held_out": msgspec.to_builtins(held),
         "quantised": None if cost is None else {"cost": msgspec.to_builtins(cost)},
     }
-    card = write_card(settings.name, facts, metrics, report, recipe, learnt.report)
+    card = write_card(settings.name, facts, metrics, report, recipe, learnt.report, fitted.votes)
     parts |= {
         MODEL: fitted.graph,
         RECIPE: msgspec.json.encode(recipe),
@@ -197,7 +200,7 @@ def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _
     pictures = [views, *(varied(views, rng) for _ in range(VARIED if standard else 0))]
     features = np.concatenate([extractor.transform(part) for part in pictures])
     labels, items, weights = (np.concatenate([part] * len(pictures)) for part in (labels, items, weights))
-    head = fit_head(
+    head, parts = fit_head(
         features,
         labels,
         items,
@@ -205,11 +208,15 @@ def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _
         classes=len(dataset.classes),
         widths=widths(settings.features),
         seed=settings.seed,
+        optional=settings.features.tint,
         calibrate_on=np.arange(len(features)) < len(rows),
-        unions=standard,
+        unite=unions(settings.features) if standard else (),
     )
+    votes = dict.fromkeys(part_names(settings.features), 0.0)
+    votes |= {list(votes)[k]: round(float(vote), 4) for k, vote in zip(parts, head.votes, strict=True)}
+    extractor = extractor.only(parts)
     metadata = {"sortline.classes": ",".join(dataset.classes), "sortline.dataset": dataset.digest}
-    return _Fitted(extractor, head, build_graph(extractor, head, name=settings.name, metadata=metadata))
+    return _Fitted(extractor, head, build_graph(extractor, head, name=settings.name, metadata=metadata), votes)
 
 
 def _folds(dataset: Dataset, settings: TrainSettings) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:

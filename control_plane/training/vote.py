@@ -1,0 +1,134 @@
+"""Who has a say, and how much: members, penalties, votes and calibration from what members say of unseen items.
+
+Log-probabilities of members are added. The contrast members vote alike. A member that is optional joins only where it
+helps on items that no member has seen, and then the votes are weighed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+Floats = NDArray[np.floating]
+_BEYOND_DOUBT: Final = 2.0
+"""Standard errors: one in forty useless members gets by."""
+_LEAST_VOTE: Final = 0.2
+"""Of the strongest; a weaker vote is not worth its time on the line."""
+_LEAST_VIEWS: Final = 20
+_PULL: Final = 0.01
+"""Strength of the prior of votes and biases, in units of the mean log loss."""
+
+
+def softmax(scores: Floats) -> NDArray[np.float64]:
+    """Rows that add up to one."""
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """Which members vote, how strongly."""
+
+    members: tuple[int, ...]
+    penalties: tuple[float, ...]
+    votes: NDArray[np.float64]
+    bias: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """What members say of items they were not fitted on.
+
+    Attributes:
+        logs: Per member: penalty -> (n, C) log-probabilities.
+        labels: (n,).
+        weights: (n,) of the views, for choosing penalties.
+        items: (n,) number of the item of each view.
+        classes: C.
+    """
+
+    logs: list[dict[float, NDArray[np.float64]]]
+    labels: NDArray[np.integer]
+    weights: NDArray[np.floating]
+    items: NDArray[np.intp]
+    classes: int
+
+    def vote(self, sure: int) -> Vote:
+        """The first `sure` members vote alike; one behind them joins if it helps, and then votes are weighed.
+
+        It joins when the loss it saves, mean over items, exceeds two standard errors of that mean: a member that saw
+        twenty items has learnt their skins, one that saw hundreds has not. Votes are weighed only then, for the same
+        reason.
+        """
+        first = tuple(range(sure))
+        chosen = [min(self.logs[0], key=lambda p: self._loss(self._together(first, [p] * sure)))] * sure
+        alone = self._alike(first, chosen)
+        if sure == len(self.logs) or not self._enough:
+            return alone
+        chosen.append(min(self.logs[sure], key=lambda p: self._loss(self.logs[sure][p])))
+        everybody = (*first, sure)
+        saved = self._item_losses(alone) - self._item_losses(self._alike(everybody, chosen))
+        if saved.mean() <= _BEYOND_DOUBT * saved.std(ddof=1) / np.sqrt(len(saved)):
+            return alone
+        return self._weighed(everybody, chosen)
+
+    @property
+    def _enough(self) -> bool:
+        return len(self.labels) >= _LEAST_VIEWS and len(np.unique(self.labels)) == self.classes
+
+    def _together(self, members: Sequence[int], penalties: Sequence[float]) -> NDArray[np.float64]:
+        return np.asarray(np.mean([self.logs[k][p] for k, p in zip(members, penalties, strict=True)], axis=0))
+
+    def _loss(self, scores: Floats) -> float:
+        picked = np.clip(softmax(scores), 1e-6, 1.0)[np.arange(len(self.labels)), self.labels]
+        return float(-(self.weights * np.log(picked)).sum())
+
+    def _item_losses(self, vote: Vote) -> NDArray[np.float64]:
+        scores = self._scores(vote.members, vote.penalties)
+        found = softmax(np.tensordot(vote.votes, scores, 1) + vote.bias)
+        losses = -np.log(np.clip(found[np.arange(len(self.labels)), self.labels], 1e-9, 1.0))
+        return np.asarray(np.bincount(self.items, losses) / np.bincount(self.items), np.float64)
+
+    def _scores(self, members: Sequence[int], penalties: Sequence[float]) -> NDArray[np.float64]:
+        return np.stack([self.logs[k][p] for k, p in zip(members, penalties, strict=True)])
+
+    def _alike(self, members: tuple[int, ...], penalties: Sequence[float]) -> Vote:
+        """One temperature for all (Guo et al. 2017, with biases)."""
+        count = len(members)
+        if not self._enough:
+            return Vote(members, tuple(penalties), np.full(count, 1.0 / count), np.zeros(self.classes))
+        mean = self._together(members, penalties)[None]
+        found = self._minimise(mean, np.exp, np.zeros(1), [(-2.0, 2.0)])
+        temperature, bias = np.exp(found[0]), found[1:]
+        return Vote(members, tuple(penalties), np.full(count, temperature / count), bias)
+
+    def _weighed(self, members: tuple[int, ...], penalties: Sequence[float]) -> Vote:
+        """A weight for each, none negative; whoever has next to none is left out."""
+        bounds = [(0.0, 4.0)] * len(members)
+        found = self._minimise(self._scores(members, penalties), np.asarray, np.zeros(len(members)), bounds)
+        votes, bias = found[: len(members)], found[len(members) :]
+        strong = votes >= _LEAST_VOTE * votes.max()
+        if strong.all():
+            return Vote(members, tuple(penalties), votes, bias)
+        return self._weighed(tuple(np.array(members)[strong].tolist()), np.array(penalties)[strong].tolist())
+
+    def _minimise(
+        self, scores: Floats, votes_of: Any, prior: Floats, bounds: list[tuple[float, float]]
+    ) -> NDArray[np.float64]:
+        """Parameters of the votes, then biases, by log loss in which each item weighs the same."""
+        weights = 1.0 / np.bincount(self.items)[self.items]
+        weights = weights / weights.sum()
+        split = len(prior)
+
+        def loss(x: NDArray[np.float64]) -> float:
+            found = softmax(np.tensordot(votes_of(x[:split]), scores, 1) + x[split:])
+            picked = np.log(np.clip(found[np.arange(len(self.labels)), self.labels], 1e-9, 1.0))
+            pull = ((x[:split] - prior) ** 2).sum() + (x[split:] ** 2).sum()
+            return float(-(weights * picked).sum() + _PULL * pull)
+
+        limits = bounds + [(-3.0, 3.0)] * self.classes
+        found = minimize(loss, np.concatenate((prior, np.zeros(self.classes))), method="L-BFGS-B", bounds=limits)
+        return np.asarray(found.x, np.float64)
