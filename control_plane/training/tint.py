@@ -31,6 +31,8 @@ _THRESHOLDS: Final = (0.0, 1.0, 2.0)
 _NEIGHBOURHOODS: Final = (3, 5)
 """Sides, in places; each second one is looked at."""
 _LEAST_SPREAD: Final = 1e-3
+_AT_ONCE: Final = 128
+"""Views: some 40 MB."""
 TINT_FEATURES: Final = (1 + len(_NEIGHBOURHOODS)) * 2 * _DIRECTIONS * (len(_THRESHOLDS) + 1)
 
 
@@ -55,13 +57,18 @@ class Tint:
             groups: (N,) item of each view.
         """
         _, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
-        weights = (1.0 / counts[place]).astype(np.float64)
-        relative, mostly = _relative(views)
-        covered = np.einsum("n,nyx->yx", weights, mostly)
-        usual = np.einsum("n,nyxc->yxc", weights, relative) / np.maximum(covered, 1e-9)[..., None]
-        deviation = np.where(mostly[..., None], relative - usual, 0.0)
-        variance = np.einsum("n,nyxc->c", weights, deviation**2) / max(covered.sum(), 1e-9)
-        spread = np.maximum(np.sqrt(variance), _LEAST_SPREAD)
+        weights = 1.0 / counts[place]
+        side = views.shape[1] // _SHRINK
+        covered, total, squares = np.zeros((side, side, 1)), np.zeros((side, side, 3)), np.zeros((side, side, 3))
+        for start in range(0, len(views), _AT_ONCE):
+            relative, mostly = _relative(views[start : start + _AT_ONCE])
+            share = weights[start : start + _AT_ONCE]
+            covered += np.tensordot(share, mostly, 1)[..., None]
+            total += np.tensordot(share, relative, 1)
+            squares += np.tensordot(share, relative**2, 1)
+        usual = total / np.maximum(covered, 1e-9)
+        variance = (squares - covered * usual**2).sum(axis=(0, 1)) / max(covered.sum(), 1e-9)
+        spread = np.maximum(np.sqrt(np.maximum(variance, 0.0)), _LEAST_SPREAD)
         return cls(as_float32(usual.transpose(2, 0, 1)), as_float32(spread))
 
 
