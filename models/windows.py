@@ -73,6 +73,12 @@ class Histogram(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
                 return float(2.0 ** ((index + 0.5) / LATENCY_SCALE))
         return float(2.0 ** ((max(self.buckets) + 1) / LATENCY_SCALE))
 
+    def share_above(self, value: float) -> float:
+        """Share of the values in buckets that lie wholly above this one; NaN when nothing was counted."""
+        total = self.count
+        over = sum(n for index, n in self.buckets.items() if 2.0 ** (index / LATENCY_SCALE) >= value)
+        return over / total if total else math.nan
+
 
 def feature_names(embedding_size: int) -> tuple[str, ...]:
     """Names of the monitored features of an item, in the order of `item_features`."""

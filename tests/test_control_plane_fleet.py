@@ -40,7 +40,7 @@ from models.messages import (
     encode,
     encode_batch,
 )
-from models.windows import FeatureCounter, Window
+from models.windows import FeatureCounter, Histogram, Window
 from tests.simulators.plane import release
 from tests.simulators.tiny_bundle import tiny_bundle
 
@@ -311,6 +311,16 @@ def test_the_worst_axis_decides(facts: dict[str, object], state: State) -> None:
     found = status(reported=base | facts)
     assert found.state is state
     assert found.reason
+
+
+@pytest.mark.parametrize(("slow", "state"), [(15, State.GOOD), (25, State.OUT_OF_SPEC)])
+def test_a_few_items_that_lose_their_last_view_are_no_alarm(slow: int, state: State) -> None:
+    latency = Histogram()
+    latency.add(5.0, 1000 - slow)
+    latency.add(105.0, slow)
+    found = status(window=window(latency_ms=latency))
+    assert (found.state, found.p99_ms > 50.0) == (state, True)
+    assert ("2.5%" in found.reason) is (state is State.OUT_OF_SPEC)
 
 
 def test_drift_is_shown_with_enough_items_and_is_no_alarm_by_itself(tmp_path: Path) -> None:
