@@ -18,11 +18,17 @@ import msgspec
 from edge_agent.line_config import LineConfig
 from edge_agent.pipe import FromLine, Go, Load, LoadShadow, Pipe, Ready, SetLot, Waiting
 from models.errors import SortlineError
-from models.files import write_atomically
 from models.messages import Fault, Swap
 
 log = logging.getLogger("sortline.child")
 Deliver = Callable[[Any], bool]
+_RETRY_S: Final = 0.1
+
+
+def deliver_surely(deliver: Deliver, event: object) -> None:
+    """Hands over what must not be lost; waits while the queue is full. For threads of their own."""
+    while deliver(event) is False:
+        time.sleep(_RETRY_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +66,24 @@ class LineChild:
 
     Args:
         config: What it runs.
-        root: The agent's state directory; gets `line.json` or `standby.json`.
         deliver: Gets (child, message) pairs and, once the process is reaped, a `LineGone`.
         standby: It waits for `go`.
     """
 
-    def __init__(self, config: LineConfig, root: Path, deliver: Deliver, *, standby: bool = False) -> None:
+    def __init__(self, config: LineConfig, deliver: Deliver, *, standby: bool = False) -> None:
         name = "standby" if standby else "line"
-        path = root / f"{name}.json"
-        write_atomically(path, msgspec.json.encode(config))
         ours, theirs = socket.socketpair()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", f"edge_agent.{name}", "--config", str(path), "--pipe-fd", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=os.environ | LINE_ENVIRONMENT,
-        )
-        theirs.close()
+        # In memory: a full disk must not keep a line from starting.
+        with os.fdopen(os.memfd_create(f"{name}.json"), "wb") as stream, theirs:
+            stream.write(msgspec.json.encode(config))
+            stream.flush()
+            given = ["--config", f"/proc/self/fd/{stream.fileno()}", "--pipe-fd", str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"edge_agent.{name}", *given],
+                pass_fds=[stream.fileno(), theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | LINE_ENVIRONMENT,
+            )
         self._pipe = Pipe(ours)
         self._deliver = deliver
         self.digest = config.digest
@@ -116,7 +123,7 @@ class LineChild:
             reason = f"pipe failed: {error}"
         status = self._reap()
         self._pipe.close()
-        self._deliver(LineGone(self, f"{reason} (exit status {status})"))
+        deliver_surely(self._deliver, LineGone(self, f"{reason} (exit status {status})"))
 
     def _reap(self) -> int:
         try:
@@ -193,7 +200,7 @@ def start_selftest(
     """Runs the self-test of a bundle in a process of its own; `SelfTestDone` comes through `deliver`."""
 
     def run() -> None:
-        deliver(run_selftest_process(directory, digest, budget_ms, timeout_s, memory_mb))
+        deliver_surely(deliver, run_selftest_process(directory, digest, budget_ms, timeout_s, memory_mb))
 
     thread = threading.Thread(target=run, name="selftest", daemon=True)
     thread.start()

@@ -22,6 +22,7 @@ from typing import Final, Protocol
 
 import msgspec
 
+from edge_agent.child import deliver_surely
 from edge_agent.config import TrustConfig
 from models.bundle import sha256
 from models.errors import MessageError, SortlineError, TrustError
@@ -163,7 +164,7 @@ class Gate:
 
     def _run(self, pair: tuple[str, str], body: bytes) -> None:
         command = _command(self.folder, self._anchor, self._agent_id)
-        self._host.enqueue(_ask(command, body, pair, self._config.timeout_s))
+        deliver_surely(self._host.enqueue, _ask(command, body, pair, self._config.timeout_s))
 
     def done(self, verified: Verified) -> Desired | None:
         """A verification ended; returns what may be done now."""

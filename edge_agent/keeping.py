@@ -119,7 +119,8 @@ class LineKeeper:
 
     Args:
         host: The supervisor.
-        counters: Gets `line_starts`, `line_stalled` and the same of `standby`; `standby_died`, `standby_takeovers`.
+        counters: Gets `line_starts`, `line_stalled` and the same of `standby`; `standby_died`, `standby_failed`,
+            `standby_takeovers`.
         clock: Monotonic seconds.
     """
 
@@ -162,6 +163,8 @@ class LineKeeper:
             standby: What a standby must hold; empty = none is wanted.
         """
         now_s = self._clock()
+        for place in (self._line, self._standby):
+            self._end_silent(place, now_s)
         if self.line is None and not self._take_over(standby) and now_s >= self._line.next_s:
             self._start(self._line, digest)
         spare = self._standby.process
@@ -169,9 +172,12 @@ class LineKeeper:
             self._standby.process = None
             spare.kill()
         elif spare is None and standby and self._up and now_s >= self._standby.next_s:
-            self._start(self._standby, standby)
-        for place in (self._line, self._standby):
-            self._end_silent(place, now_s)
+            try:
+                self._start(self._standby, standby)
+            except OSError as error:
+                self._standby.vacate(now_s)
+                self._counters["standby_failed"] += 1
+                log.warning("no standby can be started: %s", error)
 
     def _start(self, place: _Place, digest: str) -> None:
         place.process = self._host.start_process(digest, standby=place is self._standby)

@@ -67,6 +67,8 @@ _READ_S = 0.25
 _REOPEN_S = 1.0
 _BLIND_S = 0.05
 """Between two turns of the fail-safe: at 1 m/s half a picture is 200 mm."""
+_SUCCESSOR_S = 0.1
+"""How often a line without supervisor looks for another one."""
 _STUCK = 5
 """Exit status of a line whose camera hangs in its driver."""
 _THREAD_DIED = 6
@@ -130,6 +132,7 @@ class Line:
         self._abstain = AbstainWatch()
         self._abstain_of = ("", "", "")
         self._orphaned_s: float | None = None
+        self._owner_s = self._touched_s()
 
     # -- life -------------------------------------------------------------------------------------------------
 
@@ -434,7 +437,10 @@ class Line:
             except SortlineError as error:
                 log.warning("supervisor is gone: %s", error)
                 self._orphaned_s = time.monotonic()
-                self._stop.wait(self._config.orphan_s)
+                until_s = self._orphaned_s + self._config.orphan_s
+                while time.monotonic() < until_s and self._touched_s() == self._owner_s:
+                    if self._stop.wait(_SUCCESSOR_S):
+                        break
                 self._stop.set()
                 return
             match message:
@@ -444,6 +450,13 @@ class Line:
                     self._next_lot.append((message, time.monotonic()))
                 case Stop():
                     self._stop.set()
+
+    def _touched_s(self) -> float:
+        """When a supervisor last began; 0 where that is not known."""
+        try:
+            return Path(self._config.owner).stat().st_mtime if self._config.owner else 0.0
+        except OSError:
+            return 0.0
 
     # -- reporter thread --------------------------------------------------------------------------------------
 

@@ -122,5 +122,7 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """A new bundle waits so long for a gap on the belt before it is switched in between two frames anyway."""
     boot_id: str = "0000000000000000"
     """Of the supervisor; live figures carry it."""
+    owner: str = ""
+    """File that a supervisor touches when it begins: a line without supervisor makes room for its successor."""
     orphan_s: Annotated[float, msgspec.Meta(ge=0.0)] = 20.0
     """A line whose supervisor is gone sorts on for so long (a restarted supervisor starts its own), then ends."""

@@ -5,6 +5,7 @@ second. The line is a child process and is never waited for. The last good bundl
 control plane; a lost report never changes what runs.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -15,6 +16,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,8 @@ class Supervisor:
         self._lanes, self._camera = 0, ""
         self._tuned: dict[str, str] = {}
         """How many threads the line's libraries use, and what was measured for it."""
+        self._wanted: Desired | None = None
+        """Proven, and not yet taken up."""
         self._reported_s = 0.0
         self._last_tick_s = time.monotonic()
         self._stop = threading.Event()
@@ -165,7 +169,7 @@ class Supervisor:
             signal.signal(number, lambda *_: self._stop.set())
         if self._spool.quarantined:
             self.event("spool.quarantined", "The spool file was broken and set aside.")
-        self._updater.recover()
+        self._guarded(self._updater.recover)
         self._identity.start()
         with self._link:
             try:
@@ -180,10 +184,15 @@ class Supervisor:
             event = self._events.get(timeout=_TICK_S)
         except queue.Empty:
             event = None
+        if event is not None:
+            self._guarded(lambda: self._handle(event))
+        for part in self._parts():
+            self._guarded(part)
+
+    def _guarded(self, act: Callable[[], object]) -> None:
+        """What fails is reported and, being a part of every turn, tried again; the rest of the turn goes on."""
         try:
-            if event is not None:
-                self._handle(event)
-            self._tick()
+            act()
         except SortlineError as error:
             self.counters["step_failed"] += 1
             self.blame(error)
@@ -216,9 +225,8 @@ class Supervisor:
                 if not self._challenger.tested(event):
                     self._updater.tested(event)
             case Verified():
-                desired = self._gate.done(event)
-                if desired is not None:
-                    self._desire(desired)
+                self._wanted = self._gate.done(event) or self._wanted
+                self._take_wanted()
             case LineGone():
                 if self._keeper.gone(event.child, self._standby_for):
                     self._line_gone(event.reason)
@@ -270,6 +278,12 @@ class Supervisor:
             self._gate.offer_bin(news.own_bin)
             self._gate.offer_document(news.document)
 
+    def _take_wanted(self) -> None:
+        """What was proven is taken up; it is kept until the disk has taken it."""
+        if self._wanted is not None:
+            self._desire(self._wanted)
+            self._wanted = None
+
     def _desire(self, desired: Desired) -> None:
         self.counters["desired_stale"] += desired.generation < self._updater.state.generation
         if desired.generation >= self._updater.state.generation:
@@ -309,8 +323,9 @@ class Supervisor:
         if not line.threads:
             # What one line measured holds for those after it.
             onnx, opencv = (int(self._tuned.get(f"{library}_threads", 0)) for library in ("onnx", "opencv"))
+            opencv = line.opencv_threads or opencv
             if onnx and opencv:
-                line = msgspec.structs.replace(line, threads=onnx, opencv_threads=line.opencv_threads or opencv)
+                line = msgspec.structs.replace(line, threads=onnx, opencv_threads=opencv)
         config = msgspec.structs.replace(
             line,
             bundle=str(self._updater.slot(digest)) if digest else "",
@@ -319,8 +334,9 @@ class Supervisor:
             variety=self._lots.state.variety,
             lifetime_items=self._lifetime_items,
             boot_id=self.boot_id,
+            owner=str(self._root / "lock"),
         )
-        return LineChild(config, self._root, self.enqueue, standby=standby)
+        return LineChild(config, self.enqueue, standby=standby)
 
     def load_judging(self) -> None:
         """Makes the line use `Updater.judging`: by a swap while it runs, else at its next start."""
@@ -420,18 +436,20 @@ class Supervisor:
 
     # -- time and reports -------------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
+    def _parts(self) -> Iterator[Callable[[], object]]:
+        """Of one turn; none depends on what became of another."""
         now = time.monotonic()
         elapsed_s, self._last_tick_s = now - self._last_tick_s, now
-        self._look_at_stick()
-        self._gate.tick()
-        self._updater.tick(elapsed_s, self._beat)
-        self._challenger.tick(settled=self._settled)
-        self._keeper.tick(self._updater.judging, self._standby_for)
-        self._uplink.tick(now)
+        yield lambda: self._keeper.tick(self._updater.judging, self._standby_for)
+        yield self._look_at_stick
+        yield self._gate.tick
+        yield self._take_wanted
+        yield lambda: self._updater.tick(elapsed_s, self._beat)
+        yield lambda: self._challenger.tick(settled=self._settled)
+        yield lambda: self._uplink.tick(now)
+        yield self._lots.tick
         if now - self._reported_s > (1.0 if self._updater.state.phase in {Phase.FETCHING, Phase.TRIAL} else _REPORT_S):
-            self.report()
-        self._lots.tick()
+            yield self.report
 
     def set_fault(self, fault: Fault) -> None:
         """Makes this the reported fault."""
@@ -509,8 +527,10 @@ def _lock(root: Path) -> Any:
             expected="one agent per state directory",
             got=f"process {owner}",
         ) from error
-    stream.seek(0)
-    stream.truncate()
-    stream.write(str(os.getpid()))
-    stream.flush()
+    os.utime(stream.fileno())  # a line that a supervisor before left behind sees that it has a successor
+    with contextlib.suppress(OSError):  # a full disk is no reason not to start
+        stream.seek(0)
+        stream.truncate()
+        stream.write(str(os.getpid()))
+        stream.flush()
     return stream

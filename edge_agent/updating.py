@@ -78,6 +78,8 @@ class Updater:
         """Another lot has begun while the try waited."""
         self._died = ""
         """Why the line of the present try ended, until that is on disk."""
+        self._failed: Fault | None = None
+        """Why the bundle on trial is taken back, until that is on disk."""
 
     def slot(self, digest: str) -> Path:
         """Where this bundle is."""
@@ -86,7 +88,7 @@ class Updater:
     @property
     def judging(self) -> str:
         """What the line has to judge with: the bundle on trial only while a try runs."""
-        trying = self._waited_s is None and not self._died
+        trying = self._waited_s is None and not self._died and self._failed is None
         return self.state.active if trying else self.state.previous
 
     @property
@@ -100,7 +102,7 @@ class Updater:
 
     def _no_try(self) -> None:
         """Nothing waits and nothing died: `judging` is the active bundle."""
-        self._waited_s, self._died = None, ""
+        self._waited_s, self._died, self._failed = None, "", None
 
     def progress(self, beat: Beat | None) -> float:
         """0..1 of the phase."""
@@ -119,16 +121,22 @@ class Updater:
     # -- start ------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """After a start: whatever phase the power failed in is continued or undone."""
+        """After a start: whatever phase the power failed in is continued or undone.
+
+        Raises:
+            OSError: The state could not be saved; what must be is tried again by itself.
+        """
         phase = self.state.phase
         if self.state.active and not self._usable(self.state.active):
             self._host.event("slots.active_broken", f"{self.state.active} does not verify; going back.")
             fallback = self.state.previous if self._usable(self.state.previous) else ""
-            self._save(msgspec.structs.replace(self.state, active=fallback, previous="", phase=Phase.ROLLED_BACK))
+            # The next start would find the same: what the disk refuses to keep now is kept with the next change.
+            self.state = msgspec.structs.replace(self.state, active=fallback, previous="", phase=Phase.ROLLED_BACK)
+            self._save(self.state)
         elif phase is Phase.TRIAL:
             self._next_try(wait=self._usable(self.state.previous))
         elif phase in {Phase.FETCHING, Phase.VERIFIED, Phase.SELF_TEST}:
-            self._save(msgspec.structs.replace(self.state, phase=Phase.FETCHING))
+            self.state = msgspec.structs.replace(self.state, phase=Phase.FETCHING)
 
     def _usable(self, digest: str) -> bool:
         try:
@@ -207,7 +215,9 @@ class Updater:
         elif phase is Phase.SELF_TEST and self._found is not None:
             self._judge_found(self._found)
         elif phase is Phase.TRIAL:
-            if self._died:
+            if self._failed is not None:
+                self._roll_back(self._failed)
+            elif self._died:
                 self._after_death()
             elif self._waited_s is not None:
                 self._wait_for_standby(elapsed_s)
@@ -285,12 +295,20 @@ class Updater:
         self._host.load_judging()
 
     def _roll_back(self, fault: Fault) -> None:
-        self._host.set_fault(fault)
-        self._host.event(fault.code, fault.message, bundle=self.state.active)
-        self._save(advance(self.state, Trigger.TRIAL_FAILED))
+        known, self._failed = self._failed, fault
+        failed = self.state.active
+        try:
+            self._save(advance(self.state, Trigger.TRIAL_FAILED))
+        except OSError:
+            if known is None:
+                self._host.load_judging()  # the old bundle judges; after a power cut it would be tried again
+            raise
         self._no_try()
         log.warning("rolled back: %s", fault.message)
         self._host.load_judging()
+        self._host.set_fault(fault)
+        self._host.event(fault.code, fault.message, bundle=failed)
+        self._host.report()
 
     def _tick_trial(self, elapsed_s: float, beat: Beat | None) -> None:
         if beat is None or beat.digest != self.state.active:

@@ -233,6 +233,31 @@ def test_a_standby_that_hangs_while_it_waits_or_never_gets_warm_is_ended(bench: 
     assert bench.counters["standby_stalled"] == 1
 
 
+def test_a_standby_that_cannot_be_started_keeps_nobody_from_watching_the_line(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.tick()
+    line = bench.processes[0]
+    line.ready = True
+    bench.keeper.came_up()
+    start = bench.start_process
+
+    def refuse(digest: str, *, standby: bool) -> Process:
+        if standby:
+            raise OSError(12, "Cannot allocate memory")
+        return start(digest, standby=standby)
+
+    monkeypatch.setattr(bench, "start_process", refuse)
+    bench.tick(standby=OLD)
+    assert bench.counters["standby_failed"] == 1
+    bench.tick(standby=OLD)
+    assert bench.counters["standby_failed"] == 1, "it pauses"
+    line.hangs = True
+    for _ in range(8):
+        bench.tick(standby=OLD, after_s=1.0)
+    assert line.killed
+
+
 def test_a_standby_that_does_not_hear_is_ended_and_a_line_started(bench: Bench) -> None:
     line, spare = bench.covered_line()
     spare.deaf = True

@@ -32,7 +32,7 @@ def said() -> "queue.Queue[object]":
 
 @pytest.fixture
 def child(config: LineConfig, tmp_path: Path, said: "queue.Queue[object]") -> Iterator[LineChild]:
-    found = LineChild(config, tmp_path, lambda event: said.put(event) or True, standby=True)
+    found = LineChild(config, lambda event: said.put(event) or True, standby=True)
     yield found
     found.stop(5.0)
 
@@ -67,9 +67,8 @@ def test_it_says_nothing_but_that_it_waits_and_is_the_line_when_told(
 
 
 def test_one_that_cannot_load_its_bundle_ends(config: LineConfig, tmp_path: Path, said: "queue.Queue[object]") -> None:
-    child = LineChild(
-        msgspec.structs.replace(config, digest="11" * 32), tmp_path, lambda e: said.put(e) or True, standby=True
-    )
+    wrong = msgspec.structs.replace(config, digest="11" * 32)
+    child = LineChild(wrong, lambda event: said.put(event) or True, standby=True)
     gone = said.get(timeout=60)
     assert isinstance(gone, LineGone)
     assert "exit status 1" in gone.reason
@@ -87,7 +86,7 @@ def test_before_it_is_told_neither_camera_nor_plc_hears_of_it(
             camera=f"http://127.0.0.1:{camera.getsockname()[1]}/stream",
             encoder=f"modbus://127.0.0.1:{plc.getsockname()[1]}/input/100?mm_per_pulse=0.1",
         )
-        child = LineChild(real, tmp_path, lambda event: said.put(event) or True, standby=True)
+        child = LineChild(real, lambda event: said.put(event) or True, standby=True)
         try:
             wait_until(lambda: child.waiting, 60, "the standby")
             for device in (camera, plc):

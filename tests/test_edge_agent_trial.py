@@ -9,7 +9,7 @@ import pytest
 
 import edge_agent.updating as updating
 from edge_agent.child import SelfTestDone
-from edge_agent.pipe import Beat, ModelFailed
+from edge_agent.pipe import Beat, LoadFailed, ModelFailed
 from edge_agent.slots import SlotState, StateFile
 from models.messages import Desired, Fault, Live, Phase, Swap
 from tests.simulators.tiny_bundle import tiny_bundle
@@ -228,3 +228,39 @@ def test_what_the_self_test_found_waits_for_a_disk_that_is_full(
     assert "selftest.passed" in trial.host.codes[before:] or not passed
     trial.updater.tick(0.25, None)
     assert trial.host.codes[before:].count("selftest.passed") == passed
+
+
+@pytest.mark.parametrize("kind", [ModelFailed, LoadFailed])
+def test_a_bundle_that_breaks_while_the_disk_is_full_is_taken_back_all_the_same(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch, kind: type[ModelFailed | LoadFailed]
+) -> None:
+    trial.begin()
+
+    def full(_state: SlotState) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = len(trial.host.codes)
+    with monkeypatch.context() as patch:
+        patch.setattr(trial.updater._file, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            trial.updater.bundle_failed(kind(digest=trial.new, fault=Fault(code="model.broken", message="")))
+        assert (trial.updater.judging, trial.host.loads[-1]) == (trial.old, trial.old)
+        for _ in range(5):
+            with pytest.raises(OSError, match="No space"):
+                trial.updater.tick(0.25, None)
+    assert len(trial.host.codes) == before + 1, "said once, not at every try"
+    trial.updater.tick(0.25, None)
+    assert (trial.on_disk.phase, trial.on_disk.active) == (Phase.ROLLED_BACK, trial.old)
+    assert trial.new in trial.on_disk.blocked
+
+
+def test_an_agent_that_restarts_on_a_full_disk_starts(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    StateFile(trial.root).save(trial.testing)
+
+    def full(_state: SlotState) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    agent = Agent(trial.root, trial.blobs)
+    monkeypatch.setattr(agent.updater._file, "save", full)
+    agent.updater.recover()
+    assert (agent.updater.state.phase, agent.updater.judging) == (Phase.FETCHING, trial.old)
