@@ -33,7 +33,7 @@ from control_plane.publishing import Publisher
 from control_plane.store import Store
 from control_plane.tables import Agent, EventRow, Identity, IdentityState, WindowRow, utc_now
 from control_plane.trust.assignments import Assignments
-from models.errors import ConfigError, MessageError, SortlineError, UnavailableError
+from models.errors import ConfigError, MessageError, UnavailableError
 from models.messages import (
     KEEP_ALIVE_S,
     MAX_LIVE_BYTES,
@@ -286,10 +286,12 @@ class FleetLink:
 
     def _take_response(self, agent_id: str, response: Response) -> None:
         with writing(self._engine) as session:
-            agent = _agent(session, agent_id)
-            known = answered(agent, response, utc_now())
-            session.add(agent)
-            session.commit()
+            # Locked as in `lots.ask`: an answer must not write over a newer question.
+            agent = session.get(Agent, agent_id, with_for_update=True)
+            known = agent is not None and answered(agent, response, utc_now())
+            if known:
+                session.add(agent)
+                session.commit()
         self.counters["responses" if known else "responses_unknown"] += 1
 
     def _take_batch(self, agent_id: str, batch: Batch) -> None:
@@ -364,20 +366,25 @@ class FleetLink:
                 if not self._sentinel_seen.wait(_SENTINEL_WAIT_S):
                     self.republish()
                 self._want_all()
-            except SortlineError:
+            except Exception:  # whatever the database raises while it is away: without this thread nobody republishes
                 log.exception("republishing failed; it is tried again")
+                self.counters["republish_failed"] += 1
                 self._republish_due.set()
                 self._stopping.wait(2.0)
 
     def republish(self) -> None:
-        """After the broker lost its store: the sentinel, every bundle some agent shall run and every desired state."""
+        """After the broker lost its store: every bundle an agent shall run, every desired state, then the sentinel.
+
+        A broker that has the sentinel has the rest: whatever interrupts this begins it anew.
+        """
+        with self._trust_order:
+            self._trust_published = {}
         self.publisher.store_lost()
-        self._control.publish(SENTINEL_TOPIC, b"1", qos=1, retain=True)
-        self._trust_published = {}
         self.publish_trust()
         with reading(self._engine) as session:
             agents = session.exec(select(Agent).where(col(Agent.desired_bundle) != "")).all()
         self.publish_desired(*agents)
+        self._control.publish(SENTINEL_TOPIC, b"1", qos=1, retain=True)
         self.counters["republished"] += 1
         log.info("published %s desired states to a broker without store", len(agents))
 

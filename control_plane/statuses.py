@@ -64,14 +64,16 @@ class Statuses:
 
     def board(self, max_age_s: float) -> list[AgentStatus]:
         """Every agent as of at most so long ago: many who look at once cost one look."""
+        oldest_s = time.monotonic() - max_age_s
         with self._lock:
-            if time.monotonic() - self._board[0] > max_age_s:
+            # Whoever waited for a look that began late enough shares it, however long it took.
+            if self._board[0] < oldest_s:
                 self._board = (time.monotonic(), self._look(None))
             return self._board[1]
 
     def all(self) -> list[AgentStatus]:
         """Every agent, as of now."""
-        return self.board(-1.0)
+        return self.board(0.0)
 
     def one(self, agent_id: str) -> AgentStatus | None:
         """One agent, as of now; None when there is none of this name."""

@@ -24,6 +24,10 @@ LATENCY_SCALE: Final = 16
 """Buckets per doubling."""
 MAX_WINDOW_BYTES: Final = 16 * 1024
 MAX_BUCKETS: Final = 480
+LEAST_BUCKET: Final = -240
+LAST_BUCKET: Final = 239
+"""Of a histogram: 2**-15 to 2**15 of its unit; what lies beyond is counted in the last one."""
+_MOST_COUNTED: Final = 2**32 - 1
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Label = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
@@ -43,7 +47,7 @@ class Histogram(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
         if value <= 0.0 or not math.isfinite(value):
             self.zero += count
             return
-        index = min(max(math.ceil(math.log2(value) * LATENCY_SCALE) - 1, -240), 239)
+        index = min(max(math.ceil(math.log2(value) * LATENCY_SCALE) - 1, LEAST_BUCKET), LAST_BUCKET)
         self.buckets[index] = self.buckets.get(index, 0) + count
 
     def merged(self, other: "Histogram") -> "Histogram":
@@ -303,6 +307,9 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         for histogram in (self.latency_ms, self.inference_ms, self.jitter_ms):
             if len(histogram.buckets) > MAX_BUCKETS:
                 raise _window_error(f"<= {MAX_BUCKETS} buckets", len(histogram.buckets))
+            strange = [index for index in histogram.buckets if not LEAST_BUCKET <= index <= LAST_BUCKET]
+            if strange:
+                raise _window_error(f"buckets from {LEAST_BUCKET} to {LAST_BUCKET}", strange[:5])
 
 
 def _window_error(expected: object, got: object) -> MessageError:
@@ -316,7 +323,7 @@ def merge(a: Window, b: Window) -> Window:
     """The window of both spans: every count is the sum. Identity fields are those of `a`.
 
     Raises:
-        MessageError: `window.not_mergeable` when they were judged by different bundles.
+        MessageError: `window.not_mergeable` when they were judged by different bundles, or count more than fits.
     """
     if a.bundle != b.bundle or (a.nulls and b.nulls and len(a.nulls) != len(b.nulls)):
         raise MessageError(
@@ -341,6 +348,13 @@ def merge(a: Window, b: Window) -> Window:
     tables = {name: _add(getattr(a, name), getattr(b, name)) for name in _TABLES}
     counts_a, counts_b = a.feature_counts(), b.feature_counts()
     counts = counts_a + counts_b if len(counts_a) and len(counts_b) else (counts_a if len(counts_a) else counts_b)
+    if len(counts) and counts.max() > _MOST_COUNTED:
+        raise MessageError(
+            "window.not_mergeable",
+            "Windows count more than fits.",
+            expected=f"<= {_MOST_COUNTED}",
+            got=int(counts.max()),
+        )
     # A window that says nothing of features has items all the same: their features are not known.
     rows = len(counts)
     nulls = _add_rows(a.nulls or (a.items,) * rows, b.nulls or (b.items,) * rows)

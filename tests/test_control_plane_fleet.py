@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from sqlalchemy.exc import OperationalError
 from sqlmodel import select
 
 from control_plane.api.services import Services
@@ -85,6 +86,26 @@ def test_the_migration_makes_the_tables_of_this_program(services: Services) -> N
         from alembic import command
 
         command.check(_alembic(services.config.database_url))
+
+
+def test_a_broker_that_lost_its_store_gets_everything_also_when_the_database_was_away(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, tried = services.fleet, []
+
+    def republish() -> None:
+        tried.append(1)
+        if len(tried) == 1:
+            raise OperationalError("select", {}, Exception("the database is away"))
+        link._stopping.set()
+
+    monkeypatch.setattr(link, "republish", republish)
+    monkeypatch.setattr(link._stopping, "wait", lambda _s: False)
+    monkeypatch.setattr(link._sentinel_seen, "wait", lambda _s: False)
+    link._republish_due.set()
+    link._publish_after_connects()
+    assert len(tried) == 2
+    assert link.counters["republish_failed"] == 1
 
 
 def test_a_batch_is_stored_once_however_often_it_comes(services: Services) -> None:

@@ -152,3 +152,8 @@ def test_the_route_refuses_by_name_and_asks_nothing(
         answer = client.post(f"/api/v1/agents/{agent}/lot", json=body)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
     assert seen(services) == {}
+
+
+def test_a_clock_that_was_far_ahead_keeps_nothing_out_once_it_is_right(services: Services, agent: str) -> None:
+    named(services, at=timedelta(hours=1))
+    assert named(services, SECOND).issued_at_ms == round(NOW.timestamp() * 1000)

@@ -194,3 +194,25 @@ def test_item_features_are_means_over_views_with_log_odds_and_entropy() -> None:
     assert features[9] == pytest.approx(0.0)
     assert features[10] == pytest.approx(np.log(2.0))
     assert features[11:] == pytest.approx([2.0, 2.0])
+
+
+@pytest.mark.parametrize("index", [-241, 240, 20_000])
+def test_a_bucket_that_no_value_falls_into_is_refused(index: int) -> None:
+    strange = Window(started_ms=0, duration_ms=1, bundle="a" * 64, latency_ms=Histogram(buckets={1: 3, index: 1}))
+    with pytest.raises(MessageError, match="buckets from -240 to 239"):
+        strange.check()
+    edges = Histogram()
+    for value in (1e-300, 1e300):
+        edges.add(value)
+    Window(started_ms=0, duration_ms=1, bundle="a" * 64, latency_ms=edges).check()
+    assert edges.share_above(50.0) == 0.5
+
+
+def test_windows_that_would_count_more_than_fits_do_not_add() -> None:
+    many = 2**32 - 1
+    counts = np.zeros((1, BINS), "<u4")
+    counts[0, 0] = many
+    one = Window(started_ms=0, duration_ms=1, bundle="a" * 64, items=many, features=counts.tobytes(), nulls=(0,))
+    one.feature_counts()
+    with pytest.raises(MessageError, match="more than fits"):
+        merge(one, one)

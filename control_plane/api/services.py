@@ -103,6 +103,9 @@ def _open_identity(
     site_files = SiteFiles(authority, enrolment.admitted, clock=utc_now, followers=followers)
     enrolment.publish = site_files.publish
     site_files.publish()
+    if profile:
+        # Also without news: an older version may have written the profile.
+        update_profile(authority.folder / SITE, Path(profile).resolve())
     return enrolment, site_files
 
 
