@@ -112,10 +112,12 @@ class Updater:
             return min(1.0, beat.items_on_bundle / max(self.state.trial_items, 1))
         return 1.0 if self.state.phase is Phase.COMMITTED else 0.0
 
-    def _save(self, state: SlotState) -> None:
-        """Persists before any effect, then tells the world."""
+    def _save(self, state: SlotState, fault: Fault | None = None) -> None:
+        """Persists before any effect, then tells the world, and why."""
         self._file.save(state)
         self.state = state
+        if fault is not None:
+            self._host.set_fault(fault)
         self._host.report()
 
     # -- start ------------------------------------------------------------------------------------------------
@@ -260,12 +262,10 @@ class Updater:
         if self.state.phase is not Phase.SELF_TEST or done.digest != self.state.target:
             self._found = None  # overtaken by a newer wish
             return
-        self._save(advance(self.state, Trigger.TEST_PASSED if done.fault is None else Trigger.TEST_FAILED))
+        self._save(advance(self.state, Trigger.TEST_PASSED if done.fault is None else Trigger.TEST_FAILED), done.fault)
         self._found = None
         if done.fault is not None:
-            self._host.set_fault(done.fault)
             self._host.event(done.fault.code, done.fault.message, bundle=done.digest)
-            self._host.report()
             return
         self._host.event("selftest.passed", "", bundle=done.digest, p99_ms=str(done.p99_ms), rss_mb=str(done.rss_mb))
         self._next_try()
@@ -298,7 +298,7 @@ class Updater:
         known, self._failed = self._failed, fault
         failed = self.state.active
         try:
-            self._save(advance(self.state, Trigger.TRIAL_FAILED))
+            self._save(advance(self.state, Trigger.TRIAL_FAILED), fault)
         except OSError:
             if known is None:
                 self._host.load_judging()  # the old bundle judges; after a power cut it would be tried again
@@ -306,9 +306,7 @@ class Updater:
         self._no_try()
         log.warning("rolled back: %s", fault.message)
         self._host.load_judging()
-        self._host.set_fault(fault)
         self._host.event(fault.code, fault.message, bundle=failed)
-        self._host.report()
 
     def _tick_trial(self, elapsed_s: float, beat: Beat | None) -> None:
         if beat is None or beat.digest != self.state.active:

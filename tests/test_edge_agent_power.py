@@ -34,6 +34,7 @@ class Host:
     def __init__(self) -> None:
         self.loads: list[str] = []
         self.codes: list[str] = []
+        self.reports: list[str] = []
         self.updater: Updater | None = None
 
     def event(self, code: str, message: str, **facts: str) -> None:
@@ -44,9 +45,10 @@ class Host:
 
     def set_fault(self, fault: Fault) -> None:
         self.codes.append(fault.code)
+        self.fault = fault
 
     def report(self) -> None:
-        return
+        self.reports.append(self.fault.code if self.fault else "")
 
     def enqueue(self, event: object) -> bool:
         return True

@@ -249,9 +249,11 @@ def test_a_bundle_that_breaks_while_the_disk_is_full_is_taken_back_all_the_same(
             with pytest.raises(OSError, match="No space"):
                 trial.updater.tick(0.25, None)
     assert len(trial.host.codes) == before + 1, "said once, not at every try"
+    trial.host.reports.clear()
     trial.updater.tick(0.25, None)
     assert (trial.on_disk.phase, trial.on_disk.active) == (Phase.ROLLED_BACK, trial.old)
     assert trial.new in trial.on_disk.blocked
+    assert trial.host.reports[0] == "model.broken", "no report says that it was taken back and not why"
 
 
 def test_an_agent_that_restarts_on_a_full_disk_starts(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
