@@ -378,6 +378,8 @@ def rollout(figures: Figures, scratch: Path, count: int, kind: str) -> None:
     with broker(kind, scratch) as (port, _):
         services = make_services(scratch / f"rollout-{kind}", port=port)
         services.fleet.start()
+        # A new broker is found empty once, and filled: what is ordered before that is published again.
+        until(lambda: services.fleet.counters["republished"] > 0, 30.0)
         services.rollouts.start()
         directory = scratch / f"rollout-bundle-{kind}"
         write_bundle(directory, "rolled", tiny_files(padding=1_000_000))
