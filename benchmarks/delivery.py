@@ -40,7 +40,8 @@ from edge_agent.delivery import Fetch
 from edge_agent.spool import Spool
 from edge_agent.uplink import Uplink
 from models.bundle import RECIPE, blobs_of, read_bundle, write_bundle
-from models.messages import Ack, Channel, Event, RecordKind, Request, agent_topic, decode
+from models.messages import Ack, Event, RecordKind, Request, decode
+from models.topics import Channel, agent_topic
 from tests.simulators.fleet import Manner, SimulatedFleet
 from tests.simulators.plane import make_services, release
 from tests.simulators.processes import free_port

@@ -32,7 +32,7 @@ from benchmarks.figures import Figures, Row
 from control_plane.api.app import create_app
 from control_plane.identity.authority import SITE
 from control_plane.identity.mosquitto import write_profile
-from models.messages import Channel, agent_topic
+from models.topics import Channel, agent_topic
 from tests.simulators.mqtt_probe import Probe, packet, text
 from tests.simulators.plane import make_services
 from tests.simulators.processes import MOSQUITTO, free_port, listens

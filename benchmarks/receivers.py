@@ -15,7 +15,8 @@ from pathlib import Path
 
 from benchmarks.broker import packet, text
 from models.bundle import blobs_of, read_bundle
-from models.messages import BLOBS, Request, blob_topic, encode
+from models.messages import Request, encode
+from models.topics import BLOBS, blob_topic
 
 WINDOW = 8
 WHOLE_TOPIC = "sortline/v1/blobs/whole"

@@ -25,7 +25,8 @@ from control_plane.database import writing
 from control_plane.registry import register
 from control_plane.tables import utc_now
 from models.bundle import Bundle, blobs_of
-from models.messages import Channel, Desired, agent_topic, blob_topic, encode
+from models.messages import Desired, encode
+from models.topics import Channel, agent_topic, blob_topic
 from tests.simulators.fleet import Manner, SimulatedFleet
 from tests.simulators.plane import make_services, release
 from tests.simulators.processes import embedded_broker, free_port, running

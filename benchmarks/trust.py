@@ -27,8 +27,9 @@ from control_plane.trust import metadata as md
 from control_plane.trust.assignments import Assignments
 from control_plane.trust.sealing import is_bin, sign_changes
 from models.bundle import Chunk, FileEntry, Manifest, sha256
-from models.messages import Desired, bin_of, encode
+from models.messages import Desired, encode
 from models.signed_set import MAX_SET_BYTES, ROLES, make_set
+from models.topics import bin_of
 from models.trust import verify
 
 _SIGNATURES = 7

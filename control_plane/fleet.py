@@ -38,12 +38,8 @@ from models.messages import (
     KEEP_ALIVE_S,
     MAX_LIVE_BYTES,
     MAX_REPORTED_BYTES,
-    ROOT,
-    SENTINEL_TOPIC,
-    TRUST_TOPIC,
     Ack,
     Batch,
-    Channel,
     Command,
     Event,
     Gap,
@@ -54,13 +50,12 @@ from models.messages import (
     Reported,
     Request,
     Response,
-    agent_topic,
     decode,
     decode_batch,
     decode_packed,
     encode,
-    parse_agent_topic,
 )
+from models.topics import ROOT, SENTINEL_TOPIC, TRUST_TOPIC, Channel, agent_topic, parse_agent_topic
 from models.windows import Window
 
 log = logging.getLogger("sortline.fleet")

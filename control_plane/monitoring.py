@@ -15,8 +15,9 @@ import numpy as np
 
 from models.errors import MessageError
 from models.messages import KEEP_ALIVE_S, Live, Phase
+from models.profile import Profile, stability_index
 from models.recipe import UNSURE
-from models.windows import Profile, Window, merge, stability_index
+from models.windows import Window, merge
 
 LATE_S: Final = 2.0 * KEEP_ALIVE_S
 SILENT_S: Final = 3.0 * KEEP_ALIVE_S

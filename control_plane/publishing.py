@@ -25,8 +25,9 @@ from control_plane.store import Store
 from control_plane.tables import Agent, RetainedBlob, Rollout, RolloutAgent, RolloutState
 from models.bundle import FileEntry, Manifest, blobs_of, sha256
 from models.errors import CapacityError, InputError, SortlineError, UnavailableError
-from models.messages import Channel, Request, agent_topic, blob_topic
-from models.pacing import Bucket
+from models.messages import Request
+from models.token_bucket import Bucket
+from models.topics import Channel, agent_topic, blob_topic
 
 log = logging.getLogger("sortline.publishing")
 _IN_FLIGHT: Final = 16

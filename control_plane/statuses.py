@@ -26,7 +26,8 @@ from control_plane.tables import Agent, EventRow, Model, ModelVersion, WindowRow
 from models.bundle import PROFILE
 from models.errors import SortlineError
 from models.messages import Live, decode_packed
-from models.windows import Profile, Window, parse_profile
+from models.profile import Profile, parse_profile
+from models.windows import Window
 
 _LIVE_S: Final = 5.0
 RECENT_S: Final = 300.0

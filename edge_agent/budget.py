@@ -8,7 +8,7 @@ more); within it again is what does not exceed it any more: the answer does not 
 from collections import deque
 from typing import Final
 
-from models.rates import wilson
+from models.statistics import wilson
 
 MEMORY_ITEMS: Final = 400
 LEAST_ITEMS: Final = 100

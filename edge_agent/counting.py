@@ -12,8 +12,10 @@ import numpy as np
 from edge_agent.ejection import EjectionQueue
 from edge_agent.judging import Judge, Judged
 from edge_agent.simulation import SimulatedTruth
+from models.histogram import Histogram
 from models.messages import Live
-from models.windows import FeatureCounter, Histogram, Window
+from models.profile import FeatureCounter
+from models.windows import Window
 
 if TYPE_CHECKING:
     from edge_agent.shadow import Shadow

@@ -18,7 +18,7 @@ from typing import Final, Literal, cast
 
 from edge_agent.confirmation import ConfirmationLedger
 from edge_agent.seams import AheadEjector, Ejector, Encoder, Shot, Sighting
-from models.windows import Histogram
+from models.histogram import Histogram
 
 log = logging.getLogger("sortline.ejection")
 _NEAR_S: Final = 0.002

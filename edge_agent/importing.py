@@ -15,8 +15,9 @@ from edge_agent.link import Incoming
 from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, InputError, SortlineError
 from models.files import sync_directory
-from models.messages import BLOBS, MAX_CONTROL_BYTES, Desired, decode
+from models.messages import MAX_CONTROL_BYTES, Desired, decode
 from models.signed_set import MAX_SET_BYTES
+from models.topics import BLOBS
 
 log = logging.getLogger("sortline.importing")
 SET, BIN, DESIRED, STAGED = "tuf.json", "tuf-bin.json", "desired.json", "import"

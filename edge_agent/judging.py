@@ -18,8 +18,8 @@ from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
 from models.preprocess import make_view, view_features
+from models.profile import item_features
 from models.recipe import Verdict
-from models.windows import item_features
 
 
 @dataclass(frozen=True, slots=True)

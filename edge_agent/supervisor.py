@@ -50,26 +50,8 @@ from edge_agent.transfer import Transfer
 from edge_agent.updating import Updater
 from edge_agent.uplink import Uplink
 from models.errors import CapacityError, ConflictError, MessageError, SortlineError
-from models.messages import (
-    BLOBS,
-    SENTINEL_TOPIC,
-    TRUST_TOPIC,
-    Ack,
-    Channel,
-    Desired,
-    Event,
-    Fault,
-    Phase,
-    Presence,
-    RecordKind,
-    Reported,
-    Response,
-    agent_topic,
-    bin_of,
-    bin_topic,
-    decode,
-    encode,
-)
+from models.messages import Ack, Desired, Event, Fault, Phase, Presence, RecordKind, Reported, Response, decode, encode
+from models.topics import BLOBS, SENTINEL_TOPIC, TRUST_TOPIC, Channel, agent_topic, bin_of, bin_topic
 
 log = logging.getLogger("sortline.supervisor")
 _TICK_S = 0.25

@@ -16,8 +16,9 @@ from edge_agent.config import DeliveryConfig
 from edge_agent.delivery import Fetch, discard_parts
 from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, SortlineError
-from models.messages import BLOBS, Channel, Request, agent_topic, blob_topic, encode
-from models.pacing import Bucket
+from models.messages import Request, encode
+from models.token_bucket import Bucket
+from models.topics import BLOBS, Channel, agent_topic, blob_topic
 
 _FULL_PAUSE_S: Final = 5.0
 

@@ -21,33 +21,28 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from models.chunking import CHUNK_BYTES, cut
 from models.errors import BundleError
 from models.files import write_atomically
+from models.golden import GOLDEN, MAX_GOLDEN_VIEWS, Golden
+from models.profile import Profile, feature_names, parse_profile
 from models.recipe import Name, Recipe, parse_recipe
 from models.view_spec import PreprocessSpec
-from models.windows import Profile, feature_names, parse_profile
-
-if TYPE_CHECKING:  # the supervisor moves bundles without loading ONNX Runtime
-    from models.classifier import OnnxClassifier
 
 MAX_MANIFEST_BYTES: Final = CHUNK_BYTES
 """The manifest itself travels as one chunk."""
 MAX_FILE_BYTES: Final = 256 * 1024 * 1024
 MAX_BUNDLE_BYTES: Final = 512 * 1024 * 1024
-MAX_GOLDEN_VIEWS: Final = 256
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model.onnx"
 PREPROCESS: Final = "preprocess.json"
 RECIPE: Final = "recipe.json"
 PROFILE: Final = "profile.msgpack"
-GOLDEN: Final = "golden.npz"
 CARD: Final = "card.md"
 LINEAGE: Final = "lineage.json"
 PARTS: Final = tuple(sorted((MODEL, PREPROCESS, RECIPE, PROFILE, GOLDEN, CARD, LINEAGE)))
@@ -90,64 +85,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def size_bytes(self) -> int:
         """Of all files together, without the manifest."""
         return sum(entry.size_bytes for entry in self.files)
-
-
-class Golden(msgspec.Struct, frozen=True, kw_only=True):
-    """Views with the outputs the training machine got: the proof that this device computes the same.
-
-    Attributes:
-        views: uint8 (G, S, S, 3) BGR.
-        scalars: float32 (G, K).
-        probabilities: float32 (G, C).
-        embedding: float32 (G, E).
-        tolerance: Largest difference of a probability that is accepted.
-    """
-
-    views: NDArray[np.uint8]
-    scalars: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
-    embedding: NDArray[np.float32]
-    tolerance: float
-
-    def encoded(self) -> bytes:
-        """`golden.npz`, byte for byte the same for the same content."""
-        stream = io.BytesIO()
-        np.savez_compressed(
-            stream,
-            views=self.views,
-            scalars=self.scalars,
-            probabilities=self.probabilities,
-            embedding=self.embedding,
-            tolerance=np.float64(self.tolerance),
-        )
-        return stream.getvalue()
-
-    def check(self, classifier: "OnnxClassifier") -> float:
-        """Judges the golden views on this machine.
-
-        Returns:
-            The largest difference of a probability.
-
-        Raises:
-            BundleError: `golden.mismatch`: refuse the bundle.
-        """
-        answer = classifier.classify(self.views, self.scalars if self.scalars.shape[1] else None)
-        if answer.probabilities.shape != self.probabilities.shape:
-            raise BundleError(
-                "golden.mismatch",
-                "The golden views belong to another model.",
-                expected=self.probabilities.shape,
-                got=answer.probabilities.shape,
-            )
-        difference = float(np.abs(answer.probabilities - self.probabilities).max())
-        if difference > self.tolerance:
-            raise BundleError(
-                "golden.mismatch",
-                "The golden views do not reproduce on this machine.",
-                expected=f"probabilities within {self.tolerance:g}",
-                got=f"{difference:g}",
-            )
-        return difference
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from models.errors import InputError
-from models.messages import AgentId, check_agent_id
+from models.messages import AgentId
+from models.topics import check_agent_id
 
 TOKEN_SCHEME: Final = "sortline1"  # noqa: S105  a version, no secret
 ANCHORS_PATH: Final = "/api/v1/ca"

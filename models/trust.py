@@ -41,7 +41,7 @@ from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Time
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from models.errors import MessageError, TrustError
-from models.messages import Desired, assignment_path, bin_of, decode
+from models.messages import Desired, decode
 from models.signed_set import (
     BIN,
     MAX_ROOTS,
@@ -55,6 +55,7 @@ from models.signed_set import (
     set_of,
     version_of,
 )
+from models.topics import assignment_path, bin_of
 
 MAX_MANIFEST_BYTES: Final = 120 * 1024
 """As in `models.bundle`, which would bring numpy into a process that lives for half a second."""

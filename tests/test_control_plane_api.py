@@ -16,8 +16,9 @@ from control_plane.pages.live import Feed
 from control_plane.tables import utc_now
 from models.bundle import pack, read_bundle
 from models.errors import ConfigError
-from models.messages import Channel, Event, Live, Phase, Presence, agent_topic, encode
-from models.windows import FeatureCounter
+from models.messages import Event, Live, Phase, Presence, encode
+from models.profile import FeatureCounter
+from models.topics import Channel, agent_topic
 from tests.simulators.plane import make_client, make_services, release, withdraw
 from tests.simulators.processes import wait_until
 from tests.simulators.tiny_bundle import tiny_bundle

@@ -27,21 +27,11 @@ from control_plane.rollout_records import Order, create_rollout
 from control_plane.tables import Agent, EventRow, JobKind, JobState, Rollout, Stage, WindowRow, utc_now
 from models.bundle import read_bundle
 from models.errors import ConflictError, InputError, MessageError, UnavailableError
-from models.messages import (
-    Batch,
-    Channel,
-    Event,
-    Live,
-    Phase,
-    Presence,
-    Record,
-    RecordKind,
-    Reported,
-    agent_topic,
-    encode,
-    encode_batch,
-)
-from models.windows import FeatureCounter, Histogram, Window
+from models.histogram import Histogram
+from models.messages import Batch, Event, Live, Phase, Presence, Record, RecordKind, Reported, encode, encode_batch
+from models.profile import FeatureCounter
+from models.topics import Channel, agent_topic
+from models.windows import Window
 from tests.simulators.plane import release
 from tests.simulators.tiny_bundle import tiny_bundle
 

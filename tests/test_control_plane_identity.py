@@ -295,7 +295,8 @@ def test_what_a_revoked_agent_still_sends_is_not_taken_in(tmp_path: Path) -> Non
     """A broker that was not told yet delivers it; nothing is stored, nothing acknowledged."""
     from control_plane.tables import Agent
     from models.errors import MessageError
-    from models.messages import Channel, Presence, agent_topic, encode
+    from models.messages import Presence, encode
+    from models.topics import Channel, agent_topic
     from tests.simulators.plane import make_services
     from tests.test_control_plane_fleet import BOOT, batch, window
 

@@ -13,8 +13,9 @@ from control_plane.recipes import with_recipe
 from control_plane.registry import register
 from control_plane.tables import Agent, Audit, utc_now
 from models.errors import ConflictError, InputError, MessageError
-from models.messages import Channel, Command, Fault, LotSource, Presence, Response, RunningLot, encode
+from models.messages import Command, Fault, LotSource, Presence, Response, RunningLot, encode
 from models.recipe import Recipe, Terms
+from models.topics import Channel
 from tests.simulators.plane import make_client
 from tests.simulators.tiny_bundle import tiny_bundle
 from tests.test_control_plane_fleet import BOOT, reported, say

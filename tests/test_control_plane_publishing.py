@@ -16,7 +16,8 @@ from control_plane.tables import Agent, RetainedBlob, utc_now
 from models.bundle import write_bundle
 from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, InputError
-from models.messages import BLOBS, Request
+from models.messages import Request
+from models.topics import BLOBS
 from tests.simulators.plane import make_client, make_services, release
 from tests.simulators.tiny_bundle import tiny_files
 

@@ -11,9 +11,10 @@ from sklearn.metrics import roc_auc_score
 
 from control_plane.training.pipeline import TrainSettings, train
 from control_plane.training.quantise import check_cost, cost_of, milliseconds_per_view, quantise, quantised
-from models.bundle import GOLDEN, LINEAGE, MODEL, PARTS, read_bundle, write_bundle
+from models.bundle import LINEAGE, MODEL, PARTS, read_bundle, write_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
+from models.golden import GOLDEN
 from tests.simulators.tiny_bundle import tiny_files
 from tests.test_control_plane_training import folder
 

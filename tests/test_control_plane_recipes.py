@@ -20,8 +20,9 @@ from control_plane.tables import Audit
 from models.bundle import LINEAGE, PARTS, RECIPE, pack, read_bundle, write_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
-from models.messages import Channel, Presence, agent_topic, encode
+from models.messages import Presence, encode
 from models.recipe import Recipe
+from models.topics import Channel, agent_topic
 from tests.simulators.plane import make_client, make_services, release
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
 from tests.test_control_plane_fleet import BOOT, A, batch, reported, window

@@ -19,7 +19,8 @@ from control_plane.rollout_executor import RolloutExecutor
 from control_plane.rollout_records import act, describe
 from control_plane.tables import Agent, Audit, RolloutAgent, RolloutState, utc_now
 from models.errors import ConflictError, InputError
-from models.messages import Channel, Mode, Phase, Swap, encode
+from models.messages import Mode, Phase, Swap, encode
+from models.topics import Channel
 from tests.simulators.plane import make_client, make_services
 from tests.simulators.processes import wait_until
 from tests.test_control_plane_fleet import batch, register_tiny, reported, say, start_rollout, state_of, window

@@ -17,8 +17,9 @@ from control_plane.tables import Agent, TrustMetadata
 from control_plane.trust import ceremony
 from control_plane.trust.assignments import Assignments
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, TrustError
-from models.messages import TRUST_TOPIC, Desired, bin_of, bin_topic
+from models.messages import Desired
 from models.signed_set import ASSIGN, parse_set, version_of
+from models.topics import TRUST_TOPIC, bin_of, bin_topic
 from tests.simulators.trust_repository import NOW, PASSPHRASE, Device, Repository, Signed
 
 

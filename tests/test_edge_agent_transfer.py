@@ -10,7 +10,8 @@ from edge_agent.config import DeliveryConfig
 from edge_agent.transfer import Transfer
 from models.bundle import read_bundle
 from models.chunking import CHUNK_BYTES
-from models.messages import BLOBS, Request, blob_topic, decode
+from models.messages import Request, decode
+from models.topics import BLOBS, blob_topic
 from tests.simulators.tiny_bundle import tiny_bundle
 from tests.test_edge_agent_delivery import Blobs, Clock
 

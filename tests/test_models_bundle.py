@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from models.bundle import (
     CARD,
-    GOLDEN,
     MANIFEST,
     MODEL,
     PARTS,
@@ -26,6 +25,7 @@ from models.bundle import (
 )
 from models.classifier import OnnxClassifier
 from models.errors import BundleError
+from models.golden import GOLDEN
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files, tiny_graph
 
 FILES = tiny_files()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from models.bundle import sha256
 from models.chunking import CHUNK_BYTES, SHORTEST, cut
-from models.pacing import Bucket
+from models.token_bucket import Bucket
 
 NOISE = np.random.default_rng(1).bytes(6_000_000)
 

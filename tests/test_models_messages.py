@@ -13,7 +13,6 @@ from models.messages import (
     MAX_CONTROL_BYTES,
     Ack,
     Batch,
-    Channel,
     Command,
     CommandKind,
     Desired,
@@ -25,15 +24,13 @@ from models.messages import (
     Reported,
     Response,
     RunningLot,
-    agent_topic,
-    check_agent_id,
     decode,
     decode_batch,
     decode_packed,
     encode,
     encode_batch,
-    parse_agent_topic,
 )
+from models.topics import Channel, agent_topic, check_agent_id, parse_agent_topic
 from models.windows import Window
 
 BOOT = "0123456789abcdef"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from models.errors import BundleError
 from models.fusion import FusionSpec
-from models.rates import wilson
 from models.recipe import UNSURE, Grade, Recipe, Terms, layered, parse_recipe
+from models.statistics import wilson
 
 GOLDEN = Path(__file__).parent / "golden" / "recipe-v2.json"
 CLASSES = ("sound", "rot", "worm")

@@ -17,8 +17,8 @@ from control_plane.trust import metadata as md
 from models import bundle, trust
 from models.bundle import Manifest, sha256
 from models.errors import TrustError
-from models.messages import BIN_BITS, BIN_PREFIX, bin_of
 from models.signed_set import ASSIGN, MAX_SET_BYTES, MAX_TRUSTED_BYTES, ROLES, make_set, parse_set, version_of
+from models.topics import BIN_BITS, BIN_PREFIX, bin_of
 from models.trust import Outcome, verify
 from tests.simulators.trust_repository import NOW, PASSPHRASE, Device, Repository, Signed, manifest, resigned
 

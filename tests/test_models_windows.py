@@ -7,19 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import BundleError, MessageError
-from models.windows import (
+from models.histogram import Histogram
+from models.profile import (
     BINS,
     FeatureCounter,
-    Histogram,
     Profile,
-    Window,
     build_profile,
     feature_names,
     item_features,
-    merge,
     parse_profile,
     stability_index,
 )
+from models.windows import Window, merge
 
 NAMES = feature_names(5)
 

@@ -18,7 +18,7 @@ import msgspec
 from control_plane.broker.topics import has_wildcard
 from models.errors import ConfigError
 from models.files import write_atomically
-from models.messages import bin_of, bin_topic
+from models.topics import bin_of, bin_topic
 
 _ROOT = "sortline/v1"
 AGENT_PUBLISHES = frozenset({"presence", "reported", "batch", "live", "request", "response"})

@@ -95,7 +95,7 @@ def broker_add(
     """Add or renew an identity; its password is random and written once."""
     from control_plane.broker.access import Role, add_identity  # noqa: PLC0415
     from models.files import write_atomically  # noqa: PLC0415
-    from models.messages import check_agent_id  # noqa: PLC0415
+    from models.topics import check_agent_id  # noqa: PLC0415
 
     role = Role.CONTROL_PLANE if identity == "control-plane" else Role.AGENT
     password = add_identity(credentials, check_agent_id(identity), role)

@@ -32,7 +32,7 @@ from control_plane.identity.certificates import (
 from control_plane.tables import Agent, Certificate, EnrolmentToken, Identity, IdentityState
 from models.errors import ConflictError, InputError
 from models.identity import Enrolled, RenewalRequest, Token, parse_token, renewal_statement
-from models.messages import check_agent_id
+from models.topics import check_agent_id
 
 TOKEN_LIFE: Final = timedelta(hours=1)
 APPROVAL_LIFE: Final = timedelta(hours=24)

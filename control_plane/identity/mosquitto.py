@@ -19,7 +19,7 @@ from control_plane.identity.authority import SITE, Authority
 from control_plane.identity.publication import Admission
 from models.errors import ConfigError
 from models.files import write_atomically
-from models.messages import ROOT, TRUST_TOPIC, bin_of, bin_topic
+from models.topics import ROOT, TRUST_TOPIC, bin_of, bin_topic
 
 log = logging.getLogger("sortline.identity")
 CONF: Final = "mosquitto.conf"

@@ -16,7 +16,7 @@ from scipy.special import expit
 from sklearn.model_selection import StratifiedKFold
 
 from models.fusion import FusionSpec, fuse, item_evidence
-from models.rates import wilson
+from models.statistics import wilson
 
 TOP_K: Final = (1, 2, 3, 4)
 _DEFAULT: Final = FusionSpec()

@@ -25,7 +25,6 @@ from control_plane.training.pipeline import golden_views
 from control_plane.training.tuning import hold_out
 from models.bundle import (
     CARD,
-    GOLDEN,
     LINEAGE,
     MAX_FILE_BYTES,
     MODEL,
@@ -38,9 +37,10 @@ from models.bundle import (
 )
 from models.classifier import PROBABILITIES, OnnxClassifier
 from models.errors import InputError
+from models.golden import GOLDEN
+from models.profile import build_profile, feature_names
 from models.recipe import Recipe
 from models.view_spec import PreprocessSpec
-from models.windows import build_profile, feature_names
 
 _LIMIT: Final = 1e-3
 _NEWEST_OPSET, _NEWEST_IR = 21, 10

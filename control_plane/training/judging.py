@@ -10,8 +10,8 @@ from control_plane.training.datasets import Dataset
 from control_plane.training.metrics import item_truth
 from models.errors import InputError
 from models.preprocess import view_features
+from models.profile import item_features
 from models.recipe import Recipe, Verdict
-from models.windows import item_features
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,13 @@ from control_plane.training.metrics import auc_within_folds, measure
 from control_plane.training.quantise import Cost, card_section, check_cost, cost_of, quantise
 from control_plane.training.splits import item_folds
 from control_plane.training.tuning import HeldOut, cost_report, hold_out, tuned
-from models.bundle import CARD, GOLDEN, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, Golden, write_bundle
+from models.bundle import CARD, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, write_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
+from models.golden import GOLDEN, Golden
+from models.profile import build_profile, feature_names
 from models.recipe import Recipe, Share, Terms
 from models.view_spec import PreprocessSpec
-from models.windows import build_profile, feature_names
 
 GOLDEN_VIEWS: Final = 32
 GOLDEN_TOLERANCE: Final = 2e-3

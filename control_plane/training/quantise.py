@@ -24,9 +24,10 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from scipy.stats import rankdata
 
 from control_plane.training.metrics import balanced_accuracy
-from models.bundle import CARD, GOLDEN, LINEAGE, MODEL, PARTS, Bundle, Golden, read_bundle, write_bundle
+from models.bundle import CARD, LINEAGE, MODEL, PARTS, Bundle, read_bundle, write_bundle
 from models.classifier import VIEWS_INPUT, OnnxClassifier
 from models.errors import InputError
+from models.golden import GOLDEN, Golden
 
 AUC_LIMIT: Final = 0.01
 """Largest loss of the area under the ROC that is accepted, and ..."""

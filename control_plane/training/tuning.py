@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import InputError
-from models.rates import wilson
 from models.recipe import Policy, Recipe, Terms
+from models.statistics import wilson
 
 PER: Final = 1000.0
 MAX_ITEMS: Final = 5000

@@ -19,8 +19,9 @@ from control_plane.trust import metadata as md
 from control_plane.trust.ceremony import Folder, RoleStatus, status
 from control_plane.trust.sealing import FULL_SHARE, ONLINE, fill, is_bin, sign_changes
 from models.errors import ConflictError
-from models.messages import TRUST_TOPIC, Desired, Mode, Swap, bin_of, bin_topic, encode
+from models.messages import Desired, Mode, Swap, encode
 from models.signed_set import is_development, make_set, version_of
+from models.topics import TRUST_TOPIC, bin_of, bin_topic
 
 NO_KEYS: Final = "no keys: nothing can be rolled out"
 DEVELOPMENT: Final = "development keys: whoever reads this machine can release any model"

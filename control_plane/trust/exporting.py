@@ -6,7 +6,8 @@ from typing import Any, Protocol
 from models.bundle import blobs_of, parse_manifest
 from models.errors import ConflictError, InputError
 from models.files import write_atomically
-from models.messages import Desired, blob_topic, decode
+from models.messages import Desired, decode
+from models.topics import blob_topic
 
 SET, BIN, DESIRED = "tuf.json", "tuf-bin.json", "desired.json"
 _TRIES = 10

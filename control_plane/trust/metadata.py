@@ -28,8 +28,8 @@ from tuf.api.serialization.json import JSONSerializer
 from control_plane.trust.keys import PublicKey, Signer
 from models.bundle import sha256
 from models.errors import InputError
-from models.messages import BIN_BITS, BIN_PREFIX, assignment_path
 from models.signed_set import ASSIGN, version_of
+from models.topics import BIN_BITS, BIN_PREFIX, assignment_path
 
 LIFE: Final[dict[str, timedelta]] = {
     "root": timedelta(days=3 * 365),

@@ -11,8 +11,8 @@ from typing import Final
 from control_plane.trust import metadata as md
 from control_plane.trust.keys import Signer
 from models.bundle import sha256
-from models.messages import BIN_PREFIX, assignment_path, bin_of
 from models.signed_set import ASSIGN, MAX_SET_BYTES, check_size, version_of
+from models.topics import BIN_PREFIX, assignment_path, bin_of
 
 RESIGN_AFTER: Final = timedelta(hours=1)
 """Timestamp and snapshot are signed again so often, although they live seven days: a freeze shows within hours."""

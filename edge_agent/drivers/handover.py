@@ -14,7 +14,7 @@ from typing import Final
 
 from edge_agent.seams import Encoder, Shot
 from models.errors import UnavailableError
-from models.windows import Histogram
+from models.histogram import Histogram
 
 log = logging.getLogger("sortline.drivers")
 _REMEMBERED: Final = 1024

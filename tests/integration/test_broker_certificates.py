@@ -21,7 +21,8 @@ from control_plane.identity.certificates import (
     issue_server,
 )
 from control_plane.identity.publication import publish_admission, refresh_site
-from models.messages import KEEP_ALIVE_S, bin_of, bin_topic
+from models.messages import KEEP_ALIVE_S
+from models.topics import bin_of, bin_topic
 from tests.simulators.mqtt_probe import OPENED, Probe, close_probes, packet, text
 from tests.simulators.processes import wait_until
 from tests.simulators.site import Site, embedded_mtls, key_text, make_site, mosquitto_mtls, new_key

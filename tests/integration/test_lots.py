@@ -17,7 +17,8 @@ import uvicorn
 from control_plane.api.app import create_app
 from control_plane.api.services import Services
 from control_plane.cli import main
-from models.messages import Channel, Command, CommandKind, LotSource, Phase, Response, Swap, agent_topic, decode, encode
+from models.messages import Command, CommandKind, LotSource, Phase, Response, Swap, decode, encode
+from models.topics import Channel, agent_topic
 from tests.integration.test_whole_system import ROOT, Plane, agent, end, events, plane
 from tests.simulators.plane import make_services
 from tests.simulators.processes import embedded_broker, free_port, running, wait_until

@@ -19,20 +19,8 @@ from control_plane.database import writing
 from control_plane.registry import register
 from control_plane.tables import utc_now
 from models.bundle import LINEAGE, write_bundle
-from models.messages import (
-    Channel,
-    Command,
-    Fault,
-    Live,
-    LotSource,
-    Phase,
-    Presence,
-    Response,
-    RunningLot,
-    agent_topic,
-    decode,
-    encode,
-)
+from models.messages import Command, Fault, Live, LotSource, Phase, Presence, Response, RunningLot, decode, encode
+from models.topics import Channel, agent_topic
 from tests.simulators.plane import make_services, release
 from tests.simulators.processes import embedded_broker, free_port, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files

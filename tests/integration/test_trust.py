@@ -14,7 +14,8 @@ import pytest
 from control_plane.broker.access import Role, add_identities
 from control_plane.client import Client
 from models.errors import ConflictError, SortlineError
-from models.messages import Channel, Desired, Phase, agent_topic, encode
+from models.messages import Desired, Phase, encode
+from models.topics import Channel, agent_topic
 from tests.integration.test_whole_system import Plane, agent, end
 from tests.simulators.processes import embedded_broker, free_port, running, wait_until
 from tests.simulators.site import embedded_mtls, make_site

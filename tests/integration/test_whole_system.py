@@ -21,25 +21,19 @@ from edge_agent.slots import StateFile
 from models.bundle import MODEL, blobs_of, read_bundle
 from models.messages import (
     MAX_REPORTED_BYTES,
-    SENTINEL_TOPIC,
-    TRUST_TOPIC,
     Ack,
-    Channel,
     Event,
     Mode,
     Phase,
     RecordKind,
     Reported,
     ShadowPhase,
-    agent_topic,
-    bin_of,
-    bin_topic,
-    blob_topic,
     decode,
     decode_batch,
     decode_packed,
     encode,
 )
+from models.topics import SENTINEL_TOPIC, TRUST_TOPIC, Channel, agent_topic, bin_of, bin_topic, blob_topic
 from models.windows import Window
 from tests.simulators.processes import free_port, running, wait_until
 from tests.simulators.site import Site, embedded_mtls, make_site, mosquitto_mtls

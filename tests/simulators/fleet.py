@@ -22,7 +22,8 @@ from typing import Any, Self
 import paho.mqtt.client as mqtt
 
 from control_plane.identity.authority import SITE
-from models.messages import Channel, Phase, Presence, agent_topic, encode
+from models.messages import Phase, Presence, encode
+from models.topics import Channel, agent_topic
 from tests.simulators.simulated_agent import Manner, SimulatedAgent, wall_ms
 
 __all__ = ["Manner", "SimulatedAgent", "SimulatedFleet"]

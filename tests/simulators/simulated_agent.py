@@ -21,10 +21,8 @@ from models.bundle import Manifest, parse_manifest, sha256
 from models.errors import SortlineError
 from models.messages import (
     KEEP_ALIVE_S,
-    SENTINEL_TOPIC,
     Ack,
     Batch,
-    Channel,
     Desired,
     Event,
     Fault,
@@ -35,12 +33,11 @@ from models.messages import (
     RecordKind,
     Reported,
     Request,
-    agent_topic,
-    blob_topic,
     decode,
     encode,
     encode_batch,
 )
+from models.topics import SENTINEL_TOPIC, Channel, agent_topic, blob_topic
 from models.windows import Window
 
 WINDOW_OF_CHUNKS: Final = 8

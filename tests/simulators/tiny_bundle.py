@@ -7,11 +7,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from models.bundle import CARD, GOLDEN, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, Golden, write_bundle
+from models.bundle import CARD, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, write_bundle
 from models.classifier import OnnxClassifier
+from models.golden import GOLDEN, Golden
+from models.profile import build_profile, feature_names
 from models.recipe import Recipe
 from models.view_spec import PreprocessSpec
-from models.windows import build_profile, feature_names
 from tests.simulators.poison import POISONS
 
 

@@ -10,8 +10,9 @@ from control_plane.trust import ceremony
 from control_plane.trust import metadata as md
 from control_plane.trust.keys import Signer, load_key
 from models.bundle import Chunk, FileEntry, Manifest, sha256
-from models.messages import Desired, bin_of, encode
+from models.messages import Desired, encode
 from models.signed_set import ASSIGN, ROLES, make_set, version_of
+from models.topics import bin_of
 from models.trust import Outcome, verify
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)

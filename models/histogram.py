@@ -1,0 +1,66 @@
+"""Histograms with logarithmic buckets that add exactly."""
+
+import math
+from typing import Annotated, Final
+
+import msgspec
+
+LATENCY_SCALE: Final = 16
+"""Buckets per doubling."""
+MAX_BUCKETS: Final = 480
+LEAST_BUCKET: Final = -240
+LAST_BUCKET: Final = 239
+"""Of a histogram: 2**-15 to 2**15 of its unit; what lies beyond is counted in the last one."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
+class Histogram(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
+    """Base-2 exponential histogram of positive values; zero and below are counted apart.
+
+    Law: `a.merged(b)` has the counts of all values of `a` and `b`, in any order.
+    """
+
+    zero: Count = 0
+    buckets: dict[int, Count] = {}
+    """Bucket index -> count; bucket i holds values in (2**(i/16), 2**((i+1)/16)]."""
+
+    def add(self, value: float, count: int = 1) -> None:
+        """Counts one value (in whatever unit the field's name states)."""
+        if value <= 0.0 or not math.isfinite(value):
+            self.zero += count
+            return
+        index = min(max(math.ceil(math.log2(value) * LATENCY_SCALE) - 1, LEAST_BUCKET), LAST_BUCKET)
+        self.buckets[index] = self.buckets.get(index, 0) + count
+
+    def merged(self, other: "Histogram") -> "Histogram":
+        """The histogram of both."""
+        buckets = dict(self.buckets)
+        for index, count in other.buckets.items():
+            buckets[index] = buckets.get(index, 0) + count
+        return Histogram(zero=self.zero + other.zero, buckets=buckets)
+
+    @property
+    def count(self) -> int:
+        """Values counted."""
+        return self.zero + sum(self.buckets.values())
+
+    def quantile(self, q: float) -> float:
+        """The value below which a share `q` of the values lies; NaN when nothing was counted."""
+        total = self.count
+        if total == 0:
+            return math.nan
+        rank = q * (total - 1)
+        seen = self.zero
+        if rank < seen:
+            return 0.0
+        for index in sorted(self.buckets):
+            seen += self.buckets[index]
+            if rank < seen:
+                return float(2.0 ** ((index + 0.5) / LATENCY_SCALE))
+        return float(2.0 ** ((max(self.buckets) + 1) / LATENCY_SCALE))
+
+    def share_above(self, value: float) -> float:
+        """Share of the values in buckets that lie wholly above this one; NaN when nothing was counted."""
+        total = self.count
+        over = sum(n for index, n in self.buckets.items() if 2.0 ** (index / LATENCY_SCALE) >= value)
+        return over / total if total else math.nan

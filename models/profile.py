@@ -1,0 +1,186 @@
+"""Reference profile: bins of each monitored feature, the class mix, and how counts are compared with them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Final, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import BundleError
+from models.histogram import Count
+from models.view_spec import VIEW_FEATURES
+
+BINS: Final = 16
+Label = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+
+def feature_names(embedding_size: int) -> tuple[str, ...]:
+    """Names of the monitored features of an item, in the order of `item_features`."""
+    return (*VIEW_FEATURES, "logit", "entropy", *(f"embedding_{k}" for k in range(embedding_size)))
+
+
+def item_features(
+    view_features: NDArray[np.float32],
+    embedding: NDArray[np.float32],
+    probabilities: Iterable[float],
+    defect: float,
+) -> NDArray[np.float32]:
+    """The monitored features of one judged item.
+
+    Args:
+        view_features: float32 (V, 9) of `models.preprocess.view_features`.
+        embedding: float32 (V, E).
+        probabilities: The item's fused class probabilities.
+        defect: The item's defect probability.
+
+    Returns:
+        float32 (9 + 2 + E,): means over the views, log-odds of the defect probability, entropy in nats.
+    """
+    p = min(max(defect, 1e-6), 1.0 - 1e-6)
+    entropy = -sum(q * math.log(q) for q in probabilities if q > 0.0)
+    own = np.array([math.log(p / (1.0 - p)), entropy], np.float32)
+    return np.concatenate((view_features.mean(axis=0), own, embedding.mean(axis=0))).astype(np.float32)
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The reference a bundle was trained on (`profile.msgpack`): bin edges, shares, class mix."""
+
+    schema_version: Literal[1] = 1
+    features: tuple[Label, ...]
+    edges: tuple[tuple[float, ...], ...]
+    """Per feature, 15 ascending inner edges: the k/16 quantiles of the reference items."""
+    counts: tuple[tuple[Count, ...], ...]
+    """Per feature, the reference items in each of the 16 bins."""
+    class_counts: dict[Label, Count]
+    """Verdicts on the reference items."""
+    items: Count
+    view_defect: tuple[float, ...] = ()
+    """Mean defect probability of each lot's items, where lots are known: the spread between lots."""
+
+    def check(self) -> None:
+        """Refuses a profile whose parts do not fit.
+
+        Raises:
+            BundleError: `profile.inconsistent`.
+        """
+        rows = len(self.features)
+        shapes_ok = len(self.edges) == len(self.counts) == rows and all(
+            len(edges) == BINS - 1 and len(counts) == BINS
+            for edges, counts in zip(self.edges, self.counts, strict=True)
+        )
+        if not shapes_ok or any(not all(map(math.isfinite, e)) or list(e) != sorted(e) for e in self.edges):
+            raise BundleError(
+                "profile.inconsistent",
+                "profile.msgpack contradicts itself.",
+                expected=f"{rows} features with {BINS - 1} finite ascending edges and {BINS} counts each",
+                got=f"{len(self.edges)} rows of edges, {len(self.counts)} of counts",
+            )
+
+    def edge_array(self) -> NDArray[np.float64]:
+        """float64 (F, 15)."""
+        return np.asarray(self.edges, np.float64).reshape(len(self.features), BINS - 1)
+
+    def count_array(self) -> NDArray[np.int64]:
+        """int64 (F, 16)."""
+        return np.asarray(self.counts, np.int64).reshape(len(self.features), BINS)
+
+
+def build_profile(features: NDArray[np.float32], names: tuple[str, ...], class_counts: Mapping[str, int]) -> Profile:
+    """Makes the reference of a bundle.
+
+    Args:
+        features: float32 (items, F) of `item_features` over items the model did not learn from.
+        names: F names.
+        class_counts: Verdicts on those items.
+    """
+    quantiles = np.arange(1, BINS) / BINS
+    edges, counts = [], []
+    for column in features.T.astype(np.float64):
+        known = column[np.isfinite(column)]
+        row = np.quantile(known, quantiles) if known.size else np.zeros(BINS - 1)
+        edges.append(tuple(float(e) for e in row))
+        counts.append(tuple(int(c) for c in _bin_counts(known, row)))
+    return Profile(
+        features=names,
+        edges=tuple(edges),
+        counts=tuple(counts),
+        class_counts=dict(class_counts),
+        items=len(features),
+    )
+
+
+def _bin_counts(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.bincount(np.searchsorted(edges, values, side="left"), minlength=BINS)
+
+
+def parse_profile(data: bytes) -> Profile:
+    """Reads `profile.msgpack`.
+
+    Raises:
+        BundleError: `profile.malformed`, `profile.inconsistent`.
+    """
+    try:
+        profile = msgspec.msgpack.decode(data, type=Profile)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BundleError(
+            "profile.malformed",
+            "profile.msgpack is not a profile.",
+            expected="Profile, schema_version 1",
+            got=error,
+        ) from error
+    profile.check()
+    return profile
+
+
+class FeatureCounter:
+    """Counts item features in the bins of a profile, one item at a time, without allocating per item."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._edges = profile.edge_array()
+        self._rows = np.arange(len(self._edges))
+        self._counts = np.zeros((len(self._edges), BINS), np.uint32)
+        self._nulls = np.zeros(len(self._edges), np.int64)
+
+    def __len__(self) -> int:
+        return len(self._edges)
+
+    def add(self, features: NDArray[np.float32]) -> None:
+        """Counts one item; float32 (F,), NaN = not known."""
+        known = np.isfinite(features)
+        bins = (self._edges < features[:, None]).sum(axis=1)
+        self._counts[self._rows[known], bins[known]] += 1
+        self._nulls += ~known
+
+    def take(self) -> tuple[bytes, tuple[int, ...]]:
+        """The counts so far as (`Window.features`, `Window.nulls`); starts again at zero."""
+        packed, nulls = self._counts.astype("<u4").tobytes(), tuple(int(n) for n in self._nulls)
+        self._counts[:] = 0
+        self._nulls[:] = 0
+        return packed, nulls
+
+
+def stability_index(reference: NDArray[np.integer], counts: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Population stability index per feature, with its expected sampling noise removed.
+
+    Half a count is added to every bin, so an empty bin stays finite. From the plain index
+    `sum((q - p) * ln(q / p))` its expectation under no drift, `(bins - 1) * (1/n + 1/m)` (Yurdakul 2018), is
+    subtracted, and the result is cut at 0: small windows do not look like drift.
+
+    Args:
+        reference: (F, B) counts of the profile.
+        counts: (F, B) counts seen.
+
+    Returns:
+        float64 (F,); NaN where either side has no item.
+    """
+    bins = reference.shape[1]
+    n = reference.sum(axis=1).astype(np.float64)
+    m = counts.sum(axis=1).astype(np.float64)
+    p = (reference + 0.5) / (n + 0.5 * bins)[:, None]
+    q = (counts + 0.5) / (m + 0.5 * bins)[:, None]
+    with np.errstate(divide="ignore"):
+        noise = (bins - 1) * (1.0 / n + 1.0 / m)
+    index = np.maximum(((q - p) * np.log(q / p)).sum(axis=1) - noise, 0.0)
+    return np.where((n > 0) & (m > 0), index, np.nan)
