@@ -27,7 +27,7 @@ from benchmarks.figures import Figures, Row
 from benchmarks.plots import Chart, render
 from edge_agent.child import LINE_ENVIRONMENT
 from edge_agent.line_config import LineConfig
-from edge_agent.pipe import FromLine, Pipe, Stop, WindowClosed
+from edge_agent.line_protocol import FromLine, Pipe, Stop, WindowClosed
 from models.windows import Window, merge
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,9 +17,9 @@ from benchmarks.plots import Chart, render
 from benchmarks.tracking import Identities, true_boxes
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
+from edge_agent.interfaces import Frame, Image
 from edge_agent.judging import Judge, Judged
 from edge_agent.locate import SHRINK, Located, Locator
-from edge_agent.seams import Frame, Image
 from edge_agent.simulation import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
 from models.classifier import PROBABILITIES, VIEWS_INPUT

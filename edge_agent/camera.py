@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 import cv2
 import numpy as np
 
-from edge_agent.seams import Frame, FrameSource, Image
+from edge_agent.interfaces import Frame, FrameSource, Image
 from models.errors import CameraError
 
 PICTURE_SUFFIXES: Final = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}

@@ -11,18 +11,21 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Protocol
 
 import msgspec
 
-from edge_agent.child import Deliver, SelfTestDone, start_selftest
+from edge_agent.child import SelfTestDone, start_selftest
 from edge_agent.config import DeliveryConfig
-from edge_agent.pipe import ShadowChanged, ShadowFailed
+from edge_agent.line_protocol import ShadowChanged, ShadowFailed
 from edge_agent.transfer import Transfer
 from models.bundle import sha256
 from models.errors import BundleError, ConflictError, SortlineError
 from models.files import write_atomically
 from models.messages import Desired, Fault, Mode, OptionalDigest, ShadowPhase
+
+if TYPE_CHECKING:
+    from edge_agent.events import Deliver
 
 log = logging.getLogger("sortline.challenger")
 _PROVEN_S: Final = 60.0

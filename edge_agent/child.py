@@ -8,27 +8,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
+from edge_agent.events import Deliver, deliver_surely
 from edge_agent.line_config import LineConfig
-from edge_agent.pipe import FromLine, Go, Load, LoadShadow, Pipe, Ready, SetLot, Waiting
+from edge_agent.line_protocol import FromLine, Go, Load, LoadShadow, Pipe, Ready, SetLot, Waiting
 from models.errors import SortlineError
 from models.messages import Fault, Swap
 
 log = logging.getLogger("sortline.child")
-Deliver = Callable[[Any], bool]
-_RETRY_S: Final = 0.1
-
-
-def deliver_surely(deliver: Deliver, event: object) -> None:
-    """Hands over what must not be lost; waits while the queue is full. For threads of their own."""
-    while deliver(event) is False:
-        time.sleep(_RETRY_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from edge_agent.seams import Shot, Sighting
+from edge_agent.interfaces import Shot, Sighting
 
 EjectorKey = tuple[int, str]
 """(lane, outlet)."""

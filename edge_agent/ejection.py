@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, cast
 
 from edge_agent.confirmation import ConfirmationLedger
-from edge_agent.seams import AheadEjector, Ejector, Encoder, Shot, Sighting
+from edge_agent.interfaces import AheadEjector, Ejector, Encoder, Shot, Sighting
 from models.histogram import Histogram
 
 log = logging.getLogger("sortline.ejection")

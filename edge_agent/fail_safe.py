@@ -17,8 +17,8 @@ from typing import Final
 
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
+from edge_agent.interfaces import BeltControl, LineGeometry, Shot
 from edge_agent.line_config import FailSafeConfig
-from edge_agent.seams import BeltControl, LineGeometry, Shot
 from edge_agent.sorting import LineCore
 from edge_agent.watch import BLIND
 

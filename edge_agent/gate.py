@@ -22,8 +22,8 @@ from typing import Final, Protocol
 
 import msgspec
 
-from edge_agent.child import deliver_surely
 from edge_agent.config import TrustConfig
+from edge_agent.events import deliver_surely
 from models.bundle import sha256
 from models.errors import MessageError, SortlineError, TrustError
 from models.messages import MAX_CONTROL_BYTES, Desired, Fault, decode

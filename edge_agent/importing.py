@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from edge_agent.link import Incoming
+from edge_agent.mqtt import Incoming
 from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, InputError, SortlineError
 from models.files import sync_directory

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.seams import Lane
+from edge_agent.interfaces import Lane
 from models.errors import InputError
 
 MAX_LANES: Final = 8

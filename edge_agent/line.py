@@ -29,10 +29,10 @@ from edge_agent.budget import AbstainWatch
 from edge_agent.camera import is_live
 from edge_agent.counting import LineCounter
 from edge_agent.fail_safe import FailSafe
+from edge_agent.interfaces import Frame, Lane, LineGeometry
 from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
-from edge_agent.loading import LoadedJudge, LoadedShadow, Loader, fault_of, is_due, return_memory
-from edge_agent.pipe import (
+from edge_agent.line_protocol import (
     Beat,
     Faulted,
     FromLine,
@@ -51,7 +51,7 @@ from edge_agent.pipe import (
     Tuned,
     WindowClosed,
 )
-from edge_agent.seams import Frame, Lane, LineGeometry
+from edge_agent.loading import LoadedJudge, LoadedShadow, Loader, fault_of, is_due, return_memory
 from edge_agent.shadow import Shadow
 from edge_agent.simulation import SimulatedLine
 from edge_agent.sorting import LineCore, World, geometry_of, load_judge, load_shadow, open_world

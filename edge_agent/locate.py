@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.seams import Image, LineGeometry, Mask
+from edge_agent.interfaces import Image, LineGeometry, Mask
 from models.preprocess import largest_channel
 
 SHRINK: Final = 4

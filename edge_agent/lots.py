@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
 
-from edge_agent.pipe import Beat
+from edge_agent.line_protocol import Beat
 from edge_agent.slots import StateFile
 from models.bundle import RECIPE, sha256
 from models.errors import BundleError, InputError, MessageError

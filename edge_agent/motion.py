@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.seams import Frame, FrameSource, Image
+from edge_agent.interfaces import Frame, FrameSource, Image
 from models.errors import CameraError, InputError
 
 Floats = NDArray[np.float32]

@@ -36,8 +36,8 @@ import cv2
 import msgspec
 import numpy as np
 
+from edge_agent.interfaces import Frame, Image
 from edge_agent.judging import Judge, Judged
-from edge_agent.seams import Frame, Image
 from edge_agent.segments import (
     KEPT,
     SUFFIX,

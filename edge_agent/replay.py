@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
+from edge_agent.interfaces import Frame, Lane, LineGeometry, Shot
 from edge_agent.judging import Judge, Judged
 from edge_agent.locate import SHRINK
 from edge_agent.recording import decision_of, versions
-from edge_agent.seams import Frame, Lane, LineGeometry, Shot
 from edge_agent.segments import (
     Checkpoint,
     Decision,

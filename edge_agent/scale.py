@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.seams import Frame, Image
+from edge_agent.interfaces import Frame, Image
 from models.errors import InputError
 
 _MAX_RESIDUAL_PX: Final = 1.0

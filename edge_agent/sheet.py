@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 
 from edge_agent.counting import LineCounter
+from edge_agent.interfaces import Frame, Image, LineGeometry
 from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import LineConfig
 from edge_agent.locate import Located, Locator
 from edge_agent.overlay import Colour
-from edge_agent.seams import Frame, Image, LineGeometry
 from edge_agent.sorting import LineCore, World, geometry_of, open_world
 from models.errors import CameraError, InputError
 from models.files import write_atomically

@@ -1,6 +1,6 @@
 """A seeded sorting line: belt, rolling apples, camera, encoder, ejectors, and the truth about all of them.
 
-It implements the seams of `edge_agent.seams` like hardware does, in real time or in virtual time (`virtual=True`:
+It implements the seams of `edge_agent.interfaces` like hardware does, in real time or in virtual time (`virtual=True`:
 each read is the next exposure and the clock follows the frames). The same seed and configuration give the same
 frames, byte for byte. Trouble can be switched on at any moment or by a schedule.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.belt_motion import BeltMotion
+from edge_agent.interfaces import Frame, Lane, LineGeometry, Shot, Sighting
 from edge_agent.rendering import (
     VARIETIES,
     Kind,
@@ -30,7 +31,6 @@ from edge_agent.rendering import (
     load_photos,
     render_library,
 )
-from edge_agent.seams import Frame, Lane, LineGeometry, Shot, Sighting
 from edge_agent.trouble import CALM, ScheduledTrouble, Trouble, parse_trouble_schedule
 from models.errors import CameraError, ConfigError
 

@@ -17,10 +17,7 @@ from edge_agent.camera import open_camera
 from edge_agent.confirmation import ConfirmationLedger
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue, EjectionRules
-from edge_agent.judging import Judge, Judged
-from edge_agent.line_config import LineConfig
-from edge_agent.locate import FLOODED, Located, Locator
-from edge_agent.seams import (
+from edge_agent.interfaces import (
     BeltControl,
     Confirmation,
     Ejector,
@@ -32,6 +29,9 @@ from edge_agent.seams import (
     LineGeometry,
     Shot,
 )
+from edge_agent.judging import Judge, Judged
+from edge_agent.line_config import LineConfig
+from edge_agent.locate import FLOODED, Located, Locator
 from edge_agent.shadow import SampleFolder, Shadow
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.tracking import Track, Tracker, ViewPicker

@@ -25,13 +25,12 @@ import msgspec
 from edge_agent.challenger import Challenger
 from edge_agent.child import LineChild, LineGone, SelfTestDone
 from edge_agent.config import AgentConfig
+from edge_agent.events import bounded_queue
 from edge_agent.gate import Gate, Verified
 from edge_agent.identity import IdentityUpkeep, identity_folder
 from edge_agent.importing import Stick, StickOrNetwork
 from edge_agent.keeping import LineKeeper, standby_for
-from edge_agent.link import Incoming, Link, LinkChanged, bounded_queue
-from edge_agent.lots import Lots
-from edge_agent.pipe import (
+from edge_agent.line_protocol import (
     Beat,
     Faulted,
     Go,
@@ -44,6 +43,8 @@ from edge_agent.pipe import (
     Tuned,
     WindowClosed,
 )
+from edge_agent.lots import Lots
+from edge_agent.mqtt import Incoming, Link, LinkChanged
 from edge_agent.slots import StateFile
 from edge_agent.spool import Spool
 from edge_agent.transfer import Transfer

@@ -12,6 +12,7 @@ from typing import Final
 import cv2
 import numpy as np
 
+from edge_agent.interfaces import Frame, FrameSource, Image
 from edge_agent.motion import (
     MOVED_SHARE,
     BeltView,
@@ -24,7 +25,6 @@ from edge_agent.motion import (
     shrink_of,
     shrunk,
 )
-from edge_agent.seams import Frame, FrameSource, Image
 from models.errors import CameraError, InputError
 
 Opener = Callable[[], FrameSource]

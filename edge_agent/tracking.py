@@ -1,6 +1,6 @@
 """Which item is which: association by lane and belt motion.
 
-An item's belt coordinate (`item_mm`, see `edge_agent.seams`) stays the same while it travels, so a track needs no
+An item's belt coordinate (`item_mm`, see `edge_agent.interfaces`) stays the same while it travels, so a track needs no
 motion model: an observation belongs to the track of its lane with the nearest coordinate, within a third of an
 item. Each track is closed exactly once, and says along the way which observations are worth a view: whole items
 only, at most K, spaced evenly by travel, which is spaced by roll.
@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.interfaces import LineGeometry
 from edge_agent.locate import Located
-from edge_agent.seams import LineGeometry
 
 _SMOOTH: Final = 0.3
 _MAX_TRACKS_PER_LANE: Final = 64

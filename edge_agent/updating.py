@@ -7,19 +7,22 @@ local and final; a lost report never changes what runs.
 
 import logging
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
-from edge_agent.child import Deliver, SelfTestDone, start_selftest
+from edge_agent.child import SelfTestDone, start_selftest
 from edge_agent.config import DeliveryConfig
 from edge_agent.delivery import collect_garbage
-from edge_agent.pipe import Beat, LoadFailed, ModelFailed
+from edge_agent.line_protocol import Beat, LoadFailed, ModelFailed
 from edge_agent.slots import SlotState, StateFile, Trigger, advance, already_running
 from edge_agent.transfer import Transfer
 from models.bundle import read_bundle
 from models.errors import BundleError, ConflictError, SortlineError
 from models.messages import Desired, Fault, Mode, Phase, Swap
+
+if TYPE_CHECKING:
+    from edge_agent.events import Deliver
 
 log = logging.getLogger("sortline.updating")
 _SHORTEST_TRIAL_S: Final = 1.0

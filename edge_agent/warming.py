@@ -15,8 +15,8 @@ import msgspec
 from edge_agent.judging import Judge
 from edge_agent.line import serve
 from edge_agent.line_config import LineConfig
+from edge_agent.line_protocol import Go, Pipe, Stop, ToLine, Waiting
 from edge_agent.loading import return_memory
-from edge_agent.pipe import Go, Pipe, Stop, ToLine, Waiting
 from edge_agent.simulation import SimulatedLine
 from edge_agent.sorting import draw_ahead, load_judge
 from models.errors import UnavailableError

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.seams import Frame
+from edge_agent.interfaces import Frame
 from models.errors import CameraError
 
 _NAMED_S: Final = 0.4

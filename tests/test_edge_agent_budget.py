@@ -12,7 +12,7 @@ from edge_agent.budget import MEMORY_ITEMS, AbstainWatch
 from edge_agent.judging import Judge
 from edge_agent.line import Line
 from edge_agent.line_config import LineConfig
-from edge_agent.pipe import Pipe
+from edge_agent.line_protocol import Pipe
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from models.bundle import RECIPE, write_bundle
 from models.recipe import UNSURE, Recipe, Terms

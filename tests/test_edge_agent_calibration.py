@@ -15,13 +15,13 @@ from edge_agent.cli import main
 from edge_agent.config import load_agent_config
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
+from edge_agent.interfaces import Encoder, Frame, FrameSource, Lane
 from edge_agent.judging import Judge
 from edge_agent.lanes import find_lanes
 from edge_agent.line_config import LineConfig
 from edge_agent.motion import ImageEncodedCamera, ImageEncoder, best_shift, learn_belt
 from edge_agent.overlay import Sketch, draw
 from edge_agent.scale import parse_pattern, scale_from_board, scale_from_items
-from edge_agent.seams import Encoder, Frame, FrameSource, Lane
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
 from edge_agent.survey import Blob, frames_of

@@ -14,9 +14,9 @@ from edge_agent.counting import LineCounter
 from edge_agent.drivers.belt import BeltMessage, RepeatedWish
 from edge_agent.ejection import EjectionQueue, EjectionRules
 from edge_agent.fail_safe import FailSafe
+from edge_agent.interfaces import Frame
 from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import FailSafeConfig, LineConfig
-from edge_agent.seams import Frame
 from edge_agent.simulation import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore, open_world
 from edge_agent.trouble import Trouble

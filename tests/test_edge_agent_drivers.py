@@ -13,7 +13,7 @@ from edge_agent.drivers.encoder import open_encoder
 from edge_agent.drivers.modbus import ModbusPort
 from edge_agent.drivers.pulses import PulseEncoder
 from edge_agent.drivers.scalars import ModbusScalar, MqttScalar, ScalarJoin, ScalarOptions, open_scalar
-from edge_agent.link import Incoming
+from edge_agent.mqtt import Incoming
 from models.errors import ConfigError, UnavailableError
 from tests.simulators.fake_plc import HOSTILE, Clock, FakePlc, encoder_at
 

@@ -12,7 +12,7 @@ from edge_agent.drivers.encoder import open_encoder
 from edge_agent.drivers.gpio import GpiodPins, GpioEjector
 from edge_agent.drivers.handover import HandOver
 from edge_agent.drivers.pulses import PulseEncoder
-from edge_agent.seams import Shot
+from edge_agent.interfaces import Shot
 from models.errors import ConfigError, UnavailableError
 from tests.simulators.fake_plc import Clock, FakePlc, broken, encoder_at
 

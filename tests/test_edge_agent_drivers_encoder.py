@@ -11,7 +11,7 @@ from edge_agent.drivers.encoder import EncoderOptions, ModbusEncoder, MqttEncode
 from edge_agent.drivers.modbus import RegisterPoller
 from edge_agent.drivers.mqtt import SenderClock
 from edge_agent.drivers.pulses import PulseEncoder
-from edge_agent.link import Incoming
+from edge_agent.mqtt import Incoming
 from tests.simulators.fake_plc import HOSTILE, Clock, FakePlc, broken, encoder_at
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from edge_agent.config import Standby
 from edge_agent.keeping import LineKeeper, standby_for
-from edge_agent.pipe import Go
+from edge_agent.line_protocol import Go
 from edge_agent.slots import SlotState
 from edge_agent.standby import first_to_go, gently
 from models.errors import UnavailableError

@@ -12,10 +12,10 @@ from edge_agent.camera import LiveCamera, open_camera
 from edge_agent.collect import collect
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
+from edge_agent.interfaces import Frame, Shot
 from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
 from edge_agent.locate import Locator
-from edge_agent.seams import Frame, Shot
 from edge_agent.selftest import run_selftest
 from edge_agent.sheet import write_sheet
 from edge_agent.simulation import SimulatedLine, SimulationConfig

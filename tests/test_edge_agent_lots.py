@@ -16,6 +16,7 @@ from edge_agent.cli import main
 from edge_agent.judging import Judge
 from edge_agent.line import Line
 from edge_agent.line_config import LineConfig
+from edge_agent.line_protocol import Beat, Pipe, SetLot, WindowClosed
 from edge_agent.loading import LoadedJudge
 from edge_agent.lots import (
     CLOCK_SLACK_MS,
@@ -30,7 +31,6 @@ from edge_agent.lots import (
     leave_wish,
     read_state,
 )
-from edge_agent.pipe import Beat, Pipe, SetLot, WindowClosed
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.sorting import NoEjector, World
 from models.errors import InputError, MessageError

@@ -10,7 +10,7 @@ import pytest
 import edge_agent.updating as updating
 from edge_agent.child import SelfTestDone
 from edge_agent.config import DeliveryConfig
-from edge_agent.pipe import Beat
+from edge_agent.line_protocol import Beat
 from edge_agent.slots import SlotState, StateFile
 from edge_agent.transfer import Transfer
 from edge_agent.updating import Updater

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from edge_agent.cli import main
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
+from edge_agent.interfaces import Frame
 from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
 from edge_agent.recording import Recorder, encode_image
 from edge_agent.replay import Replay, replay
-from edge_agent.seams import Frame
 from edge_agent.segments import MAX_PAYLOAD, Checkpoint, FrameHead, framed, opening, read_segment, segment_files
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore

@@ -12,7 +12,7 @@ import pytest
 
 from edge_agent.child import LineChild, LineGone
 from edge_agent.line_config import LineConfig
-from edge_agent.pipe import Beat, FromLine, Go, LoadFailed, Pipe, Ready, Swapped, Waiting, WindowClosed
+from edge_agent.line_protocol import Beat, FromLine, Go, LoadFailed, Pipe, Ready, Swapped, Waiting, WindowClosed
 from tests.simulators.processes import wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
 

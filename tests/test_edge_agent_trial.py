@@ -9,7 +9,7 @@ import pytest
 
 import edge_agent.updating as updating
 from edge_agent.child import SelfTestDone
-from edge_agent.pipe import Beat, LoadFailed, ModelFailed
+from edge_agent.line_protocol import Beat, LoadFailed, ModelFailed
 from edge_agent.slots import SlotState, StateFile
 from models.messages import Desired, Fault, Live, Phase, Swap
 from tests.simulators.tiny_bundle import tiny_bundle

@@ -34,7 +34,7 @@ class BeltMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RepeatedWish:
-    """Keeps telling a device what is wished; see `edge_agent.seams.BeltControl`.
+    """Keeps telling a device what is wished; see `edge_agent.interfaces.BeltControl`.
 
     Args:
         tell: Tells the device; raises UnavailableError when it did not hear.

@@ -22,7 +22,7 @@ from edge_agent.drivers.handover import Announced, HandOver
 from edge_agent.drivers.modbus import MAX_WRITE, ModbusPort, Registers
 from edge_agent.drivers.mqtt import TopicOut
 from edge_agent.drivers.pulses import PulseBelt
-from edge_agent.seams import Shot
+from edge_agent.interfaces import Shot
 from models.errors import ConfigError, UnavailableError
 
 SLOT_WORDS: Final = 6
@@ -45,7 +45,7 @@ class ModbusPlcEjector:
         slots: Slots in it.
         outlets: Number of each outlet in the PLC.
         belt: The encoder whose counts the PLC compares.
-        ahead_mm: See `edge_agent.seams.AheadEjector`.
+        ahead_mm: See `edge_agent.interfaces.AheadEjector`.
         late_mm: A shot whose item has passed by more is not written.
         clock: Monotonic seconds, the belt's clock.
     """
@@ -74,7 +74,7 @@ class ModbusPlcEjector:
         self.queue = HandOver(self._write, belt, late_mm=late_mm, clock=clock)
 
     def announce(self, shot: Shot, position_mm: float) -> bool:
-        """See `edge_agent.seams.AheadEjector`."""
+        """See `edge_agent.interfaces.AheadEjector`."""
         if shot.outlet not in self._outlets:
             self.counters["unknown_outlet"] += 1
             return False
@@ -162,7 +162,7 @@ class MqttEjector:
     Args:
         out: The topic.
         belt: The encoder.
-        ahead_mm: See `edge_agent.seams.AheadEjector`.
+        ahead_mm: See `edge_agent.interfaces.AheadEjector`.
         late_mm: A shot whose item has passed by more is not published.
         clock: Monotonic seconds, the belt's clock.
     """
@@ -181,7 +181,7 @@ class MqttEjector:
         self.queue = HandOver(self._publish, belt, late_mm=late_mm, clock=clock)
 
     def announce(self, shot: Shot, position_mm: float) -> bool:
-        """See `edge_agent.seams.AheadEjector`."""
+        """See `edge_agent.interfaces.AheadEjector`."""
         return self.queue.offer(shot, position_mm)
 
     def fire(self, shot: Shot, at_s: float) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol
 
 from edge_agent.drivers.address import load_extra
-from edge_agent.seams import Shot
+from edge_agent.interfaces import Shot
 from models.errors import ConfigError, UnavailableError
 
 log = logging.getLogger("sortline.drivers")

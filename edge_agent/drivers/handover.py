@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from edge_agent.seams import Encoder, Shot
+from edge_agent.interfaces import Encoder, Shot
 from models.errors import UnavailableError
 from models.histogram import Histogram
 

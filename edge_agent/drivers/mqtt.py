@@ -9,7 +9,7 @@ from typing import Final, Generic, TypeVar
 import msgspec
 
 from edge_agent.config import BrokerConfig
-from edge_agent.link import Incoming, Link, LinkChanged
+from edge_agent.mqtt import Incoming, Link, LinkChanged
 from models.errors import UnavailableError
 
 log = logging.getLogger("sortline.drivers")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
-from edge_agent.seams import Encoder
+from edge_agent.interfaces import Encoder
 from models.errors import ConfigError
 
 _HISTORY: Final = 32

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from edge_agent.line_config import FailSafeConfig, LineConfig
-from edge_agent.pipe import Beat, Faulted, FromLine, Pipe, Ready, Stop, WindowClosed
+from edge_agent.line_protocol import Beat, Faulted, FromLine, Pipe, Ready, Stop, WindowClosed
 from models.errors import UnavailableError
 from tests.simulators.processes import wait_until
 from tests.simulators.tiny_bundle import tiny_bundle

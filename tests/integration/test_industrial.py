@@ -17,8 +17,8 @@ from edge_agent.drivers.encoder import open_encoder
 from edge_agent.drivers.modbus import ModbusPort
 from edge_agent.drivers.pulses import PulseEncoder
 from edge_agent.drivers.scalars import open_scalar
+from edge_agent.interfaces import Shot
 from edge_agent.line_config import LineConfig
-from edge_agent.seams import Shot
 from edge_agent.sorting import open_world
 from models.errors import ConfigError
 from tests.simulators.mqtt_probe import Probe, close_probes

@@ -5,7 +5,6 @@ is queued while there is no connection: what matters is in the spool or publishe
 """
 
 import logging
-import queue
 import random
 import ssl
 import threading
@@ -25,7 +24,6 @@ from models.errors import ConfigError
 from models.messages import KEEP_ALIVE_S
 
 log = logging.getLogger("sortline.link")
-_MAX_INCOMING = 1024
 _MAX_PAYLOAD_BYTES = CHUNK_BYTES
 
 
@@ -203,8 +201,3 @@ def _password(config: BrokerConfig) -> str | None:
             expected="a readable file",
             got=error.strerror,
         ) from error
-
-
-def bounded_queue() -> "queue.Queue[Any]":
-    """The queue all events of a supervisor go through."""
-    return queue.Queue(_MAX_INCOMING)
