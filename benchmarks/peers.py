@@ -10,8 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from edge_agent.judging import Judge
-from edge_agent.locate import Located
+from edge_agent.vision.judge import Judge
+from edge_agent.vision.segmentation import Located
 
 TRACKER = Path(__file__).with_name("peer_tracker.py")
 

@@ -21,9 +21,9 @@ import msgspec
 from benchmarks.figures import Figures, Row
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
-from edge_agent.judging import Judge, Judged
 from edge_agent.simulation import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
+from edge_agent.vision.judge import Judge, Judged
 
 NEAR_MM: Final = 20.0
 """A verdict belongs to the item whose centre is this close."""

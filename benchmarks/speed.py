@@ -18,10 +18,10 @@ from benchmarks.tracking import Identities, true_boxes
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
 from edge_agent.interfaces import Frame, Image
-from edge_agent.judging import Judge, Judged
-from edge_agent.locate import SHRINK, Located, Locator
 from edge_agent.simulation import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
+from edge_agent.vision.judge import Judge, Judged
+from edge_agent.vision.segmentation import SHRINK, Located, Locator
 from models.classifier import PROBABILITIES, VIEWS_INPUT
 
 HD: Final = SimulationConfig(seed=1, lanes=4, items_per_s=3.75, width_px=1280, lane_px=180, reject_mm=900.0)

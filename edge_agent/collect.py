@@ -18,9 +18,9 @@ import numpy as np
 
 from edge_agent.interfaces import Frame
 from edge_agent.line_config import LineConfig
-from edge_agent.locate import Located, Locator
 from edge_agent.sorting import World, geometry_of, open_world
-from edge_agent.tracking import Track, Tracker, ViewPicker
+from edge_agent.vision.segmentation import Located, Locator
+from edge_agent.vision.tracking import Track, Tracker, ViewPicker
 from models.errors import CameraError, InputError
 from models.files import write_atomically
 

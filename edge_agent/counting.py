@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_agent.ejection import EjectionQueue
-from edge_agent.judging import Judge, Judged
 from edge_agent.simulation import SimulatedTruth
+from edge_agent.vision.judge import Judge, Judged
 from models.histogram import Histogram
 from models.messages import Live
 from models.profile import FeatureCounter

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from edge_agent.judging import Judge
 from edge_agent.line_protocol import FromLine, Load, LoadFailed, LoadShadow, ShadowFailed, Tuned
 from edge_agent.shadow import SampleFolder, Shadow
 from edge_agent.tuning import choose, facts, tune_model
+from edge_agent.vision.judge import Judge
 from models.errors import BundleError, SortlineError
 from models.messages import Fault, Swap
 

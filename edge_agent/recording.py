@@ -37,7 +37,6 @@ import msgspec
 import numpy as np
 
 from edge_agent.interfaces import Frame, Image
-from edge_agent.judging import Judge, Judged
 from edge_agent.segments import (
     KEPT,
     SUFFIX,
@@ -53,7 +52,8 @@ from edge_agent.segments import (
     segment_files,
 )
 from edge_agent.sorting import CoreState, LineCore
-from edge_agent.tracking import Track
+from edge_agent.vision.judge import Judge, Judged
+from edge_agent.vision.tracking import Track
 from models.errors import ConfigError, InputError
 from models.files import sync_directory
 

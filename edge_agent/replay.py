@@ -30,8 +30,6 @@ from numpy.typing import NDArray
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
 from edge_agent.interfaces import Frame, Lane, LineGeometry, Shot
-from edge_agent.judging import Judge, Judged
-from edge_agent.locate import SHRINK
 from edge_agent.recording import decision_of, versions
 from edge_agent.segments import (
     Checkpoint,
@@ -48,7 +46,9 @@ from edge_agent.segments import (
     unreadable,
 )
 from edge_agent.sorting import CoreState, LineCore, NoEjector
-from edge_agent.tracking import Track
+from edge_agent.vision.judge import Judge, Judged
+from edge_agent.vision.segmentation import SHRINK
+from edge_agent.vision.tracking import Track
 from models.errors import CameraError, InputError
 from models.view_spec import VIEW_FEATURES
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edge_agent.judging import Judge
+from edge_agent.vision.judge import Judge
 from models.bundle import read_bundle
 from models.errors import BundleError, SortlineError
 from models.messages import Fault

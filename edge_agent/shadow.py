@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.judging import Judge, Judged
+from edge_agent.vision.judge import Judge, Judged
 from models.errors import BundleError, SortlineError
 from models.files import write_atomically
 from models.recipe import Verdict

@@ -14,11 +14,11 @@ import numpy as np
 
 from edge_agent.counting import LineCounter
 from edge_agent.interfaces import Frame, Image, LineGeometry
-from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import LineConfig
-from edge_agent.locate import Located, Locator
 from edge_agent.overlay import Colour
 from edge_agent.sorting import LineCore, World, geometry_of, open_world
+from edge_agent.vision.judge import Judge, Judged
+from edge_agent.vision.segmentation import Located, Locator
 from models.errors import CameraError, InputError
 from models.files import write_atomically
 

@@ -29,12 +29,12 @@ from edge_agent.interfaces import (
     LineGeometry,
     Shot,
 )
-from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import LineConfig
-from edge_agent.locate import FLOODED, Located, Locator
 from edge_agent.shadow import SampleFolder, Shadow
 from edge_agent.simulation import SimulatedLine, SimulationConfig
-from edge_agent.tracking import Track, Tracker, ViewPicker
+from edge_agent.vision.judge import Judge, Judged
+from edge_agent.vision.segmentation import FLOODED, Located, Locator
+from edge_agent.vision.tracking import Track, Tracker, ViewPicker
 from models.errors import BundleError, CameraError, ConfigError
 
 _MIN_OBSERVATIONS: Final = 2

@@ -17,11 +17,11 @@ import numpy as np
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
 from edge_agent.interfaces import Frame
-from edge_agent.judging import Judge, Judged
 from edge_agent.line_config import LineConfig
 from edge_agent.recording import Recorder
 from edge_agent.shadow import Shadow
 from edge_agent.sorting import LineCore, World, geometry_of, load_shadow, open_world
+from edge_agent.vision.judge import Judge, Judged
 from models.errors import CameraError, SortlineError
 from models.messages import Live
 from models.preprocess import make_view

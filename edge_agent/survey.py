@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from edge_agent.interfaces import Frame, FrameSource, Image
-from edge_agent.motion import (
+from edge_agent.vision.belt_motion import (
     MOVED_SHARE,
     BeltView,
     Floats,

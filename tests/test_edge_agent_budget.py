@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.budget import MEMORY_ITEMS, AbstainWatch
-from edge_agent.judging import Judge
 from edge_agent.line import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Pipe
 from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.vision.judge import Judge
 from models.bundle import RECIPE, write_bundle
 from models.recipe import UNSURE, Recipe, Terms
 from models.windows import Window

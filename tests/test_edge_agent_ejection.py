@@ -10,10 +10,10 @@ from edge_agent.confirmation import ConfirmationLedger
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue, EjectionRules
 from edge_agent.interfaces import Shot, Sighting
-from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
 from edge_agent.simulation import SimulatedLine
 from edge_agent.sorting import LineCore, open_world
+from edge_agent.vision.judge import Judge
 from tests.simulators.tiny_bundle import tiny_bundle
 
 

@@ -13,15 +13,15 @@ from edge_agent.collect import collect
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
 from edge_agent.interfaces import Frame, Shot
-from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
-from edge_agent.locate import Locator
 from edge_agent.selftest import run_selftest
 from edge_agent.sheet import write_sheet
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
 from edge_agent.standalone import run_standalone
 from edge_agent.trouble import Trouble, parse_trouble_schedule
+from edge_agent.vision.judge import Judge
+from edge_agent.vision.segmentation import Locator
 from models.bundle import read_bundle
 from models.errors import BundleError, CameraError, ConfigError, InputError
 from models.preprocess import make_view, view_of_photo

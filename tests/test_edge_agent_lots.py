@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.cli import main
-from edge_agent.judging import Judge
 from edge_agent.line import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Beat, Pipe, SetLot, WindowClosed
@@ -33,6 +32,7 @@ from edge_agent.lots import (
 )
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.sorting import NoEjector, World
+from edge_agent.vision.judge import Judge
 from models.errors import InputError, MessageError
 from models.messages import Command, CommandKind, Live, LotSource, Response, Swap, encode
 from tests.simulators.power import Recorder, states

@@ -17,7 +17,6 @@ from edge_agent.cli import main
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
 from edge_agent.interfaces import Frame
-from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
 from edge_agent.recording import Recorder, encode_image
 from edge_agent.replay import Replay, replay
@@ -25,6 +24,7 @@ from edge_agent.segments import MAX_PAYLOAD, Checkpoint, FrameHead, framed, open
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
 from edge_agent.standalone import run_standalone
+from edge_agent.vision.judge import Judge
 from models.errors import CameraError, ConfigError, InputError
 from tests.simulators.tiny_bundle import tiny_bundle
 

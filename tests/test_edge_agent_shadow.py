@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.judging import Judge
 from edge_agent.line_config import LineConfig
 from edge_agent.shadow import Disagreement, SampleFolder, Shadow
 from edge_agent.standalone import run_standalone
+from edge_agent.vision.judge import Judge
 from models.errors import BundleError
 from tests.simulators.tiny_bundle import tiny_bundle
 

@@ -11,10 +11,10 @@ from edge_agent.camera import ConstantSpeedEncoder
 from edge_agent.counting import LineCounter
 from edge_agent.ejection import EjectionQueue
 from edge_agent.interfaces import Frame, LineGeometry
-from edge_agent.judging import Judge, Judged
 from edge_agent.shadow import Shadow
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore, NoEjector
+from edge_agent.vision.judge import Judge, Judged
 from models.windows import Window
 from tests.simulators.tiny_bundle import tiny_bundle
 

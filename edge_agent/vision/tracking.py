@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.interfaces import LineGeometry
-from edge_agent.locate import Located
+from edge_agent.vision.segmentation import Located
 
 _SMOOTH: Final = 0.3
 _MAX_TRACKS_PER_LANE: Final = 64

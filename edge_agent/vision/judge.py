@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_agent.interfaces import Image
-from edge_agent.locate import Located, Locator
-from edge_agent.tracking import Track
+from edge_agent.vision.segmentation import Located, Locator
+from edge_agent.vision.tracking import Track
 from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError

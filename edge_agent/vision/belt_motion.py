@@ -1,0 +1,145 @@
+"""How far did the belt run between two pictures? Silhouettes of items slid over each other, and an encoder made of it.
+
+Only silhouettes count: an item rolls, so its skin moves otherwise than the belt, its outline does not. The belt is
+what is seen most often at each pixel, so neither a dark belt nor gaps between the items are taken for granted.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.interfaces import Image
+
+Floats = NDArray[np.float32]
+
+_WORK_PX: Final = 160
+"""Width at which belt and silhouettes are looked at."""
+_ALIKE: Final = 8.0
+"""Grey levels within which two looks at a pixel show the same thing."""
+_FAINT: Final = 10.0
+_CLEAR: Final = 30.0
+"""From faint to clear (grey levels of the largest channel) a pixel turns from belt to item."""
+_LEARN: Final = 0.02
+MOVED_SHARE: Final = 0.004
+"""Share of pixels that must change before two pictures differ by more than noise."""
+_BELT_LOOKS: Final = 32
+_OVERLAP: Final = 0.4
+"""Least share of the picture that two silhouettes must have in common."""
+_MISFIT: Final = 0.3
+"""Largest mismatch of a good match: 0 is equal, about 1 is unrelated."""
+_LEAST_SEEN: Final = 0.01
+"""Share of the picture that must be item before a shift can be read."""
+
+
+def shrink_of(width_px: int) -> int:
+    """By how much a picture of this width is shrunk before it is looked at."""
+    return max(1, round(width_px / _WORK_PX))
+
+
+def shrunk(image: Image, shrink: int) -> Floats:
+    """float32 (H // shrink, W // shrink, 3); each pixel is the mean of those it replaces."""
+    size = (image.shape[1] // shrink, image.shape[0] // shrink)
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.float32)
+
+
+def largest_change(first: Floats, second: Floats) -> Floats:
+    """Distance of each pixel in its most different channel; (..., 3) becomes (...)."""
+    change = np.abs(first - second)
+    # Much faster than `max(axis=-1)` over three values.
+    return np.asarray(np.maximum(np.maximum(change[..., 0], change[..., 1]), change[..., 2]), np.float32)
+
+
+def moved(first: Floats, second: Floats) -> bool:
+    """Whether two shrunk pictures differ by more than noise."""
+    return float((largest_change(first, second) > _CLEAR).mean()) > MOVED_SHARE
+
+
+def learn_belt(looks: Sequence[Floats]) -> Floats:
+    """The empty belt: at each pixel the colour that came most often, float32 (h, w, 3).
+
+    Args:
+        looks: Shrunk pictures of the moving belt. Items may cover a pixel most of the time, if they differ.
+    """
+    stack = np.stack([looks[at] for at in np.linspace(0, len(looks) - 1, min(len(looks), _BELT_LOOKS)).astype(int)])
+    best = np.full(stack.shape[1:3], -1)
+    belt = stack[0].copy()
+    for look in stack:
+        alike = largest_change(stack, look) < _ALIKE
+        count = alike.sum(axis=0)
+        better = count > best
+        mean = (stack * alike[..., None]).sum(axis=0) / np.maximum(count, 1)[..., None]
+        belt[better] = mean[better]
+        best = np.maximum(best, count)
+    return np.asarray(belt, np.float32)
+
+
+class BeltView:
+    """Tells items from belt in shrunk pictures; follows slow changes of light.
+
+    Args:
+        belt: From `learn_belt`.
+    """
+
+    def __init__(self, belt: Floats) -> None:
+        self.belt = belt.copy()
+
+    def difference(self, small: Floats) -> Floats:
+        """Grey levels (largest channel) by which each pixel differs from the belt, float32 (h, w)."""
+        now, known = small[::2, ::2].mean(axis=2), self.belt[::2, ::2].mean(axis=2)
+        near = np.abs(now - known) < _CLEAR
+        # Below some pixels of belt the gain would be that of the items.
+        gain = float(np.median(now[near] / np.maximum(known[near], 1.0))) if near.sum() > 32 else 1.0
+        return largest_change(small, self.belt * np.float32(min(max(gain, 0.5), 2.0)))
+
+    def silhouettes(self, small: Floats) -> Floats:
+        """Float32 (h, w): 1 on an item, 0 on the belt, between the two on its rim."""
+        difference = self.difference(small)
+        soft = np.clip((difference - _FAINT) / (_CLEAR - _FAINT), 0.0, 1.0)
+        soft = cv2.morphologyEx(soft, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+        belt = cv2.dilate(np.asarray(soft, np.float32), np.ones((3, 3), np.uint8)) < 0.5
+        self.belt[belt] += _LEARN * (small[belt] - self.belt[belt])
+        return np.asarray(soft, np.float32)
+
+
+def mismatch(first: Floats, second: Floats, shifts: Sequence[int]) -> NDArray[np.float64]:
+    """How badly `second` fits `first` moved right by each of `shifts` columns: 0 equal, about 1 unrelated.
+
+    Infinite where the two have too little in common.
+    """
+    width = first.shape[1]
+    found = np.full(len(shifts), np.inf)
+    for at, shift in enumerate(shifts):
+        if width - abs(shift) < _OVERLAP * width:
+            continue
+        a = first[:, max(0, -shift) : width - max(0, shift)]
+        b = second[:, max(0, shift) : width - max(0, -shift)]
+        energy = float(np.vdot(a, a) + np.vdot(b, b))
+        if energy > _LEAST_SEEN * a.size:
+            found[at] = 1.0 - 2.0 * float(np.vdot(a, b)) / energy
+    return found
+
+
+def best_shift(first: Floats, second: Floats, low: int, high: int) -> tuple[float, float] | None:
+    """The shift to the right between `low` and `high` columns at which `second` fits `first` best.
+
+    Returns:
+        Shift (columns, with a fraction) and its mismatch; None when there is nothing to compare.
+    """
+    shifts = range(low, high + 1)
+    fits = mismatch(first, second, shifts)
+    at = int(fits.argmin())
+    if not np.isfinite(fits[at]):
+        return None
+    return low + at + vertex(fits, at), float(fits[at])
+
+
+def vertex(values: NDArray[np.float64], at: int) -> float:
+    """Offset (-0.5..0.5) of the minimum from sample `at`, by the parabola through it and its neighbours."""
+    if not 0 < at < len(values) - 1 or not np.isfinite(values[at - 1 : at + 2]).all():
+        return 0.0
+    before, here, after = (float(v) for v in values[at - 1 : at + 2])
+    bend = before - 2.0 * here + after
+    return 0.0 if bend <= 0.0 else min(max(0.5 * (before - after) / bend, -0.5), 0.5)
