@@ -16,7 +16,7 @@ from benchmarks.peers import Found, PlainLoop
 from benchmarks.plots import Chart, render
 from benchmarks.tracking import Identities, true_boxes
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue
+from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, Image
 from edge_agent.simulation import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore

@@ -211,7 +211,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.bundle is None:
         if arguments.record is not None:
             raise ConfigError("config.bad_value", "--record needs --bundle.", expected="--bundle DIR", got="none")
-        from edge_agent.identity import with_identity  # noqa: PLC0415
+        from edge_agent.identity.certificate import with_identity  # noqa: PLC0415
         from edge_agent.supervisor import Supervisor  # noqa: PLC0415
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -247,9 +247,9 @@ def _run(arguments: argparse.Namespace) -> int:
 def _enrol(arguments: argparse.Namespace) -> int:
     import datetime as dt  # noqa: PLC0415
 
-    from edge_agent.enrolling import enrol  # noqa: PLC0415
     from edge_agent.gate import places  # noqa: PLC0415
-    from edge_agent.identity import identity_folder  # noqa: PLC0415
+    from edge_agent.identity.certificate import identity_folder  # noqa: PLC0415
+    from edge_agent.identity.enrolment import enrol  # noqa: PLC0415
 
     token = sys.stdin.readline() if arguments.token == "-" else arguments.token  # noqa: S105  no secret of ours
     config = _config(arguments)
@@ -353,7 +353,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     """Verifies here, so that the person with the stick hears the answer; then the agent does the rest."""
     from edge_agent.gate import verify_now  # noqa: PLC0415
-    from edge_agent.identity import with_identity  # noqa: PLC0415
+    from edge_agent.identity.certificate import with_identity  # noqa: PLC0415
     from edge_agent.importing import read_export, stage_import  # noqa: PLC0415
 
     config = with_identity(_config(arguments))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_agent.ejection import EjectionQueue
+from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.simulation import SimulatedTruth
 from edge_agent.vision.judge import Judge, Judged
 from models.histogram import Histogram

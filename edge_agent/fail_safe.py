@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue
+from edge_agent.ejection.queue import EjectionQueue
+from edge_agent.health.camera import BLIND
 from edge_agent.interfaces import BeltControl, LineGeometry, Shot
 from edge_agent.line_config import FailSafeConfig
 from edge_agent.sorting import LineCore
-from edge_agent.watch import BLIND
 
 ITEM_MM: Final = 40.0
 """Half of a large item: so far before column 0 the centre of an item may lie that was not seen whole."""

@@ -25,10 +25,11 @@ from pathlib import Path
 import cv2
 import msgspec
 
-from edge_agent.budget import AbstainWatch
 from edge_agent.camera import is_live
 from edge_agent.counting import LineCounter
 from edge_agent.fail_safe import FailSafe
+from edge_agent.health.abstain_budget import AbstainWatch
+from edge_agent.health.camera import CameraWatch
 from edge_agent.interfaces import Frame, Lane, LineGeometry
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import (
@@ -56,7 +57,6 @@ from edge_agent.simulation import SimulatedLine
 from edge_agent.sorting import LineCore, World, geometry_of, load_judge, load_shadow, open_world
 from edge_agent.tuning import facts, tune_opencv
 from edge_agent.vision.judge import Judge
-from edge_agent.watch import CameraWatch
 from models.errors import BundleError, CameraError, SortlineError
 from models.messages import Fault
 from models.recipe import UNSURE

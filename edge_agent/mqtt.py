@@ -18,7 +18,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edge_agent.config import BrokerConfig
-from edge_agent.identity import BrokerTls
+from edge_agent.identity.certificate import BrokerTls
 from models.chunking import CHUNK_BYTES
 from models.errors import ConfigError
 from models.messages import KEEP_ALIVE_S

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.camera import open_camera
-from edge_agent.confirmation import ConfirmationLedger
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue, EjectionRules
+from edge_agent.ejection.confirmation import ConfirmationLedger
+from edge_agent.ejection.queue import EjectionQueue, EjectionRules
 from edge_agent.interfaces import (
     BeltControl,
     Confirmation,

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue
+from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame
 from edge_agent.line_config import LineConfig
 from edge_agent.recording import Recorder

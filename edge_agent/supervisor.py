@@ -27,7 +27,7 @@ from edge_agent.child import LineChild, LineGone, SelfTestDone
 from edge_agent.config import AgentConfig
 from edge_agent.events import bounded_queue
 from edge_agent.gate import Gate, Verified
-from edge_agent.identity import IdentityUpkeep, identity_folder
+from edge_agent.identity.certificate import IdentityUpkeep, identity_folder
 from edge_agent.importing import Stick, StickOrNetwork
 from edge_agent.keeping import LineKeeper, standby_for
 from edge_agent.line_protocol import (

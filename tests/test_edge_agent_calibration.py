@@ -15,7 +15,7 @@ from edge_agent.cli import main
 from edge_agent.config import load_agent_config
 from edge_agent.counting import LineCounter
 from edge_agent.devices.image_encoder import ImageEncodedCamera, ImageEncoder
-from edge_agent.ejection import EjectionQueue
+from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Encoder, Frame, FrameSource, Lane
 from edge_agent.lanes import find_lanes
 from edge_agent.line_config import LineConfig

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from edge_agent.camera import LiveCamera, _Backlog
-from edge_agent.confirmation import ConfirmationLedger
 from edge_agent.counting import LineCounter
 from edge_agent.drivers.belt import BeltMessage, RepeatedWish
-from edge_agent.ejection import EjectionQueue, EjectionRules
+from edge_agent.ejection.confirmation import ConfirmationLedger
+from edge_agent.ejection.queue import EjectionQueue, EjectionRules
 from edge_agent.fail_safe import FailSafe
+from edge_agent.health.camera import CameraWatch
 from edge_agent.interfaces import Frame
 from edge_agent.line_config import FailSafeConfig, LineConfig
 from edge_agent.simulation import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore, open_world
 from edge_agent.trouble import Trouble
 from edge_agent.vision.judge import Judge, Judged
-from edge_agent.watch import CameraWatch
 from models.errors import CameraError, ConfigError, UnavailableError
 from tests.simulators.tiny_bundle import tiny_bundle
 

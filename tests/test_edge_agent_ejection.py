@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.confirmation import ConfirmationLedger
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue, EjectionRules
+from edge_agent.ejection.confirmation import ConfirmationLedger
+from edge_agent.ejection.queue import EjectionQueue, EjectionRules
 from edge_agent.interfaces import Shot, Sighting
 from edge_agent.line_config import LineConfig
 from edge_agent.simulation import SimulatedLine

@@ -14,10 +14,10 @@ import msgspec
 import pytest
 
 from control_plane.identity.publication import refresh_site
-from edge_agent import enrolling
 from edge_agent.config import AgentConfig, BrokerConfig, IdentityConfig
-from edge_agent.enrolling import enrol, renew
-from edge_agent.identity import FACTS, NEXT_KEY, PAIR, BrokerTls, IdentityUpkeep, read_facts, with_identity
+from edge_agent.identity import enrolment as enrolling
+from edge_agent.identity.certificate import FACTS, NEXT_KEY, PAIR, BrokerTls, IdentityUpkeep, read_facts, with_identity
+from edge_agent.identity.enrolment import enrol, renew
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, UnavailableError
 from tests.simulators.processes import free_port
 from tests.simulators.site import Site, device_listener, https, make_site

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue
+from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.simulation import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore, NoEjector
 from edge_agent.trouble import Trouble

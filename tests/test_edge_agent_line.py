@@ -11,7 +11,7 @@ import pytest
 from edge_agent.camera import LiveCamera, open_camera
 from edge_agent.collect import collect
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue
+from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, Shot
 from edge_agent.line_config import LineConfig
 from edge_agent.selftest import run_selftest

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from edge_agent.cli import main
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue
+from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame
 from edge_agent.line_config import LineConfig
 from edge_agent.recording import Recorder, encode_image

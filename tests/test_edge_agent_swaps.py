@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge_agent.camera import ConstantSpeedEncoder
 from edge_agent.counting import LineCounter
-from edge_agent.ejection import EjectionQueue
+from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, LineGeometry
 from edge_agent.shadow import Shadow
 from edge_agent.simulation import SimulatedLine, SimulationConfig

@@ -30,7 +30,7 @@ from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.listener import DeviceListener
 from control_plane.identity.mosquitto import update_profile, write_profile
 from control_plane.identity.publication import SiteFiles, refresh_site
-from edge_agent.identity import ANCHORS, FACTS, PAIR, Facts
+from edge_agent.identity.certificate import ANCHORS, FACTS, PAIR, Facts
 from models.identity import Enrolled, RenewalRequest, renewal_statement
 from tests.simulators.processes import MOSQUITTO, embedded_broker, free_port, listens, running, wait_until
 

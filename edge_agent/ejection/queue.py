@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, Literal, cast
 
-from edge_agent.confirmation import ConfirmationLedger
+from edge_agent.ejection.confirmation import ConfirmationLedger
 from edge_agent.interfaces import AheadEjector, Ejector, Encoder, Shot, Sighting
 from models.histogram import Histogram
 

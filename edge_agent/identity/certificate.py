@@ -230,7 +230,7 @@ class IdentityUpkeep:
     def _ask(self) -> tuple[int, str, str]:
         """Runs the child; returns its exit status and what it said."""
         with subprocess.Popen(
-            [sys.executable, "-m", "edge_agent.enrolling", str(self._folder)],
+            [sys.executable, "-m", "edge_agent.identity.enrolment", str(self._folder)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

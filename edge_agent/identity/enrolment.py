@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from edge_agent.identity import ANCHORS, FACTS, NEXT_KEY, PAIR, Facts, check_dates, read_facts
+from edge_agent.identity.certificate import ANCHORS, FACTS, NEXT_KEY, PAIR, Facts, check_dates, read_facts
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, UnavailableError
 from models.files import write_atomically
 from models.identity import (
@@ -242,7 +242,7 @@ def _answer(status: int, data: bytes, kind: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Body of the child: `python -m edge_agent.enrolling FOLDER`; says on standard output what it did."""
+    """Body of the child: `python -m edge_agent.identity.enrolment FOLDER`; says on standard output what it did."""
     (folder,) = sys.argv[1:] if argv is None else argv
     try:
         done = renew(Path(folder), time.time())
