@@ -34,7 +34,7 @@ from edge_agent.interfaces import Frame, Shot, Sighting
 from edge_agent.line import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Pipe
-from edge_agent.simulation import SimulatedLine
+from edge_agent.simulation.line import SimulatedLine
 from edge_agent.sorting import World, simulation_config
 from models.errors import CameraError
 

@@ -21,7 +21,7 @@ import msgspec
 from benchmarks.figures import Figures, Row
 from edge_agent.counting import LineCounter
 from edge_agent.ejection.queue import EjectionQueue
-from edge_agent.simulation import SimulatedItem, SimulatedLine, SimulationConfig
+from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
 from edge_agent.vision.judge import Judge, Judged
 

@@ -18,7 +18,7 @@ from benchmarks.tracking import Identities, true_boxes
 from edge_agent.counting import LineCounter
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, Image
-from edge_agent.simulation import SimulatedItem, SimulatedLine, SimulationConfig
+from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
 from edge_agent.vision.judge import Judge, Judged
 from edge_agent.vision.segmentation import SHRINK, Located, Locator

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks.figures import Figures, Row
 from benchmarks.peers import peer_tracks, tracker_works
 from edge_agent.interfaces import Frame
-from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.segmentation import Located, Locator
 from edge_agent.vision.tracking import Tracker
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_agent.ejection.queue import EjectionQueue
-from edge_agent.simulation import SimulatedTruth
+from edge_agent.simulation.line import SimulatedTruth
 from edge_agent.vision.judge import Judge, Judged
 from models.histogram import Histogram
 from models.messages import Live

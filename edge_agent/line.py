@@ -53,7 +53,7 @@ from edge_agent.line_protocol import (
 )
 from edge_agent.loading import LoadedJudge, LoadedShadow, Loader, fault_of, is_due, return_memory
 from edge_agent.shadow import Shadow
-from edge_agent.simulation import SimulatedLine
+from edge_agent.simulation.line import SimulatedLine
 from edge_agent.sorting import LineCore, World, geometry_of, load_judge, load_shadow, open_world
 from edge_agent.tuning import facts, tune_opencv
 from edge_agent.vision.judge import Judge

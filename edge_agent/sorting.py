@@ -31,7 +31,7 @@ from edge_agent.interfaces import (
 )
 from edge_agent.line_config import LineConfig
 from edge_agent.shadow import SampleFolder, Shadow
-from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge, Judged
 from edge_agent.vision.segmentation import FLOODED, Located, Locator
 from edge_agent.vision.tracking import Track, Tracker, ViewPicker

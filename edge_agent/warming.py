@@ -16,7 +16,7 @@ from edge_agent.line import serve
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Go, Pipe, Stop, ToLine, Waiting
 from edge_agent.loading import return_memory
-from edge_agent.simulation import SimulatedLine
+from edge_agent.simulation.line import SimulatedLine
 from edge_agent.sorting import draw_ahead, load_judge
 from edge_agent.vision.judge import Judge
 from models.errors import UnavailableError

@@ -17,7 +17,7 @@ from benchmarks.figures import Figures
 from benchmarks.flood import Served, p99
 from benchmarks.plots import Chart, render
 from benchmarks.tracking import Identities
-from edge_agent.simulation import SimulationConfig
+from edge_agent.simulation.line import SimulationConfig
 from edge_agent.vision.judge import Judge
 from tests.simulators.processes import free_port, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle

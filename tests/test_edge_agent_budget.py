@@ -12,7 +12,7 @@ from edge_agent.health.abstain_budget import MEMORY_ITEMS, AbstainWatch
 from edge_agent.line import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Pipe
-from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge
 from models.bundle import RECIPE, write_bundle
 from models.recipe import UNSURE, Recipe, Terms

@@ -21,7 +21,7 @@ from edge_agent.lanes import find_lanes
 from edge_agent.line_config import LineConfig
 from edge_agent.overlay import Sketch, draw
 from edge_agent.scale import parse_pattern, scale_from_board, scale_from_items
-from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
 from edge_agent.survey import Blob, frames_of
 from edge_agent.vision.belt_motion import best_shift, learn_belt

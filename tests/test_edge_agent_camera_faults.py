@@ -17,9 +17,9 @@ from edge_agent.fail_safe import FailSafe
 from edge_agent.health.camera import CameraWatch
 from edge_agent.interfaces import Frame
 from edge_agent.line_config import FailSafeConfig, LineConfig
-from edge_agent.simulation import SimulatedItem, SimulatedLine, SimulationConfig
+from edge_agent.simulation.faults import Trouble
+from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore, open_world
-from edge_agent.trouble import Trouble
 from edge_agent.vision.judge import Judge, Judged
 from models.errors import CameraError, ConfigError, UnavailableError
 from tests.simulators.tiny_bundle import tiny_bundle

@@ -11,7 +11,7 @@ from edge_agent.ejection.confirmation import ConfirmationLedger
 from edge_agent.ejection.queue import EjectionQueue, EjectionRules
 from edge_agent.interfaces import Shot, Sighting
 from edge_agent.line_config import LineConfig
-from edge_agent.simulation import SimulatedLine
+from edge_agent.simulation.line import SimulatedLine
 from edge_agent.sorting import LineCore, open_world
 from edge_agent.vision.judge import Judge
 from tests.simulators.tiny_bundle import tiny_bundle

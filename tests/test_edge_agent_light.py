@@ -5,9 +5,9 @@ import pytest
 
 from edge_agent.counting import LineCounter
 from edge_agent.ejection.queue import EjectionQueue
-from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.simulation.faults import Trouble
+from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore, NoEjector
-from edge_agent.trouble import Trouble
 from edge_agent.vision.judge import Judge
 from tests.simulators.tiny_bundle import tiny_bundle
 

@@ -16,10 +16,10 @@ from edge_agent.interfaces import Frame, Shot
 from edge_agent.line_config import LineConfig
 from edge_agent.selftest import run_selftest
 from edge_agent.sheet import write_sheet
-from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.simulation.faults import Trouble, parse_trouble_schedule
+from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
 from edge_agent.standalone import run_standalone
-from edge_agent.trouble import Trouble, parse_trouble_schedule
 from edge_agent.vision.judge import Judge
 from edge_agent.vision.segmentation import Locator
 from models.bundle import read_bundle

@@ -30,7 +30,7 @@ from edge_agent.lots import (
     leave_wish,
     read_state,
 )
-from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.sorting import NoEjector, World
 from edge_agent.vision.judge import Judge
 from models.errors import InputError, MessageError

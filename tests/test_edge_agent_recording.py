@@ -21,7 +21,7 @@ from edge_agent.line_config import LineConfig
 from edge_agent.recording import Recorder, encode_image
 from edge_agent.replay import Replay, replay
 from edge_agent.segments import MAX_PAYLOAD, Checkpoint, FrameHead, framed, opening, read_segment, segment_files
-from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore
 from edge_agent.standalone import run_standalone
 from edge_agent.vision.judge import Judge

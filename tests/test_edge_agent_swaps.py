@@ -12,7 +12,7 @@ from edge_agent.counting import LineCounter
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, LineGeometry
 from edge_agent.shadow import Shadow
-from edge_agent.simulation import SimulatedLine, SimulationConfig
+from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.sorting import LineCore, NoEjector
 from edge_agent.vision.judge import Judge, Judged
 from models.windows import Window

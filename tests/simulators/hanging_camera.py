@@ -18,7 +18,7 @@ from edge_agent.camera import LiveCamera
 from edge_agent.line import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Pipe
-from edge_agent.simulation import SimulatedLine
+from edge_agent.simulation.line import SimulatedLine
 from edge_agent.sorting import World, simulation_config
 
 

@@ -18,9 +18,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.belt_motion import BeltMotion
 from edge_agent.interfaces import Frame, Lane, LineGeometry, Shot, Sighting
-from edge_agent.rendering import (
+from edge_agent.simulation.belt import BeltMotion
+from edge_agent.simulation.faults import CALM, ScheduledTrouble, Trouble, parse_trouble_schedule
+from edge_agent.simulation.rendering import (
     VARIETIES,
     Kind,
     RollingItem,
@@ -31,7 +32,6 @@ from edge_agent.rendering import (
     load_photos,
     render_library,
 )
-from edge_agent.trouble import CALM, ScheduledTrouble, Trouble, parse_trouble_schedule
 from models.errors import CameraError, ConfigError
 
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
