@@ -30,12 +30,12 @@ import cv2
 import msgspec
 import numpy as np
 
+from edge_agent.devices.hardware import World, simulation_config
 from edge_agent.interfaces import Frame, Shot, Sighting
-from edge_agent.line import Line
+from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Pipe
 from edge_agent.simulation.line import SimulatedLine
-from edge_agent.sorting import World, simulation_config
 from models.errors import CameraError
 
 SLOTS: Final = 8

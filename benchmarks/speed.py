@@ -15,11 +15,11 @@ from benchmarks.figures import Figures, Row
 from benchmarks.peers import Found, PlainLoop
 from benchmarks.plots import Chart, render
 from benchmarks.tracking import Identities, true_boxes
-from edge_agent.counting import LineCounter
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, Image
+from edge_agent.line.core import LineCore
+from edge_agent.line.counters import LineCounter
 from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig
-from edge_agent.sorting import LineCore
 from edge_agent.vision.judge import Judge, Judged
 from edge_agent.vision.segmentation import SHRINK, Located, Locator
 from models.classifier import PROBABILITIES, VIEWS_INPUT

@@ -41,6 +41,7 @@ class SelfTestDone:
     rss_mb: float = 0.0
 
 
+_MODULES: Final = {"line": "edge_agent.line.process", "standby": "edge_agent.line.standby"}
 LINE_ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -71,7 +72,7 @@ class LineChild:
             stream.flush()
             given = ["--config", f"/proc/self/fd/{stream.fileno()}", "--pipe-fd", str(theirs.fileno())]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"edge_agent.{name}", *given],
+                [sys.executable, "-m", _MODULES[name], *given],
                 pass_fds=[stream.fileno(), theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | LINE_ENVIRONMENT,
@@ -203,7 +204,7 @@ def run_selftest_process(
     directory: Path, digest: str, budget_ms: float, timeout_s: float, memory_mb: int
 ) -> SelfTestDone:
     """Runs the self-test of a bundle in a process of its own and waits for it; never raises."""
-    command = [sys.executable, "-m", "edge_agent.selftest", str(directory), "--digest", digest]
+    command = [sys.executable, "-m", "edge_agent.line.selftest", str(directory), "--digest", digest]
     try:
         done = subprocess.run(
             [*command, "--budget-ms", str(budget_ms), "--memory-mb", str(memory_mb)],

@@ -366,7 +366,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _selftest(arguments: argparse.Namespace) -> int:
-    from edge_agent.selftest import main as selftest  # noqa: PLC0415
+    from edge_agent.line.selftest import main as selftest  # noqa: PLC0415
 
     return selftest([str(arguments.directory), "--budget-ms", str(arguments.budget_ms)])
 

@@ -16,9 +16,9 @@ import cv2
 import msgspec
 import numpy as np
 
+from edge_agent.devices.hardware import World, geometry_of, open_world
 from edge_agent.interfaces import Frame
 from edge_agent.line_config import LineConfig
-from edge_agent.sorting import World, geometry_of, open_world
 from edge_agent.vision.segmentation import Located, Locator
 from edge_agent.vision.tracking import Track, Tracker, ViewPicker
 from models.errors import CameraError, InputError

@@ -90,7 +90,7 @@ class FrameSource(Protocol):
 
         Raises:
             CameraError: `camera.ended` when a recording is over, `camera.absent`, `camera.corrupt`, ...: see
-                `edge_agent.camera`.
+                `edge_agent.devices.cameras`.
         """
 
     def close(self) -> None:

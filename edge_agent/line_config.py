@@ -63,12 +63,12 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     belt_mm_s: Positive = 1000.0
     """Nominal belt speed where there is no encoder."""
     encoder: str = ""
-    """Where belt pulses come from (`modbus://...`, `mqtt://...`, see `edge_agent.drivers.encoder`); empty = nominal
+    """Where belt pulses come from (`modbus://...`, `mqtt://...`, see `devices.drivers.encoder`); empty = nominal
     speed, or the simulation's own encoder."""
     ejector: str = ""
-    """What fires (`modbus://...`, `mqtt://...`, `gpio://...`, see `edge_agent.drivers.ejectors`); needs an encoder."""
+    """What fires (`modbus://...`, `mqtt://...`, `gpio://...`, see `devices.drivers.ejectors`); needs an encoder."""
     belt: str = ""
-    """What stops the belt for a fail-safe (`modbus://...`, `mqtt://...`, see `edge_agent.drivers.belt`)."""
+    """What stops the belt for a fail-safe (`modbus://...`, `mqtt://...`, see `devices.drivers.belt`)."""
     weights: Annotated[tuple[str, ...], msgspec.Meta(max_length=8)] = ()
     """Per lane, where the weight of an item comes from (`modbus://...`, `mqtt://...`); empty = not known."""
     weight_mm: float = -200.0

@@ -37,6 +37,7 @@ import msgspec
 import numpy as np
 
 from edge_agent.interfaces import Frame, Image
+from edge_agent.line.core import CoreState, LineCore
 from edge_agent.segments import (
     KEPT,
     SUFFIX,
@@ -51,7 +52,6 @@ from edge_agent.segments import (
     opening,
     segment_files,
 )
-from edge_agent.sorting import CoreState, LineCore
 from edge_agent.vision.judge import Judge, Judged
 from edge_agent.vision.tracking import Track
 from models.errors import ConfigError, InputError

@@ -27,9 +27,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.counting import LineCounter
+from edge_agent.devices.hardware import NoEjector
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, Lane, LineGeometry, Shot
+from edge_agent.line.core import CoreState, LineCore
+from edge_agent.line.counters import LineCounter
 from edge_agent.recording import decision_of, versions
 from edge_agent.segments import (
     Checkpoint,
@@ -45,7 +47,6 @@ from edge_agent.segments import (
     segment_files,
     unreadable,
 )
-from edge_agent.sorting import CoreState, LineCore, NoEjector
 from edge_agent.vision.judge import Judge, Judged
 from edge_agent.vision.segmentation import SHRINK
 from edge_agent.vision.tracking import Track

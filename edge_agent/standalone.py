@@ -14,13 +14,15 @@ import cv2
 import msgspec
 import numpy as np
 
-from edge_agent.counting import LineCounter
+from edge_agent.devices.hardware import World, geometry_of, open_world
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame
+from edge_agent.line.core import LineCore
+from edge_agent.line.counters import LineCounter
+from edge_agent.line.loader import load_shadow
+from edge_agent.line.shadow import Shadow
 from edge_agent.line_config import LineConfig
 from edge_agent.recording import Recorder
-from edge_agent.shadow import Shadow
-from edge_agent.sorting import LineCore, World, geometry_of, load_shadow, open_world
 from edge_agent.vision.judge import Judge, Judged
 from models.errors import CameraError, SortlineError
 from models.messages import Live

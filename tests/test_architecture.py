@@ -70,14 +70,14 @@ def test_the_contract_imports_only_what_both_sides_have() -> None:
             assert library not in top(imports(path)) or str(path.relative_to(ROOT)) in places, path
 
 
-@pytest.mark.parametrize("module", ["edge_agent.cli", "edge_agent.supervisor", "edge_agent.line"])
+@pytest.mark.parametrize("module", ["edge_agent.cli", "edge_agent.supervisor", "edge_agent.line.process"])
 def test_a_fresh_agent_loads_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, timeout=60
     ).stdout.split()
     assert not set(loaded) & set(HEAVY)
-    if module != "edge_agent.line":
+    if module != "edge_agent.line.process":
         assert not set(loaded) & {"cv2", "onnxruntime"}, "the supervisor only moves bundles"
     assert not set(loaded) & {"tuf", "securesystemslib", "cryptography"}, "signatures are verified in another process"
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.health.abstain_budget import MEMORY_ITEMS, AbstainWatch
-from edge_agent.line import Line
+from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Pipe
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig

@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.camera import LiveCamera, _Backlog
-from edge_agent.counting import LineCounter
-from edge_agent.drivers.belt import BeltMessage, RepeatedWish
+from edge_agent.devices.cameras import LiveCamera, _Backlog
+from edge_agent.devices.drivers.belt import BeltMessage, RepeatedWish
+from edge_agent.devices.hardware import open_world
 from edge_agent.ejection.confirmation import ConfirmationLedger
 from edge_agent.ejection.queue import EjectionQueue, EjectionRules
-from edge_agent.fail_safe import FailSafe
 from edge_agent.health.camera import CameraWatch
 from edge_agent.interfaces import Frame
+from edge_agent.line.core import LineCore
+from edge_agent.line.counters import LineCounter
+from edge_agent.line.fail_safe import FailSafe
 from edge_agent.line_config import FailSafeConfig, LineConfig
 from edge_agent.simulation.faults import Trouble
 from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig
-from edge_agent.sorting import LineCore, open_world
 from edge_agent.vision.judge import Judge, Judged
 from models.errors import CameraError, ConfigError, UnavailableError
 from tests.simulators.tiny_bundle import tiny_bundle

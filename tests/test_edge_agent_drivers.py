@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.drivers import address
-from edge_agent.drivers.address import Options, parse_address
-from edge_agent.drivers.ejectors import open_ejector
-from edge_agent.drivers.encoder import open_encoder
-from edge_agent.drivers.modbus import ModbusPort
-from edge_agent.drivers.pulses import PulseEncoder
-from edge_agent.drivers.scalars import ModbusScalar, MqttScalar, ScalarJoin, ScalarOptions, open_scalar
+from edge_agent.devices.drivers import address
+from edge_agent.devices.drivers.address import Options, parse_address
+from edge_agent.devices.drivers.ejectors import open_ejector
+from edge_agent.devices.drivers.encoder import open_encoder
+from edge_agent.devices.drivers.item_sensors import ModbusScalar, MqttScalar, ScalarJoin, ScalarOptions, open_scalar
+from edge_agent.devices.drivers.modbus import ModbusPort
+from edge_agent.devices.drivers.pulses import PulseEncoder
 from edge_agent.mqtt import Incoming
 from models.errors import ConfigError, UnavailableError
 from tests.simulators.fake_plc import HOSTILE, Clock, FakePlc, encoder_at

@@ -6,12 +6,12 @@ import types
 
 import pytest
 
-from edge_agent.drivers import gpio
-from edge_agent.drivers.ejectors import SLOT_WORDS, ModbusPlcEjector, open_ejector
-from edge_agent.drivers.encoder import open_encoder
-from edge_agent.drivers.gpio import GpiodPins, GpioEjector
-from edge_agent.drivers.handover import HandOver
-from edge_agent.drivers.pulses import PulseEncoder
+from edge_agent.devices.drivers import gpio
+from edge_agent.devices.drivers.ejectors import SLOT_WORDS, ModbusPlcEjector, open_ejector
+from edge_agent.devices.drivers.encoder import open_encoder
+from edge_agent.devices.drivers.gpio import GpiodPins, GpioEjector
+from edge_agent.devices.drivers.pulses import PulseEncoder
+from edge_agent.devices.drivers.shot_queue import HandOver
 from edge_agent.interfaces import Shot
 from models.errors import ConfigError, UnavailableError
 from tests.simulators.fake_plc import Clock, FakePlc, broken, encoder_at

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.drivers.address import parse_address
-from edge_agent.drivers.encoder import EncoderOptions, ModbusEncoder, MqttEncoder
-from edge_agent.drivers.modbus import RegisterPoller
-from edge_agent.drivers.mqtt import SenderClock
-from edge_agent.drivers.pulses import PulseEncoder
+from edge_agent.devices.drivers.address import parse_address
+from edge_agent.devices.drivers.encoder import EncoderOptions, ModbusEncoder, MqttEncoder
+from edge_agent.devices.drivers.modbus import RegisterPoller
+from edge_agent.devices.drivers.mqtt import SenderClock
+from edge_agent.devices.drivers.pulses import PulseEncoder
 from edge_agent.mqtt import Incoming
 from tests.simulators.fake_plc import HOSTILE, Clock, FakePlc, broken, encoder_at
 

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.counting import LineCounter
+from edge_agent.devices.hardware import open_world
 from edge_agent.ejection.confirmation import ConfirmationLedger
 from edge_agent.ejection.queue import EjectionQueue, EjectionRules
 from edge_agent.interfaces import Shot, Sighting
+from edge_agent.line.core import LineCore
+from edge_agent.line.counters import LineCounter
 from edge_agent.line_config import LineConfig
 from edge_agent.simulation.line import SimulatedLine
-from edge_agent.sorting import LineCore, open_world
 from edge_agent.vision.judge import Judge
 from tests.simulators.tiny_bundle import tiny_bundle
 

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from edge_agent.counting import LineCounter
+from edge_agent.devices.hardware import NoEjector
 from edge_agent.ejection.queue import EjectionQueue
+from edge_agent.line.core import LineCore
+from edge_agent.line.counters import LineCounter
 from edge_agent.simulation.faults import Trouble
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
-from edge_agent.sorting import LineCore, NoEjector
 from edge_agent.vision.judge import Judge
 from tests.simulators.tiny_bundle import tiny_bundle
 

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.cli import main
-from edge_agent.line import Line
+from edge_agent.devices.hardware import NoEjector, World
+from edge_agent.line.loader import LoadedJudge
+from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Beat, Pipe, SetLot, WindowClosed
-from edge_agent.loading import LoadedJudge
 from edge_agent.lots import (
     CLOCK_SLACK_MS,
     MAX_LIFE_MS,
@@ -31,7 +32,6 @@ from edge_agent.lots import (
     read_state,
 )
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
-from edge_agent.sorting import NoEjector, World
 from edge_agent.vision.judge import Judge
 from models.errors import InputError, MessageError
 from models.messages import Command, CommandKind, Live, LotSource, Response, Swap, encode

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.cli import main
-from edge_agent.counting import LineCounter
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame
+from edge_agent.line.core import LineCore
+from edge_agent.line.counters import LineCounter
 from edge_agent.line_config import LineConfig
 from edge_agent.recording import Recorder, encode_image
 from edge_agent.replay import Replay, replay
 from edge_agent.segments import MAX_PAYLOAD, Checkpoint, FrameHead, framed, opening, read_segment, segment_files
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
-from edge_agent.sorting import LineCore
 from edge_agent.standalone import run_standalone
 from edge_agent.vision.judge import Judge
 from models.errors import CameraError, ConfigError, InputError

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from edge_agent.selftest import _own_ms
+from edge_agent.line.selftest import _own_ms
 
 
 def test_time_that_other_processes_take_is_not_the_models() -> None:

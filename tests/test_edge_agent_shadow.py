@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_agent.line.shadow import Shadow
 from edge_agent.line_config import LineConfig
-from edge_agent.shadow import Disagreement, SampleFolder, Shadow
+from edge_agent.sampling.disagreement import Disagreement, SampleFolder
 from edge_agent.standalone import run_standalone
 from edge_agent.vision.judge import Judge
 from models.errors import BundleError

@@ -110,7 +110,7 @@ def accepted(server: socket.socket) -> bool:
 def test_one_whose_supervisor_is_gone_ends(config: LineConfig, tmp_path: Path) -> None:
     (tmp_path / "standby.json").write_bytes(msgspec.json.encode(config))
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "edge_agent.standby", "--config", str(tmp_path / "standby.json")]
+    command = [sys.executable, "-m", "edge_agent.line.standby", "--config", str(tmp_path / "standby.json")]
     with subprocess.Popen([*command, "--pipe-fd", str(theirs.fileno())], pass_fds=[theirs.fileno()]) as process:
         theirs.close()
         pipe = Pipe(ours)

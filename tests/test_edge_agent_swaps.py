@@ -7,13 +7,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_agent.camera import ConstantSpeedEncoder
-from edge_agent.counting import LineCounter
+from edge_agent.devices.cameras import ConstantSpeedEncoder
+from edge_agent.devices.hardware import NoEjector
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, LineGeometry
-from edge_agent.shadow import Shadow
+from edge_agent.line.core import LineCore
+from edge_agent.line.counters import LineCounter
+from edge_agent.line.shadow import Shadow
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
-from edge_agent.sorting import LineCore, NoEjector
 from edge_agent.vision.judge import Judge, Judged
 from models.windows import Window
 from tests.simulators.tiny_bundle import tiny_bundle

@@ -7,12 +7,12 @@ import threading
 
 import pytest
 
+from edge_agent.devices.hardware import NoEjector, World, open_world
 from edge_agent.interfaces import Frame, Shot
-from edge_agent.line import Line
+from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Pipe
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
-from edge_agent.sorting import NoEjector, World, open_world
 from models.errors import CameraError
 
 

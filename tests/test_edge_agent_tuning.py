@@ -6,9 +6,9 @@ from pathlib import Path
 import cv2
 import pytest
 
+from edge_agent.line.loader import Loader
+from edge_agent.line.thread_tuning import Trial, choose, facts, measure, thread_counts, tune_model, tune_opencv
 from edge_agent.line_protocol import FromLine, Load, LoadFailed, Tuned
-from edge_agent.loading import Loader
-from edge_agent.tuning import Trial, choose, facts, measure, thread_counts, tune_model, tune_opencv
 from tests.simulators.tiny_bundle import tiny_bundle
 
 

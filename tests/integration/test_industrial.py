@@ -11,15 +11,15 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_agent.drivers.belt import open_belt
-from edge_agent.drivers.ejectors import open_ejector
-from edge_agent.drivers.encoder import open_encoder
-from edge_agent.drivers.modbus import ModbusPort
-from edge_agent.drivers.pulses import PulseEncoder
-from edge_agent.drivers.scalars import open_scalar
+from edge_agent.devices.drivers.belt import open_belt
+from edge_agent.devices.drivers.ejectors import open_ejector
+from edge_agent.devices.drivers.encoder import open_encoder
+from edge_agent.devices.drivers.item_sensors import open_scalar
+from edge_agent.devices.drivers.modbus import ModbusPort
+from edge_agent.devices.drivers.pulses import PulseEncoder
+from edge_agent.devices.hardware import open_world
 from edge_agent.interfaces import Shot
 from edge_agent.line_config import LineConfig
-from edge_agent.sorting import open_world
 from models.errors import ConfigError
 from tests.simulators.mqtt_probe import Probe, close_probes
 from tests.simulators.plc import plc_process

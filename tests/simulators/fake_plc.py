@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from edge_agent.drivers.pulses import PulseEncoder
+from edge_agent.devices.drivers.pulses import PulseEncoder
 from models.errors import UnavailableError
 
 HOSTILE = [

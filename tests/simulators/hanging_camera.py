@@ -1,4 +1,4 @@
-"""A line process whose camera hangs in its driver; started as `python -m edge_agent.line` is.
+"""A line process whose camera hangs in its driver; started as `python -m edge_agent.line.process` is.
 
 The capture gives the simulated line's frames in real time. A file beside the configuration (`camera.state`) says what
 it does: `good`, `hang` (read() blocks for ever for whoever is in it), `gone` (nothing opens).
@@ -14,12 +14,12 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.camera import LiveCamera
-from edge_agent.line import Line
+from edge_agent.devices.cameras import LiveCamera
+from edge_agent.devices.hardware import World, simulation_config
+from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Pipe
 from edge_agent.simulation.line import SimulatedLine
-from edge_agent.sorting import World, simulation_config
 
 
 class Capture:

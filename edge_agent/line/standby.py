@@ -1,4 +1,4 @@
-"""A line process that waits: `python -m edge_agent.standby --config FILE --pipe-fd N`.
+"""A line process that waits: `python -m edge_agent.line.standby --config FILE --pipe-fd N`.
 
 It loads every library, its bundle and (for a simulated line) its pictures, and touches neither camera nor encoder nor
 ejector (`warming`). On `Go` it is the line; when its supervisor is gone or says `Stop`, it ends.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
-    from edge_agent.warming import WarmLine
+    from edge_agent.line.warm_up import WarmLine
 
 _NICE: Final = 10
 _OOM_SCORE: Final = 100
@@ -58,7 +58,7 @@ def first_to_go() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry of the process."""
-    parser = argparse.ArgumentParser(prog="python -m edge_agent.standby", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m edge_agent.line.standby", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="LineConfig as JSON")
     parser.add_argument("--pipe-fd", type=int, required=True, help="inherited socket to the supervisor")
     options = parser.parse_args(argv)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def load_and_warm_up() -> "WarmLine":
-        from edge_agent import warming  # noqa: PLC0415  the libraries, too, are loaded at low priority
+        from edge_agent.line import warm_up as warming  # noqa: PLC0415  the libraries, too, are loaded at low priority
 
         return warming.warm_up(options.config, options.pipe_fd)
 

@@ -1,4 +1,4 @@
-"""Tries a bundle in a process of its own: `python -m edge_agent.selftest DIRECTORY --digest D --budget-ms B`.
+"""Tries a bundle in a process of its own: `python -m edge_agent.line.selftest DIRECTORY --digest D --budget-ms B`.
 
 A model that crashes, eats the memory, answers NaN, is too slow or computes something else than on the training
 machine does so here, not on the line. Prints one JSON object; exit status 0 = fit for the line.
@@ -89,7 +89,7 @@ def _own_ms(run: Callable[[], object]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry of the process."""
-    parser = argparse.ArgumentParser(prog="python -m edge_agent.selftest", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m edge_agent.line.selftest", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--digest", help="which bundle it must be")
     parser.add_argument("--budget-ms", type=float, default=50.0, help="p99 of one run (default: 50)")

@@ -18,7 +18,7 @@ from models.profile import FeatureCounter
 from models.windows import Window
 
 if TYPE_CHECKING:
-    from edge_agent.shadow import Shadow
+    from edge_agent.line.shadow import Shadow
 
 log = logging.getLogger("sortline.counting")
 _TALLIES = ("frames", "frames_dropped", "frames_bad", "items", "items_unjudged", "verdicts_late", "views")

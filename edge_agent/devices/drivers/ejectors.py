@@ -16,12 +16,12 @@ from typing import Annotated, Final
 
 import msgspec
 
-from edge_agent.drivers.address import Milliseconds, Options, Positive, numbered, parse_address
-from edge_agent.drivers.gpio import GpiodPins, GpioEjector
-from edge_agent.drivers.handover import Announced, HandOver
-from edge_agent.drivers.modbus import MAX_WRITE, ModbusPort, Registers
-from edge_agent.drivers.mqtt import TopicOut
-from edge_agent.drivers.pulses import PulseBelt
+from edge_agent.devices.drivers.address import Milliseconds, Options, Positive, numbered, parse_address
+from edge_agent.devices.drivers.gpio import GpiodPins, GpioEjector
+from edge_agent.devices.drivers.modbus import MAX_WRITE, ModbusPort, Registers
+from edge_agent.devices.drivers.mqtt import TopicOut
+from edge_agent.devices.drivers.pulses import PulseBelt
+from edge_agent.devices.drivers.shot_queue import Announced, HandOver
 from edge_agent.interfaces import Shot
 from models.errors import ConfigError, UnavailableError
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import cv2
 import msgspec
 
-from edge_agent.line import serve
+from edge_agent.devices.hardware import draw_ahead
+from edge_agent.line.loader import load_judge, return_memory
+from edge_agent.line.process import serve
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Go, Pipe, Stop, ToLine, Waiting
-from edge_agent.loading import return_memory
 from edge_agent.simulation.line import SimulatedLine
-from edge_agent.sorting import draw_ahead, load_judge
 from edge_agent.vision.judge import Judge
 from models.errors import UnavailableError
 

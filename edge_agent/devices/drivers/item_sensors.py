@@ -20,10 +20,10 @@ from typing import Annotated, Final, Literal, TypeAlias
 import msgspec
 
 from edge_agent.config import BrokerConfig
-from edge_agent.drivers.address import Finite, Options, Positive, parse_address
-from edge_agent.drivers.modbus import ModbusPort, RegisterPoller, Registers, Table, WordOrder, unsigned
-from edge_agent.drivers.mqtt import TopicFeed
-from edge_agent.drivers.pulses import PulseBelt
+from edge_agent.devices.drivers.address import Finite, Options, Positive, parse_address
+from edge_agent.devices.drivers.modbus import ModbusPort, RegisterPoller, Registers, Table, WordOrder, unsigned
+from edge_agent.devices.drivers.mqtt import TopicFeed
+from edge_agent.devices.drivers.pulses import PulseBelt
 
 Kind: TypeAlias = Literal["float32", "int32", "uint32", "int16", "uint16"]
 _FORMATS: Final[dict[str, tuple[int, str, str]]] = {

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import msgspec
 
 from edge_agent.config import BrokerConfig
-from edge_agent.drivers.address import Finite, Milliseconds, Options, Positive, parse_address
-from edge_agent.drivers.modbus import ModbusPort, RegisterPoller, Registers, Table, WordOrder, unsigned
-from edge_agent.drivers.mqtt import SenderClock, TopicFeed
-from edge_agent.drivers.pulses import PulseEncoder
+from edge_agent.devices.drivers.address import Finite, Milliseconds, Options, Positive, parse_address
+from edge_agent.devices.drivers.modbus import ModbusPort, RegisterPoller, Registers, Table, WordOrder, unsigned
+from edge_agent.devices.drivers.mqtt import SenderClock, TopicFeed
+from edge_agent.devices.drivers.pulses import PulseEncoder
 
 
 class EncoderOptions(Options, frozen=True, kw_only=True):

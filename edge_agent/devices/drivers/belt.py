@@ -17,9 +17,9 @@ from typing import Annotated
 
 import msgspec
 
-from edge_agent.drivers.address import Options, parse_address
-from edge_agent.drivers.modbus import ModbusPort
-from edge_agent.drivers.mqtt import TopicOut
+from edge_agent.devices.drivers.address import Options, parse_address
+from edge_agent.devices.drivers.modbus import ModbusPort
+from edge_agent.devices.drivers.mqtt import TopicOut
 from models.errors import ConfigError, UnavailableError
 
 log = logging.getLogger("sortline.drivers")

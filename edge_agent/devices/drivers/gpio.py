@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol
 
-from edge_agent.drivers.address import load_extra
+from edge_agent.devices.drivers.address import load_extra
 from edge_agent.interfaces import Shot
 from models.errors import ConfigError, UnavailableError
 

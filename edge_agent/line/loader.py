@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from edge_agent.line.shadow import Shadow
+from edge_agent.line.thread_tuning import choose, facts, tune_model
+from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import FromLine, Load, LoadFailed, LoadShadow, ShadowFailed, Tuned
-from edge_agent.shadow import SampleFolder, Shadow
-from edge_agent.tuning import choose, facts, tune_model
+from edge_agent.sampling.disagreement import SampleFolder
 from edge_agent.vision.judge import Judge
 from models.errors import BundleError, SortlineError
 from models.messages import Fault, Swap
@@ -159,3 +161,35 @@ class Loader:
         shadow = Shadow(Judge(Path(load.directory), digest=load.digest, threads=1), keep)
         shadow.check(champion)
         return shadow
+
+
+def load_shadow(config: LineConfig, champion: Judge | None) -> Shadow | None:
+    """The challenger of a configuration, started, or None.
+
+    Raises:
+        BundleError: It is not usable, or wants other views than the champion.
+    """
+    if not config.shadow:
+        return None
+    keep = SampleFolder(Path(config.samples)) if config.samples else lambda _found: None
+    shadow = Shadow(Judge(Path(config.shadow), threads=1), keep)
+    if champion is not None:
+        shadow.check(champion)
+    shadow.start()
+    return shadow
+
+
+def load_judge(config: LineConfig, threads_for: Callable[[Path, str | None], int]) -> Judge | None:
+    """The bundle a configuration starts with, or None.
+
+    Args:
+        config: Of the line.
+        threads_for: How many threads of ONNX Runtime the bundle in a directory gets.
+
+    Raises:
+        BundleError: It is not usable.
+    """
+    if not config.bundle:
+        return None
+    directory, digest = Path(config.bundle), config.digest or None
+    return Judge(directory, digest=digest, threads=threads_for(directory, digest))

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from edge_agent.counting import LineCounter
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.health.camera import BLIND
 from edge_agent.interfaces import BeltControl, LineGeometry, Shot
+from edge_agent.line.core import LineCore
+from edge_agent.line.counters import LineCounter
 from edge_agent.line_config import FailSafeConfig
-from edge_agent.sorting import LineCore
 
 ITEM_MM: Final = 40.0
 """Half of a large item: so far before column 0 the centre of an item may lie that was not seen whole."""

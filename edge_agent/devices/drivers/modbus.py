@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
-from edge_agent.drivers.address import load_extra
+from edge_agent.devices.drivers.address import load_extra
 from models.errors import UnavailableError
 
 log = logging.getLogger("sortline.drivers")

@@ -1,4 +1,4 @@
-"""The line process: `python -m edge_agent.line --config FILE --pipe-fd N`.
+"""The line process: `python -m edge_agent.line.process --config FILE --pipe-fd N`.
 
 Threads, each owning its state: *camera* reads frames into a mailbox of one (the freshest wins, losses are counted by
 frame numbers); the main thread sorts; *ejection* fires; *loader* reads a new bundle and warms it up beside the
@@ -25,12 +25,26 @@ from pathlib import Path
 import cv2
 import msgspec
 
-from edge_agent.camera import is_live
-from edge_agent.counting import LineCounter
-from edge_agent.fail_safe import FailSafe
+from edge_agent.devices.cameras import is_live
+from edge_agent.devices.hardware import World, geometry_of, open_world
 from edge_agent.health.abstain_budget import AbstainWatch
 from edge_agent.health.camera import CameraWatch
 from edge_agent.interfaces import Frame, Lane, LineGeometry
+from edge_agent.line.core import LineCore
+from edge_agent.line.counters import LineCounter
+from edge_agent.line.fail_safe import FailSafe
+from edge_agent.line.loader import (
+    LoadedJudge,
+    LoadedShadow,
+    Loader,
+    fault_of,
+    is_due,
+    load_judge,
+    load_shadow,
+    return_memory,
+)
+from edge_agent.line.shadow import Shadow
+from edge_agent.line.thread_tuning import facts, tune_opencv
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import (
     Beat,
@@ -51,11 +65,7 @@ from edge_agent.line_protocol import (
     Tuned,
     WindowClosed,
 )
-from edge_agent.loading import LoadedJudge, LoadedShadow, Loader, fault_of, is_due, return_memory
-from edge_agent.shadow import Shadow
 from edge_agent.simulation.line import SimulatedLine
-from edge_agent.sorting import LineCore, World, geometry_of, load_judge, load_shadow, open_world
-from edge_agent.tuning import facts, tune_opencv
 from edge_agent.vision.judge import Judge
 from models.errors import BundleError, CameraError, SortlineError
 from models.messages import Fault
@@ -568,7 +578,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry of the process."""
     import argparse  # noqa: PLC0415  only the process needs it
 
-    parser = argparse.ArgumentParser(prog="python -m edge_agent.line", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m edge_agent.line.process", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="LineConfig as JSON")
     parser.add_argument("--pipe-fd", type=int, required=True, help="inherited socket to the supervisor")
     arguments = parser.parse_args(argv)
