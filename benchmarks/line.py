@@ -21,8 +21,8 @@ from rich.console import Console
 from benchmarks import agent, quantised, routing, soak, speed, tracking
 from benchmarks.figures import Figures
 from control_plane.training.pipeline import TrainSettings, train
-from edge_agent.collect import collect
 from edge_agent.line_config import LineConfig
+from edge_agent.offline.collect import collect
 
 ITEMS = 800
 

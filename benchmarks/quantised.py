@@ -10,8 +10,8 @@ from pathlib import Path
 from benchmarks.figures import Figures
 from control_plane.training.datasets import load_dataset
 from control_plane.training.quantise import FLIP_LIMIT, quantised
-from edge_agent.collect import collect
 from edge_agent.line_config import LineConfig
+from edge_agent.offline.collect import collect
 from models.bundle import read_bundle
 
 _UNSEEN = 1007

@@ -216,7 +216,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         return Supervisor(with_identity(config)).run()
-    from edge_agent.standalone import run_standalone  # noqa: PLC0415
+    from edge_agent.offline.run import run_standalone  # noqa: PLC0415
 
     def show(live: Any) -> None:
         if sys.stderr.isatty():
@@ -263,7 +263,7 @@ def _enrol(arguments: argparse.Namespace) -> int:
 def _recorder(arguments: argparse.Namespace, config: Any) -> Any:
     if arguments.record is None:
         return None
-    from edge_agent.recording import Recorder  # noqa: PLC0415
+    from edge_agent.recording.recorder import Recorder  # noqa: PLC0415
 
     about = {"bundle": str(arguments.bundle.resolve()), "threads": str(config.line.threads or 1)}
     return Recorder(
@@ -274,7 +274,8 @@ def _recorder(arguments: argparse.Namespace, config: Any) -> Any:
 def _replay(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict  # noqa: PLC0415
 
-    from edge_agent.replay import Replay, replay  # noqa: PLC0415
+    from edge_agent.recording.comparison import replay  # noqa: PLC0415
+    from edge_agent.recording.replay import Replay  # noqa: PLC0415
 
     bundle = arguments.bundle or Replay(arguments.folder).bundle_directory()
 
@@ -297,7 +298,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 def _collect(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict  # noqa: PLC0415
 
-    from edge_agent.collect import collect  # noqa: PLC0415
+    from edge_agent.offline.collect import collect  # noqa: PLC0415
 
     def progress(done: int, wanted: int) -> None:
         if sys.stderr.isatty():
@@ -313,8 +314,8 @@ def _collect(arguments: argparse.Namespace) -> int:
 def _calibrate(arguments: argparse.Namespace) -> int:
     import datetime as dt  # noqa: PLC0415
 
-    from edge_agent.calibration import Target, calibrate, camera_opener, write_calibration  # noqa: PLC0415
-    from edge_agent.scale import parse_pattern  # noqa: PLC0415
+    from edge_agent.calibration.calibrate import Target, calibrate, camera_opener, write_calibration  # noqa: PLC0415
+    from edge_agent.calibration.scale import parse_pattern  # noqa: PLC0415
 
     def progress(done: int, wanted: int) -> None:
         if sys.stderr.isatty():
@@ -372,7 +373,7 @@ def _selftest(arguments: argparse.Namespace) -> int:
 
 
 def _picture(arguments: argparse.Namespace) -> int:
-    from edge_agent.sheet import write_sheet  # noqa: PLC0415
+    from edge_agent.offline.contact_sheet import write_sheet  # noqa: PLC0415
 
     # Nothing waits for a picture: recordings and the simulation run as fast as they go.
     line = msgspec.structs.replace(_config(arguments).line, paced=False)
@@ -382,7 +383,7 @@ def _picture(arguments: argparse.Namespace) -> int:
 
 
 def _capacity(arguments: argparse.Namespace) -> int:
-    from edge_agent.standalone import capacity  # noqa: PLC0415
+    from edge_agent.offline.capacity import capacity  # noqa: PLC0415
 
     _print(capacity(_config(arguments).line, bundle=arguments.bundle), as_json=arguments.json)
     return 0

@@ -10,20 +10,20 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_agent.calibration import Calibration, Target, calibrate, geometry_toml, write_calibration
+from edge_agent.calibration.calibrate import Calibration, Target, calibrate, geometry_toml, write_calibration
+from edge_agent.calibration.lanes import find_lanes
+from edge_agent.calibration.overlay import Sketch, draw
+from edge_agent.calibration.scale import parse_pattern, scale_from_board, scale_from_items
+from edge_agent.calibration.survey import Blob, frames_of
 from edge_agent.cli import main
 from edge_agent.config import load_agent_config
 from edge_agent.devices.image_encoder import ImageEncodedCamera, ImageEncoder
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Encoder, Frame, FrameSource, Lane
-from edge_agent.lanes import find_lanes
 from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line_config import LineConfig
-from edge_agent.overlay import Sketch, draw
-from edge_agent.scale import parse_pattern, scale_from_board, scale_from_items
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
-from edge_agent.survey import Blob, frames_of
 from edge_agent.vision.belt_motion import best_shift, learn_belt
 from edge_agent.vision.judge import Judge
 from models.errors import CameraError, ConfigError, InputError

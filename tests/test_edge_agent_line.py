@@ -8,7 +8,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_agent.collect import collect
 from edge_agent.devices.cameras import LiveCamera, open_camera
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, Shot
@@ -16,10 +15,11 @@ from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.selftest import run_selftest
 from edge_agent.line_config import LineConfig
-from edge_agent.sheet import write_sheet
+from edge_agent.offline.collect import collect
+from edge_agent.offline.contact_sheet import write_sheet
+from edge_agent.offline.run import run_standalone
 from edge_agent.simulation.faults import Trouble, parse_trouble_schedule
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
-from edge_agent.standalone import run_standalone
 from edge_agent.vision.judge import Judge
 from edge_agent.vision.segmentation import Locator
 from models.bundle import read_bundle

@@ -19,11 +19,20 @@ from edge_agent.interfaces import Frame
 from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line_config import LineConfig
-from edge_agent.recording import Recorder, encode_image
-from edge_agent.replay import Replay, replay
-from edge_agent.segments import MAX_PAYLOAD, Checkpoint, FrameHead, framed, opening, read_segment, segment_files
+from edge_agent.offline.run import run_standalone
+from edge_agent.recording.comparison import replay
+from edge_agent.recording.recorder import Recorder, encode_image
+from edge_agent.recording.replay import Replay
+from edge_agent.recording.segments import (
+    MAX_PAYLOAD,
+    Checkpoint,
+    FrameHead,
+    framed,
+    opening,
+    read_segment,
+    segment_files,
+)
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
-from edge_agent.standalone import run_standalone
 from edge_agent.vision.judge import Judge
 from models.errors import CameraError, ConfigError, InputError
 from tests.simulators.tiny_bundle import tiny_bundle
@@ -251,7 +260,7 @@ def test_a_full_queue_loses_frames_and_no_exactness(
         gate.wait(30.0)
         return encode_image(image)
 
-    monkeypatch.setattr("edge_agent.recording.encode_image", slow)
+    monkeypatch.setattr("edge_agent.recording.recorder.encode_image", slow)
     recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY, queue_frames=8)
     world = World(recorder, Judge(bundle))
     world.run(frames[:90])

@@ -8,8 +8,8 @@ import pytest
 
 from edge_agent.line.shadow import Shadow
 from edge_agent.line_config import LineConfig
+from edge_agent.offline.run import run_standalone
 from edge_agent.sampling.disagreement import Disagreement, SampleFolder
-from edge_agent.standalone import run_standalone
 from edge_agent.vision.judge import Judge
 from models.errors import BundleError
 from tests.simulators.tiny_bundle import tiny_bundle

@@ -14,13 +14,13 @@ import cv2
 import msgspec
 import numpy as np
 
+from edge_agent.calibration.lanes import Lanes, find_lanes
+from edge_agent.calibration.overlay import Sketch, draw
+from edge_agent.calibration.scale import Scale, scale_from_board, scale_from_items
+from edge_agent.calibration.survey import Opener, Progress, Survey, frames_of, survey
 from edge_agent.devices.hardware import open_world
 from edge_agent.interfaces import Image
-from edge_agent.lanes import Lanes, find_lanes
 from edge_agent.line_config import LineConfig
-from edge_agent.overlay import Sketch, draw
-from edge_agent.scale import Scale, scale_from_board, scale_from_items
-from edge_agent.survey import Opener, Progress, Survey, frames_of, survey
 from models.errors import InputError
 from models.files import write_atomically
 

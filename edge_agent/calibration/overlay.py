@@ -7,8 +7,8 @@ from typing import Final
 import cv2
 import numpy as np
 
+from edge_agent.calibration.survey import Blob
 from edge_agent.interfaces import Image, Lane
-from edge_agent.survey import Blob
 
 Colour = tuple[int, int, int]
 
