@@ -27,7 +27,8 @@ from pathlib import Path
 
 from benchmarks.figures import Figures, Row
 from benchmarks.soak import ROOT, resident_mb
-from edge_agent.slots import SlotState, StateFile
+from edge_agent.delivery.lifecycle import SlotState
+from edge_agent.delivery.state_file import StateFile
 from models.bundle import read_bundle
 from models.messages import Phase
 

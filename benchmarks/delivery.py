@@ -36,9 +36,9 @@ from control_plane.publishing import Publisher
 from control_plane.registry import register
 from control_plane.rollout_records import Order, create_rollout
 from control_plane.tables import Agent, utc_now
-from edge_agent.delivery import Fetch
-from edge_agent.spool import Spool
-from edge_agent.uplink import Uplink
+from edge_agent.delivery.fetch import Fetch
+from edge_agent.telemetry.spool import Spool
+from edge_agent.telemetry.uplink import Uplink
 from models.bundle import RECIPE, blobs_of, read_bundle, write_bundle
 from models.messages import Ack, Event, RecordKind, Request, decode
 from models.topics import Channel, agent_topic

@@ -114,7 +114,7 @@ def measure(figures: Figures, root_folder: Path, agents: int, runs: int, process
     anchor = root_folder / f"root-{agents}.json"
     anchor.write_bytes(fleet.root)
     question = msgspec.msgpack.encode({"offered": offered, "bin": own_bin, "document": document})
-    command = [sys.executable, "-m", "edge_agent.verify", "--folder", str(root_folder / f"agent-{agents}")]
+    command = [sys.executable, "-m", "edge_agent.trust.verify", "--folder", str(root_folder / f"agent-{agents}")]
     command += ["--root", str(anchor), "--agent", agent_id]
 
     def whole() -> None:

@@ -247,9 +247,9 @@ def _run(arguments: argparse.Namespace) -> int:
 def _enrol(arguments: argparse.Namespace) -> int:
     import datetime as dt  # noqa: PLC0415
 
-    from edge_agent.gate import places  # noqa: PLC0415
     from edge_agent.identity.certificate import identity_folder  # noqa: PLC0415
     from edge_agent.identity.enrolment import enrol  # noqa: PLC0415
+    from edge_agent.trust.verifier import places  # noqa: PLC0415
 
     token = sys.stdin.readline() if arguments.token == "-" else arguments.token  # noqa: S105  no secret of ours
     config = _config(arguments)
@@ -353,9 +353,9 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     """Verifies here, so that the person with the stick hears the answer; then the agent does the rest."""
-    from edge_agent.gate import verify_now  # noqa: PLC0415
+    from edge_agent.delivery.offline_import import read_export, stage_import  # noqa: PLC0415
     from edge_agent.identity.certificate import with_identity  # noqa: PLC0415
-    from edge_agent.importing import read_export, stage_import  # noqa: PLC0415
+    from edge_agent.trust.verifier import verify_now  # noqa: PLC0415
 
     config = with_identity(_config(arguments))
     root = Path(config.state_dir).resolve()
@@ -390,7 +390,7 @@ def _capacity(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from edge_agent.slots import StateFile  # noqa: PLC0415
+    from edge_agent.delivery.state_file import StateFile  # noqa: PLC0415
 
     if not (arguments.state_dir / "state.json").exists():
         raise ConfigError(

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from edge_agent.config import Standby
+from edge_agent.delivery.lifecycle import SlotState
 from edge_agent.line_protocol import Go
-from edge_agent.slots import SlotState
 from models.errors import SortlineError
 from models.messages import Phase, Swap
 

@@ -19,8 +19,8 @@ from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
 
+from edge_agent.delivery.state_file import StateFile
 from edge_agent.line_protocol import Beat
-from edge_agent.slots import StateFile
 from models.bundle import RECIPE, sha256
 from models.errors import BundleError, InputError, MessageError
 from models.files import write_atomically

@@ -22,13 +22,16 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.challenger import Challenger
-from edge_agent.child import LineChild, LineGone, SelfTestDone
+from edge_agent.child import LineChild, LineGone
 from edge_agent.config import AgentConfig
+from edge_agent.delivery.challenger import Challenger
+from edge_agent.delivery.offline_import import Stick, StickOrNetwork
+from edge_agent.delivery.selftest_process import SelfTestDone
+from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.transfer import Transfer
+from edge_agent.delivery.updater import Updater
 from edge_agent.events import bounded_queue
-from edge_agent.gate import Gate, Verified
 from edge_agent.identity.certificate import IdentityUpkeep, identity_folder
-from edge_agent.importing import Stick, StickOrNetwork
 from edge_agent.keeping import LineKeeper, standby_for
 from edge_agent.line_protocol import (
     Beat,
@@ -45,11 +48,9 @@ from edge_agent.line_protocol import (
 )
 from edge_agent.lots import Lots
 from edge_agent.mqtt import Incoming, Link, LinkChanged
-from edge_agent.slots import StateFile
-from edge_agent.spool import Spool
-from edge_agent.transfer import Transfer
-from edge_agent.updating import Updater
-from edge_agent.uplink import Uplink
+from edge_agent.telemetry.spool import Spool
+from edge_agent.telemetry.uplink import Uplink
+from edge_agent.trust.verifier import Gate, Verified
 from models.errors import CapacityError, ConflictError, MessageError, SortlineError
 from models.messages import Ack, Desired, Event, Fault, Phase, Presence, RecordKind, Reported, Response, decode, encode
 from models.topics import BLOBS, SENTINEL_TOPIC, TRUST_TOPIC, Channel, agent_topic, bin_of, bin_topic

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent import challenger as module
-from edge_agent.challenger import TRANSITIONS, Challenger, ChallengerState, Step, advance
-from edge_agent.child import SelfTestDone
 from edge_agent.config import DeliveryConfig
+from edge_agent.delivery import challenger as module
+from edge_agent.delivery.challenger import TRANSITIONS, Challenger, ChallengerState, Step, advance
+from edge_agent.delivery.selftest_process import SelfTestDone
 from edge_agent.line_protocol import ShadowChanged, ShadowFailed
 from models.errors import BundleError, ConflictError, SortlineError
 from models.messages import Desired, Fault, Mode, ShadowPhase

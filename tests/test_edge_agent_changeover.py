@@ -4,9 +4,10 @@ from typing import Any, cast
 
 import pytest
 
+from edge_agent.delivery.lifecycle import SlotState, Trigger, advance
+from edge_agent.delivery.state_file import StateFile
 from edge_agent.line.loader import LoadedJudge, is_due
 from edge_agent.line_protocol import Load, Pipe, ToLine
-from edge_agent.slots import SlotState, StateFile, Trigger, advance
 from models.messages import Desired, Swap, decode, encode
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_agent.delivery import Fetch, collect_garbage
+from edge_agent.delivery.fetch import Fetch, collect_garbage
 from models.bundle import MODEL, blobs_of, describe, read_bundle
 from models.chunking import CHUNK_BYTES
 from models.errors import BundleError, CapacityError
@@ -230,7 +230,7 @@ def test_where_links_are_refused_chunks_are_copied(
 
 def test_claimed_space_is_not_asked_for_twice(tmp_path: Path, blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume on a disk that has become full goes on: its space was claimed before."""
-    import edge_agent.delivery as module
+    from edge_agent.delivery import fetch as module
 
     first = fetch(tmp_path, blobs.bundle.digest)
     first.receive(blobs.bundle.manifest.encoded())

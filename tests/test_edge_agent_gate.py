@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from edge_agent.config import TrustConfig
-from edge_agent.gate import Gate, Verified
-from edge_agent.verify import TRUSTED, Question, answer
+from edge_agent.trust.verifier import Gate, Verified
+from edge_agent.trust.verify import TRUSTED, Question, answer
 from models.errors import MessageError, SortlineError
 from models.messages import Desired
 from tests.simulators.trust_repository import Repository, Signed
@@ -237,7 +237,7 @@ def test_a_verifier_that_crashes_accepts_nothing(
     offered, document = assigned(repository)
     offer(gate, offered)
     gate.offer_document(document)
-    monkeypatch.setattr("edge_agent.gate.sys.executable", "/bin/false")
+    monkeypatch.setattr("edge_agent.trust.verifier.sys.executable", "/bin/false")
     assert turn(gate, host) is None
     assert host.faults == ["trust.crashed"]
     monkeypatch.undo()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.child import run_selftest_process
+from edge_agent.delivery.selftest_process import run_selftest_process
 from tests.simulators.tiny_bundle import tiny_bundle
 
 slow = pytest.mark.slow

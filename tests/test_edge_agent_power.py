@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import edge_agent.updating as updating
-from edge_agent.child import SelfTestDone
 from edge_agent.config import DeliveryConfig
+from edge_agent.delivery import updater as updating
+from edge_agent.delivery.lifecycle import SlotState
+from edge_agent.delivery.selftest_process import SelfTestDone
+from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.transfer import Transfer
+from edge_agent.delivery.updater import Updater
 from edge_agent.line_protocol import Beat
-from edge_agent.slots import SlotState, StateFile
-from edge_agent.transfer import Transfer
-from edge_agent.updating import Updater
 from models.bundle import read_bundle
 from models.errors import SortlineError
 from models.messages import Desired, Fault, Live, Phase
@@ -152,7 +153,7 @@ def fault_of(place: Path, marked: SlotState | None, old: Blobs, new: Blobs) -> s
 
 
 def _broken(path: Path) -> bool:
-    import edge_agent.slots as slots
+    from edge_agent.delivery import state_file as slots
 
     return slots._read(path) is None
 

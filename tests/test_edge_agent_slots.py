@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.slots import TRANSITIONS, SlotState, StateFile, Trigger, advance, already_running
+from edge_agent.delivery.lifecycle import TRANSITIONS, SlotState, Trigger, advance, already_running
+from edge_agent.delivery.state_file import StateFile
 from models.errors import ConflictError
 from models.messages import Phase
 
@@ -107,7 +108,7 @@ def test_random_lives_keep_the_laws(tmp_path_factory: pytest.TempPathFactory, ev
 def test_a_power_cut_while_saving_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = StateFile(tmp_path)
     file.save(committed(A))
-    import edge_agent.slots as module
+    from edge_agent.delivery import state_file as module
 
     def cut(*_: object, **__: object) -> None:
         raise OSError("power")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.spool import Spool
-from edge_agent.uplink import Uplink
+from edge_agent.telemetry.spool import Spool
+from edge_agent.telemetry.uplink import Uplink
 from models.errors import CapacityError
 from models.messages import Ack, Gap, RecordKind, decode_batch
 

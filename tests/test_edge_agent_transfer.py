@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from edge_agent.config import DeliveryConfig
-from edge_agent.transfer import Transfer
+from edge_agent.delivery.transfer import Transfer
 from models.bundle import read_bundle
 from models.chunking import CHUNK_BYTES
 from models.messages import Request, decode

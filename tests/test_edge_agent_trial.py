@@ -7,10 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-import edge_agent.updating as updating
-from edge_agent.child import SelfTestDone
+from edge_agent.delivery import updater as updating
+from edge_agent.delivery.lifecycle import SlotState
+from edge_agent.delivery.selftest_process import SelfTestDone
+from edge_agent.delivery.state_file import StateFile
 from edge_agent.line_protocol import Beat, LoadFailed, ModelFailed
-from edge_agent.slots import SlotState, StateFile
 from models.messages import Desired, Fault, Live, Phase, Swap
 from tests.simulators.tiny_bundle import tiny_bundle
 from tests.test_edge_agent_delivery import Blobs

@@ -31,7 +31,7 @@ from control_plane.api.services import Services
 from control_plane.database import reading, writing
 from control_plane.registry import register
 from control_plane.tables import Agent, EventRow, WindowRow, utc_now
-from edge_agent.slots import StateFile
+from edge_agent.delivery.state_file import StateFile
 from models.bundle import read_bundle
 from models.errors import SortlineError
 from tests.simulators.fleet import Manner, SimulatedFleet

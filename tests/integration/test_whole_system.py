@@ -17,7 +17,7 @@ import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from edge_agent.slots import StateFile
+from edge_agent.delivery.state_file import StateFile
 from models.bundle import MODEL, blobs_of, read_bundle
 from models.messages import (
     MAX_REPORTED_BYTES,

@@ -1,7 +1,7 @@
 """Lets a desired state through only when it is proven: keeps what was offered, has it verified, hands on the result.
 
 The set of signed metadata, this agent's bin and the desired state come in any order, from the broker or from a stick;
-the newest of each counts. Verification runs in a process of its own (`edge_agent.verify`), one at a time, and is never
+the newest of each counts. Verification runs in a process of its own (`trust.verify`), one at a time, and is never
 waited for.
 
 Rules: what is not verified changes nothing; a refusal is counted, reported when it concerns something new, and looked
@@ -246,7 +246,7 @@ def verify_now(
 
 
 def _command(folder: Path, anchor: Path, agent_id: str) -> list[str]:
-    command = [sys.executable, "-m", "edge_agent.verify", "--folder", str(folder)]
+    command = [sys.executable, "-m", "edge_agent.trust.verify", "--folder", str(folder)]
     return [*command, "--root", str(anchor), "--agent", agent_id]
 
 
@@ -265,7 +265,7 @@ def _ask(command: list[str], body: bytes, pair: tuple[str, str], timeout_s: floa
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """As `edge_agent.verify.Answer`, which must not be imported here: it brings the libraries along."""
+    """As `edge_agent.trust.verify.Answer`, which must not be imported here: it brings the libraries along."""
 
     desired: Desired | None = None
     fault: Fault | None = None

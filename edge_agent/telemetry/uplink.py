@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from edge_agent.spool import Spool
+from edge_agent.telemetry.spool import Spool
 from models.messages import MAX_BATCH_RECORDS, Ack, Batch, encode_batch
 
 log = logging.getLogger("sortline.uplink")

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
-from edge_agent.child import SelfTestDone, start_selftest
 from edge_agent.config import DeliveryConfig
-from edge_agent.delivery import collect_garbage
+from edge_agent.delivery.fetch import collect_garbage
+from edge_agent.delivery.lifecycle import SlotState, Trigger, advance, already_running
+from edge_agent.delivery.selftest_process import SelfTestDone, start_selftest
+from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.transfer import Transfer
 from edge_agent.line_protocol import Beat, LoadFailed, ModelFailed
-from edge_agent.slots import SlotState, StateFile, Trigger, advance, already_running
-from edge_agent.transfer import Transfer
 from models.bundle import read_bundle
 from models.errors import BundleError, ConflictError, SortlineError
 from models.messages import Desired, Fault, Mode, Phase, Swap

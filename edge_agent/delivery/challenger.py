@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, Protocol
 
 import msgspec
 
-from edge_agent.child import SelfTestDone, start_selftest
 from edge_agent.config import DeliveryConfig
+from edge_agent.delivery.selftest_process import SelfTestDone, start_selftest
+from edge_agent.delivery.transfer import Transfer
 from edge_agent.line_protocol import ShadowChanged, ShadowFailed
-from edge_agent.transfer import Transfer
 from models.bundle import sha256
 from models.errors import BundleError, ConflictError, SortlineError
 from models.files import write_atomically

@@ -8,21 +8,15 @@ Laws (property-tested): `active` is always a bundle that passed its self-test, o
 tried again; `tries` never exceeds its limit; the generation never falls.
 """
 
-import os
-from collections.abc import Callable
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
 
-from models.bundle import sha256
 from models.errors import ConflictError
-from models.files import write_atomically
 from models.messages import Digest, OptionalDigest, Phase, Swap
 
 _MAX_BLOCKED: Final = 32
-_MAX_STATE_BYTES: Final = 64 * 1024
 
 
 class Trigger(StrEnum):
@@ -128,60 +122,3 @@ def _block(blocked: tuple[str, ...], digest: str) -> tuple[str, ...]:
     if not digest:
         return blocked
     return (*(d for d in blocked if d != digest), digest)[-_MAX_BLOCKED:]
-
-
-class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    state: msgspec.Raw
-    sha256: str
-
-
-class StateFile:
-    """Keeps a `SlotState` on disk: atomically replaced, checksummed, with the one before as backup.
-
-    Args:
-        directory: The agent's state directory.
-        on_quarantine: Called with the path of a broken file after it was set aside.
-    """
-
-    def __init__(self, directory: Path, on_quarantine: Callable[[Path], None] = lambda _path: None) -> None:
-        self._path = directory / "state.json"
-        self._backup = directory / "state.json.bak"
-        self._on_quarantine = on_quarantine
-
-    def load(self) -> SlotState:
-        """The state, or its backup, or a fresh one: a broken file never stops an agent."""
-        for path in (self._path, self._backup):
-            if not path.exists():
-                continue
-            state = _read(path)
-            if state is not None:
-                return state
-            broken = path.with_name(f"{path.name}.broken-{os.getpid()}")
-            path.rename(broken)
-            self._on_quarantine(broken)
-        return SlotState()
-
-    def save(self, state: SlotState) -> None:
-        """Makes the state durable before its effect takes place.
-
-        Raises:
-            OSError: The disk refused; the old state stands.
-        """
-        body = msgspec.json.encode(state)
-        data = msgspec.json.encode(_Envelope(msgspec.Raw(body), sha256(body)))
-        if self._path.exists():
-            old = self._path.read_bytes()
-            write_atomically(self._backup, old, sync_folder=False)
-        write_atomically(self._path, data)
-
-
-def _read(path: Path) -> SlotState | None:
-    try:
-        data = path.read_bytes()
-        if len(data) > _MAX_STATE_BYTES:
-            return None
-        envelope = msgspec.json.decode(data, type=_Envelope)
-        body = bytes(envelope.state)
-        return msgspec.json.decode(body, type=SlotState) if sha256(body) == envelope.sha256 else None
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        return None

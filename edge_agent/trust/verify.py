@@ -1,4 +1,4 @@
-"""Verifies one desired state in a process of its own: `python -m edge_agent.verify --folder D --root F --agent ID`.
+"""Verifies one desired state in a process of its own: `-m edge_agent.trust.verify --folder D --root F --agent ID`.
 
 The libraries of signatures take memory and read hostile bytes: they live here for half a second, never in the
 supervisor. Reads one MessagePack `Question` from standard input, prints one JSON `Answer`; exit status 0 = accepted.
@@ -125,7 +125,7 @@ def _read(path: Path, limit: int) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry of the process."""
-    parser = argparse.ArgumentParser(prog="python -m edge_agent.verify", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m edge_agent.trust.verify", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="the agent's trust folder")
     parser.add_argument("--root", type=Path, required=True, help="the trust anchor, root.json")
     parser.add_argument("--agent", required=True, help="agent id")

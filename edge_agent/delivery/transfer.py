@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from edge_agent.config import DeliveryConfig
-from edge_agent.delivery import Fetch, discard_parts
+from edge_agent.delivery.fetch import Fetch, discard_parts
 from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, SortlineError
 from models.messages import Request, encode
