@@ -25,9 +25,9 @@ from rich.console import Console
 from benchmarks.belt import ring_bytes
 from benchmarks.figures import Figures, Row
 from benchmarks.plots import Chart, render
-from edge_agent.child import LINE_ENVIRONMENT
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import FromLine, Pipe, Stop, WindowClosed
+from edge_agent.supervisor.line_process import LINE_ENVIRONMENT
 from models.windows import Window, merge
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from models.recipe import parse_recipe
 
 LIFE: Final = timedelta(seconds=60)
 _AHEAD_MS: Final = 60_000
-"""As `edge_agent.lots.CLOCK_SLACK_MS`: a command further ahead is refused there."""
+"""As `edge_agent.supervisor.lots.CLOCK_SLACK_MS`: a command further ahead is refused there."""
 
 
 def ask(

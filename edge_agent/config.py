@@ -96,7 +96,7 @@ class TrustConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Standby(StrEnum):
-    """When a second line process waits to take over from one that dies (`edge_agent.keeping`)."""
+    """When a second line process waits to take over from one that dies (`edge_agent.supervisor.line_keeper`)."""
 
     TRIAL = "trial"
     """While a new bundle is on trial, with the bundle before."""

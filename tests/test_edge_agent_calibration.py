@@ -15,7 +15,7 @@ from edge_agent.calibration.lanes import find_lanes
 from edge_agent.calibration.overlay import Sketch, draw
 from edge_agent.calibration.scale import parse_pattern, scale_from_board, scale_from_items
 from edge_agent.calibration.survey import Blob, frames_of
-from edge_agent.cli import main
+from edge_agent.cli.commands import main
 from edge_agent.config import load_agent_config
 from edge_agent.devices.image_encoder import ImageEncodedCamera, ImageEncoder
 from edge_agent.ejection.queue import EjectionQueue

@@ -9,9 +9,9 @@ import pytest
 
 from edge_agent.config import Standby
 from edge_agent.delivery.lifecycle import SlotState
-from edge_agent.keeping import LineKeeper, standby_for
 from edge_agent.line.standby import first_to_go, gently
 from edge_agent.line_protocol import Go
+from edge_agent.supervisor.line_keeper import LineKeeper, standby_for
 from models.errors import UnavailableError
 from models.messages import Phase, Swap
 

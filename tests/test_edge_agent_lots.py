@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.cli import main
+from edge_agent.cli.commands import main
 from edge_agent.devices.hardware import NoEjector, World
 from edge_agent.line.loader import LoadedJudge
 from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Beat, Pipe, SetLot, WindowClosed
-from edge_agent.lots import (
+from edge_agent.simulation.line import SimulatedLine, SimulationConfig
+from edge_agent.supervisor.lots import (
     CLOCK_SLACK_MS,
     MAX_LIFE_MS,
     PAUSE_S,
@@ -31,7 +32,6 @@ from edge_agent.lots import (
     leave_wish,
     read_state,
 )
-from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge
 from models.errors import InputError, MessageError
 from models.messages import Command, CommandKind, Live, LotSource, Response, Swap, encode
@@ -228,7 +228,9 @@ def test_a_full_disk_changes_nothing_and_the_operators_word_waits(
     lots = opened(host, clock)
     leave_wish(host.root, "B-7", "gala", "e" * 32)
     with monkeypatch.context() as patch:
-        patch.setattr("edge_agent.lots.write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+        patch.setattr(
+            "edge_agent.supervisor.lots.write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space"))
+        )
         for attempt in (lots.tick, lambda: lots.command(encode(command()))):
             with pytest.raises(OSError, match="No space"):
                 attempt()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.cli import main
+from edge_agent.cli.commands import main
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame
 from edge_agent.line.core import LineCore

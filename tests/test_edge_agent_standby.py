@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_agent.child import LineChild, LineGone
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Beat, FromLine, Go, LoadFailed, Pipe, Ready, Swapped, Waiting, WindowClosed
+from edge_agent.supervisor.line_process import LineChild, LineGone
 from tests.simulators.processes import wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
 

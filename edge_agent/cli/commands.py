@@ -212,7 +212,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.record is not None:
             raise ConfigError("config.bad_value", "--record needs --bundle.", expected="--bundle DIR", got="none")
         from edge_agent.identity.certificate import with_identity  # noqa: PLC0415
-        from edge_agent.supervisor import Supervisor  # noqa: PLC0415
+        from edge_agent.supervisor.supervisor import Supervisor  # noqa: PLC0415
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         return Supervisor(with_identity(config)).run()
@@ -404,7 +404,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _lot(arguments: argparse.Namespace) -> int:
     import secrets  # noqa: PLC0415
 
-    from edge_agent.lots import known_lot, leave_wish, taken_up  # noqa: PLC0415
+    from edge_agent.supervisor.lots import known_lot, leave_wish, taken_up  # noqa: PLC0415
 
     root: Path = arguments.state_dir
     if not (root / "lock").exists():

@@ -22,7 +22,6 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.child import LineChild, LineGone
 from edge_agent.config import AgentConfig
 from edge_agent.delivery.challenger import Challenger
 from edge_agent.delivery.offline_import import Stick, StickOrNetwork
@@ -32,7 +31,6 @@ from edge_agent.delivery.transfer import Transfer
 from edge_agent.delivery.updater import Updater
 from edge_agent.events import bounded_queue
 from edge_agent.identity.certificate import IdentityUpkeep, identity_folder
-from edge_agent.keeping import LineKeeper, standby_for
 from edge_agent.line_protocol import (
     Beat,
     Faulted,
@@ -46,8 +44,10 @@ from edge_agent.line_protocol import (
     Tuned,
     WindowClosed,
 )
-from edge_agent.lots import Lots
 from edge_agent.mqtt import Incoming, Link, LinkChanged
+from edge_agent.supervisor.line_keeper import LineKeeper, standby_for
+from edge_agent.supervisor.line_process import LineChild, LineGone
+from edge_agent.supervisor.lots import Lots
 from edge_agent.telemetry.spool import Spool
 from edge_agent.telemetry.uplink import Uplink
 from edge_agent.trust.verifier import Gate, Verified
