@@ -15,10 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from control_plane.training.datasets import Dataset, load_dataset
-from control_plane.training.metrics import measure
+from control_plane.data.photo_folder import Dataset, load_dataset
+from control_plane.data.splits import item_folds
+from control_plane.evaluation.metrics import measure
 from control_plane.training.pipeline import TrainSettings, train
-from control_plane.training.splits import item_folds
 from models.view_spec import PreprocessSpec
 
 

@@ -31,11 +31,12 @@ from benchmarks.flood import came_back, flood
 from benchmarks.plots import Chart, render
 from benchmarks.receivers import WHOLE_TOPIC
 from control_plane.api.services import Services
-from control_plane.database import reading, writing
+from control_plane.database.engine import reading, writing
+from control_plane.database.tables.agents import Agent
+from control_plane.database.tables.columns import utc_now
 from control_plane.publishing import Publisher
 from control_plane.registry import register
 from control_plane.rollout_records import Order, create_rollout
-from control_plane.tables import Agent, utc_now
 from edge_agent.delivery.fetch import Fetch
 from edge_agent.telemetry.spool import Spool
 from edge_agent.telemetry.uplink import Uplink

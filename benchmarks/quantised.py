@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.figures import Figures
-from control_plane.training.datasets import load_dataset
+from control_plane.data.photo_folder import load_dataset
 from control_plane.training.quantise import FLIP_LIMIT, quantised
 from edge_agent.line_config import LineConfig
 from edge_agent.offline.collect import collect

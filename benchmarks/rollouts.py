@@ -21,9 +21,9 @@ import httpx2
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
-from control_plane.database import writing
+from control_plane.database.engine import writing
+from control_plane.database.tables.columns import utc_now
 from control_plane.registry import register
-from control_plane.tables import utc_now
 from models.bundle import Bundle, blobs_of
 from models.messages import Desired, encode
 from models.topics import Channel, agent_topic, blob_topic

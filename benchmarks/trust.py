@@ -20,8 +20,9 @@ from rich.console import Console
 from sqlmodel import col, select
 
 from benchmarks.figures import Figures
-from control_plane.database import migrate, open_database, reading, writing
-from control_plane.tables import Agent
+from control_plane.database.engine import open_database, reading, writing
+from control_plane.database.migrate import migrate
+from control_plane.database.tables.agents import Agent
 from control_plane.trust import ceremony
 from control_plane.trust import metadata as md
 from control_plane.trust.assignments import Assignments

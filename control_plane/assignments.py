@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sqlmodel import Session
 
-from control_plane.tables import Agent
+from control_plane.database.tables.agents import Agent
 from models.errors import InputError
 from models.messages import Mode, Swap
 

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from sqlmodel import Session, col, select
 
+from control_plane.database.tables.agents import WindowRow
 from control_plane.rollout_policy import Policy
 from control_plane.rollout_records import Order, draw
-from control_plane.tables import WindowRow
 from models.messages import decode_packed
 from models.windows import Window
 

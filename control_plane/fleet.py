@@ -26,12 +26,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session, col, select
 
 from control_plane.config import BrokerConfig
-from control_plane.database import reading, writing
+from control_plane.database.engine import reading, writing
+from control_plane.database.tables.agents import Agent, EventRow, WindowRow
+from control_plane.database.tables.columns import utc_now
+from control_plane.database.tables.identities import Identity, IdentityState
 from control_plane.identity.tls import client_context, load_client
 from control_plane.lots import answered
 from control_plane.publishing import Publisher
 from control_plane.store import Store
-from control_plane.tables import Agent, EventRow, Identity, IdentityState, WindowRow, utc_now
 from control_plane.trust.assignments import Assignments
 from models.errors import ConfigError, MessageError, UnavailableError
 from models.messages import (

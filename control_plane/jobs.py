@@ -12,8 +12,10 @@ from typing import Any, Final
 from sqlalchemy import Engine
 from sqlmodel import Session, col, select
 
-from control_plane.database import audit, reading, writing
-from control_plane.tables import Job, JobKind, JobState, utc_now
+from control_plane.database.audit import audit
+from control_plane.database.engine import reading, writing
+from control_plane.database.tables.columns import utc_now
+from control_plane.database.tables.jobs import Job, JobKind, JobState
 from models.errors import ConflictError, InputError
 
 MAX_LOG_CHARS: Final = 200_000

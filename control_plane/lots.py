@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from sqlmodel import Session
 
-from control_plane.database import audit
+from control_plane.database.audit import audit
+from control_plane.database.tables.agents import Agent
 from control_plane.store import Store
-from control_plane.tables import Agent
 from models.bundle import RECIPE
 from models.errors import ConflictError, InputError, SortlineError
 from models.messages import Command, CommandKind, Response

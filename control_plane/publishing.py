@@ -20,9 +20,11 @@ from sqlalchemy import Engine, func
 from sqlmodel import col, delete, select
 
 from control_plane.config import BrokerConfig
-from control_plane.database import reading, writing
+from control_plane.database.engine import reading, writing
+from control_plane.database.tables.agents import Agent
+from control_plane.database.tables.blobs import RetainedBlob
+from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
 from control_plane.store import Store
-from control_plane.tables import Agent, RetainedBlob, Rollout, RolloutAgent, RolloutState
 from models.bundle import FileEntry, Manifest, blobs_of, sha256
 from models.errors import CapacityError, InputError, SortlineError, UnavailableError
 from models.messages import Request

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from control_plane.training.tuning import HeldOut, cost_report, held_out_of, tuned
+from control_plane.evaluation.operating_point import HeldOut, cost_report, held_out_of, tuned
 from models.bundle import PARTS, RECIPE, Bundle, read_bundle, write_bundle
 from models.errors import BundleError, InputError
 from models.recipe import Grade, Name, Recipe, Terms, layered

@@ -6,9 +6,9 @@ from typing import Any
 
 from sqlmodel import Session, col, desc, select
 
-from control_plane.database import audit
+from control_plane.database.audit import audit
+from control_plane.database.tables.registry import Model, ModelVersion, Stage
 from control_plane.store import Store
-from control_plane.tables import Model, ModelVersion, Stage
 from models.errors import InputError
 
 _LARGE = "held_out"

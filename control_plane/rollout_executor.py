@@ -16,7 +16,12 @@ from sqlalchemy import Engine
 from sqlmodel import Session, col, or_, select
 
 from control_plane.assignments import Wish, assign
-from control_plane.database import audit, holds_lease, reading, take_lease, writing
+from control_plane.database.audit import audit
+from control_plane.database.engine import reading, writing
+from control_plane.database.leases import holds_lease, take_lease
+from control_plane.database.tables.agents import Agent
+from control_plane.database.tables.columns import utc_now
+from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
 from control_plane.rollout import (
     MOVING,
     Assign,
@@ -32,7 +37,6 @@ from control_plane.rollout import (
 )
 from control_plane.rollout_policy import DONE, Outcome
 from control_plane.rollout_records import course_of, members_of, newcomers, parts_of
-from control_plane.tables import Agent, Rollout, RolloutAgent, RolloutState, utc_now
 from models.errors import InputError, SortlineError
 from models.messages import Mode, Swap
 

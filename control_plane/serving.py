@@ -14,7 +14,7 @@ from control_plane.api.app import create_app
 from control_plane.api.devices import create_device_app
 from control_plane.api.services import Services, open_services
 from control_plane.config import ControlPlaneConfig
-from control_plane.database import migrate
+from control_plane.database.migrate import migrate
 from control_plane.identity.authority import SITE
 from control_plane.identity.listener import DeviceListener
 from control_plane.worker import run_worker

@@ -17,12 +17,14 @@ from typing import Any, Final
 from sqlalchemy import Engine, tuple_
 from sqlmodel import Session, col, select
 
-from control_plane.database import reading
+from control_plane.database.engine import reading
+from control_plane.database.tables.agents import Agent, EventRow, WindowRow
+from control_plane.database.tables.columns import utc_now
+from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.fleet import FleetLink
 from control_plane.lots import asked_lot
 from control_plane.monitoring import AgentStatus, agent_status, merged_window
 from control_plane.store import Store
-from control_plane.tables import Agent, EventRow, Model, ModelVersion, WindowRow, utc_now
 from models.bundle import PROFILE
 from models.errors import SortlineError
 from models.messages import Live, decode_packed

@@ -21,11 +21,13 @@ from typing import Any, Final
 from sqlalchemy import Engine
 
 from control_plane.config import ControlPlaneConfig
-from control_plane.database import open_database, writing
+from control_plane.database.engine import open_database, writing
+from control_plane.database.tables.columns import utc_now
+from control_plane.database.tables.datasets import Dataset, DatasetVersion
+from control_plane.database.tables.jobs import JobKind, JobState
 from control_plane.jobs import Claim, claim, finish, heartbeat
 from control_plane.registry import register
 from control_plane.store import Store
-from control_plane.tables import Dataset, DatasetVersion, JobKind, JobState, utc_now
 from models.errors import SortlineError
 
 log = logging.getLogger("sortline.worker")

@@ -10,21 +10,20 @@ from sqlalchemy.exc import OperationalError
 from sqlmodel import select
 
 from control_plane.api.services import Services
-from control_plane.database import (
-    _alembic,
-    audit,
-    broken_audit_entry,
-    migration_state,
-    reading,
-    take_lease,
-    writing,
-)
+from control_plane.database.audit import audit, broken_audit_entry
+from control_plane.database.engine import reading, writing
+from control_plane.database.leases import take_lease
+from control_plane.database.migrate import _alembic, migration_state
+from control_plane.database.tables.agents import Agent, EventRow, WindowRow
+from control_plane.database.tables.columns import utc_now
+from control_plane.database.tables.jobs import JobKind, JobState
+from control_plane.database.tables.registry import Stage
+from control_plane.database.tables.rollouts import Rollout
 from control_plane.fleet import _newest_reports
 from control_plane.jobs import cancel, claim, finish, get_job, heartbeat, submit
 from control_plane.monitoring import State, agent_status, completeness_of, connection_of, merged_window, rates
 from control_plane.registry import find_version, register, set_stage
 from control_plane.rollout_records import Order, create_rollout
-from control_plane.tables import Agent, EventRow, JobKind, JobState, Rollout, Stage, WindowRow, utc_now
 from models.bundle import read_bundle
 from models.errors import ConflictError, InputError, MessageError, UnavailableError
 from models.histogram import Histogram
@@ -191,7 +190,7 @@ def test_the_audit_trail_notices_a_change(services: Services) -> None:
         session.commit()
     with writing(services.engine) as session:
         assert broken_audit_entry(session) is None
-        from control_plane.tables import Audit
+        from control_plane.database.tables.audit import Audit
 
         entry = session.exec(select(Audit).where(Audit.object == "2")).one()
         entry.actor = "somebody else"

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlmodel import select
 
-from control_plane.database import broken_audit_entry, reading
+from control_plane.database.audit import broken_audit_entry
+from control_plane.database.engine import reading
+from control_plane.database.tables.audit import Audit
 from control_plane.identity.authority import Authority
 from control_plane.identity.mosquitto import access_list, update_profile, write_profile
 from control_plane.identity.publication import Admission, refresh_site
-from control_plane.tables import Audit
 from models.errors import ConfigError, ConflictError, InputError
 from models.identity import Token, parse_token, renewal_statement
 from tests.simulators.postgres import empty
@@ -293,7 +294,7 @@ def test_every_step_is_in_the_audit_trail(here: Site) -> None:
 
 def test_what_a_revoked_agent_still_sends_is_not_taken_in(tmp_path: Path) -> None:
     """A broker that was not told yet delivers it; nothing is stored, nothing acknowledged."""
-    from control_plane.tables import Agent
+    from control_plane.database.tables.agents import Agent
     from models.errors import MessageError
     from models.messages import Presence, encode
     from models.topics import Channel, agent_topic

@@ -7,11 +7,14 @@ import pytest
 from sqlmodel import select
 
 from control_plane.api.services import Services
-from control_plane.database import broken_audit_entry, reading, writing
+from control_plane.database.audit import broken_audit_entry
+from control_plane.database.engine import reading, writing
+from control_plane.database.tables.agents import Agent
+from control_plane.database.tables.audit import Audit
+from control_plane.database.tables.columns import utc_now
 from control_plane.lots import LIFE, ask, asked_lot, terms_of
 from control_plane.recipes import with_recipe
 from control_plane.registry import register
-from control_plane.tables import Agent, Audit, utc_now
 from models.errors import ConflictError, InputError, MessageError
 from models.messages import Command, Fault, LotSource, Presence, Response, RunningLot, encode
 from models.recipe import Recipe, Terms

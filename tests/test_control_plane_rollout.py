@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from control_plane.database.tables.rollouts import RolloutState
 from control_plane.rollout import (
     TRANSITIONS,
     Assign,
@@ -18,7 +19,6 @@ from control_plane.rollout import (
     plan,
 )
 from control_plane.rollout_policy import Outcome
-from control_plane.tables import RolloutState
 from models.errors import ConflictError
 from tests.simulators.rollout_world import LENIENT, world
 

@@ -14,10 +14,14 @@ from sqlmodel import select
 
 from control_plane.api.services import Services
 from control_plane.assignments import Wish, assign
-from control_plane.database import _Turns, broken_audit_entry, reading, writing
+from control_plane.database.audit import broken_audit_entry
+from control_plane.database.engine import _Turns, reading, writing
+from control_plane.database.tables.agents import Agent
+from control_plane.database.tables.audit import Audit
+from control_plane.database.tables.columns import utc_now
+from control_plane.database.tables.rollouts import RolloutAgent, RolloutState
 from control_plane.rollout_executor import RolloutExecutor
 from control_plane.rollout_records import act, describe
-from control_plane.tables import Agent, Audit, RolloutAgent, RolloutState, utc_now
 from models.errors import ConflictError, InputError
 from models.messages import Mode, Phase, Swap, encode
 from models.topics import Channel
@@ -60,7 +64,7 @@ def person(plane: Services, rollout_id: int, action: str, *, actor: str = "t", r
 
 def told(plane: Services, rollout_id: int) -> dict[str, object]:
     with reading(plane.engine) as session:
-        from control_plane.tables import Rollout
+        from control_plane.database.tables.rollouts import Rollout
 
         return describe(session, session.get(Rollout, rollout_id), utc_now())
 
@@ -308,7 +312,7 @@ def test_a_rollout_that_cannot_be_carried_out_does_not_hold_up_the_others(plane:
     fleet_of(plane, 2)
     broken = start_rollout(plane, agents=("line-0",))
     with writing(plane.engine) as session:
-        from control_plane.tables import Rollout
+        from control_plane.database.tables.rollouts import Rollout
 
         rollout = session.get(Rollout, broken)
         rollout.policy = {"unknown": 1}

@@ -11,9 +11,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from control_plane.data.photo_folder import load_dataset
+from control_plane.data.splits import item_folds
+from control_plane.evaluation.evaluate import evaluate, judged_items
+from control_plane.evaluation.metrics import auc, auc_within_folds, item_truth, measure
+from control_plane.evaluation.operating_point import cost_report, held_out_of
 from control_plane.training.augment import varied
-from control_plane.training.datasets import load_dataset
-from control_plane.training.evaluation import evaluate, judged_items
 from control_plane.training.features import (
     Dictionary,
     FeatureExtractor,
@@ -28,11 +31,8 @@ from control_plane.training.features import (
 from control_plane.training.graph import build_graph, parity
 from control_plane.training.head import fit_head, view_weights
 from control_plane.training.importing import ImportSettings, import_onnx
-from control_plane.training.metrics import auc, auc_within_folds, item_truth, measure
 from control_plane.training.pipeline import TrainSettings, train
-from control_plane.training.splits import item_folds
 from control_plane.training.tint import TINT_FEATURES, Tint, directions, united_tint
-from control_plane.training.tuning import cost_report, held_out_of
 from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError

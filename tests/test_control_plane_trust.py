@@ -12,8 +12,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import col, select
 
 from control_plane.cli import keys
-from control_plane.database import migrate, open_database, reading, writing
-from control_plane.tables import Agent, TrustMetadata
+from control_plane.database.engine import open_database, reading, writing
+from control_plane.database.migrate import migrate
+from control_plane.database.tables.agents import Agent
+from control_plane.database.tables.trust import TrustMetadata
 from control_plane.trust import ceremony
 from control_plane.trust.assignments import Assignments
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, TrustError

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
+from control_plane.evaluation.operating_point import HeldOut, cost_report, held_out_of, hold_out, tuned
 from control_plane.training.fusing import _platt, balanced, learn_fusion
-from control_plane.training.tuning import HeldOut, cost_report, held_out_of, hold_out, tuned
 from models.errors import InputError
 from models.fusion import FusionSpec, fuse
 from models.recipe import Recipe, Terms

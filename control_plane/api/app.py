@@ -20,7 +20,8 @@ from control_plane.api import identities, learning, operating, recipes, rollouts
 from control_plane.api.answers import status_of
 from control_plane.api.schemas import ErrorBody
 from control_plane.api.services import Services, services_of
-from control_plane.database import check_alive, migration_state
+from control_plane.database.engine import check_alive
+from control_plane.database.migrate import migration_state
 from control_plane.pages import mount_pages, unavailable_page
 from models.errors import ConflictError, InputError, SortlineError, UnavailableError
 

@@ -18,9 +18,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from control_plane.api.answers import status_of
+from control_plane.database.tables.columns import utc_now
 from control_plane.identity.certificates import fingerprint
 from control_plane.identity.enrolment import Enrolment
-from control_plane.tables import utc_now
 from models.errors import CapacityError, InputError, SortlineError
 from models.identity import (
     ANCHORS_PATH,

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Depends
 
 from control_plane.api.schemas import NewToken, Revoke
 from control_plane.api.services import Services, services_of
+from control_plane.database.tables.columns import utc_now
 from control_plane.identity.enrolment import Enrolment
-from control_plane.tables import utc_now
 from models.errors import ConflictError
 
 router = APIRouter(prefix="/api/v1", tags=["identities"])

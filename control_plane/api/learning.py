@@ -9,10 +9,14 @@ from sqlmodel import col, desc, select
 
 from control_plane.api.schemas import Act, NewDataset, NewImport, NewStage, NewTrainingRun
 from control_plane.api.services import Services, services_of
-from control_plane.database import audit, reading, writing
+from control_plane.database.audit import audit
+from control_plane.database.engine import reading, writing
+from control_plane.database.tables.columns import utc_now
+from control_plane.database.tables.datasets import Dataset, DatasetVersion
+from control_plane.database.tables.jobs import Job, JobKind
+from control_plane.database.tables.registry import Model, ModelVersion, Stage
 from control_plane.jobs import cancel, get_job, submit
 from control_plane.registry import find_version, register, set_stage
-from control_plane.tables import Dataset, DatasetVersion, Job, JobKind, Model, ModelVersion, Stage, utc_now
 from models.bundle import CARD, MAX_BUNDLE_BYTES, pack, unpack
 from models.errors import ConflictError, InputError
 

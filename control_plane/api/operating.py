@@ -9,10 +9,13 @@ from sqlmodel import desc, select
 
 from control_plane.api.schemas import NewLabels, NewLot
 from control_plane.api.services import Services, services_of
-from control_plane.database import audit, broken_audit_entry, reading, writing
+from control_plane.database.audit import audit, broken_audit_entry
+from control_plane.database.engine import reading, writing
+from control_plane.database.tables.agents import Agent, EventRow, WindowRow
+from control_plane.database.tables.audit import Audit
+from control_plane.database.tables.columns import utc_now
 from control_plane.lots import ask, asked_lot, terms_of
 from control_plane.monitoring import ORDER
-from control_plane.tables import Agent, Audit, EventRow, WindowRow, utc_now
 from models.errors import InputError
 from models.messages import decode_packed
 from models.windows import Window

@@ -9,11 +9,13 @@ from fastapi import APIRouter, Depends
 
 from control_plane.api.schemas import NewRecipe, RecipeChange
 from control_plane.api.services import Services, services_of
-from control_plane.database import audit, reading, writing
+from control_plane.database.audit import audit
+from control_plane.database.engine import reading, writing
+from control_plane.database.tables.columns import utc_now
+from control_plane.database.tables.registry import ModelVersion
+from control_plane.evaluation.operating_point import HeldOut
 from control_plane.recipes import Change, changed, described, held_out_in, parse_change, with_recipe
 from control_plane.registry import find_version, register
-from control_plane.tables import ModelVersion, utc_now
-from control_plane.training.tuning import HeldOut
 from models.bundle import LINEAGE, RECIPE
 from models.recipe import Recipe, parse_recipe
 

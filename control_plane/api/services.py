@@ -11,7 +11,8 @@ from fastapi import Request
 from sqlalchemy import Engine
 
 from control_plane.config import ControlPlaneConfig
-from control_plane.database import open_database, reading
+from control_plane.database.engine import open_database, reading
+from control_plane.database.tables.columns import utc_now
 from control_plane.fleet import FleetLink
 from control_plane.identity.authority import INDEX, SITE, Authority
 from control_plane.identity.enrolment import Enrolment
@@ -20,7 +21,6 @@ from control_plane.identity.publication import SiteFiles
 from control_plane.rollout_executor import RolloutExecutor
 from control_plane.statuses import Statuses
 from control_plane.store import Store
-from control_plane.tables import utc_now
 from control_plane.trust.assignments import Assignments
 from control_plane.trust.ceremony import Folder
 from control_plane.trust.renewal import Renewal

@@ -95,7 +95,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Judge a labelled folder with a bundle exactly as an agent would; metrics per view and per item."""
-    from control_plane.training.evaluation import evaluate as run  # noqa: PLC0415
+    from control_plane.evaluation.evaluate import evaluate as run  # noqa: PLC0415
 
     with progress_bar() as bar:
         task = bar.add_task("judging", total=1.0)
@@ -120,8 +120,8 @@ def quantise(
 
     Example: `sortline quantise --bundle apples-bundle --data other-photos --output apples-int8`
     """
+    from control_plane.data.photo_folder import load_dataset  # noqa: PLC0415
     from control_plane.training import quantise as logic  # noqa: PLC0415
-    from control_plane.training.datasets import load_dataset  # noqa: PLC0415
     from models.bundle import read_bundle  # noqa: PLC0415
 
     spec = read_bundle(bundle).preprocess

@@ -149,7 +149,7 @@ def recipe_tune(
         found = read_bundle(bundle)
         held = None
         if data is not None:
-            from control_plane.training.evaluation import judged_items  # noqa: PLC0415
+            from control_plane.evaluation.evaluate import judged_items  # noqa: PLC0415
 
             held = judged_items(bundle, data)
         else:

@@ -15,7 +15,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import CursorResult, Engine, func, update
 from sqlmodel import Session, col, select
 
-from control_plane.database import audit, reading, writing
+from control_plane.database.audit import audit
+from control_plane.database.engine import reading, writing
+from control_plane.database.tables.agents import Agent
+from control_plane.database.tables.identities import Certificate, EnrolmentToken, Identity, IdentityState
 from control_plane.identity.authority import Authority
 from control_plane.identity.certificates import (
     AGENT_URI,
@@ -29,7 +32,6 @@ from control_plane.identity.certificates import (
     serial_text,
     signed,
 )
-from control_plane.tables import Agent, Certificate, EnrolmentToken, Identity, IdentityState
 from models.errors import ConflictError, InputError
 from models.identity import Enrolled, RenewalRequest, Token, parse_token, renewal_statement
 from models.topics import check_agent_id

@@ -14,12 +14,14 @@ from markupsafe import Markup
 from sqlmodel import desc, select
 
 from control_plane.api.services import Services, services_of
-from control_plane.database import reading
+from control_plane.database.engine import reading
+from control_plane.database.tables.columns import utc_now
+from control_plane.database.tables.registry import Model, ModelVersion
+from control_plane.database.tables.rollouts import Rollout, RolloutState
 from control_plane.pages.rendering import environment, page
 from control_plane.rollout import TRANSITIONS
 from control_plane.rollout_policy import Outcome
 from control_plane.rollout_records import describe
-from control_plane.tables import Model, ModelVersion, Rollout, RolloutState, utc_now
 
 router = APIRouter(include_in_schema=False)
 _TICK_S: Final = 1.0

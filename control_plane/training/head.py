@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from control_plane.training.splits import item_folds
+from control_plane.data.splits import item_folds
 from control_plane.training.vote import Unseen, softmax
 
 Floats = NDArray[np.floating]

@@ -14,15 +14,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_converter
 
+from control_plane.data.photo_folder import Dataset, load_dataset
+from control_plane.evaluation.items import items_of, judge_item, truth_in
+from control_plane.evaluation.metrics import measure
+from control_plane.evaluation.operating_point import hold_out
 from control_plane.training.card import write_card
-from control_plane.training.datasets import Dataset, load_dataset
 from control_plane.training.fusing import learn_fusion
 from control_plane.training.graph import ParityReport
-from control_plane.training.judging import items_of, judge_item, truth_in
-from control_plane.training.metrics import measure
 from control_plane.training.nodes import IR_VERSION, OPSET
 from control_plane.training.pipeline import golden_views
-from control_plane.training.tuning import hold_out
 from models.bundle import (
     CARD,
     LINEAGE,

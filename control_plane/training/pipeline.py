@@ -18,18 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from control_plane.data.photo_folder import Dataset, load_dataset
+from control_plane.data.splits import item_folds
+from control_plane.evaluation.items import items_of, judge_item
+from control_plane.evaluation.metrics import auc_within_folds, measure
+from control_plane.evaluation.operating_point import HeldOut, cost_report, hold_out, tuned
 from control_plane.training.augment import varied
 from control_plane.training.card import write_card
-from control_plane.training.datasets import Dataset, load_dataset
 from control_plane.training.features import FeatureExtractor, FeatureSpec, part_names, unions, widths
 from control_plane.training.fusing import LearntFusion, learn_fusion
 from control_plane.training.graph import ParityReport, build_graph, parity
 from control_plane.training.head import Head, fit_head, view_weights
-from control_plane.training.judging import items_of, judge_item
-from control_plane.training.metrics import auc_within_folds, measure
 from control_plane.training.quantise import Cost, card_section, check_cost, cost_of, quantise
-from control_plane.training.splits import item_folds
-from control_plane.training.tuning import HeldOut, cost_report, hold_out, tuned
 from models.bundle import CARD, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, write_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError

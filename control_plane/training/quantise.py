@@ -23,7 +23,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from scipy.stats import rankdata
 
-from control_plane.training.metrics import balanced_accuracy
+from control_plane.evaluation.metrics import balanced_accuracy
 from models.bundle import CARD, LINEAGE, MODEL, PARTS, Bundle, read_bundle, write_bundle
 from models.classifier import VIEWS_INPUT, OnnxClassifier
 from models.errors import InputError

@@ -14,7 +14,8 @@ from typing import Any, Final
 from sqlalchemy import func, tuple_
 from sqlmodel import Session, col, delete, desc, select
 
-from control_plane.tables import Agent, AssignmentRow, TrustMetadata
+from control_plane.database.tables.agents import Agent
+from control_plane.database.tables.trust import AssignmentRow, TrustMetadata
 from control_plane.trust import metadata as md
 from control_plane.trust.ceremony import Folder, RoleStatus, status
 from control_plane.trust.sealing import FULL_SHARE, ONLINE, fill, is_bin, sign_changes

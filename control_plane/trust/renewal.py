@@ -7,9 +7,10 @@ from typing import Final
 
 from sqlalchemy import Engine
 
-from control_plane.database import take_lease, writing
+from control_plane.database.engine import writing
+from control_plane.database.leases import take_lease
+from control_plane.database.tables.columns import utc_now
 from control_plane.fleet import FleetLink
-from control_plane.tables import utc_now
 from models.errors import SortlineError
 
 log = logging.getLogger("sortline.trust")

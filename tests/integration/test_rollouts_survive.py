@@ -18,8 +18,12 @@ import httpx2
 import pytest
 from sqlmodel import select
 
-from control_plane.database import broken_audit_entry, open_database, reading
-from control_plane.tables import Audit, EventRow, Lease, Rollout, RolloutAgent, RolloutState, WindowRow
+from control_plane.database.audit import broken_audit_entry
+from control_plane.database.engine import open_database, reading
+from control_plane.database.tables.agents import EventRow, WindowRow
+from control_plane.database.tables.audit import Audit
+from control_plane.database.tables.leases import Lease
+from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
 from tests.simulators.fleet import Manner, SimulatedFleet
 from tests.simulators.mortal_plane import POINTS
 from tests.simulators.plane import make_services

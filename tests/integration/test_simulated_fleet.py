@@ -7,8 +7,9 @@ import pytest
 from sqlmodel import select
 
 from control_plane.api.services import Services
-from control_plane.database import reading
-from control_plane.tables import Agent, EventRow, RolloutState, WindowRow
+from control_plane.database.engine import reading
+from control_plane.database.tables.agents import Agent, EventRow, WindowRow
+from control_plane.database.tables.rollouts import RolloutState
 from models.messages import Phase
 from tests.simulators.fleet import Manner, SimulatedFleet
 from tests.simulators.plane import make_services

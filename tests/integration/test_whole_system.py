@@ -392,9 +392,10 @@ def test_poisoned_chunks_are_reported_and_never_committed(plane: Plane, tmp_path
 
 def test_a_broker_that_loses_its_store_is_filled_again(tmp_path: Path) -> None:
     """The real control plane and the sentinel: after a broker restart everything retained is there again."""
-    from control_plane.database import writing
+    from control_plane.database.engine import writing
+    from control_plane.database.tables.agents import Agent
+    from control_plane.database.tables.columns import utc_now
     from control_plane.registry import register
-    from control_plane.tables import Agent, utc_now
     from tests.simulators.plane import make_services, release
 
     tiny_bundle(tmp_path / "b")

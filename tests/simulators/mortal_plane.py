@@ -49,8 +49,8 @@ class MortalExecutor(RolloutExecutor):
         """Whether somebody still waits for the bundle."""
         from sqlmodel import select
 
-        from control_plane.database import reading
-        from control_plane.tables import RolloutAgent
+        from control_plane.database.engine import reading
+        from control_plane.database.tables.rollouts import RolloutAgent
 
         with reading(self._engine) as session:
             query = select(RolloutAgent).where(RolloutAgent.rollout_id == rollout_id, RolloutAgent.generation == 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from control_plane.database import open_database
+from control_plane.database.engine import open_database
 from tests.simulators.processes import free_port, wait_until
 
 

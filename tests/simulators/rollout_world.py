@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+from control_plane.database.tables.rollouts import RolloutState
 from control_plane.rollout import (
     Assign,
     Conclude,
@@ -16,7 +17,6 @@ from control_plane.rollout import (
     plan,
 )
 from control_plane.rollout_policy import Outcome, parse_policy
-from control_plane.tables import RolloutState
 from models.messages import Phase
 
 A, OLD = "a" * 64, "b" * 64

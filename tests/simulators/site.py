@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import Engine
 
 from control_plane.api.devices import create_device_app
-from control_plane.database import migrate, open_database
+from control_plane.database.engine import open_database
+from control_plane.database.migrate import migrate
 from control_plane.identity.authority import SITE, Authority
 from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.listener import DeviceListener

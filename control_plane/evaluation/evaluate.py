@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.training.datasets import Dataset, load_dataset
-from control_plane.training.judging import items_of, truth_in
-from control_plane.training.metrics import measure
-from control_plane.training.tuning import HeldOut, hold_out
+from control_plane.data.photo_folder import Dataset, load_dataset
+from control_plane.evaluation.items import items_of, truth_in
+from control_plane.evaluation.metrics import measure
+from control_plane.evaluation.operating_point import HeldOut, hold_out
 from models.bundle import Bundle, read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError

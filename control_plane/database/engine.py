@@ -1,25 +1,15 @@
 """The database: engine, migrations, audit, leases. SQLite (WAL) by default, PostgreSQL by URL; one code for both."""
 
-import hashlib
-import json
 import threading
 from collections import deque
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config as AlembicConfig
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
-from sqlmodel import Session, create_engine, desc, select
+from sqlmodel import Session, create_engine
 
-from control_plane.tables import Audit, Lease
 from models.errors import ConfigError, UnavailableError
-
-MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 def open_database(url: str, *, wait_s: float = 10.0) -> Engine:
@@ -124,35 +114,6 @@ def _take_turns(engine: Engine, wait_s: float) -> None:
     event.listen(engine, "rollback", end)
 
 
-def _alembic(url: str) -> AlembicConfig:
-    config = AlembicConfig()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    config.attributes["url"] = url
-    return config
-
-
-def migrate(url: str) -> None:
-    """Brings the tables to this program's version.
-
-    Raises:
-        UnavailableError: `database.unreachable`.
-    """
-    try:
-        open_database(url).dispose()
-        command.upgrade(_alembic(url), "head")
-    except DBAPIError as error:
-        raise UnavailableError(
-            "database.unreachable", "The database cannot be reached or migrated.", got=str(error.orig)[:300]
-        ) from error
-
-
-def migration_state(engine: Engine) -> tuple[str | None, str | None]:
-    """(version of the tables, version this program needs)."""
-    head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
-    with engine.connect() as connection:
-        return MigrationContext.configure(connection).get_current_revision(), head
-
-
 def writing(engine: Engine) -> Session:
     """A session whose transaction may write from its first statement on."""
     return Session(engine.execution_options(writes=True), expire_on_commit=False)
@@ -174,58 +135,3 @@ def check_alive(engine: Engine) -> None:
             connection.execute(text("SELECT 1"))
     except DBAPIError as error:
         raise UnavailableError("database.unreachable", "The database does not answer.", got=error.orig) from error
-
-
-def audit(session: Session, actor: str, action: str, thing: str, details: dict[str, Any], now: datetime) -> None:
-    """Appends to the audit trail, in the caller's transaction; each entry seals the one before."""
-    if session.get_bind().dialect.name == "postgresql":
-        # Two replicas must not seal the same entry; SQLite has one writer anyway.
-        session.execute(text("SELECT pg_advisory_xact_lock(7305)"))
-    last = session.exec(select(Audit).order_by(desc(Audit.id)).limit(1)).first()
-    previous = last.hash if last else "0" * 64
-    body = [now.isoformat(), actor, action, thing, details, previous]
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
-    session.add(
-        Audit(at=now, actor=actor, action=action, object=thing, details=details, previous=previous, hash=digest)
-    )
-
-
-def broken_audit_entry(session: Session) -> int | None:
-    """Id of the first entry that does not follow from the one before; None when the trail is whole."""
-    previous = "0" * 64
-    for entry in session.exec(select(Audit).order_by(Audit.id)):  # type: ignore[arg-type]
-        body = [entry.at.isoformat(), entry.actor, entry.action, entry.object, entry.details, previous]
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
-        if entry.previous != previous or entry.hash != digest:
-            return entry.id
-        previous = entry.hash
-    return None
-
-
-def take_lease(session: Session, name: str, holder: str, *, seconds: float, now: datetime) -> int | None:
-    """Takes or renews a lease, in the caller's writing transaction.
-
-    Returns:
-        The fencing number, or None while somebody else holds it.
-    """
-    lease = session.get(Lease, name, with_for_update=True)
-    until = now + timedelta(seconds=seconds)
-    if lease is None:
-        session.add(Lease(name=name, holder=holder, fence=1, until=until))
-        return 1
-    if lease.holder != holder:
-        if lease.until > now:
-            return None
-        lease.holder, lease.fence = holder, lease.fence + 1
-    lease.until = until
-    session.add(lease)
-    return lease.fence
-
-
-def holds_lease(session: Session, name: str, holder: str, fence: int) -> bool:
-    """Whether this holder's lease with this fencing number is the current one; locks it for the transaction.
-
-    A process that slept beyond its lease finds a higher number here and must write nothing.
-    """
-    lease = session.get(Lease, name, with_for_update=True)
-    return lease is not None and lease.holder == holder and lease.fence == fence

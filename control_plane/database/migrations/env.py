@@ -1,12 +1,12 @@
-"""Alembic's environment: takes the URL from the caller, the tables from `control_plane.tables`."""
+"""Alembic's environment: takes the URL from the caller, the tables from `database.tables`."""
 
 from alembic import context
 from sqlmodel import SQLModel
 
-from control_plane import tables
-from control_plane.database import open_database
+from control_plane.database import tables
+from control_plane.database.engine import open_database
 
-assert tables.Agent.metadata is SQLModel.metadata  # noqa: S101  importing the tables is what fills the metadata
+assert tables.agents.Agent.metadata is SQLModel.metadata  # noqa: S101  importing the tables is what fills the metadata
 
 
 def run() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-import control_plane.tables
+import control_plane.database.tables.columns
 
 revision = "0004"
 down_revision = "0003"
@@ -38,9 +38,9 @@ def _part() -> tuple[sa.Column[Any], ...]:
         sa.Column("outcome", sa.Text(), nullable=False, server_default="QUEUED"),
         sa.Column("reason", sa.Text(), nullable=False, server_default=""),
         sa.Column("tried", sa.Boolean(), nullable=False, server_default=sa.false()),
-        sa.Column("assigned_at", control_plane.tables.Utc(timezone=True), nullable=True),
-        sa.Column("started_at", control_plane.tables.Utc(timezone=True), nullable=True),
-        sa.Column("concluded_at", control_plane.tables.Utc(timezone=True), nullable=True),
+        sa.Column("assigned_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
+        sa.Column("started_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
+        sa.Column("concluded_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
         sa.Column("returned_generation", sa.BigInteger(), nullable=False, server_default="0"),
     )
 

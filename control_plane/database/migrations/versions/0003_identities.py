@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlmodel.sql.sqltypes import AutoString
 
-import control_plane.tables
+import control_plane.database.tables.columns
 
 revision = "0003"
 down_revision = "0002"
@@ -21,9 +21,9 @@ def upgrade() -> None:
         "identity",
         sa.Column("agent_id", AutoString(length=63), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
-        sa.Column("renewal_asked_at", control_plane.tables.Utc(timezone=True), nullable=True),
-        sa.Column("renewal_approved_until", control_plane.tables.Utc(timezone=True), nullable=True),
-        sa.Column("created_at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("renewal_asked_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
+        sa.Column("renewal_approved_until", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
+        sa.Column("created_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("agent_id"),
     )
     with op.batch_alter_table("identity", schema=None) as batch_op:
@@ -34,10 +34,10 @@ def upgrade() -> None:
         sa.Column("serial", AutoString(length=40), nullable=False),
         sa.Column("agent_id", AutoString(length=63), nullable=False),
         sa.Column("key_sha256", AutoString(length=64), nullable=False),
-        sa.Column("issued_at", control_plane.tables.Utc(timezone=True), nullable=False),
-        sa.Column("not_after", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("issued_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
+        sa.Column("not_after", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.Column("renewed", sa.Boolean(), nullable=False),
-        sa.Column("revoked_at", control_plane.tables.Utc(timezone=True), nullable=True),
+        sa.Column("revoked_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
         sa.Column("revoked_because", AutoString(), nullable=False),
         sa.Column("pem", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["agent_id"], ["identity.agent_id"]),
@@ -52,10 +52,10 @@ def upgrade() -> None:
         "enrolment_token",
         sa.Column("secret_sha256", AutoString(length=64), nullable=False),
         sa.Column("agent_id", AutoString(length=63), nullable=False),
-        sa.Column("created_at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("created_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.Column("created_by", AutoString(), nullable=False),
-        sa.Column("expires_at", control_plane.tables.Utc(timezone=True), nullable=False),
-        sa.Column("used_at", control_plane.tables.Utc(timezone=True), nullable=True),
+        sa.Column("expires_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
+        sa.Column("used_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
         sa.Column("key_sha256", AutoString(length=64), nullable=False),
         sa.ForeignKeyConstraint(["agent_id"], ["identity.agent_id"]),
         sa.PrimaryKeyConstraint("secret_sha256"),

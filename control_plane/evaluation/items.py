@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.training.datasets import Dataset
-from control_plane.training.metrics import item_truth
+from control_plane.data.photo_folder import Dataset
+from control_plane.evaluation.metrics import item_truth
 from models.errors import InputError
 from models.preprocess import view_features
 from models.profile import item_features

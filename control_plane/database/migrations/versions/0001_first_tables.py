@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlmodel.sql.sqltypes import AutoString
 
-import control_plane.tables
+import control_plane.database.tables.columns
 
 revision = "0001"
 down_revision = None
@@ -29,16 +29,16 @@ def upgrade() -> None:
         sa.Column("trial_s", sa.Float(), nullable=False),
         sa.Column("online", sa.Boolean(), nullable=False),
         sa.Column("boot_id", AutoString(), nullable=False),
-        sa.Column("seen_at", control_plane.tables.Utc(timezone=True), nullable=True),
+        sa.Column("seen_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
         sa.Column("reported", sa.JSON(), nullable=False),
-        sa.Column("reported_at", control_plane.tables.Utc(timezone=True), nullable=True),
-        sa.Column("created_at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("reported_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
+        sa.Column("created_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_table(
         "audit",
         sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.Column("actor", AutoString(), nullable=False),
         sa.Column("action", AutoString(), nullable=False),
         sa.Column("object", AutoString(), nullable=False),
@@ -52,7 +52,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("name", AutoString(length=64), nullable=False),
         sa.Column("root", AutoString(), nullable=False),
-        sa.Column("created_at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("created_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("name"),
     )
@@ -61,8 +61,8 @@ def upgrade() -> None:
         sa.Column("agent_id", AutoString(length=63), nullable=False),
         sa.Column("boot_id", AutoString(length=16), nullable=False),
         sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("at", control_plane.tables.Utc(timezone=True), nullable=False),
-        sa.Column("received_at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
+        sa.Column("received_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.Column("code", AutoString(), nullable=False),
         sa.Column("message", sa.Text(), nullable=False),
         sa.Column("facts", sa.JSON(), nullable=False),
@@ -86,11 +86,11 @@ def upgrade() -> None:
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("fence", sa.Integer(), nullable=False),
         sa.Column("worker", AutoString(), nullable=False),
-        sa.Column("lease_until", control_plane.tables.Utc(timezone=True), nullable=True),
+        sa.Column("lease_until", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
         sa.Column("created_by", AutoString(), nullable=False),
-        sa.Column("created_at", control_plane.tables.Utc(timezone=True), nullable=False),
-        sa.Column("started_at", control_plane.tables.Utc(timezone=True), nullable=True),
-        sa.Column("finished_at", control_plane.tables.Utc(timezone=True), nullable=True),
+        sa.Column("created_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
+        sa.Column("started_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
+        sa.Column("finished_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("id"),
     )
     with op.batch_alter_table("job", schema=None) as batch_op:
@@ -101,14 +101,14 @@ def upgrade() -> None:
         sa.Column("name", AutoString(), nullable=False),
         sa.Column("holder", AutoString(), nullable=False),
         sa.Column("fence", sa.Integer(), nullable=False),
-        sa.Column("until", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("until", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("name"),
     )
     op.create_table(
         "model",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("name", AutoString(length=64), nullable=False),
-        sa.Column("created_at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("created_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("name"),
     )
@@ -128,8 +128,8 @@ def upgrade() -> None:
         sa.Column("trial_items", sa.Integer(), nullable=False),
         sa.Column("trial_s", sa.Float(), nullable=False),
         sa.Column("created_by", AutoString(), nullable=False),
-        sa.Column("created_at", control_plane.tables.Utc(timezone=True), nullable=False),
-        sa.Column("updated_at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("created_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
+        sa.Column("updated_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
     with op.batch_alter_table("rollout", schema=None) as batch_op:
@@ -140,8 +140,8 @@ def upgrade() -> None:
         sa.Column("agent_id", AutoString(length=63), nullable=False),
         sa.Column("boot_id", AutoString(length=16), nullable=False),
         sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("started_at", control_plane.tables.Utc(timezone=True), nullable=False),
-        sa.Column("received_at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("started_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
+        sa.Column("received_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.Column("bundle", AutoString(length=64), nullable=False),
         sa.Column("items", sa.Integer(), nullable=False),
         sa.Column("refused", AutoString(), nullable=False),
@@ -158,7 +158,7 @@ def upgrade() -> None:
         sa.Column("number", sa.Integer(), nullable=False),
         sa.Column("digest", AutoString(length=64), nullable=False),
         sa.Column("report", sa.JSON(), nullable=False),
-        sa.Column("created_at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("created_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.ForeignKeyConstraint(
             ["dataset_id"],
             ["dataset.id"],
@@ -181,7 +181,7 @@ def upgrade() -> None:
         sa.Column("lineage", sa.JSON(), nullable=False),
         sa.Column("job_id", sa.Integer(), nullable=True),
         sa.Column("created_by", AutoString(), nullable=False),
-        sa.Column("created_at", control_plane.tables.Utc(timezone=True), nullable=False),
+        sa.Column("created_at", control_plane.database.tables.columns.Utc(timezone=True), nullable=False),
         sa.ForeignKeyConstraint(
             ["job_id"],
             ["job.id"],

@@ -1,0 +1,34 @@
+"""The tables, one file per domain; importing this package fills SQLModel's metadata with all of them.
+
+`columns` (types of columns shared by all), `datasets`, `jobs`, `registry` (models and their versions), `agents` (what
+they are and what they send), `rollouts`, `blobs` (what the broker retains), `trust` (signed metadata), `identities`
+(certificates and tokens), `leases`, `audit`.
+"""
+
+from control_plane.database.tables import (
+    agents,
+    audit,
+    blobs,
+    columns,
+    datasets,
+    identities,
+    jobs,
+    leases,
+    registry,
+    rollouts,
+    trust,
+)
+
+__all__ = [
+    "agents",
+    "audit",
+    "blobs",
+    "columns",
+    "datasets",
+    "identities",
+    "jobs",
+    "leases",
+    "registry",
+    "rollouts",
+    "trust",
+]

@@ -1,0 +1,64 @@
+"""Tables of agents and of what they send."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, Column, LargeBinary, Text
+from sqlmodel import Field, SQLModel
+
+from control_plane.database.tables.columns import json_column, time_column, utc_now
+
+
+class Agent(SQLModel, table=True):
+    """One box: what it shall run and what it says it runs."""
+
+    id: str = Field(primary_key=True, max_length=63)
+    labels: dict[str, Any] = Field(default_factory=dict, sa_column=json_column())
+    generation: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    desired_bundle: str = ""
+    rollout_id: int | None = None
+    mode: str = "live"
+    trial_items: int = 50
+    trial_s: float = 60.0
+    swap: str = "belt-gap"
+    """When the line changes over: see `models.messages.Swap`."""
+    swap_within_s: float | None = None
+    online: bool = False
+    boot_id: str = ""
+    seen_at: datetime | None = Field(default=None, sa_column=time_column(nullable=True))
+    """When anything of it last arrived here, by this clock."""
+    reported: dict[str, Any] = Field(default_factory=dict, sa_column=json_column())
+    reported_at: datetime | None = Field(default=None, sa_column=time_column(nullable=True))
+    lot_asked: dict[str, Any] = Field(default_factory=dict, sa_column=json_column())
+    """The lot that was named to it last and what it answered: see `lots`."""
+    created_at: datetime = Field(default_factory=utc_now, sa_column=time_column())
+
+
+class WindowRow(SQLModel, table=True):
+    """Ten seconds of one line, stored once."""
+
+    __tablename__ = "window"
+    agent_id: str = Field(primary_key=True, max_length=63)
+    boot_id: str = Field(primary_key=True, max_length=16)
+    seq: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    started_at: datetime = Field(sa_column=time_column())
+    received_at: datetime = Field(sa_column=time_column(index=True))
+    bundle: str = Field(max_length=64)
+    items: int
+    refused: str = ""
+    """Error code when the window contradicts itself: kept, not used."""
+    payload: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+
+
+class EventRow(SQLModel, table=True):
+    """Something that happened on an agent, stored once."""
+
+    __tablename__ = "event"
+    agent_id: str = Field(primary_key=True, max_length=63)
+    boot_id: str = Field(primary_key=True, max_length=16)
+    seq: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    at: datetime = Field(sa_column=time_column())
+    received_at: datetime = Field(sa_column=time_column(index=True))
+    code: str
+    message: str = Field(default="", sa_type=Text)
+    facts: dict[str, Any] = Field(default_factory=dict, sa_column=json_column())
