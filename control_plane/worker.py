@@ -202,7 +202,7 @@ def _work(held: Claim, scratch: Path, say: Say) -> dict[str, Any]:
             precision=params.get("precision", "float32"),
         )
         return train(Path(params["root"]), settings, scratch / "bundle", progress=say).summary()
-    from control_plane.training.importing import ImportSettings, import_onnx  # noqa: PLC0415
+    from control_plane.training.onnx_import import ImportSettings, import_onnx  # noqa: PLC0415
 
     settings_ = ImportSettings(**params["settings"])
     say("importing", 0.1)

@@ -7,10 +7,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from control_plane.training.features import FeatureExtractor, FeatureSpec, widths
-from control_plane.training.graph import build_graph, parity
+from control_plane.training.colour_features import TINT_FEATURES, directions
 from control_plane.training.head import fit_head, view_weights
-from control_plane.training.tint import TINT_FEATURES, directions
+from control_plane.training.onnx_graph import build_graph, parity
+from control_plane.training.patch_features import FeatureExtractor, FeatureSpec, widths
 
 SPEC = FeatureSpec(filters=8, patches=2_000)
 

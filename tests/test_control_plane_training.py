@@ -17,7 +17,11 @@ from control_plane.evaluation.evaluate import evaluate, judged_items
 from control_plane.evaluation.metrics import auc, auc_within_folds, item_truth, measure
 from control_plane.evaluation.operating_point import cost_report, held_out_of
 from control_plane.training.augment import varied
-from control_plane.training.features import (
+from control_plane.training.colour_features import TINT_FEATURES, Tint, directions, united_tint
+from control_plane.training.head import fit_head, view_weights
+from control_plane.training.onnx_graph import build_graph, parity
+from control_plane.training.onnx_import import ImportSettings, import_onnx
+from control_plane.training.patch_features import (
     Dictionary,
     FeatureExtractor,
     FeatureSpec,
@@ -28,11 +32,7 @@ from control_plane.training.features import (
     united,
     widths,
 )
-from control_plane.training.graph import build_graph, parity
-from control_plane.training.head import fit_head, view_weights
-from control_plane.training.importing import ImportSettings, import_onnx
 from control_plane.training.pipeline import TrainSettings, train
-from control_plane.training.tint import TINT_FEATURES, Tint, directions, united_tint
 from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from control_plane.evaluation.operating_point import HeldOut, cost_report, held_out_of, hold_out, tuned
-from control_plane.training.fusing import _platt, balanced, learn_fusion
+from control_plane.training.fusion import _platt, balanced, learn_fusion
 from models.errors import InputError
 from models.fusion import FusionSpec, fuse
 from models.recipe import Recipe, Terms

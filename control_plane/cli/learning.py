@@ -195,7 +195,7 @@ def import_onnx(
         body = {"path": str(model.resolve()), "settings": options, "actor": "cli"}
         say(follow(client, client.post("/api/v1/imports", body)["id"]), as_json=as_json)
         return
-    from control_plane.training import importing  # noqa: PLC0415
+    from control_plane.training import onnx_import as importing  # noqa: PLC0415
 
     bundle = importing.import_onnx(model, importing.ImportSettings(**options), output)
     say({"bundle": bundle.digest, "directory": str(output)}, as_json=as_json)

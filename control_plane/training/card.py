@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from control_plane.training.graph import ParityReport
+    from control_plane.training.onnx_graph import ParityReport
     from models.recipe import Recipe
 
 

@@ -25,7 +25,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from control_plane.data.splits import item_folds
-from control_plane.training.vote import Unseen, softmax
+from control_plane.training.ensemble import Unseen, softmax
 
 Floats = NDArray[np.floating]
 Unite = Callable[[Any, Any], Any]

@@ -25,10 +25,10 @@ from control_plane.evaluation.metrics import auc_within_folds, measure
 from control_plane.evaluation.operating_point import HeldOut, cost_report, hold_out, tuned
 from control_plane.training.augment import varied
 from control_plane.training.card import write_card
-from control_plane.training.features import FeatureExtractor, FeatureSpec, part_names, unions, widths
-from control_plane.training.fusing import LearntFusion, learn_fusion
-from control_plane.training.graph import ParityReport, build_graph, parity
+from control_plane.training.fusion import LearntFusion, learn_fusion
 from control_plane.training.head import Head, fit_head, view_weights
+from control_plane.training.onnx_graph import ParityReport, build_graph, parity
+from control_plane.training.patch_features import FeatureExtractor, FeatureSpec, part_names, unions, widths
 from control_plane.training.quantise import Cost, card_section, check_cost, cost_of, quantise
 from models.bundle import CARD, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, write_bundle
 from models.classifier import OnnxClassifier

@@ -19,9 +19,9 @@ from control_plane.evaluation.items import items_of, judge_item, truth_in
 from control_plane.evaluation.metrics import measure
 from control_plane.evaluation.operating_point import hold_out
 from control_plane.training.card import write_card
-from control_plane.training.fusing import learn_fusion
-from control_plane.training.graph import ParityReport
-from control_plane.training.nodes import IR_VERSION, OPSET
+from control_plane.training.fusion import learn_fusion
+from control_plane.training.onnx_graph import ParityReport
+from control_plane.training.onnx_writer import IR_VERSION, OPSET
 from control_plane.training.pipeline import golden_views
 from models.bundle import (
     CARD,

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.training.nodes import GraphWriter, as_float32
+from control_plane.training.onnx_writer import GraphWriter, as_float32
 
 Floats = NDArray[np.float32]
 _SHRINK: Final = 2

@@ -23,8 +23,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from sklearn.cluster import MiniBatchKMeans
 
-from control_plane.training.nodes import GraphWriter, as_float32, floats, views_input
-from control_plane.training.tint import TINT_FEATURES, Tint, united_tint, write_tint
+from control_plane.training.colour_features import TINT_FEATURES, Tint, united_tint, write_tint
+from control_plane.training.onnx_writer import GraphWriter, as_float32, floats, views_input
 
 Views = NDArray[np.uint8]
 Floats = NDArray[np.float32]

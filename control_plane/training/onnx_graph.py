@@ -10,9 +10,9 @@ from skl2onnx import convert_sklearn
 from skl2onnx.common.data_types import FloatTensorType
 from sklearn.pipeline import Pipeline
 
-from control_plane.training.features import FeatureExtractor, write_features
 from control_plane.training.head import CLIP, EMBEDDING, Head
-from control_plane.training.nodes import ML_OPSET, OPSET, GraphWriter, as_float32, floats, views_input
+from control_plane.training.onnx_writer import ML_OPSET, OPSET, GraphWriter, as_float32, floats, views_input
+from control_plane.training.patch_features import FeatureExtractor, write_features
 from models.classifier import EMBEDDING as EMBEDDING_OUTPUT
 from models.classifier import PROBABILITIES, SCALARS_INPUT, OnnxClassifier
 
