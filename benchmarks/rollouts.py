@@ -23,7 +23,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from control_plane.database.engine import writing
 from control_plane.database.tables.columns import utc_now
-from control_plane.registry import register
+from control_plane.registry.versions import register
 from models.bundle import Bundle, blobs_of
 from models.messages import Desired, encode
 from models.topics import Channel, agent_topic, blob_topic

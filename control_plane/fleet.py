@@ -33,7 +33,7 @@ from control_plane.database.tables.identities import Identity, IdentityState
 from control_plane.identity.tls import client_context, load_client
 from control_plane.lots import answered
 from control_plane.publishing import Publisher
-from control_plane.store import Store
+from control_plane.registry.store import Store
 from control_plane.trust.assignments import Assignments
 from models.errors import ConfigError, MessageError, UnavailableError
 from models.messages import (

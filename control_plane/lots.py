@@ -12,7 +12,7 @@ from sqlmodel import Session
 
 from control_plane.database.audit import audit
 from control_plane.database.tables.agents import Agent
-from control_plane.store import Store
+from control_plane.registry.store import Store
 from models.bundle import RECIPE
 from models.errors import ConflictError, InputError, SortlineError
 from models.messages import Command, CommandKind, Response

@@ -24,7 +24,7 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.blobs import RetainedBlob
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
-from control_plane.store import Store
+from control_plane.registry.store import Store
 from models.bundle import FileEntry, Manifest, blobs_of, sha256
 from models.errors import CapacityError, InputError, SortlineError, UnavailableError
 from models.messages import Request

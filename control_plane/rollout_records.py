@@ -12,7 +12,7 @@ from control_plane.database.audit import audit
 from control_plane.database.tables.agents import Agent, WindowRow
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
-from control_plane.registry import find_version
+from control_plane.registry.versions import find_version
 from control_plane.rollout import Course, Member, next_state, observe
 from control_plane.rollout_policy import DONE, EXECUTED, RATE_PERIOD_S, Outcome, Policy, parse_policy, policy_dict
 from control_plane.selector import parse_selector

@@ -17,7 +17,7 @@ from control_plane.config import ControlPlaneConfig
 from control_plane.database.migrate import migrate
 from control_plane.identity.authority import SITE
 from control_plane.identity.listener import DeviceListener
-from control_plane.worker import run_worker
+from control_plane.jobs.worker import run_worker
 from models.errors import UnavailableError
 
 log = logging.getLogger("sortline.server")

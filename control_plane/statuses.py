@@ -24,7 +24,7 @@ from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.fleet import FleetLink
 from control_plane.lots import asked_lot
 from control_plane.monitoring import AgentStatus, agent_status, merged_window
-from control_plane.store import Store
+from control_plane.registry.store import Store
 from models.bundle import PROFILE
 from models.errors import SortlineError
 from models.messages import Live, decode_packed

@@ -20,9 +20,9 @@ from control_plane.database.tables.jobs import JobKind, JobState
 from control_plane.database.tables.registry import Stage
 from control_plane.database.tables.rollouts import Rollout
 from control_plane.fleet import _newest_reports
-from control_plane.jobs import cancel, claim, finish, get_job, heartbeat, submit
+from control_plane.jobs.queue import cancel, claim, finish, get_job, heartbeat, submit
 from control_plane.monitoring import State, agent_status, completeness_of, connection_of, merged_window, rates
-from control_plane.registry import find_version, register, set_stage
+from control_plane.registry.versions import find_version, register, set_stage
 from control_plane.rollout_records import Order, create_rollout
 from models.bundle import read_bundle
 from models.errors import ConflictError, InputError, MessageError, UnavailableError

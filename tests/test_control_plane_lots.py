@@ -13,8 +13,8 @@ from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.columns import utc_now
 from control_plane.lots import LIFE, ask, asked_lot, terms_of
-from control_plane.recipes import with_recipe
-from control_plane.registry import register
+from control_plane.registry.recipes import with_recipe
+from control_plane.registry.versions import register
 from models.errors import ConflictError, InputError, MessageError
 from models.messages import Command, Fault, LotSource, Presence, Response, RunningLot, encode
 from models.recipe import Recipe, Terms

@@ -14,7 +14,7 @@ from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.blobs import RetainedBlob
 from control_plane.database.tables.columns import utc_now
 from control_plane.publishing import Publisher
-from control_plane.registry import register
+from control_plane.registry.versions import register
 from models.bundle import write_bundle
 from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, InputError

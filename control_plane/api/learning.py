@@ -15,8 +15,8 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.datasets import Dataset, DatasetVersion
 from control_plane.database.tables.jobs import Job, JobKind
 from control_plane.database.tables.registry import Model, ModelVersion, Stage
-from control_plane.jobs import cancel, get_job, submit
-from control_plane.registry import find_version, register, set_stage
+from control_plane.jobs.queue import cancel, get_job, submit
+from control_plane.registry.versions import find_version, register, set_stage
 from models.bundle import CARD, MAX_BUNDLE_BYTES, pack, unpack
 from models.errors import ConflictError, InputError
 

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends
@@ -10,35 +10,20 @@ from fastapi import APIRouter, Depends
 from control_plane.api.schemas import NewRecipe, RecipeChange
 from control_plane.api.services import Services, services_of
 from control_plane.database.audit import audit
-from control_plane.database.engine import reading, writing
+from control_plane.database.engine import writing
 from control_plane.database.tables.columns import utc_now
-from control_plane.database.tables.registry import ModelVersion
-from control_plane.evaluation.operating_point import HeldOut
-from control_plane.recipes import Change, changed, described, held_out_in, parse_change, with_recipe
-from control_plane.registry import find_version, register
-from models.bundle import LINEAGE, RECIPE
-from models.recipe import Recipe, parse_recipe
+from control_plane.registry.recipes import (
+    Change,
+    changed,
+    described,
+    parse_change,
+    registered,
+    with_recipe,
+)
+from control_plane.registry.versions import register
 
 router = APIRouter(prefix="/api/v1/versions/{reference}/recipe", tags=["recipes"])
 Given = Annotated[Services, Depends(services_of)]
-
-
-class Registered(NamedTuple):
-    """What is registered under a reference, as recipes need it."""
-
-    name: str
-    version: ModelVersion
-    recipe: Recipe
-    held: HeldOut | None
-
-
-def registered(services: Services, reference: str) -> Registered:
-    """Name, version, recipe and held-out items of what is registered under this reference."""
-    with reading(services.engine) as session:
-        model, version = find_version(session, reference)
-    recipe = parse_recipe(services.store.part(version.bundle, RECIPE))
-    lineage = msgspec.json.decode(services.store.part(version.bundle, LINEAGE), type=dict[str, Any])
-    return Registered(f"{model.name}:{version.number}", version, recipe, held_out_in(lineage, recipe))
 
 
 @router.get("")

@@ -102,7 +102,7 @@ def recipe_show(
 ) -> None:
     """Grades, terms in force, the thresholds that follow, and what they cost on held-out items."""
     if bundle is not None:
-        from control_plane import recipes as logic  # noqa: PLC0415
+        from control_plane.registry import recipes as logic  # noqa: PLC0415
         from models.bundle import read_bundle  # noqa: PLC0415
 
         found = read_bundle(bundle)
@@ -143,7 +143,7 @@ def recipe_tune(
     if bundle is None and data is not None:
         raise InputError("recipe.bad_option", "--data goes with --bundle.", expected="--bundle DIR", got="a version")
     if bundle is not None:
-        from control_plane import recipes as logic  # noqa: PLC0415
+        from control_plane.registry import recipes as logic  # noqa: PLC0415
         from models.bundle import read_bundle  # noqa: PLC0415
 
         found = read_bundle(bundle)
@@ -204,7 +204,7 @@ def recipe_set(
         return
     if output is None:
         raise InputError("recipe.bad_option", "--bundle needs --output.", expected="--output DIR", got="nothing")
-    from control_plane import recipes as logic  # noqa: PLC0415
+    from control_plane.registry import recipes as logic  # noqa: PLC0415
     from models.bundle import read_bundle  # noqa: PLC0415
 
     found = read_bundle(bundle)

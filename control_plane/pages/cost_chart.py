@@ -28,7 +28,7 @@ Place = Callable[[float], float]
 
 
 def cost_chart(shown: dict[str, Any], *, alone: bool = False) -> Markup:
-    """The picture of what `control_plane.recipes.described` tells; a sentence where costs are not known.
+    """The picture of what `control_plane.registry.recipes.described` tells; a sentence where costs are not known.
 
     Args:
         shown: A described recipe.

@@ -17,7 +17,7 @@ from control_plane.api.app import create_app
 from control_plane.api.services import Services
 from control_plane.database.engine import writing
 from control_plane.database.tables.columns import utc_now
-from control_plane.registry import register
+from control_plane.registry.versions import register
 from models.bundle import LINEAGE, write_bundle
 from models.messages import Command, Fault, Live, LotSource, Phase, Presence, Response, RunningLot, decode, encode
 from models.topics import Channel, agent_topic

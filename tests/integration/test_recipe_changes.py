@@ -11,7 +11,7 @@ import uvicorn
 
 from control_plane.api.app import create_app
 from control_plane.cli import main
-from control_plane.recipes import with_recipe
+from control_plane.registry.recipes import with_recipe
 from models.bundle import LINEAGE, read_bundle, write_bundle
 from models.messages import Event, Phase, decode_packed
 from models.recipe import UNSURE, Recipe, Terms

@@ -395,7 +395,7 @@ def test_a_broker_that_loses_its_store_is_filled_again(tmp_path: Path) -> None:
     from control_plane.database.engine import writing
     from control_plane.database.tables.agents import Agent
     from control_plane.database.tables.columns import utc_now
-    from control_plane.registry import register
+    from control_plane.registry.versions import register
     from tests.simulators.plane import make_services, release
 
     tiny_bundle(tmp_path / "b")

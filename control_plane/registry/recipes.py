@@ -6,14 +6,18 @@ stay byte for byte: nothing is trained, nothing can drift from what was proven.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from control_plane.api.services import Services
+from control_plane.database.engine import reading
+from control_plane.database.tables.registry import ModelVersion
 from control_plane.evaluation.operating_point import HeldOut, cost_report, held_out_of, tuned
-from models.bundle import PARTS, RECIPE, Bundle, read_bundle, write_bundle
+from control_plane.registry.versions import find_version
+from models.bundle import LINEAGE, PARTS, RECIPE, Bundle, read_bundle, write_bundle
 from models.errors import BundleError, InputError
-from models.recipe import Grade, Name, Recipe, Terms, layered
+from models.recipe import Grade, Name, Recipe, Terms, layered, parse_recipe
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -160,3 +164,21 @@ def with_recipe(directory: Path, output: Path, recipe: Recipe, *, reason: str) -
     recipe = msgspec.structs.replace(recipe, replaces=bundle.digest, reason=reason)
     files = {part: (directory / part).read_bytes() for part in PARTS}
     return write_bundle(output, bundle.manifest.name, files | {RECIPE: msgspec.json.encode(recipe)})
+
+
+class Registered(NamedTuple):
+    """What is registered under a reference, as recipes need it."""
+
+    name: str
+    version: ModelVersion
+    recipe: Recipe
+    held: HeldOut | None
+
+
+def registered(services: Services, reference: str) -> Registered:
+    """Name, version, recipe and held-out items of what is registered under this reference."""
+    with reading(services.engine) as session:
+        model, version = find_version(session, reference)
+    recipe = parse_recipe(services.store.part(version.bundle, RECIPE))
+    lineage = msgspec.json.decode(services.store.part(version.bundle, LINEAGE), type=dict[str, Any])
+    return Registered(f"{model.name}:{version.number}", version, recipe, held_out_in(lineage, recipe))

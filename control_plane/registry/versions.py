@@ -8,7 +8,7 @@ from sqlmodel import Session, col, desc, select
 
 from control_plane.database.audit import audit
 from control_plane.database.tables.registry import Model, ModelVersion, Stage
-from control_plane.store import Store
+from control_plane.registry.store import Store
 from models.errors import InputError
 
 _LARGE = "held_out"

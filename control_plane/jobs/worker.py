@@ -25,9 +25,9 @@ from control_plane.database.engine import open_database, writing
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.datasets import Dataset, DatasetVersion
 from control_plane.database.tables.jobs import JobKind, JobState
-from control_plane.jobs import Claim, claim, finish, heartbeat
-from control_plane.registry import register
-from control_plane.store import Store
+from control_plane.jobs.queue import Claim, claim, finish, heartbeat
+from control_plane.registry.store import Store
+from control_plane.registry.versions import register
 from models.errors import SortlineError
 
 log = logging.getLogger("sortline.worker")
