@@ -36,7 +36,7 @@ from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
 from control_plane.publishing import Publisher
 from control_plane.registry.versions import register
-from control_plane.rollout_records import Order, create_rollout
+from control_plane.rollouts.records import Order, create_rollout
 from edge_agent.delivery.fetch import Fetch
 from edge_agent.telemetry.spool import Spool
 from edge_agent.telemetry.uplink import Uplink

@@ -23,7 +23,7 @@ from control_plane.fleet import _newest_reports
 from control_plane.jobs.queue import cancel, claim, finish, get_job, heartbeat, submit
 from control_plane.monitoring import State, agent_status, completeness_of, connection_of, merged_window, rates
 from control_plane.registry.versions import find_version, register, set_stage
-from control_plane.rollout_records import Order, create_rollout
+from control_plane.rollouts.records import Order, create_rollout
 from models.bundle import read_bundle
 from models.errors import ConflictError, InputError, MessageError, UnavailableError
 from models.histogram import Histogram

@@ -8,17 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control_plane.database.tables.rollouts import RolloutState
-from control_plane.rollout import (
-    TRANSITIONS,
-    Assign,
-    Finding,
-    Move,
-    OpenWave,
-    Return,
-    next_state,
-    plan,
-)
-from control_plane.rollout_policy import Outcome
+from control_plane.rollouts.planner import TRANSITIONS, Assign, Finding, Move, OpenWave, Return, next_state, plan
+from control_plane.rollouts.policy import Outcome
 from models.errors import ConflictError
 from tests.simulators.rollout_world import LENIENT, world
 

@@ -20,8 +20,8 @@ from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import RolloutAgent, RolloutState
-from control_plane.rollout_executor import RolloutExecutor
-from control_plane.rollout_records import act, describe
+from control_plane.rollouts.executor import RolloutExecutor
+from control_plane.rollouts.records import act, describe
 from models.errors import ConflictError, InputError
 from models.messages import Mode, Phase, Swap, encode
 from models.topics import Channel

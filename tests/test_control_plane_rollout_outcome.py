@@ -5,12 +5,8 @@ from datetime import timedelta
 
 import pytest
 
-from control_plane.rollout import (
-    Assign,
-    observe,
-    plan,
-)
-from control_plane.rollout_policy import Outcome, parse_policy
+from control_plane.rollouts.planner import Assign, observe, plan
+from control_plane.rollouts.policy import Outcome, parse_policy
 from models.messages import Mode
 from tests.simulators.rollout_world import OLD, T0, A, course, given_bundle, member
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control_plane.blast import Load, blast_radius
-from control_plane.rollout_policy import DONE, JobExecutionsRolloutConfig, Outcome, parse_policy, policy_dict
-from control_plane.schedule import Window, parse_cron, parse_time
-from control_plane.selector import parse_selector
-from control_plane.waves import divide
+from control_plane.rollouts.blast_radius import Load, blast_radius
+from control_plane.rollouts.policy import DONE, JobExecutionsRolloutConfig, Outcome, parse_policy, policy_dict
+from control_plane.rollouts.schedule import Window, parse_cron, parse_time
+from control_plane.rollouts.selector import parse_selector
+from control_plane.rollouts.waves import divide
 from models.errors import InputError
 
 # -- selectors --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.mosquitto import update_profile
 from control_plane.identity.publication import SiteFiles
 from control_plane.registry.store import Store
-from control_plane.rollout_executor import RolloutExecutor
+from control_plane.rollouts.executor import RolloutExecutor
 from control_plane.statuses import Statuses
 from control_plane.trust.assignments import Assignments
 from control_plane.trust.ceremony import Folder

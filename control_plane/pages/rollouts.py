@@ -19,9 +19,9 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutState
 from control_plane.pages.rendering import environment, page
-from control_plane.rollout import TRANSITIONS
-from control_plane.rollout_policy import Outcome
-from control_plane.rollout_records import describe
+from control_plane.rollouts.planner import TRANSITIONS
+from control_plane.rollouts.policy import Outcome
+from control_plane.rollouts.records import describe
 
 router = APIRouter(include_in_schema=False)
 _TICK_S: Final = 1.0

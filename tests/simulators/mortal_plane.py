@@ -19,7 +19,7 @@ from datetime import datetime
 
 from control_plane.api import services
 from control_plane.config import load_control_plane_config
-from control_plane.rollout_executor import RolloutExecutor
+from control_plane.rollouts.executor import RolloutExecutor
 from control_plane.serving import serve
 
 POINTS = ("before-commit", "before-publish", "after-publish")

@@ -4,19 +4,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from control_plane.database.tables.rollouts import RolloutState
-from control_plane.rollout import (
-    Assign,
-    Conclude,
-    Course,
-    Join,
-    Member,
-    Move,
-    Note,
-    OpenWave,
-    Return,
-    plan,
-)
-from control_plane.rollout_policy import Outcome, parse_policy
+from control_plane.rollouts.planner import Assign, Conclude, Course, Join, Member, Move, Note, OpenWave, Return, plan
+from control_plane.rollouts.policy import Outcome, parse_policy
 from models.messages import Phase
 
 A, OLD = "a" * 64, "b" * 64

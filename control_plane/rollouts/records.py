@@ -13,10 +13,10 @@ from control_plane.database.tables.agents import Agent, WindowRow
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
 from control_plane.registry.versions import find_version
-from control_plane.rollout import Course, Member, next_state, observe
-from control_plane.rollout_policy import DONE, EXECUTED, RATE_PERIOD_S, Outcome, Policy, parse_policy, policy_dict
-from control_plane.selector import parse_selector
-from control_plane.waves import Wave, divide
+from control_plane.rollouts.planner import Course, Member, next_state, observe
+from control_plane.rollouts.policy import DONE, EXECUTED, RATE_PERIOD_S, Outcome, Policy, parse_policy, policy_dict
+from control_plane.rollouts.selector import parse_selector
+from control_plane.rollouts.waves import Wave, divide
 from models.errors import ConflictError, InputError
 from models.messages import Mode, Swap, decode_packed
 from models.windows import Window

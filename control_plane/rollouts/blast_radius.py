@@ -12,8 +12,8 @@ from typing import Any, Final
 from sqlmodel import Session, col, select
 
 from control_plane.database.tables.agents import WindowRow
-from control_plane.rollout_policy import Policy
-from control_plane.rollout_records import Order, draw
+from control_plane.rollouts.policy import Policy
+from control_plane.rollouts.records import Order, draw
 from models.messages import decode_packed
 from models.windows import Window
 
@@ -80,7 +80,7 @@ def foresee(session: Session, order: Order, now: datetime) -> dict[str, Any]:
     """The order looked up, with its blast radius; changes nothing.
 
     Raises:
-        InputError: See `control_plane.rollout_records.draw`.
+        InputError: See `control_plane.rollouts.records.draw`.
     """
     drawn = draw(session, order)
     rates = _items_per_s(session, list(drawn.agents), now)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from control_plane.schedule import Window, parse_cron, parse_time
+from control_plane.rollouts.schedule import Window, parse_cron, parse_time
 from models.errors import InputError
 
 Percentage = Annotated[float, msgspec.Meta(gt=0.0, le=100.0)]

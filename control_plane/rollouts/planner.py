@@ -16,8 +16,8 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from control_plane.database.tables.rollouts import RolloutState
-from control_plane.rollout_policy import DONE, EXECUTED, FAILURES, RATE_PERIOD_S, Outcome, Policy
-from control_plane.schedule import may_assign
+from control_plane.rollouts.policy import DONE, EXECUTED, FAILURES, RATE_PERIOD_S, Outcome, Policy
+from control_plane.rollouts.schedule import may_assign
 from models.errors import ConflictError
 from models.messages import Mode, Phase, ShadowPhase
 

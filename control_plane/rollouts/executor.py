@@ -22,7 +22,7 @@ from control_plane.database.leases import holds_lease, take_lease
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
-from control_plane.rollout import (
+from control_plane.rollouts.planner import (
     MOVING,
     Assign,
     Conclude,
@@ -35,8 +35,8 @@ from control_plane.rollout import (
     Step,
     plan,
 )
-from control_plane.rollout_policy import DONE, Outcome
-from control_plane.rollout_records import course_of, members_of, newcomers, parts_of
+from control_plane.rollouts.policy import DONE, Outcome
+from control_plane.rollouts.records import course_of, members_of, newcomers, parts_of
 from models.errors import InputError, SortlineError
 from models.messages import Mode, Swap
 
