@@ -34,7 +34,7 @@ from control_plane.api.services import Services
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
-from control_plane.publishing import Publisher
+from control_plane.fleet.blobs import Publisher
 from control_plane.registry.versions import register
 from control_plane.rollouts.records import Order, create_rollout
 from edge_agent.delivery.fetch import Fetch

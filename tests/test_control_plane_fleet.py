@@ -19,9 +19,9 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.jobs import JobKind, JobState
 from control_plane.database.tables.registry import Stage
 from control_plane.database.tables.rollouts import Rollout
-from control_plane.fleet import _newest_reports
+from control_plane.fleet.connection import _newest_reports
 from control_plane.jobs.queue import cancel, claim, finish, get_job, heartbeat, submit
-from control_plane.monitoring import State, agent_status, completeness_of, connection_of, merged_window, rates
+from control_plane.monitoring.status import State, agent_status, completeness_of, connection_of, merged_window, rates
 from control_plane.registry.versions import find_version, register, set_stage
 from control_plane.rollouts.records import Order, create_rollout
 from models.bundle import read_bundle

@@ -12,7 +12,7 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.columns import utc_now
-from control_plane.lots import LIFE, ask, asked_lot, terms_of
+from control_plane.fleet.lot_commands import LIFE, ask, asked_lot, terms_of
 from control_plane.registry.recipes import with_recipe
 from control_plane.registry.versions import register
 from models.errors import ConflictError, InputError, MessageError

@@ -13,7 +13,7 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.blobs import RetainedBlob
 from control_plane.database.tables.columns import utc_now
-from control_plane.publishing import Publisher
+from control_plane.fleet.blobs import Publisher
 from control_plane.registry.versions import register
 from models.bundle import write_bundle
 from models.chunking import CHUNK_BYTES

@@ -13,13 +13,13 @@ from sqlalchemy.exc import OperationalError
 from sqlmodel import select
 
 from control_plane.api.services import Services
-from control_plane.assignments import Wish, assign
 from control_plane.database.audit import broken_audit_entry
 from control_plane.database.engine import _Turns, reading, writing
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import RolloutAgent, RolloutState
+from control_plane.fleet.desired_state import Wish, assign
 from control_plane.rollouts.executor import RolloutExecutor
 from control_plane.rollouts.records import act, describe
 from models.errors import ConflictError, InputError

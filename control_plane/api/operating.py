@@ -14,8 +14,8 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.columns import utc_now
-from control_plane.lots import ask, asked_lot, terms_of
-from control_plane.monitoring import ORDER
+from control_plane.fleet.lot_commands import ask, asked_lot, terms_of
+from control_plane.monitoring.status import ORDER
 from models.errors import InputError
 from models.messages import decode_packed
 from models.windows import Window

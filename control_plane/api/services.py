@@ -13,14 +13,14 @@ from sqlalchemy import Engine
 from control_plane.config import ControlPlaneConfig
 from control_plane.database.engine import open_database, reading
 from control_plane.database.tables.columns import utc_now
-from control_plane.fleet import FleetLink
+from control_plane.fleet.connection import FleetLink
 from control_plane.identity.authority import INDEX, SITE, Authority
 from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.mosquitto import update_profile
 from control_plane.identity.publication import SiteFiles
+from control_plane.monitoring.board import Statuses
 from control_plane.registry.store import Store
 from control_plane.rollouts.executor import RolloutExecutor
-from control_plane.statuses import Statuses
 from control_plane.trust.assignments import Assignments
 from control_plane.trust.ceremony import Folder
 from control_plane.trust.renewal import Renewal

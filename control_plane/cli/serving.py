@@ -47,7 +47,7 @@ def demo(
     data_dir: Annotated[Path | None, typer.Option(help="Keep everything here instead of a temporary folder.")] = None,
 ) -> None:
     """The whole loop on this machine: train, push, sort, watch."""
-    from control_plane.demo import DemoOptions, run_demo  # noqa: PLC0415
+    from control_plane.demo.run import DemoOptions, run_demo  # noqa: PLC0415
 
     options = DemoOptions(
         seconds=seconds,

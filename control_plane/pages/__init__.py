@@ -20,7 +20,7 @@ from control_plane.database.engine import reading
 from control_plane.database.tables.agents import EventRow, WindowRow
 from control_plane.database.tables.jobs import Job
 from control_plane.database.tables.registry import Model, ModelVersion
-from control_plane.monitoring import LATENCY_BUDGET_MS, State
+from control_plane.monitoring.status import LATENCY_BUDGET_MS, State
 from control_plane.pages import live, rollouts
 from control_plane.pages.charts import Mark, lines, meter, mix, shares
 from control_plane.pages.cost_chart import cost_chart

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from control_plane.api.services import Services, services_of
-from control_plane.monitoring import DRIFT_LIMIT, LATENCY_BUDGET_MS, ORDER, AgentStatus, State
+from control_plane.monitoring.status import DRIFT_LIMIT, LATENCY_BUDGET_MS, ORDER, AgentStatus, State
 from control_plane.pages.rendering import environment
 
 _TICK_S = 1.0

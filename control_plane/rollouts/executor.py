@@ -15,13 +15,13 @@ from typing import Final, Protocol
 from sqlalchemy import Engine
 from sqlmodel import Session, col, or_, select
 
-from control_plane.assignments import Wish, assign
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
 from control_plane.database.leases import holds_lease, take_lease
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
+from control_plane.fleet.desired_state import Wish, assign
 from control_plane.rollouts.planner import (
     MOVING,
     Assign,

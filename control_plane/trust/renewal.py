@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from control_plane.database.engine import writing
 from control_plane.database.leases import take_lease
 from control_plane.database.tables.columns import utc_now
-from control_plane.fleet import FleetLink
+from control_plane.fleet.connection import FleetLink
 from models.errors import SortlineError
 
 log = logging.getLogger("sortline.trust")

@@ -13,7 +13,7 @@ from prometheus_client.core import (
     StateSetMetricFamily,
 )
 
-from control_plane.monitoring import AgentStatus, State
+from control_plane.monitoring.status import AgentStatus, State
 
 if TYPE_CHECKING:
     from control_plane.api.services import Services

@@ -30,9 +30,9 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.identities import Identity, IdentityState
+from control_plane.fleet.blobs import Publisher
+from control_plane.fleet.lot_commands import answered
 from control_plane.identity.tls import client_context, load_client
-from control_plane.lots import answered
-from control_plane.publishing import Publisher
 from control_plane.registry.store import Store
 from control_plane.trust.assignments import Assignments
 from models.errors import ConfigError, MessageError, UnavailableError

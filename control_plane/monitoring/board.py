@@ -21,9 +21,9 @@ from control_plane.database.engine import reading
 from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.registry import Model, ModelVersion
-from control_plane.fleet import FleetLink
-from control_plane.lots import asked_lot
-from control_plane.monitoring import AgentStatus, agent_status, merged_window
+from control_plane.fleet.connection import FleetLink
+from control_plane.fleet.lot_commands import asked_lot
+from control_plane.monitoring.status import AgentStatus, agent_status, merged_window
 from control_plane.registry.store import Store
 from models.bundle import PROFILE
 from models.errors import SortlineError

@@ -83,7 +83,7 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     lot: dict[str, Any]
     """Which lot it reports to run: `models.messages.RunningLot`, and `age_s`."""
     lot_asked: dict[str, Any]
-    """Which was named to it last, and `state`: waiting, accepted, refused, unanswered; see `control_plane.lots`."""
+    """Which was named to it last, and `state`: waiting, accepted, refused, unanswered; see `fleet.lot_commands`."""
     seen_age_s: float | None
     reported_age_s: float | None
     window_age_s: float | None
