@@ -30,13 +30,13 @@ from benchmarks.figures import Figures, Row
 from benchmarks.flood import came_back, flood
 from benchmarks.plots import Chart, render
 from benchmarks.receivers import WHOLE_TOPIC
-from control_plane.api.services import Services
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
 from control_plane.fleet.blobs import Publisher
 from control_plane.registry.versions import register
 from control_plane.rollouts.records import Order, create_rollout
+from control_plane.services import Services
 from edge_agent.delivery.fetch import Fetch
 from edge_agent.telemetry.spool import Spool
 from edge_agent.telemetry.uplink import Uplink

@@ -29,7 +29,7 @@ from typing import Any, Final, Literal, Self
 import uvicorn
 
 from benchmarks.figures import Figures, Row
-from control_plane.api.app import create_app
+from control_plane.app import create_app
 from control_plane.identity.authority import SITE
 from control_plane.identity.mosquitto import write_profile
 from models.topics import Channel, agent_topic

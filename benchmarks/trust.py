@@ -25,8 +25,8 @@ from control_plane.database.migrate import migrate
 from control_plane.database.tables.agents import Agent
 from control_plane.trust import ceremony
 from control_plane.trust import metadata as md
-from control_plane.trust.assignments import Assignments
-from control_plane.trust.sealing import is_bin, sign_changes
+from control_plane.trust.online_signer import Assignments
+from control_plane.trust.signing import is_bin, sign_changes
 from models.bundle import Chunk, FileEntry, Manifest, sha256
 from models.messages import Desired, encode
 from models.signed_set import MAX_SET_BYTES, ROLES, make_set

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from control_plane.api.services import Services
+from control_plane.services import Services
 from tests.simulators.plane import make_services
 from tests.simulators.postgres import empty, private_postgres
 

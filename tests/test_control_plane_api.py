@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from control_plane.api.services import Services
 from control_plane.cli import main
 from control_plane.config import ControlPlaneConfig, ServerConfig, load_control_plane_config
 from control_plane.database.engine import reading
 from control_plane.database.tables.columns import utc_now
 from control_plane.pages import charts
 from control_plane.pages.live import Feed
+from control_plane.services import Services
 from models.bundle import pack, read_bundle
 from models.errors import ConfigError
 from models.messages import Event, Live, Phase, Presence, encode

@@ -9,7 +9,6 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from sqlmodel import select
 
-from control_plane.api.services import Services
 from control_plane.database.audit import audit, broken_audit_entry
 from control_plane.database.engine import reading, writing
 from control_plane.database.leases import take_lease
@@ -24,6 +23,7 @@ from control_plane.jobs.queue import cancel, claim, finish, get_job, heartbeat, 
 from control_plane.monitoring.status import State, agent_status, completeness_of, connection_of, merged_window, rates
 from control_plane.registry.versions import find_version, register, set_stage
 from control_plane.rollouts.records import Order, create_rollout
+from control_plane.services import Services
 from models.bundle import read_bundle
 from models.errors import ConflictError, InputError, MessageError, UnavailableError
 from models.histogram import Histogram

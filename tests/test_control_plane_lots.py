@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from sqlmodel import select
 
-from control_plane.api.services import Services
 from control_plane.database.audit import broken_audit_entry
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent
@@ -15,6 +14,7 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.fleet.lot_commands import LIFE, ask, asked_lot, terms_of
 from control_plane.registry.recipes import with_recipe
 from control_plane.registry.versions import register
+from control_plane.services import Services
 from models.errors import ConflictError, InputError, MessageError
 from models.messages import Command, Fault, LotSource, Presence, Response, RunningLot, encode
 from models.recipe import Recipe, Terms

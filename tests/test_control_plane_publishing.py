@@ -8,13 +8,13 @@ import msgspec
 import pytest
 from sqlmodel import select
 
-from control_plane.api.services import Services
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.blobs import RetainedBlob
 from control_plane.database.tables.columns import utc_now
 from control_plane.fleet.blobs import Publisher
 from control_plane.registry.versions import register
+from control_plane.services import Services
 from models.bundle import write_bundle
 from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, InputError

@@ -11,13 +11,13 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import select
 
-from control_plane.api.services import Services
 from control_plane.cli import main
 from control_plane.database.audit import broken_audit_entry
 from control_plane.database.engine import reading
 from control_plane.database.tables.audit import Audit
 from control_plane.pages.cost_chart import cost_chart
 from control_plane.registry.recipes import changed, described, parse_change, with_recipe
+from control_plane.services import Services
 from models.bundle import LINEAGE, PARTS, RECIPE, pack, read_bundle, write_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError

@@ -12,7 +12,6 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from sqlmodel import select
 
-from control_plane.api.services import Services
 from control_plane.database.audit import broken_audit_entry
 from control_plane.database.engine import _Turns, reading, writing
 from control_plane.database.tables.agents import Agent
@@ -22,6 +21,7 @@ from control_plane.database.tables.rollouts import RolloutAgent, RolloutState
 from control_plane.fleet.desired_state import Wish, assign
 from control_plane.rollouts.executor import RolloutExecutor
 from control_plane.rollouts.records import act, describe
+from control_plane.services import Services
 from models.errors import ConflictError, InputError
 from models.messages import Mode, Phase, Swap, encode
 from models.topics import Channel

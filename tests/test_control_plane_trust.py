@@ -17,7 +17,7 @@ from control_plane.database.migrate import migrate
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.trust import TrustMetadata
 from control_plane.trust import ceremony
-from control_plane.trust.assignments import Assignments
+from control_plane.trust.online_signer import Assignments
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, TrustError
 from models.messages import Desired
 from models.signed_set import ASSIGN, parse_set, version_of

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from control_plane.api.schemas import NewToken, Revoke
-from control_plane.api.services import Services, services_of
 from control_plane.database.tables.columns import utc_now
 from control_plane.identity.enrolment import Enrolment
+from control_plane.services import Services, services_of
 from models.errors import ConflictError
 
 router = APIRouter(prefix="/api/v1", tags=["identities"])

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Depends, Request, Response
 from sqlmodel import col, desc, select
 
 from control_plane.api.schemas import Act, NewDataset, NewImport, NewStage, NewTrainingRun
-from control_plane.api.services import Services, services_of
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.columns import utc_now
@@ -17,6 +16,7 @@ from control_plane.database.tables.jobs import Job, JobKind
 from control_plane.database.tables.registry import Model, ModelVersion, Stage
 from control_plane.jobs.queue import cancel, get_job, submit
 from control_plane.registry.versions import find_version, register, set_stage
+from control_plane.services import Services, services_of
 from models.bundle import CARD, MAX_BUNDLE_BYTES, pack, unpack
 from models.errors import ConflictError, InputError
 

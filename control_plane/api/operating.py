@@ -8,7 +8,6 @@ from fastapi import APIRouter, Depends, Query
 from sqlmodel import desc, select
 
 from control_plane.api.schemas import NewLabels, NewLot
-from control_plane.api.services import Services, services_of
 from control_plane.database.audit import audit, broken_audit_entry
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent, EventRow, WindowRow
@@ -16,6 +15,7 @@ from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.columns import utc_now
 from control_plane.fleet.lot_commands import ask, asked_lot, terms_of
 from control_plane.monitoring.status import ORDER
+from control_plane.services import Services, services_of
 from models.errors import InputError
 from models.messages import decode_packed
 from models.windows import Window

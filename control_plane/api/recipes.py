@@ -8,7 +8,6 @@ import msgspec
 from fastapi import APIRouter, Depends
 
 from control_plane.api.schemas import NewRecipe, RecipeChange
-from control_plane.api.services import Services, services_of
 from control_plane.database.audit import audit
 from control_plane.database.engine import writing
 from control_plane.database.tables.columns import utc_now
@@ -21,6 +20,7 @@ from control_plane.registry.recipes import (
     with_recipe,
 )
 from control_plane.registry.versions import register
+from control_plane.services import Services, services_of
 
 router = APIRouter(prefix="/api/v1/versions/{reference}/recipe", tags=["recipes"])
 Given = Annotated[Services, Depends(services_of)]

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Depends, Query
 from sqlmodel import desc, select
 
 from control_plane.api.schemas import Act, NewRollout
-from control_plane.api.services import Services, services_of
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import Rollout
 from control_plane.rollouts.blast_radius import foresee
 from control_plane.rollouts.records import Order, act, create_rollout, describe, get_rollout
+from control_plane.services import Services, services_of
 
 router = APIRouter(prefix="/api/v1/rollouts", tags=["rollouts"])
 Given = Annotated[Services, Depends(services_of)]

@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from control_plane.api.services import Services, services_of
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.columns import utc_now
+from control_plane.services import Services, services_of
 from models.errors import InputError
 from models.signed_set import parse_set, version_of
 

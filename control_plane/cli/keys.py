@@ -188,7 +188,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Roles, keys, versions, expiry; an alarm from two thirds of a life on, or 80 % of the size (exit status 1)."""
-    from control_plane.trust.sealing import FULL_SHARE  # noqa: PLC0415
+    from control_plane.trust.signing import FULL_SHARE  # noqa: PLC0415
 
     found = _local_status(trust) if trust is not None else _remote_status(server)
     say(found, as_json=as_json, table=_status_table)
@@ -310,7 +310,7 @@ def export(
     There: `sortline-agent import FOLDER`. The agent verifies it as if it had come over the network.
     """
     from control_plane.client import Client  # noqa: PLC0415
-    from control_plane.trust.exporting import export_agent  # noqa: PLC0415
+    from control_plane.trust.export import export_agent  # noqa: PLC0415
 
     facts = export_agent(Client(server), agent, to)
     err.print(

@@ -19,7 +19,7 @@ def serve(
     data_dir: Annotated[str | None, typer.Option(help="Database, store, jobs.")] = None,
 ) -> None:
     """Run the control plane: API, pages, rollouts, worker processes."""
-    from control_plane.serving import serve as run  # noqa: PLC0415
+    from control_plane.server import serve as run  # noqa: PLC0415
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     server = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
@@ -31,7 +31,7 @@ def serve(
 
 def worker(config: Config = None) -> None:
     """Run one worker process for training jobs, here or on another machine with the same database and data."""
-    from control_plane.serving import work  # noqa: PLC0415
+    from control_plane.server import work  # noqa: PLC0415
 
     work(load_control_plane_config(config))
 

@@ -34,7 +34,7 @@ from control_plane.fleet.blobs import Publisher
 from control_plane.fleet.lot_commands import answered
 from control_plane.identity.tls import client_context, load_client
 from control_plane.registry.store import Store
-from control_plane.trust.assignments import Assignments
+from control_plane.trust.online_signer import Assignments
 from models.errors import ConfigError, MessageError, UnavailableError
 from models.messages import (
     KEEP_ALIVE_S,

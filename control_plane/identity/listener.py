@@ -22,7 +22,7 @@ class DeviceListener:
     """Serves the device application and keeps the site's files in step.
 
     Args:
-        app: `control_plane.api.devices.create_device_app`.
+        app: `control_plane.api.enrolment.create_device_app`.
         listener: A listening socket.
         server_pem: Key and chain of the server.
         site_files: Are brought up to date at the start and each minute.

@@ -16,7 +16,7 @@ from prometheus_client.core import (
 from control_plane.monitoring.status import AgentStatus, State
 
 if TYPE_CHECKING:
-    from control_plane.api.services import Services
+    from control_plane.services import Services
 
 
 _MAX_AGE_S = 1.0

@@ -15,7 +15,6 @@ from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from sqlmodel import desc, select
 
-from control_plane.api.services import services_of
 from control_plane.database.engine import reading
 from control_plane.database.tables.agents import EventRow, WindowRow
 from control_plane.database.tables.jobs import Job
@@ -26,6 +25,7 @@ from control_plane.pages.charts import Mark, lines, meter, mix, shares
 from control_plane.pages.cost_chart import cost_chart
 from control_plane.pages.rendering import environment, page, unavailable_page
 from control_plane.registry.recipes import changed, described, parse_change, registered
+from control_plane.services import services_of
 from models.errors import InputError
 from models.messages import decode_packed
 from models.windows import Window

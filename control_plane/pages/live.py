@@ -10,9 +10,9 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from control_plane.api.services import Services, services_of
 from control_plane.monitoring.status import DRIFT_LIMIT, LATENCY_BUDGET_MS, ORDER, AgentStatus, State
 from control_plane.pages.rendering import environment
+from control_plane.services import Services, services_of
 
 _TICK_S = 1.0
 WORDS = {

@@ -13,7 +13,6 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from markupsafe import Markup
 from sqlmodel import desc, select
 
-from control_plane.api.services import Services, services_of
 from control_plane.database.engine import reading
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.registry import Model, ModelVersion
@@ -22,6 +21,7 @@ from control_plane.pages.rendering import environment, page
 from control_plane.rollouts.planner import TRANSITIONS
 from control_plane.rollouts.policy import Outcome
 from control_plane.rollouts.records import describe
+from control_plane.services import Services, services_of
 
 router = APIRouter(include_in_schema=False)
 _TICK_S: Final = 1.0

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from control_plane.api.services import Services
 from control_plane.database.engine import reading
 from control_plane.database.tables.registry import ModelVersion
 from control_plane.evaluation.operating_point import HeldOut, cost_report, held_out_of, tuned
 from control_plane.registry.versions import find_version
+from control_plane.services import Services
 from models.bundle import LINEAGE, PARTS, RECIPE, Bundle, read_bundle, write_bundle
 from models.errors import BundleError, InputError
 from models.recipe import Grade, Name, Recipe, Terms, layered, parse_recipe

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from control_plane.trust import metadata as md
 from control_plane.trust.keys import Signer, is_encrypted, load_key, new_key
-from control_plane.trust.sealing import is_bin
+from control_plane.trust.signing import is_bin
 from models.bundle import Manifest, sha256
 from models.errors import ConfigError, ConflictError, InputError
 from models.files import write_atomically

@@ -27,11 +27,11 @@ from sqlmodel import col, select
 
 from benchmarks.broker import packet, text
 from benchmarks.receivers import connect
-from control_plane.api.services import Services
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.columns import utc_now
 from control_plane.registry.versions import register
+from control_plane.services import Services
 from edge_agent.delivery.state_file import StateFile
 from models.bundle import read_bundle
 from models.errors import SortlineError

@@ -14,9 +14,9 @@ import paho.mqtt.client as mqtt
 import pytest
 import uvicorn
 
-from control_plane.api.app import create_app
-from control_plane.api.services import Services
+from control_plane.app import create_app
 from control_plane.cli import main
+from control_plane.services import Services
 from models.messages import Command, CommandKind, LotSource, Phase, Response, Swap, decode, encode
 from models.topics import Channel, agent_topic
 from tests.integration.test_whole_system import ROOT, Plane, agent, end, events, plane

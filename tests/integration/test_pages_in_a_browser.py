@@ -13,11 +13,11 @@ import uvicorn
 from paho.mqtt.enums import CallbackAPIVersion
 from playwright.sync_api import Page, sync_playwright
 
-from control_plane.api.app import create_app
-from control_plane.api.services import Services
+from control_plane.app import create_app
 from control_plane.database.engine import writing
 from control_plane.database.tables.columns import utc_now
 from control_plane.registry.versions import register
+from control_plane.services import Services
 from models.bundle import LINEAGE, write_bundle
 from models.messages import Command, Fault, Live, LotSource, Phase, Presence, Response, RunningLot, decode, encode
 from models.topics import Channel, agent_topic

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import uvicorn
 
-from control_plane.api.app import create_app
+from control_plane.app import create_app
 from control_plane.cli import main
 from control_plane.registry.recipes import with_recipe
 from models.bundle import LINEAGE, read_bundle, write_bundle

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from sqlmodel import select
 
-from control_plane.api.services import Services
 from control_plane.database.engine import reading
 from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.rollouts import RolloutState
+from control_plane.services import Services
 from models.messages import Phase
 from tests.simulators.fleet import Manner, SimulatedFleet
 from tests.simulators.plane import make_services

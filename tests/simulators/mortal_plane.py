@@ -17,10 +17,10 @@ import signal
 import sys
 from datetime import datetime
 
-from control_plane.api import services
+from control_plane import services
 from control_plane.config import load_control_plane_config
 from control_plane.rollouts.executor import RolloutExecutor
-from control_plane.serving import serve
+from control_plane.server import serve
 
 POINTS = ("before-commit", "before-publish", "after-publish")
 

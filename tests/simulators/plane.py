@@ -6,12 +6,12 @@ from pathlib import Path
 from fastapi.testclient import TestClient
 from securesystemslib.signer import Signer
 
-from control_plane.api.app import create_app
-from control_plane.api.services import Services, open_services
+from control_plane.app import create_app
 from control_plane.config import BrokerConfig, ControlPlaneConfig, IdentityConfig, ServerConfig
 from control_plane.database.engine import writing
 from control_plane.database.migrate import migrate
 from control_plane.database.tables.columns import utc_now
+from control_plane.services import Services, open_services
 from control_plane.trust import ceremony
 from control_plane.trust.ceremony import Folder
 from control_plane.trust.keys import load_key

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import Engine
 
-from control_plane.api.devices import create_device_app
+from control_plane.api.enrolment import create_device_app
 from control_plane.database.engine import open_database
 from control_plane.database.migrate import migrate
 from control_plane.identity.authority import SITE, Authority

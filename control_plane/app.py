@@ -16,13 +16,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from control_plane.api import identities, learning, operating, recipes, rollouts, trust
-from control_plane.api.answers import status_of
+from control_plane.api.errors import status_of
 from control_plane.api.schemas import ErrorBody
-from control_plane.api.services import Services, services_of
 from control_plane.database.engine import check_alive
 from control_plane.database.migrate import migration_state
 from control_plane.monitoring import prometheus as metrics_export
 from control_plane.pages import mount_pages, unavailable_page
+from control_plane.services import Services, services_of
 from models.errors import ConflictError, InputError, SortlineError, UnavailableError
 
 _CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from control_plane.api.answers import status_of
+from control_plane.api.errors import status_of
 from control_plane.database.tables.columns import utc_now
 from control_plane.identity.certificates import fingerprint
 from control_plane.identity.enrolment import Enrolment

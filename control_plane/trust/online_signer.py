@@ -18,7 +18,7 @@ from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.trust import AssignmentRow, TrustMetadata
 from control_plane.trust import metadata as md
 from control_plane.trust.ceremony import Folder, RoleStatus, status
-from control_plane.trust.sealing import FULL_SHARE, ONLINE, fill, is_bin, sign_changes
+from control_plane.trust.signing import FULL_SHARE, ONLINE, fill, is_bin, sign_changes
 from models.errors import ConflictError
 from models.messages import Desired, Mode, Swap, encode
 from models.signed_set import is_development, make_set, version_of
@@ -164,7 +164,7 @@ class Assignments:
         _write(session, session.get(AssignmentRow, agent_id), agent_id, desired, now)
 
     def seal(self, session: Session, now: datetime, *, force: bool = False) -> bool:
-        """Signs what has changed or is getting old: see `control_plane.trust.sealing`.
+        """Signs what has changed or is getting old: see `control_plane.trust.signing`.
 
         In the caller's writing transaction; returns whether anything was signed. An agent whose generation grew gets
         its new assignment; one whose bundle is not released keeps the one it has.

@@ -10,14 +10,14 @@ from typing import Any
 
 import uvicorn
 
-from control_plane.api.app import create_app
-from control_plane.api.devices import create_device_app
-from control_plane.api.services import Services, open_services
+from control_plane.api.enrolment import create_device_app
+from control_plane.app import create_app
 from control_plane.config import ControlPlaneConfig
 from control_plane.database.migrate import migrate
 from control_plane.identity.authority import SITE
 from control_plane.identity.listener import DeviceListener
 from control_plane.jobs.worker import run_worker
+from control_plane.services import Services, open_services
 from models.errors import UnavailableError
 
 log = logging.getLogger("sortline.server")

@@ -21,8 +21,8 @@ from control_plane.identity.publication import SiteFiles
 from control_plane.monitoring.board import Statuses
 from control_plane.registry.store import Store
 from control_plane.rollouts.executor import RolloutExecutor
-from control_plane.trust.assignments import Assignments
 from control_plane.trust.ceremony import Folder
+from control_plane.trust.online_signer import Assignments
 from control_plane.trust.renewal import Renewal
 
 
