@@ -21,11 +21,11 @@ from control_plane.services import Services
 from models.bundle import LINEAGE, write_bundle
 from models.messages import Command, Fault, Live, LotSource, Phase, Presence, Response, RunningLot, decode, encode
 from models.topics import Channel, agent_topic
+from tests.control_plane.evaluation.test_operating_point import held
+from tests.control_plane.fleet.test_fleet import BOOT, batch, reported, window
 from tests.simulators.plane import make_services, release
 from tests.simulators.processes import embedded_broker, free_port, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
-from tests.test_control_plane_fleet import BOOT, batch, reported, window
-from tests.test_control_plane_tuning import held
 
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = [

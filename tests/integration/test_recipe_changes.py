@@ -15,11 +15,11 @@ from control_plane.registry.recipes import with_recipe
 from models.bundle import LINEAGE, read_bundle, write_bundle
 from models.messages import Event, Phase, decode_packed
 from models.recipe import UNSURE, Recipe, Terms
+from tests.control_plane.evaluation.test_operating_point import held
 from tests.integration.test_whole_system import Plane, agent, end, plane
 from tests.simulators.plane import make_services
 from tests.simulators.processes import free_port, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
-from tests.test_control_plane_tuning import held
 
 __all__ = ["plane"]  # the fixture of the whole-system tests: enrolled, signed, both brokers
 

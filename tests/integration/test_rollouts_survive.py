@@ -24,12 +24,12 @@ from control_plane.database.tables.agents import EventRow, WindowRow
 from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.leases import Lease
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
+from tests.control_plane.fleet.test_fleet import register_tiny
 from tests.simulators.fleet import Manner, SimulatedFleet
 from tests.simulators.mortal_plane import POINTS
 from tests.simulators.plane import make_services
 from tests.simulators.postgres import empty
 from tests.simulators.processes import embedded_broker, free_port, wait_until
-from tests.test_control_plane_fleet import register_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 LEASE_S = 1.5

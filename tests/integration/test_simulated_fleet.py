@@ -11,10 +11,10 @@ from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.rollouts import RolloutState
 from control_plane.services import Services
 from models.messages import Phase
+from tests.control_plane.fleet.test_fleet import register_tiny, start_rollout, state_of
 from tests.simulators.fleet import Manner, SimulatedFleet
 from tests.simulators.plane import make_services
 from tests.simulators.processes import embedded_broker, mosquitto_broker, wait_until
-from tests.test_control_plane_fleet import register_tiny, start_rollout, state_of
 
 BROKERS = [
     pytest.param(embedded_broker, id="embedded"),

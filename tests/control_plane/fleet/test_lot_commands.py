@@ -19,9 +19,9 @@ from models.errors import ConflictError, InputError, MessageError
 from models.messages import Command, Fault, LotSource, Presence, Response, RunningLot, encode
 from models.recipe import Recipe, Terms
 from models.topics import Channel
+from tests.control_plane.fleet.test_fleet import BOOT, reported, say
 from tests.simulators.plane import make_client
 from tests.simulators.tiny_bundle import tiny_bundle
-from tests.test_control_plane_fleet import BOOT, reported, say
 
 NOW = utc_now().replace(microsecond=0)
 FIRST, SECOND = "1" * 32, "2" * 32

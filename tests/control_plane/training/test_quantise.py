@@ -15,8 +15,8 @@ from models.bundle import LINEAGE, MODEL, PARTS, read_bundle, write_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
 from models.golden import GOLDEN
+from tests.control_plane.training.test_pipeline import folder
 from tests.simulators.tiny_bundle import tiny_files
-from tests.test_control_plane_training import folder
 
 
 def conv_graph(*, seed: int = 0, sharp: float = 1.0) -> bytes:

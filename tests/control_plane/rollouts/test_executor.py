@@ -25,9 +25,9 @@ from control_plane.services import Services
 from models.errors import ConflictError, InputError
 from models.messages import Mode, Phase, Swap, encode
 from models.topics import Channel
+from tests.control_plane.fleet.test_fleet import batch, register_tiny, reported, say, start_rollout, state_of, window
 from tests.simulators.plane import make_client, make_services
 from tests.simulators.processes import wait_until
-from tests.test_control_plane_fleet import batch, register_tiny, reported, say, start_rollout, state_of, window
 
 
 @pytest.fixture

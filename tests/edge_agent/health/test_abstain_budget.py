@@ -17,8 +17,8 @@ from edge_agent.vision.judge import Judge
 from models.bundle import RECIPE, write_bundle
 from models.recipe import UNSURE, Recipe, Terms
 from models.windows import Window
+from tests.edge_agent.line.test_process import core_of, drive
 from tests.simulators.tiny_bundle import tiny_files
-from tests.test_edge_agent_line import core_of, drive
 
 
 def test_one_bad_window_is_no_trend_and_many_are() -> None:

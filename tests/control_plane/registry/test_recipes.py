@@ -24,10 +24,10 @@ from models.errors import InputError
 from models.messages import Presence, encode
 from models.recipe import Recipe
 from models.topics import Channel, agent_topic
+from tests.control_plane.evaluation.test_operating_point import held
+from tests.control_plane.fleet.test_fleet import BOOT, A, batch, reported, window
 from tests.simulators.plane import make_client, make_services, release
 from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
-from tests.test_control_plane_fleet import BOOT, A, batch, reported, window
-from tests.test_control_plane_tuning import held
 
 RECIPE_URL = "/api/v1/versions/apples:1/recipe"
 

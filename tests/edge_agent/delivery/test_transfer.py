@@ -12,8 +12,8 @@ from models.bundle import read_bundle
 from models.chunking import CHUNK_BYTES
 from models.messages import Request, decode
 from models.topics import BLOBS, blob_topic
+from tests.edge_agent.delivery.test_fetch import Blobs, Clock
 from tests.simulators.tiny_bundle import tiny_bundle
-from tests.test_edge_agent_delivery import Blobs, Clock
 
 
 class Broker:

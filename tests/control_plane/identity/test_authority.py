@@ -298,8 +298,8 @@ def test_what_a_revoked_agent_still_sends_is_not_taken_in(tmp_path: Path) -> Non
     from models.errors import MessageError
     from models.messages import Presence, encode
     from models.topics import Channel, agent_topic
+    from tests.control_plane.fleet.test_fleet import BOOT, batch, window
     from tests.simulators.plane import make_services
-    from tests.test_control_plane_fleet import BOOT, batch, window
 
     services = make_services(tmp_path / "plane")
     site = make_site(tmp_path, url=str(services.engine.url))

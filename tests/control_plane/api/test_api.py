@@ -19,10 +19,10 @@ from models.errors import ConfigError
 from models.messages import Event, Live, Phase, Presence, encode
 from models.profile import FeatureCounter
 from models.topics import Channel, agent_topic
+from tests.control_plane.fleet.test_fleet import BOOT, batch, reported, window
 from tests.simulators.plane import make_client, make_services, release, withdraw
 from tests.simulators.processes import wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
-from tests.test_control_plane_fleet import BOOT, batch, reported, window
 
 
 @pytest.fixture

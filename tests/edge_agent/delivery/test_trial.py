@@ -13,9 +13,9 @@ from edge_agent.delivery.selftest_process import SelfTestDone
 from edge_agent.delivery.state_file import StateFile
 from edge_agent.line_protocol import Beat, LoadFailed, ModelFailed
 from models.messages import Desired, Fault, Live, Phase, Swap
+from tests.edge_agent.delivery.test_fetch import Blobs
+from tests.edge_agent.delivery.test_power import Agent
 from tests.simulators.tiny_bundle import tiny_bundle
-from tests.test_edge_agent_delivery import Blobs
-from tests.test_edge_agent_power import Agent
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from edge_agent.line_protocol import Beat
 from models.bundle import read_bundle
 from models.errors import SortlineError
 from models.messages import Desired, Fault, Live, Phase
+from tests.edge_agent.delivery.test_fetch import Blobs
+from tests.edge_agent.delivery.test_transfer import Broker
 from tests.simulators.power import Recorder, states
 from tests.simulators.tiny_bundle import tiny_bundle
-from tests.test_edge_agent_delivery import Blobs
-from tests.test_edge_agent_transfer import Broker
 
 ORDER = [Phase.IDLE, Phase.FETCHING, Phase.VERIFIED, Phase.SELF_TEST, Phase.TRIAL, Phase.COMMITTED]
 
