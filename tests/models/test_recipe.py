@@ -14,7 +14,7 @@ from models.fusion import FusionSpec
 from models.recipe import UNSURE, Grade, Recipe, Terms, layered, parse_recipe
 from models.statistics import wilson
 
-GOLDEN = Path(__file__).parent / "golden" / "recipe-v2.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "recipe-v2.json"
 CLASSES = ("sound", "rot", "worm")
 RECIPE = Recipe(classes=CLASSES, good_class="sound")
 MARKET = Recipe(
