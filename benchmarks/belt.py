@@ -30,7 +30,7 @@ import cv2
 import msgspec
 import numpy as np
 
-from edge_agent.devices.hardware import World, simulation_config
+from edge_agent.devices.hardware import LineHardware, simulation_config
 from edge_agent.interfaces import Frame, Shot, Sighting
 from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
@@ -165,7 +165,7 @@ def run_line(config: LineConfig, memory_fd: int, frames: socket.socket, shots: s
     """The agent's own line process, with this world instead of one of its own."""
     camera = RingCamera(config, memory_fd, frames)
     belt = RemoteBelt(camera, shots, config.belt_mm_s)
-    world = World(camera, belt, belt, None, "a belt in another process", belt)
+    world = LineHardware(camera, belt, belt, None, "a belt in another process", belt)
     line = Line(config, pipe, world)
     signal.signal(signal.SIGTERM, lambda *_: line.stop())
     return line.run()

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from edge_agent.vision.judge import Judge
-from edge_agent.vision.segmentation import Located
+from edge_agent.vision.segmentation import Detection
 
 TRACKER = Path(__file__).with_name("peer_tracker.py")
 
@@ -93,7 +93,7 @@ def tracker_works(python: str) -> str:
     )
 
 
-def peer_tracks(python: str, places: list[list[Located]], frames_per_s: float) -> PeerTracks:
+def peer_tracks(python: str, places: list[list[Detection]], frames_per_s: float) -> PeerTracks:
     """Their tracker on our places, in its own process.
 
     Raises:

@@ -21,7 +21,7 @@ from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge, Judged
-from edge_agent.vision.segmentation import SHRINK, Located, Locator
+from edge_agent.vision.segmentation import SHRINK, Detection, Locator
 from models.classifier import PROBABILITIES, VIEWS_INPUT
 
 HD: Final = SimulationConfig(seed=1, lanes=4, items_per_s=3.75, width_px=1280, lane_px=180, reject_mm=900.0)
@@ -143,7 +143,7 @@ def _boxes_taken(film: Film, judge: Judge) -> list[list[Box]]:
     core = core_of(film.line, judge)
     plain = judge.take_view
 
-    def note(locator: Locator, image: np.ndarray, track: Any, place: Located) -> bool:
+    def note(locator: Locator, image: np.ndarray, track: Any, place: Detection) -> bool:
         taken[-1].append((place.left_px, place.top_px, place.right_px, place.bottom_px))
         return plain(locator, image, track, place)
 

@@ -18,7 +18,7 @@ from benchmarks.figures import Figures, Row
 from benchmarks.peers import peer_tracks, tracker_works
 from edge_agent.interfaces import Frame
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
-from edge_agent.vision.segmentation import Located, Locator
+from edge_agent.vision.segmentation import Detection, Locator
 from edge_agent.vision.tracking import Tracker
 
 CASES: Final = {
@@ -115,7 +115,7 @@ def stage(figures: Figures, frames: int, peers_python: str) -> None:
 class _Ours:
     """What our tracker did on one case."""
 
-    places: list[list[Located]] = field(default_factory=list)
+    places: list[list[Detection]] = field(default_factory=list)
     """Per frame, whole items only: what both trackers are given."""
     truths: list[list[tuple[int, int, float]]] = field(default_factory=list)
     given: list[list[tuple[int, int, float]]] = field(default_factory=list)

@@ -25,7 +25,7 @@ from control_plane.database.migrate import migrate
 from control_plane.database.tables.agents import Agent
 from control_plane.trust import ceremony
 from control_plane.trust import metadata as md
-from control_plane.trust.online_signer import Assignments
+from control_plane.trust.online_signer import OnlineSigner
 from control_plane.trust.signing import is_bin, sign_changes
 from models.bundle import Chunk, FileEntry, Manifest, sha256
 from models.messages import Desired, encode
@@ -150,13 +150,13 @@ def measure_signing(figures: Figures, root_folder: Path, agents: int) -> None:
     _, _, bundle = installation(folder, now)
     url = f"sqlite:///{root_folder / f'plane-{agents}.sqlite'}"
     migrate(url)
-    engine, assignments = open_database(url), Assignments(folder)
+    engine, assignments = open_database(url), OnlineSigner(folder)
     with writing(engine) as session:
         session.add_all(Agent(id=f"line-{n}", generation=0, desired_bundle="") for n in range(1, agents + 1))
         assignments.take_folder(session, now)
         session.commit()
 
-    def seal(change: Iterable[str], at: datetime) -> float:
+    def sign_changes(change: Iterable[str], at: datetime) -> float:
         wanted = set(change)
         started = time.perf_counter()
         with writing(engine) as session:
@@ -165,7 +165,7 @@ def measure_signing(figures: Figures, root_folder: Path, agents: int) -> None:
                 session.add(agent)
             session.flush()
             begun = time.perf_counter()
-            assignments.seal(session, at)
+            assignments.sign_changes(session, at)
             session.commit()
         return 1000.0 * (time.perf_counter() - (begun if wanted else started))
 
@@ -175,11 +175,11 @@ def measure_signing(figures: Figures, root_folder: Path, agents: int) -> None:
             return 1.0 * sum(len(data) for _, _, data in assignments.news(session, known))
 
     everyone = [f"line-{n}" for n in range(1, agents + 1)]
-    first_ms = seal(everyone, now)
-    one_ms = statistics.median(seal(["line-1"], now) for _ in range(5))
-    idle_ms = statistics.median(seal([], now) for _ in range(5))
-    hourly_ms = seal([], now + timedelta(hours=2))
-    all_ms = seal(everyone, now + timedelta(hours=2))
+    first_ms = sign_changes(everyone, now)
+    one_ms = statistics.median(sign_changes(["line-1"], now) for _ in range(5))
+    idle_ms = statistics.median(sign_changes([], now) for _ in range(5))
+    hourly_ms = sign_changes([], now + timedelta(hours=2))
+    all_ms = sign_changes(everyone, now + timedelta(hours=2))
     rows: list[tuple[str, float | str, str]] = [
         ("every agent changed, first time", first_ms, "ms"),
         ("every agent changed again", all_ms, "ms"),

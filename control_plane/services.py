@@ -18,11 +18,11 @@ from control_plane.identity.authority import INDEX, SITE, Authority
 from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.mosquitto import update_profile
 from control_plane.identity.publication import SiteFiles
-from control_plane.monitoring.board import Statuses
+from control_plane.monitoring.board import FleetBoard
 from control_plane.registry.store import Store
 from control_plane.rollouts.executor import RolloutExecutor
-from control_plane.trust.ceremony import Folder
-from control_plane.trust.online_signer import Assignments
+from control_plane.trust.ceremony import TrustFolder
+from control_plane.trust.online_signer import OnlineSigner
 from control_plane.trust.renewal import Renewal
 
 
@@ -41,17 +41,17 @@ class Services:
     """None where the site has no certificate authority."""
     site_files: SiteFiles | None = None
     started_s: float = field(default_factory=time.monotonic)
-    statuses: Statuses = field(init=False)
+    statuses: FleetBoard = field(init=False)
 
     def __post_init__(self) -> None:
-        self.statuses = Statuses(self.engine, self.store, self.fleet)
+        self.statuses = FleetBoard(self.engine, self.store, self.fleet)
 
 
 def open_services(config: ControlPlaneConfig) -> Services:
     """Opens database, store, trust and fleet; connects nothing yet."""
     engine = open_database(config.database_url, wait_s=config.database_wait_s)
     store = Store(config.root / "store")
-    assignments = Assignments(Folder(config.trust_folder))
+    assignments = OnlineSigner(TrustFolder(config.trust_folder))
     # Replicas are told apart by a random part: process ids repeat in containers.
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     enrolment, site_files = _open_identity(config, engine, assignments)
@@ -70,7 +70,7 @@ def open_services(config: ControlPlaneConfig) -> Services:
         name,
         period_s=config.rollouts.period_s,
         lease_s=config.rollouts.lease_s,
-        seal=assignments.seal,
+        sign_changes=assignments.sign_changes,
     )
     renewal = Renewal(engine, fleet, name)
     return Services(
@@ -79,7 +79,7 @@ def open_services(config: ControlPlaneConfig) -> Services:
 
 
 def _open_identity(
-    config: ControlPlaneConfig, engine: Engine, assignments: Assignments
+    config: ControlPlaneConfig, engine: Engine, assignments: OnlineSigner
 ) -> tuple[Enrolment | None, SiteFiles | None]:
     """Enrolment over the site's authority, where there is one; brings its files up to date."""
     if not (config.identity_folder / INDEX).exists():

@@ -80,7 +80,7 @@ class Grade(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Classes that belong here."""
 
 
-class Cut(msgspec.Struct, frozen=True, kw_only=True):
+class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     """Where decisions change as the defect probability of an item grows, for a defect of one class."""
 
     good: tuple[float, float] | None
@@ -202,7 +202,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         layers = (BASE, self.terms, self.varieties.get(variety, Terms()), self.lots.get(lot, Terms()))
         return layered(layers)
 
-    def speaks_of(self, variety: str = "", lot: str = "") -> Literal["lot", "variety", "recipe"]:
+    def terms_source(self, variety: str = "", lot: str = "") -> Literal["lot", "variety", "recipe"]:
         """Whose terms hold: those of this lot, of this variety, or the recipe's own, because it knows neither."""
         if lot in self.lots:
             return "lot"
@@ -273,7 +273,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             views=len(view_probabilities),
         )
 
-    def cuts(self, variety: str = "", lot: str = "") -> dict[str, Cut]:
+    def cuts(self, variety: str = "", lot: str = "") -> dict[str, Threshold]:
         """The thresholds that follow from the terms, for an item that is either good or of this class.
 
         Returns:
@@ -282,7 +282,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         policy = self.policy(variety, lot)
         return {name: self._cut(policy, k) for k, name in enumerate(self.classes) if k != self.good}
 
-    def _cut(self, policy: Policy, k: int) -> Cut:
+    def _cut(self, policy: Policy, k: int) -> Threshold:
         """Expected losses are straight lines in the probability t of class k: from a_g at 0 to b_g at 1."""
         a = policy.losses[:, self.good] - policy.losses[:, self.good].min()
         b = policy.losses[:, k] - policy.losses[:, k].min()
@@ -296,7 +296,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         def on_scale(interval: tuple[float, float] | None) -> tuple[float, float] | None:
             return None if interval is None else (unshifted(interval[0]), unshifted(interval[1]))
 
-        return Cut(good=on_scale(good), unsure=on_scale(band) if math.isfinite(policy.abstain_above) else None)
+        return Threshold(good=on_scale(good), unsure=on_scale(band) if math.isfinite(policy.abstain_above) else None)
 
     def threshold(self, variety: str = "", lot: str = "") -> float | None:
         """The smallest of the thresholds: no item below it leaves the good grade."""

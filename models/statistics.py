@@ -6,7 +6,7 @@ from typing import Final
 _Z95: Final = 1.959963984540054
 
 
-def wilson(share: float, count: float) -> tuple[float, float]:
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927): honest also for none and for all.
 
     Args:

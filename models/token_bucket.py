@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 
-class Bucket:
+class TokenBucket:
     """Tokens flow in at a rate and are taken as they are needed.
 
     Law: what is taken in any span of t seconds is at most `burst + rate * t`, but for the last taking.

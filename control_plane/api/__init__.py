@@ -1,5 +1,5 @@
 """The REST interface: pages and command line do nothing it cannot.
 
-`services` holds what the routes need, `app` makes the application and maps errors to HTTP in one place, `learning`
-and `operating` are the routes, `schemas` what goes in.
+One router per subject: `learning` (datasets, training, models), `operating` (agents, windows, audit), `recipes`,
+`rollouts`, `trust`, `identities` and `enrolment`; `schemas` says what goes in, `errors` maps errors to HTTP.
 """

@@ -13,7 +13,7 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.columns import utc_now
-from control_plane.fleet.lot_commands import ask, asked_lot, terms_of
+from control_plane.fleet.lot_commands import ask, lot_status, terms_of
 from control_plane.monitoring.status import ORDER
 from control_plane.services import Services, services_of
 from models.errors import InputError
@@ -80,7 +80,7 @@ def set_lot(agent_id: str, body: NewLot, services: Given) -> dict[str, Any]:
         )
         session.commit()
         agent = session.get_one(Agent, agent_id)
-        asked, terms = asked_lot(agent.lot_asked, now), terms_of(services.store, agent, body.lot, body.variety)
+        asked, terms = lot_status(agent.lot_asked, now), terms_of(services.store, agent, body.lot, body.variety)
     services.fleet.command(agent_id, command)
     return asked | {"agent": agent_id, "terms": terms}
 

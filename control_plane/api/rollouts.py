@@ -9,7 +9,7 @@ from control_plane.api.schemas import Act, NewRollout
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import Rollout
-from control_plane.rollouts.blast_radius import foresee
+from control_plane.rollouts.blast_radius import preview
 from control_plane.rollouts.records import Order, act, create_rollout, describe, get_rollout
 from control_plane.services import Services, services_of
 
@@ -63,7 +63,7 @@ def new_rollout(body: NewRollout, services: Given) -> dict[str, Any]:
 def preview_rollout(body: NewRollout, services: Given) -> dict[str, Any]:
     """What such a rollout would touch, in lanes and items, before anything happens. Changes nothing."""
     with reading(services.engine) as session:
-        return foresee(session, order_of(body), utc_now())
+        return preview(session, order_of(body), utc_now())
 
 
 @router.get("")

@@ -54,7 +54,7 @@ async def take_set(request: Request, services: Given, actor: str = "unknown") ->
             taken.append(f"targets {version_of(targets)}")
         if taken:
             audit(session, actor, "trust.take", ", ".join(taken), {"taken": taken}, now)
-        found.seal(session, now)
+        found.sign_changes(session, now)
         session.commit()
     services.fleet.publish_trust()
     return {"taken": taken}

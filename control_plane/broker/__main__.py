@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from control_plane.broker.access import Credentials
-from control_plane.broker.certificates import Certificates
-from control_plane.broker.exchange import Broker
+from control_plane.broker.broker import Broker
+from control_plane.broker.client_certificates import Certificates
 from control_plane.broker.server import serve
 from control_plane.broker.sessions import BrokerLimits
 from models.errors import ConfigError, SortlineError

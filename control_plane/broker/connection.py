@@ -12,8 +12,8 @@ from typing import cast
 
 from control_plane.broker import packets
 from control_plane.broker.access import Action, Identity, Role, authorize
-from control_plane.broker.certificates import Certificates
-from control_plane.broker.exchange import Broker
+from control_plane.broker.broker import Broker
+from control_plane.broker.client_certificates import Certificates
 from control_plane.broker.packets import Connect, ConnectCode, MalformedPacketError, PacketType, Publish
 from control_plane.broker.sessions import Message, Session, TokenBucket
 from control_plane.broker.topics import valid_topic

@@ -7,9 +7,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from control_plane.broker.certificates import Certificates
-from control_plane.broker.door import Door
-from control_plane.broker.exchange import Broker
+from control_plane.broker.acceptor import Acceptor
+from control_plane.broker.broker import Broker
+from control_plane.broker.client_certificates import Certificates
 from models.errors import ConfigError, UnavailableError
 
 log = logging.getLogger("sortline.broker")
@@ -36,7 +36,7 @@ async def serve(
         UnavailableError: `broker.port_in_use`.
     """
     listener = _bind(host, port)
-    door = Door(broker, listener)
+    door = Acceptor(broker, listener)
     address = listener.getsockname()
     on_ready(address[0], address[1])
     upkeep = asyncio.create_task(_upkeep(broker), name="upkeep")

@@ -145,12 +145,12 @@ class Quarantine:
         self._until: dict[str, tuple[float, float]] = {}
         """Name -> (end, length) of its latest quarantine."""
 
-    def heat(self, name: str, held_back_s: float, now_s: float) -> bool:
+    def record_throttling(self, name: str, held_back_s: float, now_s: float) -> bool:
         """Adds; returns whether the agent is in quarantine from now on."""
-        heat, at_s = self._heat.get(name, (0.0, now_s))
-        heat = max(0.0, heat - (now_s - at_s) / 2.0) + held_back_s
-        self._heat[name] = (heat, now_s)
-        if heat < self._limits.quarantine_after_s / 2.0:
+        record_throttling, at_s = self._heat.get(name, (0.0, now_s))
+        record_throttling = max(0.0, record_throttling - (now_s - at_s) / 2.0) + held_back_s
+        self._heat[name] = (record_throttling, now_s)
+        if record_throttling < self._limits.quarantine_after_s / 2.0:
             return False
         _, length_s = self._until.get(name, (0.0, 0.0))
         length_s = min(max(self._limits.quarantine_s, 2.0 * length_s), 3600.0)

@@ -65,17 +65,17 @@ def init(
     /media/c/root-3.pem --release-key /media/d/release.pem`, then copy `trust` to the control plane's data folder and
     `1.root.json` to every box.
     """
-    from control_plane.trust.ceremony import Folder, initialise  # noqa: PLC0415
+    from control_plane.trust.ceremony import TrustFolder, initialise  # noqa: PLC0415
 
     if development:
         root_keys, release = [trust / "development" / "root-1.pem"], trust / "development" / "release.pem"
-        initialise(Folder(trust), root_keys, release, None, datetime.now(UTC))
+        initialise(TrustFolder(trust), root_keys, release, None, datetime.now(UTC))
         warn_development()
     else:
         if not release_key:
             raise InputError("keys.wrong_number", "Name the release key.", expected="--release-key FILE", got="none")
         ask = _passphrase(passphrase_file, confirm=True)
-        initialise(Folder(trust), root_key or [], release_key, ask, datetime.now(UTC))
+        initialise(TrustFolder(trust), root_key or [], release_key, ask, datetime.now(UTC))
     err.print(f"metadata and online keys are in {trust}; the trust anchor of every box is {trust / '1.root.json'}")
 
 
@@ -97,7 +97,7 @@ def rotate(
     from control_plane.trust import ceremony  # noqa: PLC0415
     from control_plane.trust.keys import new_key  # noqa: PLC0415
 
-    folder, ask = ceremony.Folder(trust), _passphrase(passphrase_file)
+    folder, ask = ceremony.TrustFolder(trust), _passphrase(passphrase_file)
     development = bool(_development(folder.root))
     signers = ceremony.open_keys(key, ask)
     fresh = new_key(new, None if development else _passphrase(passphrase_file, confirm=True)(new)) if new else None
@@ -133,7 +133,7 @@ def sign(
     from control_plane.trust import ceremony  # noqa: PLC0415
     from models.bundle import read_bundle  # noqa: PLC0415
 
-    folder = ceremony.Folder(trust)
+    folder = ceremony.TrustFolder(trust)
     signers = ceremony.open_keys(key, _passphrase(passphrase_file))
     if bundle is None:
         _tell(ceremony.add_signature(folder, signers), folder.root)
@@ -150,7 +150,7 @@ def renew(key: KeyFiles, trust: Trust = DEFAULT_TRUST, passphrase_file: Passphra
     """Give the targets another year, with the release key; what is released stays."""
     from control_plane.trust import ceremony  # noqa: PLC0415
 
-    folder = ceremony.Folder(trust)
+    folder = ceremony.TrustFolder(trust)
     signers = ceremony.open_keys(key, _passphrase(passphrase_file))
     folder.write("targets.json", ceremony.renew_targets(folder.targets, folder.root, signers, datetime.now(UTC)))
     err.print(f"{trust / 'targets.json'} is renewed; bring it to the control plane with `keys push`")
@@ -160,10 +160,10 @@ def renew(key: KeyFiles, trust: Trust = DEFAULT_TRUST, passphrase_file: Passphra
 def push(trust: Trust = DEFAULT_TRUST, server: Server = "") -> None:
     """Bring roots and targets of a folder to the control plane, which verifies them like anybody would."""
     from control_plane.client import Client  # noqa: PLC0415
-    from control_plane.trust.ceremony import Folder  # noqa: PLC0415
+    from control_plane.trust.ceremony import TrustFolder  # noqa: PLC0415
     from models.signed_set import make_set  # noqa: PLC0415
 
-    folder = Folder(trust)
+    folder = TrustFolder(trust)
     data = make_set(folder.roots(), {"targets": folder.targets})
     done = Client(server).post("/api/v1/trust/set?actor=cli", content=data)
     err.print("taken: " + (", ".join(done["taken"]) or "nothing new"))
@@ -173,11 +173,11 @@ def push(trust: Trust = DEFAULT_TRUST, server: Server = "") -> None:
 def pull(trust: Trust = DEFAULT_TRUST, server: Server = "") -> None:
     """Bring a folder up to what the control plane has by now; do this before a ceremony. Everything is verified."""
     from control_plane.client import Client  # noqa: PLC0415
-    from control_plane.trust.ceremony import Folder, follow  # noqa: PLC0415
+    from control_plane.trust.ceremony import TrustFolder, follow  # noqa: PLC0415
     from models.signed_set import parse_set  # noqa: PLC0415
 
     known = parse_set(Client(server).get("/api/v1/trust/set"))
-    new = follow(Folder(trust), [bytes(root) for root in known.roots], known.part("targets"))
+    new = follow(TrustFolder(trust), [bytes(root) for root in known.roots], known.part("targets"))
     err.print("new here: " + (", ".join(new) or "nothing"))
 
 
@@ -216,7 +216,7 @@ def _remote_status(server: str) -> dict[str, Any]:
 def _local_status(trust: Path) -> dict[str, Any]:
     from control_plane.trust import ceremony  # noqa: PLC0415
 
-    folder = ceremony.Folder(trust)
+    folder = ceremony.TrustFolder(trust)
     rows = ceremony.status(folder.root, {"targets": folder.targets}, datetime.now(UTC))
     return {"development": _development(folder.root), "roles": [asdict(row) for row in rows], "fill": {}}
 

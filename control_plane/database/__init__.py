@@ -1,1 +1,6 @@
-"""Room."""
+"""The database and what every other room needs of it.
+
+`engine` opens SQLite or PostgreSQL and gives `reading` and `writing` sessions; `tables` holds one file per domain;
+`migrate` brings a database to the present schema with the scripts of `migrations`; `leases` lets one replica at a time
+do a duty, with a fencing number; `audit` appends to the hash-chained audit trail in the caller's transaction.
+"""

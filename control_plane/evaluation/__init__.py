@@ -1,1 +1,5 @@
-"""Room."""
+"""How good a model is, told honestly: by item, with intervals.
+
+`metrics` computes figures with intervals over items; `items` fuses the views of an item as the line does; `evaluate`
+judges a labelled folder as an agent would; `operating_point` chooses thresholds and reports costs on held-out items.
+"""

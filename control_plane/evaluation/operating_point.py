@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from models.errors import InputError
 from models.recipe import Policy, Recipe, Terms
-from models.statistics import wilson
+from models.statistics import wilson_interval
 
 PER: Final = 1000.0
 MAX_ITEMS: Final = 5000
@@ -265,7 +265,7 @@ def _as_decided(items: _Items) -> dict[str, Any]:
     }
     for name, (hit, among) in shares.items():
         share = float(np.average(hit[among], weights=items.weights[among]))
-        bounds = wilson(share, items.effective(among))
+        bounds = wilson_interval(share, items.effective(among))
         found[name] = {"value": round(share, 4), "low": round(bounds[0], 4), "high": round(bounds[1], 4)}
     found["abstain"]["budget"] = policy.budget
     return found

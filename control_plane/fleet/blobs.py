@@ -28,7 +28,7 @@ from control_plane.registry.store import Store
 from models.bundle import FileEntry, Manifest, blobs_of, sha256
 from models.errors import CapacityError, InputError, SortlineError, UnavailableError
 from models.messages import Request
-from models.token_bucket import Bucket
+from models.token_bucket import TokenBucket
 from models.topics import Channel, agent_topic, blob_topic
 
 log = logging.getLogger("sortline.publishing")
@@ -79,8 +79,8 @@ class Publisher:
         self._wanted: queue.Queue[str | tuple[str, Request]] = queue.Queue(1000)
         self._stopping = threading.Event()
         self._waiting: set[str] = set()
-        self._bucket = Bucket(config.bundle_bytes_per_s, config.bundle_bytes_per_s / 4.0, clock)
-        self._agents: dict[str, Bucket] = {}
+        self._bucket = TokenBucket(config.bundle_bytes_per_s, config.bundle_bytes_per_s / 4.0, clock)
+        self._agents: dict[str, TokenBucket] = {}
         self._asked: dict[tuple[str, str], float] = {}
         self._repaired: dict[str, float] = {}
         self._collect_at_s = clock() + _COLLECT_S
@@ -112,7 +112,7 @@ class Publisher:
 
     def requested(self, agent_id: str, request: Request) -> None:
         """An agent misses blobs; more than a fair number of questions is not heard."""
-        bucket = self._agents.setdefault(agent_id, Bucket(_REQUESTS_PER_S, _REQUESTS_BURST, self._clock))
+        bucket = self._agents.setdefault(agent_id, TokenBucket(_REQUESTS_PER_S, _REQUESTS_BURST, self._clock))
         if not bucket.take(1.0):
             self.counters["blob_requests_refused"] += 1
             return

@@ -31,10 +31,10 @@ from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.identities import Identity, IdentityState
 from control_plane.fleet.blobs import Publisher
-from control_plane.fleet.lot_commands import answered
+from control_plane.fleet.lot_commands import record_response
 from control_plane.identity.tls import client_context, load_client
 from control_plane.registry.store import Store
-from control_plane.trust.online_signer import Assignments
+from control_plane.trust.online_signer import OnlineSigner
 from models.errors import ConfigError, MessageError, UnavailableError
 from models.messages import (
     KEEP_ALIVE_S,
@@ -86,7 +86,7 @@ class FleetLink:
         config: BrokerConfig,
         engine: Engine,
         store: Store,
-        assignments: Assignments,
+        assignments: OnlineSigner,
         *,
         client_id: str = "control-plane",
         certificates: Path | None = None,
@@ -205,13 +205,13 @@ class FleetLink:
             while len(waiting) < _AT_A_TIME and not self._incoming.empty():
                 waiting.append(self._incoming.get_nowait())
             for topic, payload in _newest_reports(waiting):
-                self._take_at_last(topic, payload)
+                self._ingest_with_retry(topic, payload)
             if self._missed.is_set() and self._control.is_connected():
                 # Presence and reports are retained: asking again brings back what was dropped while we waited.
                 self._missed.clear()
                 self._control.subscribe(_topics("presence", "reported"))
 
-    def _take_at_last(self, topic: str, payload: bytes) -> None:
+    def _ingest_with_retry(self, topic: str, payload: bytes) -> None:
         """Takes a message in; while the database is away, again and again: nothing was acknowledged meanwhile."""
         while not self._stopping.is_set():
             try:
@@ -285,7 +285,7 @@ class FleetLink:
         with writing(self._engine) as session:
             # Locked as in `lots.ask`: an answer must not write over a newer question.
             agent = session.get(Agent, agent_id, with_for_update=True)
-            known = agent is not None and answered(agent, response, utc_now())
+            known = agent is not None and record_response(agent, response, utc_now())
             if known:
                 session.add(agent)
                 session.commit()
@@ -362,7 +362,7 @@ class FleetLink:
             try:
                 if not self._sentinel_seen.wait(_SENTINEL_WAIT_S):
                     self.republish()
-                self._want_all()
+                self._republish_missing()
             except Exception:  # whatever the database raises while it is away: without this thread nobody republishes
                 log.exception("republishing failed; it is tried again")
                 self.counters["republish_failed"] += 1
@@ -385,7 +385,7 @@ class FleetLink:
         self.counters["republished"] += 1
         log.info("published %s desired states to a broker without store", len(agents))
 
-    def _want_all(self) -> None:
+    def _republish_missing(self) -> None:
         """Whatever an interrupted publication left out is made good."""
         with reading(self._engine) as session:
             desired = session.exec(select(Agent.desired_bundle).where(col(Agent.desired_bundle) != "").distinct()).all()
@@ -439,7 +439,7 @@ class FleetLink:
         if not sealed:
             # Whoever changed the rows has left the signing to us.
             with writing(self._engine) as session:
-                if self.assignments.seal(session, utc_now()):
+                if self.assignments.sign_changes(session, utc_now()):
                     session.commit()
                 documents = [(agent, self.assignments.document(session, agent.id)) for agent in agents]
         self.publish_trust()

@@ -14,7 +14,7 @@ from models.messages import Mode, Swap
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class DesiredChange:
     """What an agent shall run, and how it shall change over."""
 
     bundle: str
@@ -29,7 +29,7 @@ class Wish:
     """Deadline of the changeover; None = the line's own."""
 
 
-def assign(session: Session, agent_id: str, wish: Wish) -> int:
+def assign(session: Session, agent_id: str, wish: DesiredChange) -> int:
     """Makes this the agent's newest wish.
 
     Returns:

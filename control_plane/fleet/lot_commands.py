@@ -70,7 +70,7 @@ def ask(
     return command
 
 
-def answered(agent: Agent, response: Response, now: datetime) -> bool:
+def record_response(agent: Agent, response: Response, now: datetime) -> bool:
     """Keeps an answer with what was asked; False when it belongs to something older or to nothing."""
     asked = agent.lot_asked
     if asked.get("request_id") != response.request_id or asked.get("answered_at") is not None:
@@ -81,7 +81,7 @@ def answered(agent: Agent, response: Response, now: datetime) -> bool:
     return True
 
 
-def asked_lot(asked: dict[str, Any], now: datetime) -> dict[str, Any]:
+def lot_status(asked: dict[str, Any], now: datetime) -> dict[str, Any]:
     """What was asked last, as people and programs see it: `state` is waiting, accepted, refused or unanswered."""
     if not asked:
         return {}
@@ -97,6 +97,6 @@ def terms_of(store: Store, agent: Agent, lot: str, variety: str) -> str:
     """Whose terms of the recipe that the agent reports to run would hold; empty = nobody here knows."""
     active = str(agent.reported.get("active", ""))
     try:
-        return parse_recipe(store.part(active, RECIPE)).speaks_of(variety, lot) if active else ""
+        return parse_recipe(store.part(active, RECIPE)).terms_source(variety, lot) if active else ""
     except SortlineError:
         return ""

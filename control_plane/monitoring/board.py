@@ -22,7 +22,7 @@ from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.fleet.connection import FleetLink
-from control_plane.fleet.lot_commands import asked_lot
+from control_plane.fleet.lot_commands import lot_status
 from control_plane.monitoring.status import AgentStatus, agent_status, merged_window
 from control_plane.registry.store import Store
 from models.bundle import PROFILE
@@ -50,7 +50,7 @@ class _Recent:
     last_at: datetime | None = None
 
 
-class Statuses:
+class FleetBoard:
     """The fleet's board.
 
     Args:
@@ -131,7 +131,7 @@ class Statuses:
             reported_at=agent.reported_at,
             desired_bundle=agent.desired_bundle,
             generation=agent.generation,
-            lot_asked=asked_lot(agent.lot_asked, now),
+            lot_asked=lot_status(agent.lot_asked, now),
             window=window,
             last_window_at=recent.last_at,
             # Windows and events share one sequence: a gap in it is a record that is missing.

@@ -13,7 +13,7 @@ from sqlmodel import Session, col, select
 
 from control_plane.database.tables.agents import WindowRow
 from control_plane.rollouts.policy import Policy
-from control_plane.rollouts.records import Order, draw
+from control_plane.rollouts.records import Order, resolve
 from models.messages import decode_packed
 from models.windows import Window
 
@@ -21,7 +21,7 @@ RECENT_S: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class AgentLoad:
     """What runs through one agent."""
 
     lanes: int
@@ -30,7 +30,7 @@ class Load:
 
 
 def blast_radius(
-    waves: Sequence[Sequence[str]], loads: Mapping[str, Load], policy: Policy, *, trial_items: int, trial_s: float
+    waves: Sequence[Sequence[str]], loads: Mapping[str, AgentLoad], policy: Policy, *, trial_items: int, trial_s: float
 ) -> dict[str, Any]:
     """What each wave touches, and the worst case until an abort criterion can act.
 
@@ -76,16 +76,16 @@ def blast_radius(
     return {"waves": told, "worst_case": worst}
 
 
-def foresee(session: Session, order: Order, now: datetime) -> dict[str, Any]:
+def preview(session: Session, order: Order, now: datetime) -> dict[str, Any]:
     """The order looked up, with its blast radius; changes nothing.
 
     Raises:
-        InputError: See `control_plane.rollouts.records.draw`.
+        InputError: See `control_plane.rollouts.records.resolve`.
     """
-    drawn = draw(session, order)
+    drawn = resolve(session, order)
     rates = _items_per_s(session, list(drawn.agents), now)
     loads = {
-        agent.id: Load(int(agent.reported.get("lanes", 0)), rates.get(agent.id)) for agent in drawn.agents.values()
+        agent.id: AgentLoad(int(agent.reported.get("lanes", 0)), rates.get(agent.id)) for agent in drawn.agents.values()
     }
     count = max(drawn.waves.values(), default=0) + 1
     waves = [[a for a, wave in drawn.waves.items() if wave == number] for number in range(count)]

@@ -21,17 +21,17 @@ from control_plane.database.leases import holds_lease, take_lease
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
-from control_plane.fleet.desired_state import Wish, assign
+from control_plane.fleet.desired_state import DesiredChange, assign
 from control_plane.rollouts.planner import (
     MOVING,
     Assign,
+    ChangeState,
     Conclude,
+    Enrol,
     Finding,
-    Join,
-    Move,
-    Note,
     OpenWave,
-    Return,
+    RecordProgress,
+    Revert,
     Step,
     plan,
 )
@@ -76,11 +76,11 @@ class RolloutExecutor:
         period_s: float = 1.0,
         lease_s: float = 10.0,
         findings: Callable[[Session, Rollout], list[Finding]] = lambda _session, _rollout: [],
-        seal: Callable[[Session, datetime], object] = lambda _session, _now: None,
+        sign_changes: Callable[[Session, datetime], object] = lambda _session, _now: None,
     ) -> None:
         self._engine, self._fleet, self._holder, self._findings = engine, fleet, holder, findings
         self._period_s, self._lease_s = period_s, lease_s
-        self._seal = seal
+        self._seal = sign_changes
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
@@ -183,10 +183,10 @@ class RolloutExecutor:
                 case Assign():
                     _assign(session, rollout, parts[step.agent_id], step.attempt, now)
                     changed.append(step.agent_id)
-                case Return():
+                case Revert():
                     _return(session, rollout, parts[step.agent_id])
                     changed.append(step.agent_id)
-                case Note():
+                case RecordProgress():
                     part = parts[step.agent_id]
                     part.outcome, part.tried = str(Outcome.IN_PROGRESS), step.tried
                     part.started_at = part.started_at or now
@@ -195,7 +195,7 @@ class RolloutExecutor:
                     part = parts[step.agent_id]
                     part.outcome, part.reason, part.concluded_at = str(step.outcome), step.reason, now
                     session.add(part)
-                case Join():
+                case Enrol():
                     place = len(parts)
                     part = RolloutAgent(rollout_id=rollout.id or 0, agent_id=step.agent_id, wave=step.wave, place=place)
                     parts[step.agent_id] = part
@@ -204,7 +204,7 @@ class RolloutExecutor:
                     rollout.wave, rollout.reason = step.wave, step.reason
                     details = {"wave": step.wave, "reason": step.reason}
                     audit(session, "sortline", "rollout.wave", str(rollout.id), details, now)
-                case Move():
+                case ChangeState():
                     _move(session, rollout, step, now)
         if changed:
             details = {"agents": {agent_id: _generation(parts[agent_id]) for agent_id in changed}}
@@ -239,7 +239,7 @@ def _assign(session: Session, rollout: Rollout, part: RolloutAgent, attempt: int
         # The way back leads to what judges now; a challenger in the shadow is not part of it.
         live = agent.desired_bundle if agent.mode == Mode.LIVE else ""
         part.previous_bundle = live or str(agent.reported.get("active", ""))
-    wish = Wish(
+    wish = DesiredChange(
         bundle=rollout.bundle,
         mode=Mode(rollout.mode),
         rollout_id=rollout.id,
@@ -256,12 +256,12 @@ def _assign(session: Session, rollout: Rollout, part: RolloutAgent, attempt: int
 
 def _return(session: Session, rollout: Rollout, part: RolloutAgent) -> None:
     """Gives an agent its former wish again; without one, nothing is desired any more."""
-    wish = Wish(bundle=part.previous_bundle, trial_items=0, trial_s=rollout.trial_s)
+    wish = DesiredChange(bundle=part.previous_bundle, trial_items=0, trial_s=rollout.trial_s)
     part.returned_generation = assign(session, part.agent_id, wish)
     session.add(part)
 
 
-def _move(session: Session, rollout: Rollout, move: Move, now: datetime) -> None:
+def _move(session: Session, rollout: Rollout, move: ChangeState, now: datetime) -> None:
     rollout.state, rollout.reason = move.state, move.reason
     if move.state is RolloutState.PAUSED:
         rollout.cleared_wave = rollout.wave

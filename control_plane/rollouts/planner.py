@@ -49,7 +49,7 @@ _BEFORE_TRIAL: Final = frozenset({"selftest", "bundle", "delivery", "trust", "ag
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class RolloutView:
     """The rollout, as far as planning needs it."""
 
     rollout_id: int
@@ -68,7 +68,7 @@ class Course:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class AgentView:
     """One agent's part, and what it reports."""
 
     agent_id: str
@@ -111,7 +111,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class RecordProgress:
     """Step: this agent has taken the bundle up; `tried` when it is in its trial."""
 
     agent_id: str
@@ -136,14 +136,14 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True)
-class Return:
+class Revert:
     """Step: give this agent back what it ran before."""
 
     agent_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
+class Enrol:
     """Step: this agent takes part from now on."""
 
     agent_id: str
@@ -159,17 +159,17 @@ class OpenWave:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class ChangeState:
     """Step: the rollout changes its state, and why. A pause clears the thresholds of its wave: who resumes goes on."""
 
     state: RolloutState
     reason: str
 
 
-Step = Note | Conclude | Assign | Return | Join | OpenWave | Move
+Step = RecordProgress | Conclude | Assign | Revert | Enrol | OpenWave | ChangeState
 
 
-def observe(member: Member, course: Course, now: datetime) -> tuple[Outcome, str]:
+def observe(member: AgentView, course: RolloutView, now: datetime) -> tuple[Outcome, str]:
     """Judges one agent by what it reports, nothing else; what was concluded stays.
 
     Returns:
@@ -192,7 +192,7 @@ def observe(member: Member, course: Course, now: datetime) -> tuple[Outcome, str
     return (Outcome.TIMED_OUT, late) if late else (Outcome.IN_PROGRESS, "")
 
 
-def _distrusts(member: Member, now: datetime) -> str:
+def _distrusts(member: AgentView, now: datetime) -> str:
     """Why an agent does not take the wish up for want of proof; empty while that may still arrive."""
     fault = member.reported.get("fault") or {}
     code = str(fault.get("code", ""))
@@ -200,7 +200,7 @@ def _distrusts(member: Member, now: datetime) -> str:
     return f"{code}: {fault.get('message', '')}" if waited and code.startswith("trust.") else ""
 
 
-def _why_not(member: Member) -> tuple[Outcome, str]:
+def _why_not(member: AgentView) -> tuple[Outcome, str]:
     """Rejected before it judged anything, or failed while it did."""
     fault = member.reported.get("fault") or {}
     code, message = str(fault.get("code", "")), str(fault.get("message", ""))
@@ -209,14 +209,14 @@ def _why_not(member: Member) -> tuple[Outcome, str]:
     return (Outcome.REJECTED if before else Outcome.FAILED), reason
 
 
-def _judges(member: Member, course: Course) -> bool:
+def _judges(member: AgentView, course: RolloutView) -> bool:
     """Whether the bundle has been let near items: from here on a refusal is a failure."""
     if course.mode is Mode.SHADOW:
         return bool(member.reported.get("shadow_phase") == ShadowPhase.SHADOW)
     return bool(member.reported.get("phase") == Phase.TRIAL)
 
 
-def _overdue(member: Member, course: Course, now: datetime) -> str:
+def _overdue(member: AgentView, course: RolloutView, now: datetime) -> str:
     """Why this agent is out of time; empty when it is not."""
     timeout = course.policy.timeout_config
     if timeout is None or member.started_at is None:
@@ -226,7 +226,7 @@ def _overdue(member: Member, course: Course, now: datetime) -> str:
     return f"{member.reported.get('phase', 'working on it')} for {minutes} min" if late else ""
 
 
-def _runs(member: Member, course: Course) -> bool:
+def _runs(member: AgentView, course: RolloutView) -> bool:
     reported = member.reported
     if course.mode is Mode.SHADOW:
         running = reported.get("shadow") == course.bundle and bool(reported.get("shadow_running"))
@@ -236,8 +236,8 @@ def _runs(member: Member, course: Course) -> bool:
 
 
 def plan(
-    course: Course,
-    members: Sequence[Member],
+    course: RolloutView,
+    members: Sequence[AgentView],
     now: datetime,
     *,
     newcomers: Sequence[str] = (),
@@ -260,7 +260,7 @@ def plan(
         case _S.SCHEDULED:
             starts = course.policy.scheduling_config.starts_at
             if starts is None or now >= starts:
-                steps = [Move(_S.RUNNING, "the start time has come")]
+                steps = [ChangeState(_S.RUNNING, "the start time has come")]
         case _S.RUNNING:
             steps = _plan_running(course, members, now, newcomers, findings)
         case _S.PAUSED:
@@ -275,7 +275,7 @@ def plan(
 
 
 def _record(
-    course: Course, members: Sequence[Member], now: datetime
+    course: RolloutView, members: Sequence[AgentView], now: datetime
 ) -> tuple[list[Step], dict[str, Outcome], list[Assign]]:
     """What is to be written down, the outcome of every agent, and who is to be given the bundle again."""
     steps: list[Step] = []
@@ -294,13 +294,17 @@ def _record(
         elif outcome is Outcome.IN_PROGRESS:
             tried = _judges(member, course)
             if member.outcome is not Outcome.IN_PROGRESS or (tried and not member.tried):
-                steps.append(Note(member.agent_id, tried))
+                steps.append(RecordProgress(member.agent_id, tried))
         outcomes[member.agent_id] = outcome
     return steps, outcomes, again
 
 
 def _plan_running(
-    course: Course, members: Sequence[Member], now: datetime, newcomers: Sequence[str], findings: Sequence[Finding]
+    course: RolloutView,
+    members: Sequence[AgentView],
+    now: datetime,
+    newcomers: Sequence[str],
+    findings: Sequence[Finding],
 ) -> list[Step]:
     steps, outcomes, again = _record(course, members, now)
     move = _reason_to_stop(course, members, outcomes, now, findings)
@@ -310,7 +314,7 @@ def _plan_running(
     ended = schedule.ends_at is not None and now >= schedule.ends_at
     if course.dynamic and not ended:
         last = max((m.wave for m in members), default=0)
-        steps += [Join(agent_id, last) for agent_id in newcomers]
+        steps += [Enrol(agent_id, last) for agent_id in newcomers]
     due = [Assign(m.agent_id, 1) for m in members if _is_due(m, course, outcomes)]
     if due or again:
         free = _allowance(course, members, outcomes, now) if may_assign(schedule.windows(), now) and not ended else 0
@@ -321,11 +325,11 @@ def _plan_running(
     return steps
 
 
-def _is_due(member: Member, course: Course, outcomes: dict[str, Outcome]) -> bool:
+def _is_due(member: AgentView, course: RolloutView, outcomes: dict[str, Outcome]) -> bool:
     return member.generation == 0 and member.wave <= course.wave and outcomes[member.agent_id] not in DONE
 
 
-def _allowance(course: Course, members: Sequence[Member], outcomes: dict[str, Outcome], now: datetime) -> int:
+def _allowance(course: RolloutView, members: Sequence[AgentView], outcomes: dict[str, Outcome], now: datetime) -> int:
     """How many agents may be notified at this moment."""
     notified = sum(m.generation > 0 for m in members)
     succeeded = sum(outcome is Outcome.SUCCEEDED for outcome in outcomes.values())
@@ -336,21 +340,21 @@ def _allowance(course: Course, members: Sequence[Member], outcomes: dict[str, Ou
 
 
 def _reason_to_stop(
-    course: Course,
-    members: Sequence[Member],
+    course: RolloutView,
+    members: Sequence[AgentView],
     outcomes: dict[str, Outcome],
     now: datetime,
     findings: Sequence[Finding],
-) -> Move | None:
+) -> ChangeState | None:
     """The first reason to leave the running state, the gravest kind first."""
     for finding in sorted(findings, key=lambda f: f.state is not _S.ROLLING_BACK):
-        return Move(finding.state, f"{finding.gate}: {finding.reason}")
+        return ChangeState(finding.state, f"{finding.gate}: {finding.reason}")
     executed = sum(outcome in EXECUTED for outcome in outcomes.values())
     for criteria in course.policy.abort_config.criteria_list:
         if criteria.reached(outcomes):
             kind = "failed, were rejected or timed out" if criteria.failure_type == "ALL" else criteria.failure_type
             found = f"{criteria.failures(outcomes)} of {executed} executed agents {kind}"
-            return Move(_S.ABORTED, f"{found}; the limit is {criteria.threshold_percentage:g} %")
+            return ChangeState(_S.ABORTED, f"{found}; the limit is {criteria.threshold_percentage:g} %")
     wave = course.policy.wave_config
     if wave.error_threshold is not None:
         for number in range(course.cleared_wave + 1, course.wave + 1):
@@ -358,19 +362,21 @@ def _reason_to_stop(
             failed = sum(outcome in FAILURES for outcome in of_wave)
             if wave.error_threshold.reached(failed, max(len(of_wave), 1)):
                 state = {"PAUSE": _S.PAUSED, "ABORT": _S.ABORTED, "ROLLBACK": _S.ROLLING_BACK}[wave.error_action]
-                return Move(state, f"{failed} of {len(of_wave)} agents of wave {number + 1} failed: error threshold")
+                return ChangeState(
+                    state, f"{failed} of {len(of_wave)} agents of wave {number + 1} failed: error threshold"
+                )
     schedule = course.policy.scheduling_config
     if schedule.ends_at is not None and now >= schedule.ends_at:
         unfinished = sum(outcome not in DONE for outcome in outcomes.values())
         if unfinished and schedule.end_behavior != "STOP_ROLLOUT":
-            return Move(_S.ABORTED, f"the end time has come; {unfinished} agents were not done")
+            return ChangeState(_S.ABORTED, f"the end time has come; {unfinished} agents were not done")
         begun = any(m.generation and outcomes[m.agent_id] not in DONE for m in members)
         if not begun:
-            return Move(_S.COMPLETED, f"the end time has come; {_tally(outcomes)}")
+            return ChangeState(_S.COMPLETED, f"the end time has come; {_tally(outcomes)}")
     return None
 
 
-def _next_wave(course: Course, members: Sequence[Member], outcomes: dict[str, Outcome]) -> Step | None:
+def _next_wave(course: RolloutView, members: Sequence[AgentView], outcomes: dict[str, Outcome]) -> Step | None:
     """Opens the next wave, completes the rollout, or pauses at a wave that is not good enough; None = wait."""
     wave = course.policy.wave_config
     current = [outcomes[m.agent_id] for m in members if m.wave == course.wave]
@@ -385,14 +391,14 @@ def _next_wave(course: Course, members: Sequence[Member], outcomes: dict[str, Ou
     if not later:
         finished = all(outcome in DONE for outcome in outcomes.values())
         if finished and wanted is not None and not good and not cleared:
-            return Move(_S.PAUSED, f"{told}; {wanted:g} % are needed")
-        return Move(_S.COMPLETED, _tally(outcomes)) if finished and not course.dynamic else None
+            return ChangeState(_S.PAUSED, f"{told}; {wanted:g} % are needed")
+        return ChangeState(_S.COMPLETED, _tally(outcomes)) if finished and not course.dynamic else None
     if good or (cleared and done):
         if wave.success_action == "PAUSE" and not cleared:
-            return Move(_S.PAUSED, f"{told}; the next wave waits for a person")
+            return ChangeState(_S.PAUSED, f"{told}; the next wave waits for a person")
         return OpenWave(min(later), told)
     if done:
-        return Move(_S.PAUSED, f"{told}; {wanted:g} % are needed for the next wave")
+        return ChangeState(_S.PAUSED, f"{told}; {wanted:g} % are needed for the next wave")
     return None
 
 
@@ -401,28 +407,28 @@ def _tally(outcomes: dict[str, Outcome]) -> str:
     return f"{succeeded} of {len(outcomes)} agents run the bundle"
 
 
-def _plan_rest(course: Course, members: Sequence[Member], now: datetime) -> list[Step]:
+def _plan_rest(course: RolloutView, members: Sequence[AgentView], now: datetime) -> list[Step]:
     """After an early end: whoever was not given the bundle will not get it; the rest is still written down."""
     late = [m for m in members if m.generation == 0 and m.outcome not in DONE]
     missed: list[Step] = [Conclude(m.agent_id, Outcome.CANCELED, "the rollout ended before its turn") for m in late]
     return missed + _record(course, [m for m in members if m not in late], now)[0]
 
 
-def _plan_abort(course: Course, members: Sequence[Member], now: datetime) -> list[Step]:
+def _plan_abort(course: RolloutView, members: Sequence[AgentView], now: datetime) -> list[Step]:
     """Recalls everyone who is not done: an agent that comes back later must not take up a suspect bundle."""
     steps: list[Step] = []
     for member in members:
         outcome, reason = observe(member, course, now)
         if outcome not in DONE:
             if member.generation:
-                steps.append(Return(member.agent_id))
+                steps.append(Revert(member.agent_id))
             outcome, reason = Outcome.CANCELED, "the rollout was aborted"
         if outcome is not member.outcome:
             steps.append(Conclude(member.agent_id, outcome, reason))
     return steps
 
 
-def _plan_rollback(course: Course, members: Sequence[Member], now: datetime) -> list[Step]:
+def _plan_rollback(course: RolloutView, members: Sequence[AgentView], now: datetime) -> list[Step]:
     """Sends everyone back who was given the bundle and still is under this rollout; done when they say they are."""
     steps: list[Step] = []
     pending = 0
@@ -435,16 +441,16 @@ def _plan_rollback(course: Course, members: Sequence[Member], now: datetime) -> 
         if member.generation == 0 or member.overtaken_by(course.rollout_id):
             continue
         if member.returned_generation == 0:
-            steps.append(Return(member.agent_id))
+            steps.append(Revert(member.agent_id))
         elif not _is_back(member):
             pending += 1
     if steps or pending:
         return steps
     back = sum(m.returned_generation > 0 for m in members)
-    return [Move(_S.ROLLED_BACK, f"{back} of {len(members)} agents run what they ran before")]
+    return [ChangeState(_S.ROLLED_BACK, f"{back} of {len(members)} agents run what they ran before")]
 
 
-def _is_back(member: Member) -> bool:
+def _is_back(member: AgentView) -> bool:
     reported = member.reported
     heard = int(reported.get("generation", 0)) >= member.returned_generation
     return not member.previous_bundle or (heard and reported.get("active") == member.previous_bundle)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from control_plane.rollouts.schedule import Window, parse_cron, parse_time
+from control_plane.rollouts.schedule import MaintenanceSlot, parse_cron, parse_time
 from models.errors import InputError
 
 Percentage = Annotated[float, msgspec.Meta(gt=0.0, le=100.0)]
@@ -181,9 +181,9 @@ class SchedulingConfig(_Strict, frozen=True, kw_only=True):
         """When it ends; None = when it is done."""
         return parse_time(self.end_time) if self.end_time else None
 
-    def windows(self) -> tuple[Window, ...]:
+    def windows(self) -> tuple[MaintenanceSlot, ...]:
         """The recurring windows, parsed."""
-        return tuple(Window(parse_cron(w.start_time), w.duration_in_minutes) for w in self.maintenance_windows)
+        return tuple(MaintenanceSlot(parse_cron(w.start_time), w.duration_in_minutes) for w in self.maintenance_windows)
 
 
 class ErrorThreshold(_Strict, frozen=True, kw_only=True):

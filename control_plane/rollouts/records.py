@@ -13,7 +13,7 @@ from control_plane.database.tables.agents import Agent, WindowRow
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
 from control_plane.registry.versions import find_version
-from control_plane.rollouts.planner import Course, Member, next_state, observe
+from control_plane.rollouts.planner import AgentView, RolloutView, next_state, observe
 from control_plane.rollouts.policy import DONE, EXECUTED, RATE_PERIOD_S, Outcome, Policy, parse_policy, policy_dict
 from control_plane.rollouts.selector import parse_selector
 from control_plane.rollouts.waves import Wave, divide
@@ -46,7 +46,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class ResolvedOrder:
     """An order with everything looked up: what would be made of it now."""
 
     model: Model
@@ -58,7 +58,7 @@ class Drawn:
     """Wave by agent, in the order in which they get the bundle."""
 
 
-def draw(session: Session, order: Order) -> Drawn:
+def resolve(session: Session, order: Order) -> ResolvedOrder:
     """Looks up what the order means now; changes nothing.
 
     Raises:
@@ -85,16 +85,18 @@ def draw(session: Session, order: Order) -> Drawn:
             "rollout.no_agents", "No agent matches the selector.", expected="labels of agents", got=str(selector)
         )
     waves = divide(chosen, order.waves)
-    return Drawn(model, version, str(selector), policy, {agent_id: everyone[agent_id] for agent_id in waves}, waves)
+    return ResolvedOrder(
+        model, version, str(selector), policy, {agent_id: everyone[agent_id] for agent_id in waves}, waves
+    )
 
 
 def create_rollout(session: Session, order: Order, *, actor: str, now: datetime) -> Rollout:
     """Makes a rollout; who takes part, and in which wave, is settled now.
 
     Raises:
-        InputError: See `draw`.
+        InputError: See `resolve`.
     """
-    drawn = draw(session, order)
+    drawn = resolve(session, order)
     starts = drawn.policy.scheduling_config.starts_at
     waiting = RolloutState.SCHEDULED if starts and starts > now else RolloutState.RUNNING
     rollout = Rollout(
@@ -171,9 +173,9 @@ def get_rollout(session: Session, rollout_id: int, *, lock: bool = False) -> Rol
     return rollout
 
 
-def course_of(rollout: Rollout) -> Course:
+def course_of(rollout: Rollout) -> RolloutView:
     """What planning needs to know of a rollout."""
-    return Course(
+    return RolloutView(
         rollout_id=rollout.id or 0,
         state=RolloutState(rollout.state),
         bundle=rollout.bundle,
@@ -196,7 +198,7 @@ def parts_of(session: Session, rollout_id: int) -> list[tuple[RolloutAgent, Agen
     return [(part, agent) for part, agent in session.exec(query)]
 
 
-def members_of(session: Session, rollout: Rollout, parts: Sequence[tuple[RolloutAgent, Agent]]) -> list[Member]:
+def members_of(session: Session, rollout: Rollout, parts: Sequence[tuple[RolloutAgent, Agent]]) -> list[AgentView]:
     """The agents as planning sees them."""
     shadow = rollout.mode == Mode.SHADOW
     return [_member(p, a, _compared(session, rollout, p) if shadow else 0) for p, a in parts]
@@ -216,8 +218,8 @@ def _compared(session: Session, rollout: Rollout, part: RolloutAgent) -> int:
     return sum(window.shadow_compared for window in windows if window.shadow_bundle == rollout.bundle)
 
 
-def _member(part: RolloutAgent, agent: Agent, compared: int) -> Member:
-    return Member(
+def _member(part: RolloutAgent, agent: Agent, compared: int) -> AgentView:
+    return AgentView(
         agent_id=agent.id,
         wave=part.wave,
         reported=agent.reported,
@@ -294,7 +296,7 @@ def _describe_agent(part: RolloutAgent, agent: Agent, outcome: Outcome, reason: 
     }
 
 
-def _describe_waves(course: Course, agents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _describe_waves(course: RolloutView, agents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for number in range(max((a["wave"] for a in agents), default=0) + 1):
         members = [a for a in agents if a["wave"] == number]
@@ -305,7 +307,7 @@ def _describe_waves(course: Course, agents: list[dict[str, Any]]) -> list[dict[s
 
 
 def _describe_rate(
-    course: Course, assigned: list[datetime], outcomes: dict[str, Outcome], now: datetime
+    course: RolloutView, assigned: list[datetime], outcomes: dict[str, Outcome], now: datetime
 ) -> dict[str, Any]:
     succeeded = sum(outcome is Outcome.SUCCEEDED for outcome in outcomes.values())
     config = course.policy.job_executions_rollout_config

@@ -40,7 +40,7 @@ class Cron:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class MaintenanceSlot:
     """A recurring time in which agents may be given something new."""
 
     cron: Cron
@@ -109,6 +109,6 @@ def parse_time(text: str) -> datetime:
     return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
-def may_assign(windows: Sequence[Window], now: datetime) -> bool:
+def may_assign(windows: Sequence[MaintenanceSlot], now: datetime) -> bool:
     """Whether agents may be given something now: there are no windows, or one of them is open."""
     return not windows or any(window.open_at(now) for window in windows)

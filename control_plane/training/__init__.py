@@ -1,8 +1,9 @@
 """From labelled photographs to a bundle.
 
-`datasets` reads a folder and refuses what cannot be learnt from; `splits` keeps all views of an item on one side;
-`features` learns a dictionary of patches and computes it by an ONNX graph, in training as on the line; `head` fits
-and calibrates the classifier on top; `graph` merges both into one model and proves that it computes what
-scikit-learn computed; `metrics` gives figures with intervals over items; `pipeline` does all of it in order and writes
-the bundle with its `card`; `evaluation` judges a folder as an agent would; `importing` wraps models trained elsewhere.
+`patch_features` learns a dictionary of patches and computes it by an ONNX graph, in training as on the line;
+`colour_features` sees large soft areas; `augment` varies views; `head` fits and calibrates the classifier on top;
+`ensemble` gives a member a vote only where it helps on unseen items; `fusion` learns how views of an item are fused;
+`onnx_writer` writes graphs, `onnx_graph` merges features and head into one model and proves that it computes what
+scikit-learn computed; `quantise` makes it eight bits; `onnx_import` wraps models trained elsewhere; `pipeline` does
+all of it in order and writes the bundle with its `card`.
 """

@@ -39,7 +39,7 @@ class Vote:
 
 
 @dataclass(frozen=True, slots=True)
-class Unseen:
+class HeldOutScores:
     """What members say of items they were not fitted on.
 
     Attributes:

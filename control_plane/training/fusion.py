@@ -16,7 +16,7 @@ from scipy.special import expit
 from sklearn.model_selection import StratifiedKFold
 
 from models.fusion import FusionSpec, fuse, item_evidence
-from models.statistics import wilson
+from models.statistics import wilson_interval
 
 TOP_K: Final = (1, 2, 3, 4)
 _DEFAULT: Final = FusionSpec()
@@ -158,7 +158,7 @@ def calibration(bad: Flags, defect: Floats, *, seed: int = 1) -> dict[str, Any]:
         own = weights[members]
         said, share = float(np.average(defect[members], weights=own)), float(np.average(bad[members], weights=own))
         gap += abs(said - share) * float(own.sum() / weights.sum())
-        low, high = wilson(share, float(own.sum() ** 2 / (own**2).sum()))
+        low, high = wilson_interval(share, float(own.sum() ** 2 / (own**2).sum()))
         rows.append(
             {
                 "items": len(members),

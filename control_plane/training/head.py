@@ -25,7 +25,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from control_plane.data.splits import item_folds
-from control_plane.training.ensemble import Unseen, softmax
+from control_plane.training.ensemble import HeldOutScores, softmax
 
 Floats = NDArray[np.floating]
 Unite = Callable[[Any, Any], Any]
@@ -199,7 +199,9 @@ def _base(features: Floats, seed: int) -> Pipeline:
     return Pipeline([("scale", StandardScaler()), ("project", project)]).fit(features)
 
 
-def _ask(views: _Views, grids: Sequence[tuple[float, ...]], classes: int, counted: NDArray[np.bool_] | None) -> Unseen:
+def _ask(
+    views: _Views, grids: Sequence[tuple[float, ...]], classes: int, counted: NDArray[np.bool_] | None
+) -> HeldOutScores:
     """Cross-validates every member under every penalty of its grid."""
     labels = views.labels
     found = [{penalty: np.full((len(labels), classes), np.nan) for penalty in grid} for grid in grids]
@@ -216,7 +218,7 @@ def _ask(views: _Views, grids: Sequence[tuple[float, ...]], classes: int, counte
     known = known if counted is None else known & counted
     kept = [{penalty: log[known] for penalty, log in member.items()} for member in found]
     place = np.unique(views.items[known], return_inverse=True)[1]
-    return Unseen(kept, labels[known], views.weights[known], place, classes)
+    return HeldOutScores(kept, labels[known], views.weights[known], place, classes)
 
 
 def _logistic(penalty: float, features: Floats, examples: _Examples) -> Any:

@@ -2,6 +2,9 @@
 
 Two kinds of keys never meet. *Offline*: root (2 of 3, on media in safes) and release (with whoever answers for
 models); their ceremonies (`ceremony`) work on a folder and need no control plane. *Online*: timestamp, snapshot and
-assign (`assignments`), on the control plane's disk, signing every hour and with every assignment. Who steals the
+assign (`online_signer`), on the control plane's disk, signing every hour and with every assignment. Who steals the
 online keys can choose among released bundles until the root revokes them; nobody can release one with them.
+
+`keys` makes and reads key files; `metadata` builds and checks TUF metadata; `signing` packs the signed set within its
+limit; `renewal` signs again before anything expires; `export` writes a folder for sites without a network.
 """

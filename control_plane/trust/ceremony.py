@@ -30,7 +30,7 @@ ROOT_THRESHOLD: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
+class TrustFolder:
     """The public metadata and online keys of one installation."""
 
     path: Path
@@ -92,7 +92,7 @@ class Folder:
 
 
 def initialise(
-    folder: Folder, root_keys: Sequence[Path], release_key: Path, passphrase: Passphrase | None, now: datetime
+    folder: TrustFolder, root_keys: Sequence[Path], release_key: Path, passphrase: Passphrase | None, now: datetime
 ) -> bytes:
     """Makes all keys and the first root and targets.
 
@@ -132,7 +132,7 @@ def initialise(
     return root
 
 
-def new_online_keys(folder: Folder) -> dict[str, Signer]:
+def new_online_keys(folder: TrustFolder) -> dict[str, Signer]:
     """Makes the three online keys; their files are named after their ids."""
     found = {}
     for role in ONLINE:
@@ -220,7 +220,7 @@ class Rotated:
 
 
 def rotate(
-    folder: Folder,
+    folder: TrustFolder,
     role: str,
     signers: Sequence[Signer],
     now: datetime,
@@ -279,7 +279,7 @@ def _replaced(keys: md.RoleKeys, retire: str, new: Signer | None) -> md.RoleKeys
     return md.RoleKeys((*kept, new.public_key), keys.threshold)
 
 
-def add_signature(folder: Folder, signers: Sequence[Signer]) -> Rotated:
+def add_signature(folder: TrustFolder, signers: Sequence[Signer]) -> Rotated:
     """Adds signatures to the root that waits for them.
 
     Raises:
@@ -292,7 +292,7 @@ def add_signature(folder: Folder, signers: Sequence[Signer]) -> Rotated:
     return _settle(folder, md.sign(pending, signers, append=True))
 
 
-def _settle(folder: Folder, data: bytes) -> Rotated:
+def _settle(folder: TrustFolder, data: bytes) -> Rotated:
     """Keeps a root as pending, or puts it and its targets in force when it is complete."""
     root = md.read_root(data)
     version = root.signed.version
@@ -310,7 +310,7 @@ def _settle(folder: Folder, data: bytes) -> Rotated:
     return Rotated(final, version, 0)
 
 
-def follow(folder: Folder, roots: Sequence[bytes], targets: bytes) -> list[str]:
+def follow(folder: TrustFolder, roots: Sequence[bytes], targets: bytes) -> list[str]:
     """Brings a folder to what the control plane has by now, verified step by step; returns what was new.
 
     Raises:

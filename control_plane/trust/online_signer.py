@@ -17,7 +17,7 @@ from sqlmodel import Session, col, delete, desc, select
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.trust import AssignmentRow, TrustMetadata
 from control_plane.trust import metadata as md
-from control_plane.trust.ceremony import Folder, RoleStatus, status
+from control_plane.trust.ceremony import RoleStatus, TrustFolder, status
 from control_plane.trust.signing import FULL_SHARE, ONLINE, fill, is_bin, sign_changes
 from models.errors import ConflictError
 from models.messages import Desired, Mode, Swap, encode
@@ -45,14 +45,14 @@ def desired_of(agent: Agent) -> Desired:
     )
 
 
-class Assignments:
+class OnlineSigner:
     """The online half of trust.
 
     Args:
         folder: Public metadata as the ceremonies wrote it, and the online keys.
     """
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: TrustFolder) -> None:
         self._folder = folder
         self.kind = NO_KEYS
         """For people, without asking the database: real keys, development keys or none."""
@@ -80,7 +80,7 @@ class Assignments:
             self.take_targets(session, targets, now)
         if known:
             self._see(known)
-            self.seal(session, now)
+            self.sign_changes(session, now)
 
     def take_root(self, session: Session, data: bytes, now: datetime) -> None:
         """Keeps a new root.
@@ -153,9 +153,9 @@ class Assignments:
     # -- what online keys sign --------------------------------------------------------------------------------
 
     def assign(self, session: Session, agent_id: str, desired: Desired, now: datetime) -> None:
-        """Writes what an agent shall run; `seal` before the commit signs it together with all others.
+        """Writes what an agent shall run; `sign_changes` before the commit signs it together with all others.
 
-        Whoever changes the agent's row need not call this: `seal` finds rows whose generation grew.
+        Whoever changes the agent's row need not call this: `sign_changes` finds rows whose generation grew.
 
         Raises:
             ConflictError: `trust.not_released`, `trust.not_initialised`.
@@ -163,7 +163,7 @@ class Assignments:
         self.check_released(session, desired.bundle)
         _write(session, session.get(AssignmentRow, agent_id), agent_id, desired, now)
 
-    def seal(self, session: Session, now: datetime, *, force: bool = False) -> bool:
+    def sign_changes(self, session: Session, now: datetime, *, force: bool = False) -> bool:
         """Signs what has changed or is getting old: see `control_plane.trust.signing`.
 
         In the caller's writing transaction; returns whether anything was signed. An agent whose generation grew gets

@@ -70,7 +70,7 @@ class Renewal:
         self._take_folder(now)
         with writing(self._engine) as session:
             leading = take_lease(session, "trust", self._holder, seconds=_LEASE_S, now=now)
-            signed = leading is not None and self._fleet.assignments.seal(session, now)
+            signed = leading is not None and self._fleet.assignments.sign_changes(session, now)
             self._fleet.assignments.look(session, now)
             session.commit()
         self._fleet.publish_trust()

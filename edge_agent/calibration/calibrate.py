@@ -18,7 +18,7 @@ from edge_agent.calibration.lanes import Lanes, find_lanes
 from edge_agent.calibration.overlay import Sketch, draw
 from edge_agent.calibration.scale import Scale, scale_from_board, scale_from_items
 from edge_agent.calibration.survey import Opener, Progress, Survey, frames_of, survey
-from edge_agent.devices.hardware import open_world
+from edge_agent.devices.hardware import open_hardware
 from edge_agent.interfaces import Image
 from edge_agent.line_config import LineConfig
 from models.errors import InputError
@@ -81,7 +81,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 def camera_opener(config: LineConfig) -> Opener:
     """Opens the camera of a configuration: recordings from their start and unpaced, a simulation in virtual time."""
     unpaced = msgspec.structs.replace(config, paced=False, loop=False)
-    return lambda: open_world(unpaced, virtual=True).source
+    return lambda: open_hardware(unpaced, virtual=True).source
 
 
 def calibrate(

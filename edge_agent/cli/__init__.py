@@ -1,1 +1,1 @@
-"""Room."""
+"""The `sortline-agent` command: `commands` has the parser and every subcommand."""

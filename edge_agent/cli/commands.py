@@ -404,7 +404,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _lot(arguments: argparse.Namespace) -> int:
     import secrets  # noqa: PLC0415
 
-    from edge_agent.supervisor.lots import known_lot, leave_wish, taken_up  # noqa: PLC0415
+    from edge_agent.supervisor.lots import known_lot, submit_lot_request, wait_until_applied  # noqa: PLC0415
 
     root: Path = arguments.state_dir
     if not (root / "lock").exists():
@@ -415,8 +415,8 @@ def _lot(arguments: argparse.Namespace) -> int:
     facts: dict[str, Any] = {}
     if said:
         request_id = secrets.token_hex(16)
-        leave_wish(root, arguments.lot, arguments.variety, request_id)
-        facts = {"taken_up": taken_up(root, request_id, timeout_s=3.0)}
+        submit_lot_request(root, arguments.lot, arguments.variety, request_id)
+        facts = {"taken_up": wait_until_applied(root, request_id, timeout_s=3.0)}
         if not facts["taken_up"]:
             sys.stderr.write("no agent has taken it up yet: the next one that runs here does\n")
             _print(facts | {"lot": arguments.lot, "variety": arguments.variety}, as_json=arguments.json)

@@ -90,7 +90,7 @@ class Host(Protocol):
     def event(self, code: str, message: str, **facts: str) -> None:
         """Stores an event."""
 
-    def blame(self, error: SortlineError) -> None:
+    def report_error(self, error: SortlineError) -> None:
         """Makes an error the reported fault."""
 
     def set_fault(self, fault: Fault) -> None:
@@ -161,7 +161,7 @@ class Challenger:
         if not wanted and state.phase is ShadowPhase.IDLE:
             return
         if wanted in blocked:
-            self._host.blame(
+            self._host.report_error(
                 ConflictError(
                     "agent.digest_blocked",
                     "This bundle failed here before and is not tried again.",
@@ -220,7 +220,7 @@ class Challenger:
             self._fail(Fault(code=found.code, message=str(found)[:600]))
             return
         if error is not None:
-            self._host.blame(error)
+            self._host.report_error(error)
 
     def _start_selftest(self) -> None:
         deliver: Deliver = self._host.enqueue

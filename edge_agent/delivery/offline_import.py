@@ -79,7 +79,7 @@ def stage_import(source: Path, state_dir: Path) -> Desired:
     return desired
 
 
-class Stick:
+class StagedImport:
     """What was staged, seen from the supervisor.
 
     Args:
@@ -140,7 +140,7 @@ class Network(Protocol):
         """Ends subscriptions."""
 
 
-class StickOrNetwork:
+class ImportOrNetwork:
     """A connection whose blobs come from the stick as far as it has them, else from the broker.
 
     Args:
@@ -149,7 +149,7 @@ class StickOrNetwork:
         deliver: Gets an `Incoming` for every blob of the stick.
     """
 
-    def __init__(self, network: Network, stick: Stick, deliver: Callable[[Incoming], bool]) -> None:
+    def __init__(self, network: Network, stick: StagedImport, deliver: Callable[[Incoming], bool]) -> None:
         self._network, self._stick, self._deliver = network, stick, deliver
 
     @property

@@ -17,7 +17,7 @@ from edge_agent.delivery.fetch import Fetch, discard_parts
 from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, SortlineError
 from models.messages import Request, encode
-from models.token_bucket import Bucket
+from models.token_bucket import TokenBucket
 from models.topics import BLOBS, Channel, agent_topic, blob_topic
 
 _FULL_PAUSE_S: Final = 5.0
@@ -73,7 +73,9 @@ class Transfer:
         """Whether the control plane's answers are what brings us on: then it is asked without waiting for a stall."""
         self._asked: set[str] = set()
         self._retry_s = 0.0
-        self._bucket = Bucket(config.bytes_per_s, max(config.window * CHUNK_BYTES, config.bytes_per_s / 2.0), clock)
+        self._bucket = TokenBucket(
+            config.bytes_per_s, max(config.window * CHUNK_BYTES, config.bytes_per_s / 2.0), clock
+        )
 
     @property
     def progress(self) -> float:

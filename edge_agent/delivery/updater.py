@@ -38,7 +38,7 @@ class Host(Protocol):
     def event(self, code: str, message: str, **facts: str) -> None:
         """Stores an event."""
 
-    def blame(self, error: SortlineError) -> None:
+    def report_error(self, error: SortlineError) -> None:
         """Makes an error the reported fault."""
 
     def set_fault(self, fault: Fault) -> None:
@@ -166,7 +166,7 @@ class Updater:
             self._save(msgspec.structs.replace(state, generation=desired.generation))
             return
         if desired.bundle in state.blocked:
-            self._host.blame(
+            self._host.report_error(
                 ConflictError(
                     "agent.digest_blocked",
                     "This bundle failed here before and is not tried again.",
@@ -235,12 +235,12 @@ class Updater:
         try:
             error = self.transfer.take(topic, payload)
         except BundleError as found:
-            self._host.blame(found)
+            self._host.report_error(found)
             self.transfer.drop()
             self._save(advance(self.state, Trigger.TEST_FAILED))
             return
         if error is not None:
-            self._host.blame(error)
+            self._host.report_error(error)
 
     # -- self-test and trial ----------------------------------------------------------------------------------
 

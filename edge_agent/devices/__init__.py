@@ -1,1 +1,5 @@
-"""Room."""
+"""The hardware of a line behind the interfaces.
+
+`hardware` opens all of it from the line's configuration; `cameras` reads frames; `image_encoder` measures the belt from
+the picture where there is no encoder; `drivers` speaks to encoders, ejectors, sensors and the belt.
+"""

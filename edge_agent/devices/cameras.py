@@ -122,7 +122,7 @@ def open_camera(
         reader = lambda counters: _video(path, counters)  # noqa: E731
     else:
         raise _absent(source, "a file, folder, device or URL", "nothing there")
-    return Recording(reader, rate, belt_mm_s=belt_mm_s, paced=paced, loop=loop, clock=clock, sleep=sleep)
+    return VideoFile(reader, rate, belt_mm_s=belt_mm_s, paced=paced, loop=loop, clock=clock, sleep=sleep)
 
 
 def is_live(source: str) -> bool:
@@ -188,7 +188,7 @@ def _video(path: Path, counters: CameraCounters) -> Iterator[Image]:
     counters.corrupt += max(0, expected - given)
 
 
-class Recording:
+class VideoFile:
     """Frames of a file or folder, at camera speed or as fast as they are asked for."""
 
     def __init__(

@@ -25,7 +25,7 @@ from models.errors import ConfigError
 
 
 @dataclass(slots=True)
-class NoEjector:
+class NullEjector:
     """For cameras without valves: counts what would have been fired."""
 
     fired: int = 0
@@ -35,7 +35,7 @@ class NoEjector:
         self.fired += 1
 
 
-class Closing(Protocol):
+class Closeable(Protocol):
     """A device that can be let go of."""
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class Closing(Protocol):
 
 
 @dataclass(slots=True)
-class Stamped:
+class EncoderStampedCamera:
     """A camera whose frames carry the belt position of a real encoder."""
 
     source: FrameSource
@@ -60,7 +60,7 @@ class Stamped:
 
 
 @dataclass(slots=True)
-class World:
+class LineHardware:
     """What the line is connected to."""
 
     source: FrameSource
@@ -72,7 +72,7 @@ class World:
     belt: BeltControl | None = None
     weights: tuple[ItemScalars, ...] = ()
     """Per lane, what weighs its items; empty = nothing does."""
-    devices: tuple[Closing, ...] = ()
+    devices: tuple[Closeable, ...] = ()
     """Opened with the world, closed with it."""
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class World:
         return EjectionQueue(self.encoder, self.ejector, clock=clock, rules=rules, ledger=ledger)
 
 
-def draw_ahead(config: LineConfig) -> SimulatedLine | None:
+def prerender(config: LineConfig) -> SimulatedLine | None:
     """The simulated line of a configuration, its pictures drawn (which takes a second or two); None for a real camera.
 
     Raises:
@@ -102,7 +102,7 @@ def draw_ahead(config: LineConfig) -> SimulatedLine | None:
     return SimulatedLine(simulation_config(config), schedule=config.trouble) if config.camera == "simulated" else None
 
 
-def open_world(config: LineConfig, *, virtual: bool = False, drawn: SimulatedLine | None = None) -> World:
+def open_hardware(config: LineConfig, *, virtual: bool = False, drawn: SimulatedLine | None = None) -> LineHardware:
     """Opens camera, encoder and ejector of a configuration.
 
     Args:
@@ -120,7 +120,7 @@ def open_world(config: LineConfig, *, virtual: bool = False, drawn: SimulatedLin
         line.start()
         rolling = "photographs" if config.photos else "apples"
         cells = tuple(line.load_cell(lane) for lane in range(config.lanes))
-        return World(line, line, line, line, f"simulated, {config.lanes} lanes of {rolling}", line, line, cells)
+        return LineHardware(line, line, line, line, f"simulated, {config.lanes} lanes of {rolling}", line, line, cells)
     camera = open_camera(
         config.camera,
         belt_mm_s=config.belt_mm_s,
@@ -138,7 +138,7 @@ def open_world(config: LineConfig, *, virtual: bool = False, drawn: SimulatedLin
             expected="line.encoder",
             got="none",
         )
-    return World(camera, camera.encoder, NoEjector(), None, config.camera)  # type: ignore[attr-defined]
+    return LineHardware(camera, camera.encoder, NullEjector(), None, config.camera)  # type: ignore[attr-defined]
 
 
 def _check_fail_safe(config: LineConfig) -> None:
@@ -155,7 +155,7 @@ def _check_fail_safe(config: LineConfig) -> None:
         )
 
 
-def _with_devices(config: LineConfig, camera: FrameSource) -> World:
+def _with_devices(config: LineConfig, camera: FrameSource) -> LineHardware:
     """A camera with the encoder, ejector and load cells of a real line."""
     # The drivers' libraries are extras: whoever has no such device need not have them.
     from edge_agent.devices.drivers.belt import open_belt  # noqa: PLC0415
@@ -164,8 +164,8 @@ def _with_devices(config: LineConfig, camera: FrameSource) -> World:
     from edge_agent.devices.drivers.item_sensors import open_scalar  # noqa: PLC0415
 
     encoder = open_encoder(config.encoder)
-    devices: list[Closing] = [encoder]
-    ejector: Ejector = NoEjector()
+    devices: list[Closeable] = [encoder]
+    ejector: Ejector = NullEjector()
     if config.ejector:
         devices.append(driven := open_ejector(config.ejector, encoder))
         ejector = driven
@@ -173,8 +173,8 @@ def _with_devices(config: LineConfig, camera: FrameSource) -> World:
     if belt is not None:
         devices.append(belt)
     cells = [open_scalar(url, encoder, sensor_mm=config.weight_mm, tolerance_mm=30.0) for url in config.weights]
-    return World(
-        Stamped(camera, encoder),
+    return LineHardware(
+        EncoderStampedCamera(camera, encoder),
         encoder,
         ejector,
         None,
@@ -201,7 +201,7 @@ def simulation_config(config: LineConfig) -> SimulationConfig:
     )
 
 
-def geometry_of(config: LineConfig, world: World, frame: Frame) -> LineGeometry:
+def geometry_of(config: LineConfig, world: LineHardware, frame: Frame) -> LineGeometry:
     """Lanes of the configuration in this camera's image."""
     if world.simulation is not None:
         return world.simulation.geometry

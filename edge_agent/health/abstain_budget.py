@@ -8,7 +8,7 @@ more); within it again is what does not exceed it any more: the answer does not 
 from collections import deque
 from typing import Final
 
-from models.statistics import wilson
+from models.statistics import wilson_interval
 
 MEMORY_ITEMS: Final = 400
 LEAST_ITEMS: Final = 100
@@ -42,7 +42,7 @@ class AbstainWatch:
         if self.over:
             self.over = self.share > budget
         else:
-            self.over = known >= LEAST_ITEMS and wilson(self.share, known)[0] > budget
+            self.over = known >= LEAST_ITEMS and wilson_interval(self.share, known)[0] > budget
         return self.over != before
 
     def forget(self) -> None:

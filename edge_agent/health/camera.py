@@ -58,7 +58,7 @@ _SAYS: Final = {
 
 
 @dataclass(slots=True)
-class Looks:
+class FrameStatistics:
     """What this camera's good frames look like, learnt slowly."""
 
     level: float = 0.0
@@ -79,7 +79,7 @@ class Looks:
             self.changed += rate * (changed - self.changed) if self.changed else changed
 
 
-class CameraWatch:
+class CameraHealth:
     """The health of one camera.
 
     Args:
@@ -103,7 +103,7 @@ class CameraWatch:
         self._on_change = on_change
         self.fault = ""
         """Code of the present fault; empty = good."""
-        self.looks = Looks()
+        self.looks = FrameStatistics()
         self._shape: tuple[int, ...] | None = None
         self._last: NDArray[np.uint8] | None = None
         self._last_mm = 0.0

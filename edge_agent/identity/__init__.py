@@ -1,1 +1,4 @@
-"""Room."""
+"""Who this agent is to the broker.
+
+`certificate` keeps key and certificate and says when to renew; `enrolment` obtains them, in a process of its own.
+"""

@@ -23,7 +23,7 @@ from edge_agent.interfaces import (
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.shadow import Shadow
 from edge_agent.vision.judge import Judge, Judged
-from edge_agent.vision.segmentation import FLOODED, Located, Locator
+from edge_agent.vision.segmentation import FLOODED, Detection, Locator
 from edge_agent.vision.tracking import Track, Tracker, ViewPicker
 from models.errors import BundleError, CameraError
 
@@ -130,13 +130,13 @@ class LineCore:
                 "camera.wrong_size", "A frame has another size than the line.", expected=expected, got=frame.image.shape
             )
 
-    def _judge_seen(self, frame: Frame, seen: list[tuple[Track, Located]]) -> None:
+    def _judge_seen(self, frame: Frame, seen: list[tuple[Track, Detection]]) -> None:
         """Takes the views this frame offers and judges them; items whose last view is among them get their verdict.
 
         Where there are many views, these items are judged first, so that their verdict does not wait for the others'
         inference. Where there are few, a second run of the model would cost more than it saves.
         """
-        wanted: list[tuple[Track, Located]] = []
+        wanted: list[tuple[Track, Detection]] = []
         for track, place in seen:
             if track.judge is None:
                 track.judge = self.judge
@@ -153,7 +153,7 @@ class LineCore:
             self._finish(track)
         self._take_views(frame, wanted)
 
-    def _take_views(self, frame: Frame, wanted: list[tuple[Track, Located]]) -> None:
+    def _take_views(self, frame: Frame, wanted: list[tuple[Track, Detection]]) -> None:
         """Cuts these views and judges them in one batch per bundle."""
         batches: dict[int, tuple[Judge, list[Track]]] = {}
         for track, place in wanted:

@@ -26,9 +26,9 @@ import cv2
 import msgspec
 
 from edge_agent.devices.cameras import is_live
-from edge_agent.devices.hardware import World, geometry_of, open_world
+from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.health.abstain_budget import AbstainWatch
-from edge_agent.health.camera import CameraWatch
+from edge_agent.health.camera import CameraHealth
 from edge_agent.interfaces import Frame, Lane, LineGeometry
 from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
@@ -99,10 +99,10 @@ class Line:
     """
 
     def __init__(
-        self, config: LineConfig, pipe: Pipe, world: World | None = None, *, judge: Judge | None = None
+        self, config: LineConfig, pipe: Pipe, world: LineHardware | None = None, *, judge: Judge | None = None
     ) -> None:
         self._config, self._pipe = config, pipe
-        self._world = world or open_world(config)
+        self._world = world or open_hardware(config)
         self._stop = threading.Event()
         self._reports: queue.Queue[FromLine] = queue.Queue(_MAX_REPORTS)
         self.reports_dropped = 0
@@ -111,7 +111,7 @@ class Line:
         """The freshest frame, and how many were refused before it."""
         self._ended = False
         self._status = 0
-        self._watch = CameraWatch(
+        self._watch = CameraHealth(
             frames_per_s=config.frames_per_s,
             stall_s=config.stall_s,
             slow_share=config.slow_share,
@@ -534,7 +534,7 @@ class Line:
             live=self._counter.live(self._config.boot_id, speed, camera_fault=self._watch.fault),
             lot=lot,
             variety=variety,
-            terms=judge.recipe.speaks_of(variety, lot) if judge else "",
+            terms=judge.recipe.terms_source(variety, lot) if judge else "",
         )
 
 
@@ -559,7 +559,7 @@ def serve(
         The exit status; 3: camera or devices cannot be opened.
     """
     try:
-        line = Line(config, pipe, open_world(config, drawn=drawn), judge=judge)
+        line = Line(config, pipe, open_hardware(config, drawn=drawn), judge=judge)
     except SortlineError as error:
         pipe.send(Faulted(fault=fault_of(error)))
         log.warning("%s", error)

@@ -29,7 +29,7 @@ _OOM_SCORE: Final = 100
 T = TypeVar("T")
 
 
-def gently(work: Callable[[], T]) -> T:
+def run_at_low_priority(work: Callable[[], T]) -> T:
     """Does work in a thread of low priority and waits for it."""
     with ThreadPoolExecutor(1, "warm-up", initializer=_lower_priority) as pool:
         return pool.submit(work).result()
@@ -41,7 +41,7 @@ def _lower_priority() -> None:
 
 
 @contextlib.contextmanager
-def first_to_go() -> Iterator[None]:
+def prefer_as_oom_victim() -> Iterator[None]:
     """While this lasts, a system without memory takes this process before others of its size."""
     path = Path("/proc/self/oom_score_adj")
     before: int | None = None
@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
 
         return warming.warm_up(options.config, options.pipe_fd)
 
-    with first_to_go():
-        line = gently(load_and_warm_up)
+    with prefer_as_oom_victim():
+        line = run_at_low_priority(load_and_warm_up)
         line.load_for_many()
         wanted = line.wait()
     return line.serve() if wanted else 0

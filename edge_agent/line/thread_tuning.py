@@ -30,7 +30,7 @@ _SHORTER: Final = 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class ThreadTiming:
     """One thread count, measured."""
 
     threads: int
@@ -53,7 +53,7 @@ def thread_counts(cores: int | None = None) -> list[int]:
     return [count for count in (1, 2, 4, 8) if count <= most]
 
 
-def choose(trials: Sequence[Trial]) -> Trial:
+def choose(trials: Sequence[ThreadTiming]) -> ThreadTiming:
     """The rule of this module's head; pure."""
     limit = _DEARER * min(trial.cpu_ms for trial in trials)
     thrifty = sorted((t for t in trials if t.cpu_ms <= limit), key=lambda t: t.threads)
@@ -71,7 +71,7 @@ def measure(
     *,
     wall: Callable[[], float] = time.perf_counter,
     cpu: Callable[[], float] = time.process_time,
-) -> list[Trial]:
+) -> list[ThreadTiming]:
     """Runs the same work with each thread count in turns until the budget is spent; each at least three times.
 
     Args:
@@ -94,12 +94,12 @@ def measure(
             each.wall_ms.append((wall() - began_s) * 1000.0)
             each.cpu_ms += (cpu() - began_cpu_s) * 1000.0
     return [
-        Trial(count, float(np.quantile(each.wall_ms, 0.99)), each.cpu_ms / turns, turns)
+        ThreadTiming(count, float(np.quantile(each.wall_ms, 0.99)), each.cpu_ms / turns, turns)
         for count, each in measured.items()
     ]
 
 
-def tune_model(directory: Path, digest: str | None, counts: Sequence[int] | None = None) -> list[Trial]:
+def tune_model(directory: Path, digest: str | None, counts: Sequence[int] | None = None) -> list[ThreadTiming]:
     """Measures a bundle's model on a batch of eight views.
 
     Raises:
@@ -115,7 +115,7 @@ def tune_model(directory: Path, digest: str | None, counts: Sequence[int] | None
     return measure(work_for, counts or thread_counts(), _MODEL_S)
 
 
-def tune_opencv(counts: Sequence[int] | None = None) -> list[Trial]:
+def tune_opencv(counts: Sequence[int] | None = None) -> list[ThreadTiming]:
     """Measures what locating does to a frame of 1280x720; leaves OpenCV with the chosen count."""
     frame = np.random.default_rng(0).integers(0, 255, (720, 1280, 3), dtype=np.uint8)
     small = cv2.resize(frame, (320, 180), interpolation=cv2.INTER_AREA)
@@ -134,7 +134,7 @@ def tune_opencv(counts: Sequence[int] | None = None) -> list[Trial]:
     return trials
 
 
-def facts(name: str, trials: Sequence[Trial]) -> dict[str, str]:
+def facts(name: str, trials: Sequence[ThreadTiming]) -> dict[str, str]:
     """What was measured and chosen, for the record: `onnx_threads` = "1", `onnx_trials` = "1: p99 2.1 ms, ..."."""
     rows = (f"{t.threads}: p99 {t.p99_ms:.2f} ms, cpu {t.cpu_ms:.2f} ms, {t.runs} runs" for t in trials)
     return {f"{name}_threads": str(choose(trials).threads), f"{name}_trials": "; ".join(rows)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import msgspec
 
-from edge_agent.devices.hardware import draw_ahead
+from edge_agent.devices.hardware import prerender
 from edge_agent.line.loader import load_judge, return_memory
 from edge_agent.line.process import serve
 from edge_agent.line_config import LineConfig
@@ -86,4 +86,4 @@ def warm_up(config_file: Path, pipe_fd: int) -> WarmLine:
     # OpenCV starts its helping threads when it first needs them, with the priority of the thread that needs them.
     cv2.setNumThreads(1)
     judge = load_judge(config, lambda _directory, _digest: 1) if config.threads <= 1 else None
-    return WarmLine(config, Pipe(socket.socket(fileno=pipe_fd)), judge, draw_ahead(config))
+    return WarmLine(config, Pipe(socket.socket(fileno=pipe_fd)), judge, prerender(config))

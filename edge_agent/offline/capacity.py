@@ -8,7 +8,7 @@ import cv2
 import msgspec
 import numpy as np
 
-from edge_agent.devices.hardware import World, geometry_of, open_world
+from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame
 from edge_agent.line.core import LineCore
@@ -25,7 +25,7 @@ def capacity(config: LineConfig, *, bundle: Path | None = None, seconds: float =
     Without a bundle the vision part alone is measured (drawing the simulated frames is timed apart).
     """
     cv2.setNumThreads(1)
-    world = open_world(msgspec.structs.replace(config, camera="simulated", trouble=""), virtual=True)
+    world = open_hardware(msgspec.structs.replace(config, camera="simulated", trouble=""), virtual=True)
     frame = _next_frame(world)
     counter = LineCounter(config.lanes)
     queue = EjectionQueue(world.encoder, world.ejector, lead_ms=0.0, clock=lambda: 0.0)
@@ -52,7 +52,7 @@ def capacity(config: LineConfig, *, bundle: Path | None = None, seconds: float =
     }
 
 
-def _next_frame(world: World) -> Frame:
+def _next_frame(world: LineHardware) -> Frame:
     while True:
         frame = world.source.read(1.0)
         if frame is not None:

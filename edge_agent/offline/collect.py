@@ -16,10 +16,10 @@ import cv2
 import msgspec
 import numpy as np
 
-from edge_agent.devices.hardware import World, geometry_of, open_world
+from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.interfaces import Frame
 from edge_agent.line_config import LineConfig
-from edge_agent.vision.segmentation import Located, Locator
+from edge_agent.vision.segmentation import Detection, Locator
 from edge_agent.vision.tracking import Track, Tracker, ViewPicker
 from models.errors import CameraError, InputError
 from models.files import write_atomically
@@ -66,7 +66,7 @@ def collect(
     rows: list[dict[str, object]] = []
     done, seed, ended = 0, config.seed, False
     while done < items and not ended:
-        world = open_world(msgspec.structs.replace(config, seed=seed), virtual=True)
+        world = open_hardware(msgspec.structs.replace(config, seed=seed), virtual=True)
         writer = _Writer(config, world, output, max_views, seed)
         wanted = min(_WORLD_ITEMS, items - done) if world.simulation else items - done
         try:
@@ -89,7 +89,7 @@ def collect(
 class _Writer:
     """Follows items through frames and keeps their crops until they leave."""
 
-    def __init__(self, config: LineConfig, world: World, output: Path, max_views: int, seed: int) -> None:
+    def __init__(self, config: LineConfig, world: LineHardware, output: Path, max_views: int, seed: int) -> None:
         self._config, self._world, self._output, self._max_views = config, world, output, max_views
         self._seed = seed
         self._ids = 0
@@ -118,7 +118,7 @@ class _Writer:
             self.rows.extend(rows)
             self.items += bool(rows)
 
-    def _view(self, frame: Frame, track: Track, place: Located, locator: Locator) -> None:
+    def _view(self, frame: Frame, track: Track, place: Detection, locator: Locator) -> None:
         simulation = self._world.simulation
         truth = simulation.view_truth(frame.belt_mm, track.lane, track.item_mm) if simulation else None
         if simulation is not None and truth is None:

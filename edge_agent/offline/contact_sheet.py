@@ -13,13 +13,13 @@ import cv2
 import numpy as np
 
 from edge_agent.calibration.overlay import Colour
-from edge_agent.devices.hardware import World, geometry_of, open_world
+from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.interfaces import Frame, Image, LineGeometry
 from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line_config import LineConfig
 from edge_agent.vision.judge import Judge, Judged
-from edge_agent.vision.segmentation import Located, Locator
+from edge_agent.vision.segmentation import Detection, Locator
 from models.errors import CameraError, InputError
 from models.files import write_atomically
 
@@ -54,7 +54,7 @@ class _Shown:
     """What one frame showed: places with the item's id, and how many views it had by then."""
 
     frame: Frame
-    places: list[tuple[Located, int, int, bool]]
+    places: list[tuple[Detection, int, int, bool]]
     """Place, item id (0 = not followed yet), views, whether it has its verdict."""
 
 
@@ -77,9 +77,9 @@ def write_sheet(config: LineConfig, bundle: Path, output: Path, *, seconds: floa
     """
     cv2.setNumThreads(1)
     judge = Judge(bundle)
-    world = open_world(config, virtual=not config.paced)
+    world = open_hardware(config, virtual=not config.paced)
     try:
-        film = _Film(config, world, judge)
+        film = _ContactSheet(config, world, judge)
         film.run(seconds)
     finally:
         world.close()
@@ -92,10 +92,10 @@ def write_sheet(config: LineConfig, bundle: Path, output: Path, *, seconds: floa
     return {"frames": film.frames, "items": film.items, "shown": len(film.chosen())}
 
 
-class _Film:
+class _ContactSheet:
     """Drives the line and keeps what is to be shown."""
 
-    def __init__(self, config: LineConfig, world: World, judge: Judge) -> None:
+    def __init__(self, config: LineConfig, world: LineHardware, judge: Judge) -> None:
         self._config, self._world, self._judge = config, world, judge
         self.geometry: LineGeometry | None = None
         self.shown: deque[_Shown] = deque(maxlen=_FRAMES)
@@ -149,7 +149,7 @@ class _Film:
         self.verdicts[track.item_id] = _Verdict(judged, outlet, found.kind if found else "")
         self.items += 1
 
-    def _place(self, core: LineCore, frame: Frame, place: Located) -> tuple[Located, int, int, bool]:
+    def _place(self, core: LineCore, frame: Frame, place: Detection) -> tuple[Detection, int, int, bool]:
         item_mm = frame.belt_mm - place.x_px * core.geometry.mm_per_px
         near = [t for t in core.tracker.tracks if t.lane == place.lane and abs(t.item_mm - item_mm) < t.length_mm / 3.0]
         track = min(near, key=lambda t: abs(t.item_mm - item_mm), default=None)
@@ -173,7 +173,7 @@ class _Film:
         return outlet in self._outlets()
 
 
-def _compose(film: _Film, camera: str, judge: Judge) -> Image:
+def _compose(film: _ContactSheet, camera: str, judge: Judge) -> Image:
     head = np.full((_HEAD_PX, 2 * _CELL_PX, 3), _PAPER, np.uint8)
     title = f"The line at work: {camera}"
     _text(head, title, (12, 26), _INK, 0.62)
@@ -193,7 +193,7 @@ def _in_two_columns(cells: list[Image]) -> list[Image]:
     return [np.hstack(cells[k : k + 2]) for k in range(0, len(cells), 2)]
 
 
-def _frame_cell(film: _Film, shown: _Shown) -> Image:
+def _frame_cell(film: _ContactSheet, shown: _Shown) -> Image:
     geometry = film.geometry
     assert geometry is not None  # noqa: S101  a frame was shown
     scale = (_CELL_PX - 4) / geometry.width_px
@@ -212,7 +212,13 @@ def _frame_cell(film: _Film, shown: _Shown) -> Image:
 
 
 def _draw_place(
-    film: _Film, picture: Image, place: Located, item_id: int, views: int, verdict: _Verdict | None, scale: float
+    film: _ContactSheet,
+    picture: Image,
+    place: Detection,
+    item_id: int,
+    views: int,
+    verdict: _Verdict | None,
+    scale: float,
 ) -> None:
     goes = verdict is not None and film.goes(verdict.outlet)
     colour = _OPEN if verdict is None else _EJECTED if goes else _STAYS
@@ -233,7 +239,7 @@ def _draw_place(
         _text(picture, text, at, colour, 0.42)
 
 
-def _item_cell(film: _Film, found: _Verdict) -> Image:
+def _item_cell(film: _ContactSheet, found: _Verdict) -> Image:
     """One item: all its views in the order they were taken, and the verdict on them."""
     cell = np.full((_VIEW_PX + 10, _CELL_PX, 3), _PAPER, np.uint8)
     verdict, track = found.judged.verdict, found.judged.track

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import cv2
 import msgspec
 
-from edge_agent.devices.hardware import World, geometry_of, open_world
+from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame
 from edge_agent.line.core import LineCore
@@ -56,7 +56,7 @@ def run_standalone(
     """
     cv2.setNumThreads(1)
     judge = Judge(bundle, threads=config.threads or 1) if bundle else None
-    world = open_world(config, virtual=not config.paced)
+    world = open_hardware(config, virtual=not config.paced)
     now_s = [0.0]
     clock = time.monotonic if config.paced else (lambda: now_s[0])
     simulation = world.simulation
@@ -115,14 +115,14 @@ def run_standalone(
     return facts
 
 
-def _close(queue: EjectionQueue, world: World, shadow: Shadow | None) -> None:
+def _close(queue: EjectionQueue, world: LineHardware, shadow: Shadow | None) -> None:
     queue.stop()
     world.close()
     if shadow is not None:
         shadow.stop()
 
 
-def _frames(world: World, seconds: float) -> Iterator[Frame]:
+def _frames(world: LineHardware, seconds: float) -> Iterator[Frame]:
     """Frames until the camera ends or `seconds` of its time are over (0 = no limit)."""
     first_s: float | None = None
     while True:
@@ -159,7 +159,7 @@ def _verdict_writer(stream: TextIO) -> Callable[[Judged, str], None]:
     return write
 
 
-def _summary(counter: LineCounter, world: World, elapsed_s: float) -> dict[str, Any]:
+def _summary(counter: LineCounter, world: LineHardware, elapsed_s: float) -> dict[str, Any]:
     window = counter.close_window()
     facts: dict[str, Any] = {
         "bundle": window.bundle,

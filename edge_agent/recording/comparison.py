@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.devices.hardware import NoEjector
+from edge_agent.devices.hardware import NullEjector
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Shot
 from edge_agent.line.core import CoreState, LineCore
@@ -45,7 +45,7 @@ class _RecordedTiming(EjectionQueue):
     """Answers what the recorded line answered: which verdicts came too late. Fires nothing."""
 
     def __init__(self, replay: Replay, late: set[int]) -> None:
-        super().__init__(replay, NoEjector(), lead_ms=0.0, clock=replay.now)
+        super().__init__(replay, NullEjector(), lead_ms=0.0, clock=replay.now)
         self._late = late
 
     def schedule(self, shot: Shot) -> bool:

@@ -14,7 +14,7 @@ import msgspec
 from models.errors import ConfigError
 
 
-class Trouble(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """State of everything that can be wrong; the defaults are a healthy line."""
 
     brightness: Annotated[float, msgspec.Meta(ge=0.0, le=10.0)] = 1.0
@@ -47,19 +47,19 @@ class Trouble(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Its effect comes later by so much."""
 
 
-CALM: Final = Trouble()
+NO_FAULTS: Final = Faults()
 _STEP = re.compile(r"^(\d+(?:\.\d+)?)s\s+(.+)$")
 
 
 @dataclass(frozen=True, slots=True)
-class ScheduledTrouble:
+class ScheduledFaults:
     """From `after_s` after the start, this trouble."""
 
     after_s: float
-    trouble: Trouble
+    trouble: Faults
 
 
-def parse_trouble_schedule(text: str) -> list[ScheduledTrouble]:
+def parse_fault_schedule(text: str) -> list[ScheduledFaults]:
     """Reads a schedule.
 
     Raises:
@@ -76,15 +76,15 @@ def parse_trouble_schedule(text: str) -> list[ScheduledTrouble]:
                 got=part,
             )
         found.append((float(match[1]), match[2]))
-    steps: list[ScheduledTrouble] = []
-    current = CALM
+    steps: list[ScheduledFaults] = []
+    current = NO_FAULTS
     for after_s, knobs in sorted(found, key=lambda step: step[0]):
-        current = CALM if knobs == "clear" else _changed(current, knobs)
-        steps.append(ScheduledTrouble(after_s, current))
+        current = NO_FAULTS if knobs == "clear" else _changed(current, knobs)
+        steps.append(ScheduledFaults(after_s, current))
     return steps
 
 
-def _changed(current: Trouble, text: str) -> Trouble:
+def _changed(current: Faults, text: str) -> Faults:
     values = msgspec.to_builtins(current)
     for word in text.split():
         name, _, value = word.partition("=")
@@ -98,6 +98,6 @@ def _changed(current: Trouble, text: str) -> Trouble:
             )
         values[name] = value or "true"
     try:
-        return msgspec.convert(values, Trouble, strict=False)
+        return msgspec.convert(values, Faults, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError("trouble.malformed", f"A knob has an impossible value: {error}.", got=text) from error

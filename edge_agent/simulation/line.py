@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edge_agent.interfaces import Frame, Lane, LineGeometry, Shot, Sighting
 from edge_agent.simulation.belt import BeltMotion
-from edge_agent.simulation.faults import CALM, ScheduledTrouble, Trouble, parse_trouble_schedule
+from edge_agent.simulation.faults import NO_FAULTS, Faults, ScheduledFaults, parse_fault_schedule
 from edge_agent.simulation.rendering import (
     VARIETIES,
     Kind,
@@ -155,7 +155,7 @@ class SimulatedLine:
         self.config = config
         self.geometry = config.geometry()
         self._virtual, self._clock, self._sleep = virtual, clock, sleep
-        self._schedule: list[ScheduledTrouble] = parse_trouble_schedule(schedule)
+        self._schedule: list[ScheduledFaults] = parse_fault_schedule(schedule)
         self._lock = threading.Lock()
         rng = np.random.default_rng(config.seed)
         self._library = self._make_library(rng)
@@ -173,7 +173,7 @@ class SimulatedLine:
         self._effects = np.random.default_rng((config.seed, 99))
         self._valves = np.random.default_rng((config.seed, 98))
         self._sightings: deque[tuple[float, Sighting]] = deque(maxlen=4096)
-        self._trouble = CALM
+        self._trouble = NO_FAULTS
         self._number = -1
         self._frozen: NDArray[np.uint8] | None = None
         self._drawing_s = 0.0
@@ -277,8 +277,8 @@ class SimulatedLine:
         turns = item.phase + (belt_mm - item.item_mm) / (np.pi * item.apple.length_mm)
         return int(turns * len(item.apple.sprites)) % len(item.apple.sprites)
 
-    def _apply(self, image: NDArray[np.uint8], trouble: Trouble) -> NDArray[np.uint8]:
-        if trouble == CALM:
+    def _apply(self, image: NDArray[np.uint8], trouble: Faults) -> NDArray[np.uint8]:
+        if trouble == NO_FAULTS:
             return image
         if trouble.dirt:
             clean = 1.0 - trouble.dirt * self._dirt
@@ -321,7 +321,7 @@ class SimulatedLine:
         """See `BeltControl`."""
         self._motion.hold(self.now(), held=False)
 
-    def set_trouble(self, trouble: Trouble) -> None:
+    def set_trouble(self, trouble: Faults) -> None:
         """Switches to this trouble; the belt ramps to its new speed."""
         if not trouble.freeze:
             self._frozen = None
@@ -381,7 +381,7 @@ class SimulatedLine:
         outlet_mm = self.geometry.outlets_mm[shot.outlet]
         self._advance(self.position_mm(at_s))
         with self._lock:
-            trouble = self._trouble if self._trouble.valve_lane == shot.lane else CALM
+            trouble = self._trouble if self._trouble.valve_lane == shot.lane else NO_FAULTS
             delay_ms = self.config.valve_delay_ms * self._valves.normal(1.0, 0.1) + trouble.valve_slow_ms
             dead = trouble.valve_miss > 0.0 and self._valves.random() < trouble.valve_miss
             effect_s = at_s + max(delay_ms, 0.0) / 1000.0

@@ -43,7 +43,7 @@ def standby_for(mode: Standby, state: SlotState) -> str:
 
 
 class Process(Protocol):
-    """A line process or a standby (`child.LineChild`). Times are monotonic seconds."""
+    """A line process or a standby (`child.LineProcess`). Times are monotonic seconds."""
 
     digest: str
     """The bundle it has, or was last asked to load."""

@@ -27,7 +27,7 @@ log = logging.getLogger("sortline.child")
 class LineGone:
     """A line process ended or its pipe broke."""
 
-    child: "LineChild"
+    child: "LineProcess"
     reason: str
 
 
@@ -44,7 +44,7 @@ thresholds glibc gives frames back instead of keeping the largest sum it ever he
 resident instead of 200)."""
 
 
-class LineChild:
+class LineProcess:
     """One running line process, or one that waits to become it.
 
     Args:

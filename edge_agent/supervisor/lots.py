@@ -71,7 +71,7 @@ class LotState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What was obeyed, newest last: heard again it is confirmed again and changes nothing."""
 
 
-class LotWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LotRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator says at the line; a file in the state directory."""
 
     schema_version: Literal[1] = 1
@@ -127,10 +127,10 @@ def accept(state: LotState, command: Command, now_ms: int) -> LotState:
             got=command.issued_at_ms,
         )
     state = msgspec.structs.replace(state, issued_at_ms=command.issued_at_ms)
-    return told(state, command, LotSource.CONTROL_PLANE, now_ms)
+    return with_lot(state, command, LotSource.CONTROL_PLANE, now_ms)
 
 
-def told(state: LotState, word: Command | LotWish, source: LotSource, now_ms: int) -> LotState:
+def with_lot(state: LotState, word: Command | LotRequest, source: LotSource, now_ms: int) -> LotState:
     """The state after somebody who may has named the lot; pure. The same lot named again goes on since when it did."""
     same = (word.lot, word.variety) == (state.lot, state.variety)
     return msgspec.structs.replace(
@@ -279,14 +279,14 @@ class Lots:
             # A wish that is said now replaces none that is being read.
             self._wish.rename(self._taken)
         try:
-            wish = _parse(_bounded(self._taken), LotWish)
+            wish = _parse(_bounded(self._taken), LotRequest)
         except InputError as error:
             self._host.counters[f"refused_{error.code}"] += 1
             self._host.event(error.code, str(error))
         else:
             # Power may have failed between here and the end: then it is known already.
             if wish.request_id not in self.state.requests:
-                self._begin(told(self.state, wish, LotSource.OPERATOR, self._wall_ms()), wish.request_id)
+                self._begin(with_lot(self.state, wish, LotSource.OPERATOR, self._wall_ms()), wish.request_id)
         self._taken.unlink()
         self._host.report()
 
@@ -310,7 +310,7 @@ class Lots:
         )
 
 
-def leave_wish(root: Path, lot: str, variety: str, request_id: str) -> None:
+def submit_lot_request(root: Path, lot: str, variety: str, request_id: str) -> None:
     """Puts an operator's word where the agent looks; a newer one replaces one that was not taken up.
 
     Args:
@@ -323,9 +323,9 @@ def leave_wish(root: Path, lot: str, variety: str, request_id: str) -> None:
         InputError: `lot.bad_name`: no name for a lot or a variety.
         OSError: The disk refused.
     """
-    data = msgspec.json.encode(LotWish(request_id=request_id, lot=lot, variety=variety))
+    data = msgspec.json.encode(LotRequest(request_id=request_id, lot=lot, variety=variety))
     try:
-        _parse(data, LotWish)
+        _parse(data, LotRequest)
     except InputError as error:
         raise InputError(
             "lot.bad_name",
@@ -336,7 +336,7 @@ def leave_wish(root: Path, lot: str, variety: str, request_id: str) -> None:
     write_atomically(root / WISH, data)
 
 
-def taken_up(root: Path, request_id: str, *, timeout_s: float) -> bool:
+def wait_until_applied(root: Path, request_id: str, *, timeout_s: float) -> bool:
     """Whether a running agent has kept this wish; waits for it so long."""
     until = time.monotonic() + timeout_s
     while True:
@@ -361,7 +361,7 @@ def known_lot(root: Path) -> dict[str, str]:
         recipe = parse_recipe((root / "slots" / active / RECIPE).read_bytes())
     except (OSError, BundleError):
         return facts | {"terms": "no bundle judges"}
-    return facts | {"terms": TERMS[recipe.speaks_of(state.variety, state.lot)]}
+    return facts | {"terms": TERMS[recipe.terms_source(state.variety, state.lot)]}
 
 
 def read_state(path: Path) -> LotState:

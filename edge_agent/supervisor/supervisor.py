@@ -24,7 +24,7 @@ import msgspec
 
 from edge_agent.config import AgentConfig
 from edge_agent.delivery.challenger import Challenger
-from edge_agent.delivery.offline_import import Stick, StickOrNetwork
+from edge_agent.delivery.offline_import import ImportOrNetwork, StagedImport
 from edge_agent.delivery.selftest_process import SelfTestDone
 from edge_agent.delivery.state_file import StateFile
 from edge_agent.delivery.transfer import Transfer
@@ -46,11 +46,11 @@ from edge_agent.line_protocol import (
 )
 from edge_agent.mqtt import Incoming, Link, LinkChanged
 from edge_agent.supervisor.line_keeper import LineKeeper, standby_for
-from edge_agent.supervisor.line_process import LineChild, LineGone
+from edge_agent.supervisor.line_process import LineGone, LineProcess
 from edge_agent.supervisor.lots import Lots
 from edge_agent.telemetry.spool import Spool
 from edge_agent.telemetry.uplink import Uplink
-from edge_agent.trust.verifier import Gate, Verified
+from edge_agent.trust.verifier import AssignmentVerifier, Verified
 from models.errors import CapacityError, ConflictError, MessageError, SortlineError
 from models.messages import Ack, Desired, Event, Fault, Phase, Presence, RecordKind, Reported, Response, decode, encode
 from models.topics import BLOBS, SENTINEL_TOPIC, TRUST_TOPIC, Channel, agent_topic, bin_of, bin_topic
@@ -114,7 +114,7 @@ class Supervisor:
             identity_folder(config), check_s=config.identity.check_s, counters=self.counters
         )
         self._uplink = Uplink(self._spool, self._link, self._topic(Channel.BATCH), retry_s=config.spool.retry_s)
-        self._stick = Stick(self._root)
+        self._stick = StagedImport(self._root)
         self._updater = Updater(
             self._root,
             config.delivery,
@@ -123,7 +123,7 @@ class Supervisor:
                 self._root,
                 config.id,
                 config.delivery,
-                StickOrNetwork(self._link, self._stick, self.enqueue),
+                ImportOrNetwork(self._link, self._stick, self.enqueue),
                 self.counters,
             ),
             self,
@@ -131,7 +131,9 @@ class Supervisor:
         self._challenger = Challenger(self._root, config.delivery, self._updater.transfer, self)
         self._lots = Lots(self._root, (config.line.lot, config.line.variety), self, commands=config.lot_commands)
         self._bin_topic = bin_topic(bin_of(config.id))
-        self._gate = Gate(self._root, config.trust, config.id, self, lambda: self._updater.state.generation)
+        self._gate = AssignmentVerifier(
+            self._root, config.trust, config.id, self, lambda: self._updater.state.generation
+        )
 
     def _topic(self, channel: Channel) -> str:
         return agent_topic(self.config.id, channel)
@@ -179,10 +181,10 @@ class Supervisor:
             act()
         except SortlineError as error:
             self.counters["step_failed"] += 1
-            self.blame(error)
+            self.report_error(error)
         except OSError as error:
             self.counters["disk_failed"] += 1
-            self.blame(CapacityError("agent.disk_failed", "The disk refuses to write.", got=error))
+            self.report_error(CapacityError("agent.disk_failed", "The disk refuses to write.", got=error))
 
     def _shut_down(self) -> None:
         self._identity.stop()
@@ -301,7 +303,7 @@ class Supervisor:
         lots = self._lots.state
         return Go(lifetime_items=self._lifetime_items, lot=lots.lot, variety=lots.variety)
 
-    def start_process(self, digest: str, *, standby: bool) -> LineChild:
+    def start_process(self, digest: str, *, standby: bool) -> LineProcess:
         """Starts a line process, or a standby, with this bundle (empty = none)."""
         line = self.config.line
         if not line.threads:
@@ -320,7 +322,7 @@ class Supervisor:
             boot_id=self.boot_id,
             owner=str(self._root / "lock"),
         )
-        return LineChild(config, self.enqueue, standby=standby)
+        return LineProcess(config, self.enqueue, standby=standby)
 
     def load_judging(self) -> None:
         """Makes the line use `Updater.judging`: by a swap while it runs, else at its next start."""
@@ -439,7 +441,7 @@ class Supervisor:
         """Makes this the reported fault."""
         self.fault = msgspec.structs.replace(fault, at_ms=fault.at_ms or wall_ms())
 
-    def blame(self, error: SortlineError) -> None:
+    def report_error(self, error: SortlineError) -> None:
         """Reports an error once, however often it comes."""
         if self.fault is None or self.fault.code != error.code:
             log.warning("%s", error)

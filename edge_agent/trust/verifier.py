@@ -51,7 +51,7 @@ class Host(Protocol):
     def event(self, code: str, message: str, **facts: str) -> None:
         """Stores an event."""
 
-    def blame(self, error: SortlineError) -> None:
+    def report_error(self, error: SortlineError) -> None:
         """Makes an error the reported fault."""
 
 
@@ -66,7 +66,7 @@ class Verified:
     quarantined: str = ""
 
 
-class Gate:
+class AssignmentVerifier:
     """What one agent believes.
 
     Args:
@@ -210,7 +210,7 @@ class Gate:
         log.warning("not accepted: %s %s", fault.code, fault.message)
         wanted = decode(self._document, Desired)
         if wanted.generation > self._generation():
-            self._host.blame(TrustError(fault.code, fault.message))
+            self._host.report_error(TrustError(fault.code, fault.message))
 
 
 def places(root: Path, config: TrustConfig) -> tuple[Path, Path]:

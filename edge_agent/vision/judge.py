@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_agent.interfaces import Image
-from edge_agent.vision.segmentation import Located, Locator
+from edge_agent.vision.segmentation import Detection, Locator
 from edge_agent.vision.tracking import Track
 from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
@@ -60,7 +60,7 @@ class Judge:
         self._clock = clock
         self.classifier.warm_up()
 
-    def take_view(self, locator: Locator, image: Image, track: Track, place: Located) -> bool:
+    def take_view(self, locator: Locator, image: Image, track: Track, place: Detection) -> bool:
         """Cuts a view of the item; False when the crop shows nothing."""
         crop, mask = locator.mask(image, place)
         try:

@@ -35,7 +35,7 @@ _MIN_SHARE: Final = 0.04
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class Detection:
     """One item in one frame; pixels of the full-size frame."""
 
     lane: int
@@ -74,7 +74,7 @@ class Locator:
         """Goes on from a belt learnt before (a copy of `background`)."""
         self._background = None if background is None else background.copy()
 
-    def find(self, image: Image) -> list[Located]:
+    def find(self, image: Image) -> list[Detection]:
         """All items of a frame, by lane and then from right (front) to left.
 
         Args:
@@ -84,7 +84,7 @@ class Locator:
         if self._background is None:
             self._background = _first_background(small)
         foreground = self._foreground(small)
-        found: list[Located] = []
+        found: list[Detection] = []
         for lane, rows in enumerate(self._geometry.lanes):
             top, bottom = rows.top_px // SHRINK, rows.bottom_px // SHRINK
             found.extend(self._in_lane(foreground[top:bottom], lane, top))
@@ -130,12 +130,12 @@ class Locator:
         background *= step
         cv2.accumulateWeighted(np.asarray(small, np.float32) / (gains / step), background, _LEARN, mask=belt)
 
-    def _in_lane(self, part: NDArray[np.uint8], lane: int, top: int) -> list[Located]:
+    def _in_lane(self, part: NDArray[np.uint8], lane: int, top: int) -> list[Detection]:
         # Outlines cost a tenth of labelled pixels; only a blob that may be several items is drawn again.
         contours, _ = cv2.findContours(part, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         height, width = part.shape
         least = _MIN_SHARE * height * height
-        found: list[Located] = []
+        found: list[Detection] = []
         for contour in contours:
             left, y, wide, tall = cv2.boundingRect(contour)
             if wide * tall < least or cv2.contourArea(contour) < least:
@@ -150,11 +150,11 @@ class Locator:
 
     def _pieces(
         self, box: tuple[int, int, int, int], cuts: list[int], lane: int, top: int, image_width: int
-    ) -> list[Located]:
+    ) -> list[Detection]:
         left, y, width, tall = box
         edges = [0, *cuts, width]
         return [
-            Located(
+            Detection(
                 lane=lane,
                 x_px=(2 * left + start + end) * SHRINK / 2.0,
                 left_px=(left + start) * SHRINK,
@@ -167,7 +167,7 @@ class Locator:
             for start, end in pairwise(edges)
         ]
 
-    def mask(self, image: Image, item: Located) -> tuple[Image, Mask]:
+    def mask(self, image: Image, item: Detection) -> tuple[Image, Mask]:
         """The full-size crop around an item and its mask (one connected part, holes filled).
 
         Args:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.interfaces import LineGeometry
-from edge_agent.vision.segmentation import Located
+from edge_agent.vision.segmentation import Detection
 
 _SMOOTH: Final = 0.3
 _MAX_TRACKS_PER_LANE: Final = 64
@@ -72,8 +72,8 @@ class Tracker:
         """Observations that were refused because a lane held too many tracks (a flooded image)."""
 
     def update(
-        self, found: list[Located], frame_number: int, captured_s: float, belt_mm: float
-    ) -> tuple[list[tuple[Track, Located]], list[Track]]:
+        self, found: list[Detection], frame_number: int, captured_s: float, belt_mm: float
+    ) -> tuple[list[tuple[Track, Detection]], list[Track]]:
         """Takes one frame's items.
 
         Returns:
@@ -81,7 +81,7 @@ class Tracker:
             whole view lies behind them.
         """
         scale = self._geometry.mm_per_px
-        seen: list[tuple[Track, Located]] = []
+        seen: list[tuple[Track, Detection]] = []
         for place in found:
             if not place.whole:
                 continue
@@ -105,7 +105,7 @@ class Tracker:
             return None
         return best
 
-    def _start(self, place: Located, item_mm: float) -> Track | None:
+    def _start(self, place: Detection, item_mm: float) -> Track | None:
         lane = self._tracks[place.lane]
         if len(lane) >= _MAX_TRACKS_PER_LANE:
             self.overflow += 1
@@ -169,7 +169,7 @@ class ViewPicker:
         self._width = geometry.width_px
         self._max_views = max_views
 
-    def wants(self, track: Track, place: Located) -> bool:
+    def wants(self, track: Track, place: Detection) -> bool:
         """Whether this observation is worth a view; remembers that it was taken."""
         if len(track.views) >= self._max_views or place.x_px < track.next_view_px:
             return False

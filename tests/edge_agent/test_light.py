@@ -3,30 +3,30 @@
 import numpy as np
 import pytest
 
-from edge_agent.devices.hardware import NoEjector
+from edge_agent.devices.hardware import NullEjector
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
-from edge_agent.simulation.faults import Trouble
+from edge_agent.simulation.faults import Faults
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge
 from tests.simulators.tiny_bundle import tiny_bundle
 
 STEPS = [
-    Trouble(brightness=0.6),
-    Trouble(brightness=1.4, blue=1.3),
+    Faults(brightness=0.6),
+    Faults(brightness=1.4, blue=1.3),
     *(
         pytest.param(trouble, marks=pytest.mark.slow)
         for trouble in (
-            Trouble(brightness=0.4),
-            Trouble(brightness=0.8),
-            Trouble(brightness=1.2),
-            Trouble(brightness=1.4),
-            Trouble(blue=1.4, red=0.7),
-            Trouble(blue=0.6, red=1.3),
-            Trouble(brightness=0.6, blue=0.7, red=1.3),
-            Trouble(brightness=1.4, blue=1.3, red=1.2),
-            Trouble(dirt=0.5),
+            Faults(brightness=0.4),
+            Faults(brightness=0.8),
+            Faults(brightness=1.2),
+            Faults(brightness=1.4),
+            Faults(blue=1.4, red=0.7),
+            Faults(blue=0.6, red=1.3),
+            Faults(brightness=0.6, blue=0.7, red=1.3),
+            Faults(brightness=1.4, blue=1.3, red=1.2),
+            Faults(dirt=0.5),
         )
     ),
 ]
@@ -48,7 +48,7 @@ class Bench:
         self.core = LineCore(
             geometry=self.line.geometry,
             counter=LineCounter(1, clock=self.line.now),
-            queue=EjectionQueue(self.line, NoEjector(), clock=self.line.now),
+            queue=EjectionQueue(self.line, NullEjector(), clock=self.line.now),
             clock=self.line.now,
         )
         self.places: list[float] = []
@@ -81,7 +81,7 @@ class Bench:
 
 
 @pytest.mark.parametrize("trouble", STEPS)
-def test_a_step_of_the_light_floods_nothing(judge: Judge, trouble: Trouble) -> None:
+def test_a_step_of_the_light_floods_nothing(judge: Judge, trouble: Faults) -> None:
     bench = Bench(judge)
     bench.run(60)
     bench.line.set_trouble(trouble)
@@ -97,7 +97,7 @@ def test_the_belt_under_the_items_follows_the_lamp_as_the_rest_does(judge: Judge
     bench = Bench(judge)
     bench.run(60)
     before = bench.core.locator.background.copy()
-    bench.line.set_trouble(Trouble(brightness=1.4))
+    bench.line.set_trouble(Faults(brightness=1.4))
     bench.run(90)
     ratio = bench.core.locator.background[6:-6] / before[6:-6]  # without the dividers
     middle, edge = np.median(ratio[14:-14]), np.median(np.concatenate((ratio[:4], ratio[-4:])))

@@ -488,17 +488,17 @@ def test_a_burst_is_no_flood(tmp_path: Path) -> None:
     quarantine = Quarantine(BrokerLimits())
     now = 0.0
     for _ in range(100):  # ten seconds held back, then ten minutes of peace, again and again
-        assert not quarantine.heat("line-1", 10.0, now)
+        assert not quarantine.record_throttling("line-1", 10.0, now)
         now += 600.0
     for second in range(100):
-        if quarantine.heat("rogue", 1.0, now + second):
+        if quarantine.record_throttling("rogue", 1.0, now + second):
             break
     assert 25 <= second <= 35
     assert quarantine.holds("rogue", now + second + 59)
     assert quarantine.names(now + second) == ["rogue"]
     assert not quarantine.holds("rogue", now + second + 61)
     for again in range(100):
-        if quarantine.heat("rogue", 1.0, now + 200 + again):
+        if quarantine.record_throttling("rogue", 1.0, now + 200 + again):
             break
     assert quarantine.holds("rogue", now + 200 + again + 110), "the second time is longer"
 

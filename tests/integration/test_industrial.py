@@ -17,7 +17,7 @@ from edge_agent.devices.drivers.encoder import open_encoder
 from edge_agent.devices.drivers.item_sensors import open_scalar
 from edge_agent.devices.drivers.modbus import ModbusPort
 from edge_agent.devices.drivers.pulses import PulseEncoder
-from edge_agent.devices.hardware import open_world
+from edge_agent.devices.hardware import open_hardware
 from edge_agent.interfaces import Shot
 from edge_agent.line_config import LineConfig
 from models.errors import ConfigError
@@ -216,7 +216,7 @@ def test_a_line_takes_its_belt_from_the_plc_and_hands_it_shots_ahead_of_time(
         ejector=f"{base}/holding/200?outlet=reject:7&slots=4&ahead_mm=150&timeout_ms=5000",
     )
     program.write(100, [0, 1000])
-    with closing(open_world(config)) as world:
+    with closing(open_hardware(config)) as world:
         wait_until(lambda: not getattr(world.encoder, "stale", True), what="the first reading")
         queue = world.ejection_queue(config, time.monotonic)
         start_mm = world.encoder.position_mm(time.monotonic())
@@ -238,5 +238,5 @@ def test_a_line_takes_its_belt_from_the_plc_and_hands_it_shots_ahead_of_time(
 def test_devices_without_an_encoder_are_refused(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "0.png"), np.zeros((100, 200, 3), np.uint8))
     with pytest.raises(ConfigError) as caught:
-        open_world(LineConfig(camera=str(tmp_path), ejector="modbus://127.0.0.1:1/holding/0?outlet=reject:1"))
+        open_hardware(LineConfig(camera=str(tmp_path), ejector="modbus://127.0.0.1:1/holding/0?outlet=reject:1"))
     assert caught.value.code == "line.no_encoder"

@@ -37,7 +37,7 @@ def test_what_a_thief_publishes_changes_nothing_on_a_running_line(tmp_path: Path
         try:
             good = plane.offer(tmp_path / "good")
             old_document = repository.assign("line-1", good, 1)
-            old_set = repository.seal()
+            old_set = repository.sign_changes()
             plane.wish(good, 2)
             wait_until(lambda: plane.phase(Phase.COMMITTED, good), 40, "the commit")
             stranger = Repository(tmp_path / "stranger", now=datetime.now(UTC))
@@ -58,10 +58,10 @@ def test_what_a_thief_publishes_changes_nothing_on_a_running_line(tmp_path: Path
                 assert plane.reported.line_running
 
             publish(None, encode(Desired(generation=3, bundle=evil)), "trust.wrong_assignment")
-            publish(stranger.seal(), stranger.assign("line-1", evil, 4), "trust.unsigned")
+            publish(stranger.sign_changes(), stranger.assign("line-1", evil, 4), "trust.unsigned")
             publish(old_set, old_document, "trust.rollback")
             held_back = repository.assign("line-1", good, 4)
-            publish(replace(repository.seal(), bins=old_set.bins), held_back, "trust.mixed")
+            publish(replace(repository.sign_changes(), bins=old_set.bins), held_back, "trust.mixed")
             plane.wish(good, 5)
             wait_until(lambda: plane.reported.generation == 5, 30, "the true one again")
         finally:

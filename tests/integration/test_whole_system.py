@@ -107,7 +107,7 @@ class Plane:
 
     def wish(self, digest: str, generation: int, **options: object) -> None:
         document = self.repository.assign("line-1", digest, generation, **({"trial_items": 10} | options))
-        self.give(self.repository.seal())
+        self.give(self.repository.sign_changes())
         self.client.publish(agent_topic("line-1", Channel.DESIRED), document, 1, True)
 
     def give(self, signed: Signed) -> None:

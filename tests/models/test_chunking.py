@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from models.bundle import sha256
 from models.chunking import CHUNK_BYTES, SHORTEST, cut
-from models.token_bucket import Bucket
+from models.token_bucket import TokenBucket
 
 NOISE = np.random.default_rng(1).bytes(6_000_000)
 
@@ -55,7 +55,7 @@ def test_the_rolling_hash_is_the_documented_sum() -> None:
 @given(st.lists(st.tuples(st.floats(0.0, 2.0), st.integers(1, 50)), max_size=60))
 def test_a_bucket_never_gives_more_than_burst_and_rate(steps: list[tuple[float, int]]) -> None:
     now, taken, largest = 0.0, 0.0, 0
-    bucket = Bucket(10.0, 40.0, lambda: now)
+    bucket = TokenBucket(10.0, 40.0, lambda: now)
     for wait, amount in steps:
         now += wait
         if bucket.take(amount):
@@ -66,7 +66,7 @@ def test_a_bucket_never_gives_more_than_burst_and_rate(steps: list[tuple[float, 
 
 def test_a_dry_bucket_says_how_long_to_wait() -> None:
     now = 0.0
-    bucket = Bucket(10.0, 40.0, lambda: now)
+    bucket = TokenBucket(10.0, 40.0, lambda: now)
     assert bucket.take(90)
     assert not bucket.take(1)
     now += bucket.wait_s + 0.01

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models.errors import BundleError
 from models.fusion import FusionSpec
 from models.recipe import UNSURE, Grade, Recipe, Terms, layered, parse_recipe
-from models.statistics import wilson
+from models.statistics import wilson_interval
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "recipe-v2.json"
 CLASSES = ("sound", "rot", "worm")
@@ -211,8 +211,8 @@ def test_recipe_round_trip_and_the_format_has_not_moved() -> None:
 
 
 def test_wilson_is_honest_about_none_and_all() -> None:
-    assert wilson(0.0, 20.0) == pytest.approx((0.0, 0.1611), abs=1e-4)  # 1.96^2 / (20 + 1.96^2)
-    assert wilson(0.5, 100.0) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson(1.0, 20.0)[1] == 1.0
-    assert wilson(0.0, 500.0)[0] == 0.0, "not 2e-17: it is compared with budgets of zero"
-    assert wilson(0.3, 0.0) == (0.0, 1.0)
+    assert wilson_interval(0.0, 20.0) == pytest.approx((0.0, 0.1611), abs=1e-4)  # 1.96^2 / (20 + 1.96^2)
+    assert wilson_interval(0.5, 100.0) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson_interval(1.0, 20.0)[1] == 1.0
+    assert wilson_interval(0.0, 500.0)[0] == 0.0, "not 2e-17: it is compared with budgets of zero"
+    assert wilson_interval(0.3, 0.0) == (0.0, 1.0)

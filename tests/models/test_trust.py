@@ -42,7 +42,7 @@ def code(outcome: Outcome) -> str:
 
 def assigned(repository: Repository, generation: int = 1, content: bytes = b"model") -> tuple[Signed, bytes]:
     document = repository.assign("line-1", repository.release(content), generation)
-    return repository.seal(), document
+    return repository.sign_changes(), document
 
 
 def test_a_released_bundle_that_is_assigned_to_me_is_accepted(repository: Repository, device: Device) -> None:
@@ -76,7 +76,7 @@ def test_an_old_snapshot_under_a_new_timestamp_is_refused(repository: Repository
     offered, document = assigned(repository)
     old_snapshot = repository.parts["snapshot"]
     device.verify(offered, document)
-    repository.seal()
+    repository.sign_changes()
     device.verify(repository.set(), None)
     stolen = md.new_timestamp(9, old_snapshot, NOW)
     replay = repository.set(timestamp=md.sign(stolen, [repository.online("timestamp")]), snapshot=old_snapshot)
@@ -96,7 +96,7 @@ def test_a_set_that_is_held_back_is_noticed_as_frozen(repository: Repository, de
     assert device.verify(offered, document).error is None
     assert code(device.verify(offered, document, NOW + timedelta(days=7, minutes=1))) == "trust.frozen"
     repository.later(days=8)
-    assert device.verify(repository.seal(), document, repository.now).error is None
+    assert device.verify(repository.sign_changes(), document, repository.now).error is None
 
 
 def test_a_stolen_control_plane_cannot_release_its_own_model(repository: Repository, device: Device) -> None:
@@ -105,13 +105,13 @@ def test_a_stolen_control_plane_cannot_release_its_own_model(repository: Reposit
     own = manifest(content=b"malware")
     document = repository.assign("line-1", _digest(own), 2)
     # Assigned, but nobody released it:
-    assert code(device.verify(repository.seal(), document)) == "trust.not_released"
+    assert code(device.verify(repository.sign_changes(), document)) == "trust.not_released"
     # Targets of its own, signed with the keys it has:
     targets = md.read_targets(repository.parts["targets"]).signed
     entry = md.bundle_target(_digest(own), own.encoded(), {})
     forged = md.new_targets(targets.version + 1, {entry.path: entry}, md.assign_keys_of(targets), NOW)
     repository.parts["targets"] = md.sign(forged, [thief, repository.online("snapshot")])
-    assert code(device.verify(repository.seal(), document)) == "trust.unsigned"
+    assert code(device.verify(repository.sign_changes(), document)) == "trust.unsigned"
     # The same under the delegated role, where the online key does count:
     assign = md.read_targets(repository.parts[ASSIGN])
     assign.signed.targets[entry.path] = entry
@@ -135,7 +135,7 @@ def test_a_bin_cannot_release_a_bundle_whatever_is_delegated_to_it(
     targets.signed.delegations.roles[ASSIGN].paths = delegated
     targets.signed.version += 1
     repository.parts["targets"] = md.sign(targets, [repository.release_key])
-    repository.seal()
+    repository.sign_changes()
     entry = md.bundle_target(_digest(own), own.encoded(), {})
     forged = md.read_targets(repository.parts[MY_BIN])
     forged.signed.targets[entry.path] = entry
@@ -154,10 +154,10 @@ def test_another_agents_assignment_does_not_do(repository: Repository, device: D
     other = repository.release(b"other")
     repository.assign("line-2", other, 5)
     repository.assign("line-1", mine, 5)
-    offered = repository.seal()
+    offered = repository.sign_changes()
     assert code(device.verify(offered, repository.assignments["line-2"])) == "trust.wrong_assignment"
     del repository.assignments["line-1"]
-    assert code(device.verify(repository.seal(), repository.assignments["line-2"])) == "trust.not_assigned"
+    assert code(device.verify(repository.sign_changes(), repository.assignments["line-2"])) == "trust.not_assigned"
 
 
 def test_a_changed_byte_in_the_assignment_is_refused(repository: Repository, device: Device) -> None:
@@ -173,7 +173,7 @@ def test_a_withdrawn_bundle_does_not_start_again(repository: Repository, device:
     digest = parse_desired(document)
     key, root = repository.release_key, repository.folder.root
     repository.parts["targets"] = ceremony.withdraw(repository.parts["targets"], root, digest, key, NOW)
-    assert code(device.verify(repository.seal(), document)) == "trust.not_released"
+    assert code(device.verify(repository.sign_changes(), document)) == "trust.not_released"
 
 
 def parse_desired(document: bytes) -> str:
@@ -212,7 +212,7 @@ def test_two_of_three_rotate_a_root_key_and_every_device_follows(repository: Rep
     assert version_of(repository.folder.root) == 1
     done = ceremony.add_signature(repository.folder, repository.keys(2))
     assert done.missing == 0
-    outcome = device.verify(repository.seal(), document, repository.now)
+    outcome = device.verify(repository.sign_changes(), document, repository.now)
     assert outcome.error is None
     assert outcome.facts["root_version"] == "2"
     # A device that slept through it and knows only the first root comes along, too.
@@ -234,7 +234,7 @@ def test_after_a_theft_new_online_keys_lock_the_thief_out(repository: Repository
     repository.parts["targets"] = repository.folder.targets
     for role, stolen in old.items():
         assert repository.online(role).public_key.keyid != stolen.public_key.keyid
-    outcome = device.verify(repository.seal(), document)
+    outcome = device.verify(repository.sign_changes(), document)
     assert outcome.error is None, outcome.error
     assert int(outcome.facts["timestamp_version"]) < 2**31
     thiefs = repository.set(timestamp=resigned(repository.parts["timestamp"], [old["timestamp"]], version=99))
@@ -251,7 +251,7 @@ def test_a_time_that_a_thief_signed_far_ahead_does_not_outlive_the_key(repositor
     assert code(device.verify(poisoned, document)) in {"trust.expired", "trust.frozen"}
     ceremony.rotate(repository.folder, "online", repository.keys(1, 2), NOW, release_signers=[repository.release_key])
     repository.parts["targets"] = repository.folder.targets
-    assert device.verify(repository.seal(), document).error is None
+    assert device.verify(repository.sign_changes(), document).error is None
 
 
 # -- clocks -----------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_a_set_that_proves_itself_stale_is_refused_by_a_machine_without_clock(
     repository.later(days=400)
     # Timestamp and snapshot are fresh, the release key has not renewed its targets for 400 days.
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
-    assert code(device.verify(repository.seal(), document, epoch)) == "trust.expired"
+    assert code(device.verify(repository.sign_changes(), document, epoch)) == "trust.expired"
 
 
 def test_a_clock_in_the_future_refuses_the_change_and_recovers_when_it_is_set(
@@ -364,7 +364,7 @@ def test_a_bin_signed_with_a_replaced_key_is_refused(repository: Repository, dev
     stolen = repository.online(ASSIGN)
     ceremony.rotate(repository.folder, "online", repository.keys(1, 2), NOW, release_signers=[repository.release_key])
     repository.parts["targets"] = repository.folder.targets
-    assert device.verify(repository.seal(), document).error is None
+    assert device.verify(repository.sign_changes(), document).error is None
     repository.parts[MY_BIN] = resigned(repository.parts[MY_BIN], [stolen], version=99)
     assert code(device.verify(repository.bind(), document)) == "trust.unsigned"
 
@@ -377,7 +377,7 @@ def test_no_bins_version_falls_and_none_vanishes(
     """Also of a bin this agent has never seen: whoever dropped it could deny that anything is assigned."""
     two_bins(repository)
     first = repository.parts[bin_name]
-    offered, document = repository.seal(), repository.assignments["line-1"]
+    offered, document = repository.sign_changes(), repository.assignments["line-1"]
     assert device.verify(offered, document).error is None
     if how == "older":
         repository.parts[bin_name] = first
@@ -390,13 +390,13 @@ def test_an_agent_whose_bin_never_held_anything_is_told_so_without_one(repositor
     document = repository.assign("line-1", repository.release(), 1)
     del repository.assignments["line-1"]
     repository.assign(OTHER, repository.release(b"other"), 1)
-    offered = repository.seal()
+    offered = repository.sign_changes()
     assert offered.bin() == b""
     assert code(device.verify(offered, document)) == "trust.not_assigned"
     repository.assignments["line-1"] = document
-    assert device.verify(repository.seal(), document).error is None
+    assert device.verify(repository.sign_changes(), document).error is None
     del repository.assignments["line-1"]
-    offered = repository.seal()
+    offered = repository.sign_changes()
     assert version_of(offered.bin()) == 2, "emptied, and still listed"
     assert code(device.verify(offered, document)) == "trust.not_assigned"
 
@@ -540,7 +540,7 @@ def test_new_release_keys_sign_the_targets_again(repository: Repository, device:
     new = ceremony.new_key(repository.root / "usb-r2" / "release.pem", PASSPHRASE)
     ceremony.rotate(repository.folder, "release", repository.keys(2, 3), NOW, new=new)
     repository.parts["targets"] = repository.folder.targets
-    assert device.verify(repository.seal(), document).error is None
+    assert device.verify(repository.sign_changes(), document).error is None
     with pytest.raises(Exception, match="not signed by enough"):
         repository.release(b"with the old key")
 

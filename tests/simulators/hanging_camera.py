@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.devices.cameras import LiveCamera
-from edge_agent.devices.hardware import World, simulation_config
+from edge_agent.devices.hardware import LineHardware, simulation_config
 from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Pipe
@@ -66,7 +66,7 @@ def main() -> int:
     config = msgspec.json.decode(arguments.config.read_bytes(), type=LineConfig)
     simulated = SimulatedLine(simulation_config(config), clock=time.monotonic)
     camera = Encoded(simulated, arguments.config.parent / "camera.state")
-    world = World(camera, simulated, simulated, simulated, "hanging", None, simulated)
+    world = LineHardware(camera, simulated, simulated, simulated, "hanging", None, simulated)
     return Line(config, Pipe(socket.socket(fileno=arguments.pipe_fd)), world).run()
 
 

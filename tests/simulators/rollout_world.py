@@ -4,7 +4,18 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from control_plane.database.tables.rollouts import RolloutState
-from control_plane.rollouts.planner import Assign, Conclude, Course, Join, Member, Move, Note, OpenWave, Return, plan
+from control_plane.rollouts.planner import (
+    AgentView,
+    Assign,
+    ChangeState,
+    Conclude,
+    Enrol,
+    OpenWave,
+    RecordProgress,
+    Revert,
+    RolloutView,
+    plan,
+)
 from control_plane.rollouts.policy import Outcome, parse_policy
 from models.messages import Phase
 
@@ -13,26 +24,26 @@ LENIENT = [{"failureType": "ALL", "thresholdPercentage": 100, "minNumberOfExecut
 T0 = datetime(2026, 3, 2, 8, 0, tzinfo=UTC)  # a Monday
 
 
-def course(**changes: object) -> Course:
+def course(**changes: object) -> RolloutView:
     values = {"rollout_id": 5, "state": RolloutState.RUNNING, "bundle": A, "wave": 0, "policy": parse_policy({})}
-    return Course(**(values | changes))
+    return RolloutView(**(values | changes))
 
 
-def member(agent_id: str = "a0", wave: int = 0, **changes: object) -> Member:
-    return Member(**({"agent_id": agent_id, "wave": wave, "reported": {}} | changes))
+def member(agent_id: str = "a0", wave: int = 0, **changes: object) -> AgentView:
+    return AgentView(**({"agent_id": agent_id, "wave": wave, "reported": {}} | changes))
 
 
-def given_bundle(**reported: object) -> Member:
+def given_bundle(**reported: object) -> AgentView:
     facts = {"generation": 3} | reported
     return member(reported=facts, generation=3, attempt=1, assigned_at=T0, started_at=T0, desired_generation=3)
 
 
 @dataclass
-class World:
+class LineHardware:
     """A rollout and its agents; carries steps out as the executor does, and remembers them."""
 
-    course: Course
-    members: dict[str, Member]
+    course: RolloutView
+    members: dict[str, AgentView]
     now: datetime = T0
     given: list[tuple[datetime, str, int]] = field(default_factory=list)
     opened: list[int] = field(default_factory=lambda: [0])
@@ -63,22 +74,22 @@ class World:
                     tried=False,
                     outcome=Outcome.QUEUED,
                 )
-            case Return():
+            case Revert():
                 generation = self.members[step.agent_id].desired_generation + 1
                 self.change(step.agent_id, returned_generation=generation, desired_generation=generation)
-            case Note():
+            case RecordProgress():
                 m = self.members[step.agent_id]
                 self.change(
                     step.agent_id, outcome=Outcome.IN_PROGRESS, tried=step.tried, started_at=m.started_at or self.now
                 )
             case Conclude():
                 self.change(step.agent_id, outcome=step.outcome)
-            case Join():
+            case Enrol():
                 self.members[step.agent_id] = member(step.agent_id, step.wave)
             case OpenWave():
                 self.opened.append(step.wave)
                 self.course = replace(self.course, wave=step.wave)
-            case Move():
+            case ChangeState():
                 self.moves.append(step.state)
                 cleared = self.course.wave if step.state is RolloutState.PAUSED else self.course.cleared_wave
                 self.course = replace(self.course, state=step.state, cleared_wave=cleared)
@@ -101,8 +112,8 @@ class World:
         self.course = replace(self.course, state=RolloutState.RUNNING)
 
 
-def world(sizes: list[int], **changes: object) -> World:
+def world(sizes: list[int], **changes: object) -> LineHardware:
     names = [(f"a{wave}-{k}", wave) for wave, size in enumerate(sizes) for k in range(size)]
     policy = parse_policy(changes.pop("policy", {}))
     members = {name: member(name, wave, previous_bundle=OLD) for name, wave in names}
-    return World(course(policy=policy, **changes), members)
+    return LineHardware(course(policy=policy, **changes), members)

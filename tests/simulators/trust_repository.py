@@ -86,7 +86,7 @@ class Repository:
         roles[ASSIGN] = md.assign_keys_of(md.read_targets(self.folder.targets).signed)
         return self.folder.online_signer(role, roles[role])
 
-    def seal(self) -> Signed:
+    def sign_changes(self) -> Signed:
         """Signs assign, bins, snapshot and timestamp."""
         keys = md.assign_keys_of(md.read_targets(self.folder.targets).signed)
         self.parts[ASSIGN] = md.sign(md.new_assign(self._next(ASSIGN), keys, self.now), [self.online(ASSIGN)])

@@ -21,7 +21,7 @@ from edge_agent.devices.drivers.gpio import GpiodPins, GpioEjector
 from edge_agent.devices.drivers.modbus import MAX_WRITE, ModbusPort, Registers
 from edge_agent.devices.drivers.mqtt import TopicOut
 from edge_agent.devices.drivers.pulses import PulseBelt
-from edge_agent.devices.drivers.shot_queue import Announced, HandOver
+from edge_agent.devices.drivers.shot_queue import Announced, ShotQueue
 from edge_agent.interfaces import Shot
 from models.errors import ConfigError, UnavailableError
 
@@ -71,7 +71,7 @@ class ModbusPlcEjector:
         self.ahead_mm = ahead_mm
         self.counters: Counter[str] = Counter()
         """unknown_outlet, no_count, ring_full"""
-        self.queue = HandOver(self._write, belt, late_mm=late_mm, clock=clock)
+        self.queue = ShotQueue(self._write, belt, late_mm=late_mm, clock=clock)
 
     def announce(self, shot: Shot, position_mm: float) -> bool:
         """See `edge_agent.interfaces.AheadEjector`."""
@@ -178,7 +178,7 @@ class MqttEjector:
     ) -> None:
         self._out, self._belt = out, belt
         self.ahead_mm = ahead_mm
-        self.queue = HandOver(self._publish, belt, late_mm=late_mm, clock=clock)
+        self.queue = ShotQueue(self._publish, belt, late_mm=late_mm, clock=clock)
 
     def announce(self, shot: Shot, position_mm: float) -> bool:
         """See `edge_agent.interfaces.AheadEjector`."""

@@ -35,7 +35,7 @@ class Announced:
     """When it was announced, monotonic seconds."""
 
 
-class HandOver:
+class ShotQueue:
     """The queue between the line and a device.
 
     Args:

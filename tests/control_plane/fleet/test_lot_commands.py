@@ -11,7 +11,7 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.columns import utc_now
-from control_plane.fleet.lot_commands import LIFE, ask, asked_lot, terms_of
+from control_plane.fleet.lot_commands import LIFE, ask, lot_status, terms_of
 from control_plane.registry.recipes import with_recipe
 from control_plane.registry.versions import register
 from control_plane.services import Services
@@ -44,7 +44,7 @@ def named(services: Services, request_id: str = FIRST, *, lot: str = "B-1182", a
 
 def seen(services: Services, at: timedelta = timedelta()) -> dict:
     with reading(services.engine) as session:
-        return asked_lot(session.get_one(Agent, "line-1").lot_asked, NOW + at)
+        return lot_status(session.get_one(Agent, "line-1").lot_asked, NOW + at)
 
 
 def test_who_named_which_lot_and_why_stands_in_the_audit_trail(services: Services, agent: str) -> None:

@@ -18,7 +18,7 @@ from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import RolloutAgent, RolloutState
-from control_plane.fleet.desired_state import Wish, assign
+from control_plane.fleet.desired_state import DesiredChange, assign
 from control_plane.rollouts.executor import RolloutExecutor
 from control_plane.rollouts.records import act, describe
 from control_plane.services import Services
@@ -326,10 +326,10 @@ def test_a_rollout_that_cannot_be_carried_out_does_not_hold_up_the_others(plane:
 def test_the_generation_is_above_whatever_the_agent_reports(services: Services) -> None:
     say(services, Channel.REPORTED, encode(reported(generation=41)), "line-0")
     with writing(services.engine) as session:
-        assert assign(session, "line-0", Wish(bundle="a" * 64)) == 42
-        assert assign(session, "line-0", replace(Wish(bundle="b" * 64), mode=Mode.LIVE)) == 43
+        assert assign(session, "line-0", DesiredChange(bundle="a" * 64)) == 42
+        assert assign(session, "line-0", replace(DesiredChange(bundle="b" * 64), mode=Mode.LIVE)) == 43
         with pytest.raises(InputError):
-            assign(session, "nobody", Wish(bundle="a" * 64))
+            assign(session, "nobody", DesiredChange(bundle="a" * 64))
         session.commit()
 
 
@@ -432,8 +432,8 @@ def test_a_transaction_gives_its_turn_back_however_it_ends(plane: Services) -> N
     fleet_of(plane, 1)
     for _ in range(3):
         with pytest.raises(InputError), writing(plane.engine) as session:
-            assign(session, "nobody", Wish(bundle="a" * 64))
+            assign(session, "nobody", DesiredChange(bundle="a" * 64))
         with writing(plane.engine) as session:
-            assign(session, "line-0", Wish(bundle="a" * 64))
+            assign(session, "line-0", DesiredChange(bundle="a" * 64))
     with writing(plane.engine) as session:
-        assert assign(session, "line-0", Wish(bundle="a" * 64)) == 1, "what was not committed was not written"
+        assert assign(session, "line-0", DesiredChange(bundle="a" * 64)) == 1, "what was not committed was not written"

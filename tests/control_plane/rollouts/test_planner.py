@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control_plane.database.tables.rollouts import RolloutState
-from control_plane.rollouts.planner import TRANSITIONS, Assign, Finding, Move, OpenWave, Return, next_state, plan
+from control_plane.rollouts.planner import TRANSITIONS, Assign, ChangeState, Finding, OpenWave, Revert, next_state, plan
 from control_plane.rollouts.policy import Outcome
 from models.errors import ConflictError
 from tests.simulators.rollout_world import LENIENT, world
@@ -136,7 +136,7 @@ def test_too_many_failures_stop_the_rollout_and_recall_who_is_not_done() -> None
     w.turn()
     assert w.moves == [RolloutState.ABORTED]
     steps = w.turn()
-    assert [s.agent_id for s in steps if isinstance(s, Return)] == ["a0-2"]
+    assert [s.agent_id for s in steps if isinstance(s, Revert)] == ["a0-2"]
     outcomes = [str(m.outcome) for m in w.members.values()]
     assert outcomes == ["SUCCEEDED", "REJECTED", "CANCELED", "CANCELED", "CANCELED"]
     assert w.turn() == []
@@ -167,7 +167,7 @@ def test_a_rollback_is_over_when_every_agent_says_it_is_back() -> None:
     w.report("a0-1", "takes")
     w.turn()
     w.course = replace(w.course, state=RolloutState.ROLLING_BACK)
-    assert {s.agent_id for s in w.turn() if isinstance(s, Return)} == {"a0-0", "a0-1"}
+    assert {s.agent_id for s in w.turn() if isinstance(s, Revert)} == {"a0-0", "a0-1"}
     w.report("a0-0", "returns")
     assert w.turn() == []
     w.report("a0-1", "returns")
@@ -183,7 +183,7 @@ def test_a_rollback_leaves_alone_whom_a_newer_rollout_has_taken_over() -> None:
     w.turn()
     w.change("a0-0", desired_generation=9, desired_rollout=6)
     w.course = replace(w.course, state=RolloutState.ROLLING_BACK)
-    assert [s.agent_id for s in w.turn() if isinstance(s, Return)] == ["a0-1"]
+    assert [s.agent_id for s in w.turn() if isinstance(s, Revert)] == ["a0-1"]
 
 
 def test_a_success_threshold_opens_the_next_wave_without_waiting_for_the_last_agent() -> None:
@@ -328,7 +328,7 @@ def test_a_finding_of_a_gate_stops_the_rollout_with_its_words() -> None:
     w.turn()
     finding = Finding("shadow", RolloutState.ROLLING_BACK, "12 % of the verdicts differ")
     steps = w.turn(findings=[Finding("p99", RolloutState.PAUSED, "late"), finding])
-    assert steps[-1] == Move(RolloutState.ROLLING_BACK, "shadow: 12 % of the verdicts differ")
+    assert steps[-1] == ChangeState(RolloutState.ROLLING_BACK, "shadow: 12 % of the verdicts differ")
 
 
 def test_what_a_person_may_do_is_a_table() -> None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control_plane.rollouts.blast_radius import Load, blast_radius
+from control_plane.rollouts.blast_radius import AgentLoad, blast_radius
 from control_plane.rollouts.policy import DONE, JobExecutionsRolloutConfig, Outcome, parse_policy, policy_dict
-from control_plane.rollouts.schedule import Window, parse_cron, parse_time
+from control_plane.rollouts.schedule import MaintenanceSlot, parse_cron, parse_time
 from control_plane.rollouts.selector import parse_selector
 from control_plane.rollouts.waves import divide
 from models.errors import InputError
@@ -61,12 +61,12 @@ def test_no_text_breaks_the_selector_language(text: str) -> None:
 
 
 def test_a_window_opens_by_its_cron_expression_and_closes_after_its_minutes() -> None:
-    window = Window(parse_cron("cron(30 22 ? * MON-FRI *)"), 120)
+    window = MaintenanceSlot(parse_cron("cron(30 22 ? * MON-FRI *)"), 120)
     monday = datetime(2026, 3, 2, tzinfo=UTC)
     for hours, is_open in ((22.4, False), (22.5, True), (24.4, True), (24.51, False)):
         assert window.open_at(monday + timedelta(hours=hours)) is is_open, hours
     assert not window.open_at(monday + timedelta(days=5, hours=23))
-    assert Window(parse_cron("cron(0/20 * ? * * *)"), 1).open_at(monday.replace(minute=40))
+    assert MaintenanceSlot(parse_cron("cron(0/20 * ? * * *)"), 1).open_at(monday.replace(minute=40))
     assert parse_time("2026-05-01 04:30") == parse_time("2026-05-01T06:30+02:00")
 
 
@@ -236,7 +236,7 @@ def test_waves_that_are_none_are_refused(waves: list[object]) -> None:
 
 
 def test_the_blast_radius_is_told_in_lanes_and_items() -> None:
-    loads = {"a": Load(2, 10.0), "b": Load(2, 20.0), "c": Load(4, None)}
+    loads = {"a": AgentLoad(2, 10.0), "b": AgentLoad(2, 20.0), "c": AgentLoad(4, None)}
     criteria = [{"failureType": "ALL", "thresholdPercentage": 50, "minNumberOfExecutedThings": 2}]
     policy = parse_policy({"abortConfig": {"criteriaList": criteria}})
     found = blast_radius([["a"], ["b", "c"]], loads, policy, trial_items=500, trial_s=30.0)

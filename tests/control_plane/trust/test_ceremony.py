@@ -17,7 +17,7 @@ from control_plane.database.migrate import migrate
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.trust import TrustMetadata
 from control_plane.trust import ceremony
-from control_plane.trust.online_signer import Assignments
+from control_plane.trust.online_signer import OnlineSigner
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, TrustError
 from models.messages import Desired
 from models.signed_set import ASSIGN, parse_set, version_of
@@ -40,32 +40,32 @@ def repository(tmp_path: Path) -> Repository:
 
 
 @pytest.fixture
-def assignments(engine: Engine, repository: Repository) -> Assignments:
-    found = Assignments(repository.folder)
+def assignments(engine: Engine, repository: Repository) -> OnlineSigner:
+    found = OnlineSigner(repository.folder)
     with writing(engine) as session:
         found.take_folder(session, NOW)
         session.commit()
     return found
 
 
-def release(engine: Engine, repository: Repository, assignments: Assignments, content: bytes = b"model") -> str:
+def release(engine: Engine, repository: Repository, assignments: OnlineSigner, content: bytes = b"model") -> str:
     digest = repository.release(content)
     with writing(engine) as session:
         assignments.take_targets(session, repository.parts["targets"], repository.now)
-        assignments.seal(session, repository.now)
+        assignments.sign_changes(session, repository.now)
         session.commit()
     return digest
 
 
-def assign(engine: Engine, assignments: Assignments, wanted: dict[str, Desired], now=NOW) -> None:
+def assign(engine: Engine, assignments: OnlineSigner, wanted: dict[str, Desired], now=NOW) -> None:
     with writing(engine) as session:
         for agent_id, desired in wanted.items():
             assignments.assign(session, agent_id, desired, now)
-        assignments.seal(session, now)
+        assignments.sign_changes(session, now)
         session.commit()
 
 
-def published(engine: Engine, assignments: Assignments, agent_id: str) -> tuple[Signed, bytes]:
+def published(engine: Engine, assignments: OnlineSigner, agent_id: str) -> tuple[Signed, bytes]:
     with reading(engine) as session:
         bins = {bin_of(agent_id): assignments.bin(session, agent_id)}
         return Signed(assignments.current_set(session), bins), assignments.document(session, agent_id)
@@ -78,7 +78,7 @@ def versions(data: Signed) -> dict[str, int]:
 
 
 def test_what_is_assigned_is_accepted_by_that_agent(
-    engine: Engine, repository: Repository, assignments: Assignments, tmp_path: Path
+    engine: Engine, repository: Repository, assignments: OnlineSigner, tmp_path: Path
 ) -> None:
     digest = release(engine, repository, assignments)
     agents = {f"line-{n}": Desired(generation=n, bundle=digest) for n in (1, 2, 3)}
@@ -91,7 +91,7 @@ def test_what_is_assigned_is_accepted_by_that_agent(
 
 
 def test_many_assignments_are_one_version_and_none_is_no_version(
-    engine: Engine, repository: Repository, assignments: Assignments
+    engine: Engine, repository: Repository, assignments: OnlineSigner
 ) -> None:
     digest = release(engine, repository, assignments)
     before = versions(published(engine, assignments, "line-1")[0])
@@ -104,7 +104,7 @@ def test_many_assignments_are_one_version_and_none_is_no_version(
 
 
 def test_one_changed_agent_is_one_bin_and_the_set_and_nothing_else_is_published(
-    engine: Engine, repository: Repository, assignments: Assignments, tmp_path: Path
+    engine: Engine, repository: Repository, assignments: OnlineSigner, tmp_path: Path
 ) -> None:
     known: dict[str, int] = {}
 
@@ -134,13 +134,13 @@ def test_one_changed_agent_is_one_bin_and_the_set_and_nothing_else_is_published(
 
 
 def test_a_bin_that_was_emptied_stays_listed_and_agents_go_on(
-    engine: Engine, repository: Repository, assignments: Assignments, tmp_path: Path
+    engine: Engine, repository: Repository, assignments: OnlineSigner, tmp_path: Path
 ) -> None:
     digest = release(engine, repository, assignments)
     with writing(engine) as session:
         session.add(Agent(id="line-1", generation=1, desired_bundle=digest))
         session.add(Agent(id="line-9", generation=1, desired_bundle=digest))
-        assignments.seal(session, NOW)
+        assignments.sign_changes(session, NOW)
         session.commit()
     devices = {name: Device(repository.anchor, tmp_path / name, name) for name in ("line-1", "line-9")}
     assert all(device.verify(*published(engine, assignments, name)).error is None for name, device in devices.items())
@@ -149,7 +149,7 @@ def test_a_bin_that_was_emptied_stays_listed_and_agents_go_on(
         agent = session.get(Agent, "line-1")
         agent.generation, agent.desired_bundle = 2, ""
         session.add(agent)
-        assignments.seal(session, NOW)
+        assignments.sign_changes(session, NOW)
         session.commit()
     offered, nothing = published(engine, assignments, "line-1")
     assert nothing == b""
@@ -158,19 +158,19 @@ def test_a_bin_that_was_emptied_stays_listed_and_agents_go_on(
 
 
 def test_an_assignment_that_is_not_committed_was_never_signed(
-    engine: Engine, repository: Repository, assignments: Assignments
+    engine: Engine, repository: Repository, assignments: OnlineSigner
 ) -> None:
     digest = release(engine, repository, assignments)
     before = published(engine, assignments, "line-1")
     with writing(engine) as session:
         assignments.assign(session, "line-1", Desired(generation=1, bundle=digest), NOW)
-        assignments.seal(session, NOW)
+        assignments.sign_changes(session, NOW)
         session.rollback()
     assert published(engine, assignments, "line-1") == before
 
 
 def test_two_replicas_cannot_sign_two_things_under_one_version(
-    engine: Engine, repository: Repository, assignments: Assignments
+    engine: Engine, repository: Repository, assignments: OnlineSigner
 ) -> None:
     offered = published(engine, assignments, "line-1")[0]
     row = {"role": "timestamp", "version": versions(offered)["timestamp"], "data": b"other", "created_at": NOW}
@@ -178,17 +178,17 @@ def test_two_replicas_cannot_sign_two_things_under_one_version(
         session.connection().execute(TrustMetadata.__table__.insert().values(**row))
 
 
-def test_an_unreleased_bundle_is_not_assigned(engine: Engine, assignments: Assignments) -> None:
+def test_an_unreleased_bundle_is_not_assigned(engine: Engine, assignments: OnlineSigner) -> None:
     with pytest.raises(ConflictError, match="release it first") as caught:
         assign(engine, assignments, {"line-1": Desired(generation=1, bundle="a" * 64)})
     assert caught.value.code == "trust.not_released"
 
 
 def test_without_keys_nothing_is_assigned_and_nothing_published(engine: Engine, tmp_path: Path) -> None:
-    empty = Assignments(ceremony.Folder(tmp_path / "nothing"))
+    empty = OnlineSigner(ceremony.TrustFolder(tmp_path / "nothing"))
     with writing(engine) as session:
         empty.take_folder(session, NOW)
-        assert not empty.seal(session, NOW)
+        assert not empty.sign_changes(session, NOW)
         assert empty.current_set(session) == b""
         assert empty.news(session, {}) == []
         assert empty.status(session, NOW) == []
@@ -197,7 +197,7 @@ def test_without_keys_nothing_is_assigned_and_nothing_published(engine: Engine, 
 
 
 def test_timestamp_and_snapshot_are_signed_again_every_hour_and_assign_after_a_third_of_its_life(
-    engine: Engine, repository: Repository, assignments: Assignments
+    engine: Engine, repository: Repository, assignments: OnlineSigner
 ) -> None:
     first = versions(published(engine, assignments, "")[0])
     assign(engine, assignments, {}, NOW + timedelta(minutes=59))
@@ -210,7 +210,7 @@ def test_timestamp_and_snapshot_are_signed_again_every_hour_and_assign_after_a_t
 
 
 def test_online_versions_are_pruned_and_offline_ones_kept(
-    engine: Engine, repository: Repository, assignments: Assignments
+    engine: Engine, repository: Repository, assignments: OnlineSigner
 ) -> None:
     for hour in range(2, 30, 2):
         assign(engine, assignments, {}, NOW + timedelta(hours=hour))
@@ -221,7 +221,7 @@ def test_online_versions_are_pruned_and_offline_ones_kept(
 
 
 def test_offline_metadata_is_verified_before_it_is_kept(
-    engine: Engine, repository: Repository, assignments: Assignments, tmp_path: Path
+    engine: Engine, repository: Repository, assignments: OnlineSigner, tmp_path: Path
 ) -> None:
     stranger = Repository(tmp_path / "stranger")
     stranger.release()
@@ -236,7 +236,7 @@ def test_offline_metadata_is_verified_before_it_is_kept(
 
 
 def test_rotated_online_keys_come_into_force_with_their_root(
-    engine: Engine, repository: Repository, assignments: Assignments, tmp_path: Path
+    engine: Engine, repository: Repository, assignments: OnlineSigner, tmp_path: Path
 ) -> None:
     digest = release(engine, repository, assignments)
     assign(engine, assignments, {"line-1": Desired(generation=1, bundle=digest)})
@@ -256,7 +256,7 @@ def test_rotated_online_keys_come_into_force_with_their_root(
 
 
 def test_people_are_told_before_a_bin_is_too_large_for_a_broker_and_then_nothing_is_committed(
-    engine: Engine, repository: Repository, assignments: Assignments
+    engine: Engine, repository: Repository, assignments: OnlineSigner
 ) -> None:
     digest = release(engine, repository, assignments)
     names = (name for n in itertools.count() if bin_of(name := f"line-{n:050}") == bin_of("line-1"))
@@ -279,7 +279,7 @@ def test_people_are_told_before_a_bin_is_too_large_for_a_broker_and_then_nothing
 
 
 def test_a_changed_row_is_signed_once_and_a_cleared_one_is_forgotten(
-    engine: Engine, repository: Repository, assignments: Assignments
+    engine: Engine, repository: Repository, assignments: OnlineSigner
 ) -> None:
     digest = release(engine, repository, assignments)
     with writing(engine) as session:
@@ -287,22 +287,22 @@ def test_a_changed_row_is_signed_once_and_a_cleared_one_is_forgotten(
         session.add(agent)
         session.flush()
         assert not assignments.is_sealed(session, agent)
-        assert assignments.seal(session, NOW)
+        assert assignments.sign_changes(session, NOW)
         assert assignments.is_sealed(session, agent)
-        assert not assignments.seal(session, NOW)
+        assert not assignments.sign_changes(session, NOW)
         agent.generation, agent.desired_bundle = 4, ""
         session.add(agent)
         session.flush()
         assert not assignments.is_sealed(session, agent)
-        assert assignments.seal(session, NOW)
+        assert assignments.sign_changes(session, NOW)
         assert assignments.document(session, "line-1") == b""
         agent.generation, agent.desired_bundle = 5, "f" * 64
         session.add(agent)
-        assert not assignments.seal(session, NOW), "nobody released it"
+        assert not assignments.sign_changes(session, NOW), "nobody released it"
         assert not assignments.is_sealed(session, agent)
 
 
-def test_people_are_told_in_time_what_only_offline_keys_can_renew(engine: Engine, assignments: Assignments) -> None:
+def test_people_are_told_in_time_what_only_offline_keys_can_renew(engine: Engine, assignments: OnlineSigner) -> None:
     def told(now: datetime) -> str:
         assign(engine, assignments, {}, now)
         with reading(engine) as session:
@@ -316,12 +316,12 @@ def test_people_are_told_in_time_what_only_offline_keys_can_renew(engine: Engine
 
 
 def test_development_keys_say_so(tmp_path: Path, engine: Engine) -> None:
-    folder = ceremony.Folder(tmp_path / "dev")
+    folder = ceremony.TrustFolder(tmp_path / "dev")
     keys = tmp_path / "dev" / "development"
     ceremony.initialise(folder, [keys / "root-1.pem"], keys / "release.pem", None, NOW)
     with pytest.raises(ConflictError, match="rotate"):
         ceremony.initialise(folder, [keys / "root-9.pem"], keys / "release-9.pem", None, NOW)
-    assignments = Assignments(folder)
+    assignments = OnlineSigner(folder)
     with writing(engine) as session:
         assignments.take_folder(session, NOW)
         assert assignments.development(session)
@@ -329,7 +329,7 @@ def test_development_keys_say_so(tmp_path: Path, engine: Engine) -> None:
 
 
 def test_a_folder_follows_the_control_plane_and_no_stranger(repository: Repository, tmp_path: Path) -> None:
-    copy = ceremony.Folder(tmp_path / "copy")
+    copy = ceremony.TrustFolder(tmp_path / "copy")
     copy.write("1.root.json", repository.anchor)
     repository.release()
     ceremony.rotate(repository.folder, "online", repository.keys(1, 2), NOW, release_signers=[repository.release_key])
@@ -361,7 +361,7 @@ def test_ceremonies_refuse_what_makes_no_sense(repository: Repository) -> None:
     with pytest.raises(InputError, match="not released"):
         ceremony.withdraw(repository.parts["targets"], folder.root, "a" * 64, repository.release_key, NOW)
     with pytest.raises(InputError, match="Name the root keys"):
-        ceremony.initialise(ceremony.Folder(repository.root / "x"), [], Path("y"), lambda _: PASSPHRASE, NOW)
+        ceremony.initialise(ceremony.TrustFolder(repository.root / "x"), [], Path("y"), lambda _: PASSPHRASE, NOW)
 
 
 def test_the_command_for_people_fails_when_something_is_nearly_full(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -50,7 +50,7 @@ class Site:
     def event(self, code: str, _message: str, **_facts: str) -> None:
         self.events.append(code)
 
-    def blame(self, error: SortlineError) -> None:
+    def report_error(self, error: SortlineError) -> None:
         self.faults.append(error.code)
 
     def set_fault(self, fault: Fault) -> None:

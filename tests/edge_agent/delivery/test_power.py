@@ -41,7 +41,7 @@ class Host:
     def event(self, code: str, message: str, **facts: str) -> None:
         self.codes.append(code)
 
-    def blame(self, error: SortlineError) -> None:
+    def report_error(self, error: SortlineError) -> None:
         self.codes.append(error.code)
 
     def set_fault(self, fault: Fault) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.devices.hardware import open_world
+from edge_agent.devices.hardware import open_hardware
 from edge_agent.ejection.confirmation import ConfirmationLedger
 from edge_agent.ejection.queue import EjectionQueue, EjectionRules
 from edge_agent.interfaces import Shot, Sighting
@@ -189,7 +189,7 @@ def test_on_the_line_photo_eyes_teach_the_lead_and_find_the_dying_valve(tmp_path
     config = LineConfig(
         lanes=2, defect_share=0.5, valve_delay_ms=30.0, lead_ms=15.0, trouble="24s valve_lane=1 valve_miss=0.4", seed=5
     )
-    world = open_world(config, virtual=True)
+    world = open_hardware(config, virtual=True)
     line = world.simulation
     assert isinstance(line, SimulatedLine)
     queue = world.ejection_queue(config, line.now)
@@ -232,7 +232,7 @@ def test_on_the_line_photo_eyes_teach_the_lead_and_find_the_dying_valve(tmp_path
 
 def test_an_item_refused_by_the_rule_for_close_items_is_not_called_late(tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "b", bias=4.0)  # nearly everything is rejected
-    world = open_world(LineConfig(lanes=1, ejector_pitch_mm=150.0, close_items="skip"), virtual=True)
+    world = open_hardware(LineConfig(lanes=1, ejector_pitch_mm=150.0, close_items="skip"), virtual=True)
     line = world.simulation
     assert isinstance(line, SimulatedLine)
     queue = world.ejection_queue(LineConfig(ejector_pitch_mm=150.0, close_items="skip"), line.now)
@@ -279,7 +279,7 @@ def test_a_device_that_does_the_last_millimetres_gets_each_shot_once_and_ahead_o
 
 
 def test_load_cells_of_the_simulated_line_weigh_the_right_item() -> None:
-    line = open_world(LineConfig(lanes=2), virtual=True).simulation
+    line = open_hardware(LineConfig(lanes=2), virtual=True).simulation
     assert line is not None
     for _ in range(60):
         line.read(1.0)

@@ -10,30 +10,30 @@ import pytest
 
 from edge_agent.devices.cameras import LiveCamera, _Backlog
 from edge_agent.devices.drivers.belt import BeltMessage, RepeatedWish
-from edge_agent.devices.hardware import open_world
+from edge_agent.devices.hardware import open_hardware
 from edge_agent.ejection.confirmation import ConfirmationLedger
 from edge_agent.ejection.queue import EjectionQueue, EjectionRules
-from edge_agent.health.camera import CameraWatch
+from edge_agent.health.camera import CameraHealth
 from edge_agent.interfaces import Frame
 from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.fail_safe import FailSafe
 from edge_agent.line_config import FailSafeConfig, LineConfig
-from edge_agent.simulation.faults import Trouble
+from edge_agent.simulation.faults import Faults
 from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge, Judged
 from models.errors import CameraError, ConfigError, UnavailableError
 from tests.simulators.tiny_bundle import tiny_bundle
 
 FAULTS = {
-    "absent": Trouble(absent=True),
-    "frozen": Trouble(freeze=True),
-    "corrupt": Trouble(corrupt_share=0.6),
-    "black": Trouble(brightness=0.0),
-    "overexposed": Trouble(brightness=9.0),
-    "wrong_size": Trouble(wrong_size=True),
-    "stalled": Trouble(drop_share=1.0),
-    "slow": Trouble(drop_share=0.55),
+    "absent": Faults(absent=True),
+    "frozen": Faults(freeze=True),
+    "corrupt": Faults(corrupt_share=0.6),
+    "black": Faults(brightness=0.0),
+    "overexposed": Faults(brightness=9.0),
+    "wrong_size": Faults(wrong_size=True),
+    "stalled": Faults(drop_share=1.0),
+    "slow": Faults(drop_share=0.55),
 }
 
 
@@ -69,7 +69,7 @@ class Bench:
         )
         self.core.use(judge)
         self.events: list[tuple[float, str]] = []
-        self.watch = CameraWatch(frames_per_s=30.0, on_change=lambda code, _: self.events.append((self.now, code)))
+        self.watch = CameraHealth(frames_per_s=30.0, on_change=lambda code, _: self.events.append((self.now, code)))
         self.actions: list[str] = []
         self.safe = FailSafe(
             FailSafeConfig(**fail_safe),  # type: ignore[arg-type]
@@ -111,11 +111,11 @@ class Bench:
         if frame is None or self.watch.blind:
             self.core.unseen(self.line.position_mm(self.now))
 
-    def trouble(self, trouble: Trouble, seconds: float) -> float:
+    def trouble(self, trouble: Faults, seconds: float) -> float:
         began_s = self.now
         self.line.set_trouble(trouble)
         self.run(seconds)
-        self.line.set_trouble(Trouble())
+        self.line.set_trouble(Faults())
         return began_s
 
     @property
@@ -159,19 +159,19 @@ def test_one_fault_that_becomes_another_is_named_again() -> None:
 @pytest.mark.parametrize(
     "trouble",
     [
-        Trouble(brightness=0.6),
-        Trouble(brightness=1.4),
-        Trouble(brightness=0.35),
-        Trouble(blue=0.6, red=1.4),
-        pytest.param(Trouble(blur_px=4.0), marks=pytest.mark.slow),
-        pytest.param(Trouble(dirt=0.8), marks=pytest.mark.slow),
-        Trouble(stopped=True),
-        pytest.param(Trouble(speed_factor=0.3), marks=pytest.mark.slow),
-        Trouble(corrupt_share=0.1),
-        Trouble(drop_share=0.2),
+        Faults(brightness=0.6),
+        Faults(brightness=1.4),
+        Faults(brightness=0.35),
+        Faults(blue=0.6, red=1.4),
+        pytest.param(Faults(blur_px=4.0), marks=pytest.mark.slow),
+        pytest.param(Faults(dirt=0.8), marks=pytest.mark.slow),
+        Faults(stopped=True),
+        pytest.param(Faults(speed_factor=0.3), marks=pytest.mark.slow),
+        Faults(corrupt_share=0.1),
+        Faults(drop_share=0.2),
     ],
 )
-def test_what_a_line_lives_with_is_no_fault(trouble: Trouble) -> None:
+def test_what_a_line_lives_with_is_no_fault(trouble: Faults) -> None:
     bench = Bench()
     bench.run(2.0)
     bench.trouble(trouble, 4.0)
@@ -201,7 +201,7 @@ def test_a_repeated_picture_that_was_compressed_anew_is_frozen_only_while_the_be
 def test_bad_frames_are_refused_and_not_counted_as_dropped(judge: Judge) -> None:
     bench = Bench(judge)
     bench.run(2.0)
-    bench.trouble(Trouble(corrupt_share=0.1), 6.0)
+    bench.trouble(Faults(corrupt_share=0.1), 6.0)
     bench.run(1.0)
     total = bench.counter.total
     assert total["frames_bad"] > 5
@@ -210,7 +210,7 @@ def test_bad_frames_are_refused_and_not_counted_as_dropped(judge: Judge) -> None
 
 
 def test_the_watch_of_a_recording_looks_at_sizes_only() -> None:
-    watch = CameraWatch(frames_per_s=30.0, live=False)
+    watch = CameraHealth(frames_per_s=30.0, live=False)
     dark = np.zeros((40, 60, 3), np.uint8)
     assert all(watch.take(Frame(dark, n, n / 30.0, 0.0), n / 30.0) for n in range(90))
     watch.silent(100.0)
@@ -260,7 +260,7 @@ def test_eject_all_hits_every_item_of_the_unseen_stretch(judge: Judge) -> None:
     items: dict[int, SimulatedItem] = {}
     for step in range(60):
         if step == 40:
-            bench.line.set_trouble(Trouble())
+            bench.line.set_trouble(Faults())
             to_mm = bench.line.position_mm(bench.now) - 200.0  # from here on the camera sees at least half of it
         bench.run(0.1)
         items |= {item.item_id: item for item in bench.line._lanes[0].items}
@@ -272,8 +272,8 @@ def test_eject_all_hits_every_item_of_the_unseen_stretch(judge: Judge) -> None:
 def test_eject_all_on_a_standing_belt_fires_nothing(judge: Judge) -> None:
     bench = Bench(judge, default="eject-all")
     bench.run(3.0)
-    bench.trouble(Trouble(stopped=True), 1.0)
-    bench.line.set_trouble(Trouble(stopped=True, absent=True))
+    bench.trouble(Faults(stopped=True), 1.0)
+    bench.line.set_trouble(Faults(stopped=True, absent=True))
     bench.run(0.5)
     fired = bench.queue.fired
     bench.run(5.0)
@@ -468,7 +468,7 @@ def test_a_fail_safe_that_cannot_be_done_is_refused_at_the_start(
 
     cv2.imwrite(str(tmp_path / "1.png"), np.zeros((40, 60, 3), np.uint8))
     with pytest.raises(ConfigError) as caught:
-        open_world(LineConfig(camera=str(tmp_path), **changes))  # type: ignore[arg-type]
+        open_hardware(LineConfig(camera=str(tmp_path), **changes))  # type: ignore[arg-type]
     assert caught.value.code == code
 
 

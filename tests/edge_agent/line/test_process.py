@@ -18,7 +18,7 @@ from edge_agent.line_config import LineConfig
 from edge_agent.offline.collect import collect
 from edge_agent.offline.contact_sheet import write_sheet
 from edge_agent.offline.run import run_standalone
-from edge_agent.simulation.faults import Trouble, parse_trouble_schedule
+from edge_agent.simulation.faults import Faults, parse_fault_schedule
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge
 from edge_agent.vision.segmentation import Locator
@@ -177,26 +177,26 @@ def test_torn_and_black_frames_are_refused_and_the_line_goes_on(bundle: Path) ->
     line = SimulatedLine(SMALL, virtual=True)
     core = core_of(line, Judge(bundle))
     drive(line, core, 60)
-    line.set_trouble(Trouble(brightness=0.0))
+    line.set_trouble(Faults(brightness=0.0))
     drive(line, core, 10)
     assert core.counter.total["frames_bad"] >= 5
-    line.set_trouble(Trouble())
+    line.set_trouble(Faults())
     drive(line, core, 200)
     assert core.counter.total["items"] > 50
 
 
 def test_a_schedule_is_read_or_refused_with_the_nearest_knob() -> None:
-    steps = parse_trouble_schedule("60s clear; 30s brightness=0.7 freeze")
+    steps = parse_fault_schedule("60s clear; 30s brightness=0.7 freeze")
     assert [(s.after_s, s.trouble.brightness, s.trouble.freeze) for s in steps] == [
         (30.0, 0.7, True),
         (60.0, 1.0, False),
     ]
     for text, code in (("30s brigthness=1", "trouble.unknown_knob"), ("soon dirt=1", "trouble.malformed")):
         with pytest.raises(ConfigError) as caught:
-            parse_trouble_schedule(text)
+            parse_fault_schedule(text)
         assert caught.value.code == code
     with pytest.raises(ConfigError, match="did you mean brightness"):
-        parse_trouble_schedule("1s brigthness=1")
+        parse_fault_schedule("1s brigthness=1")
 
 
 def test_an_item_in_the_picture_is_where_the_truth_says() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Beat, FromLine, Go, LoadFailed, Pipe, Ready, Swapped, Waiting, WindowClosed
-from edge_agent.supervisor.line_process import LineChild, LineGone
+from edge_agent.supervisor.line_process import LineGone, LineProcess
 from tests.simulators.processes import wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
 
@@ -31,8 +31,8 @@ def said() -> "queue.Queue[object]":
 
 
 @pytest.fixture
-def child(config: LineConfig, tmp_path: Path, said: "queue.Queue[object]") -> Iterator[LineChild]:
-    found = LineChild(config, lambda event: said.put(event) or True, standby=True)
+def child(config: LineConfig, tmp_path: Path, said: "queue.Queue[object]") -> Iterator[LineProcess]:
+    found = LineProcess(config, lambda event: said.put(event) or True, standby=True)
     yield found
     found.stop(5.0)
 
@@ -49,7 +49,7 @@ def heard(said: "queue.Queue[object]", kind: type) -> object:
 
 
 def test_it_says_nothing_but_that_it_waits_and_is_the_line_when_told(
-    child: LineChild, config: LineConfig, said: "queue.Queue[object]", tmp_path: Path
+    child: LineProcess, config: LineConfig, said: "queue.Queue[object]", tmp_path: Path
 ) -> None:
     wait_until(lambda: child.waiting, 60, "the standby")
     assert said.empty()
@@ -68,7 +68,7 @@ def test_it_says_nothing_but_that_it_waits_and_is_the_line_when_told(
 
 def test_one_that_cannot_load_its_bundle_ends(config: LineConfig, tmp_path: Path, said: "queue.Queue[object]") -> None:
     wrong = msgspec.structs.replace(config, digest="11" * 32)
-    child = LineChild(wrong, lambda event: said.put(event) or True, standby=True)
+    child = LineProcess(wrong, lambda event: said.put(event) or True, standby=True)
     gone = said.get(timeout=60)
     assert isinstance(gone, LineGone)
     assert "exit status 1" in gone.reason
@@ -86,7 +86,7 @@ def test_before_it_is_told_neither_camera_nor_plc_hears_of_it(
             camera=f"http://127.0.0.1:{camera.getsockname()[1]}/stream",
             encoder=f"modbus://127.0.0.1:{plc.getsockname()[1]}/input/100?mm_per_pulse=0.1",
         )
-        child = LineChild(real, lambda event: said.put(event) or True, standby=True)
+        child = LineProcess(real, lambda event: said.put(event) or True, standby=True)
         try:
             wait_until(lambda: child.waiting, 60, "the standby")
             for device in (camera, plc):

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.devices.cameras import ConstantSpeedEncoder
-from edge_agent.devices.hardware import NoEjector
+from edge_agent.devices.hardware import NullEjector
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, LineGeometry
 from edge_agent.line.core import LineCore
@@ -78,7 +78,7 @@ def run(film: Film, judges: tuple[Judge, ...], swaps: dict[int, int], shadows: d
         return now_s[0]
 
     counter = LineCounter(len(film.geometry.lanes), clock=clock)
-    queue = EjectionQueue(ConstantSpeedEncoder(1000.0), NoEjector(), clock=clock)
+    queue = EjectionQueue(ConstantSpeedEncoder(1000.0), NullEjector(), clock=clock)
     found = Run([], [], [])
     core = LineCore(
         geometry=film.geometry,

@@ -7,7 +7,7 @@ import cv2
 import pytest
 
 from edge_agent.line.loader import Loader
-from edge_agent.line.thread_tuning import Trial, choose, facts, measure, thread_counts, tune_model, tune_opencv
+from edge_agent.line.thread_tuning import ThreadTiming, choose, facts, measure, thread_counts, tune_model, tune_opencv
 from edge_agent.line_protocol import FromLine, Load, LoadFailed, Tuned
 from tests.simulators.tiny_bundle import tiny_bundle
 
@@ -23,7 +23,7 @@ from tests.simulators.tiny_bundle import tiny_bundle
     ],
 )
 def test_the_shortest_tail_among_the_thrifty_is_taken(trials: list[tuple[int, float, float]], chosen: int) -> None:
-    assert choose([Trial(threads, p99, cpu, 10) for threads, p99, cpu in trials]).threads == chosen
+    assert choose([ThreadTiming(threads, p99, cpu, 10) for threads, p99, cpu in trials]).threads == chosen
 
 
 def test_counts_follow_the_processors() -> None:

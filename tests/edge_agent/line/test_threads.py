@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from edge_agent.devices.hardware import NoEjector, World, open_world
+from edge_agent.devices.hardware import LineHardware, NullEjector, open_hardware
 from edge_agent.interfaces import Frame, Shot
 from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
@@ -58,8 +58,8 @@ class BrokenDriver:
 def test_a_line_that_lost_a_thread_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     config = LineConfig(threads=1)
-    simulated = open_world(config)
-    line = Line(config, Pipe(ours), World(BrokenDriver(), simulated.encoder, NoEjector()))
+    simulated = open_hardware(config)
+    line = Line(config, Pipe(ours), LineHardware(BrokenDriver(), simulated.encoder, NullEjector()))
     monkeypatch.setattr(threading, "excepthook", line.thread_died)
     try:
         assert line.run() == 6
@@ -74,7 +74,7 @@ def test_a_camera_that_ends_is_no_thread_that_died(monkeypatch: pytest.MonkeyPat
 
     ours, theirs = socket.socketpair()
     config = LineConfig(threads=1)
-    line = Line(config, Pipe(ours), World(Ends(), open_world(config).encoder, NoEjector()))
+    line = Line(config, Pipe(ours), LineHardware(Ends(), open_hardware(config).encoder, NullEjector()))
     monkeypatch.setattr(threading, "excepthook", line.thread_died)
     try:
         assert line.run() == 0

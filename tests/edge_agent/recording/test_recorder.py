@@ -54,7 +54,7 @@ def frames() -> list[Frame]:
     return [frame for frame in (line.read(1.0) for _ in range(180)) if frame is not None]
 
 
-class World:
+class LineHardware:
     """One core over given frames, in virtual time; the recorder's queue is emptied before each frame."""
 
     def __init__(self, recorder: Recorder | None, judge: Judge | None) -> None:
@@ -94,7 +94,7 @@ def drained(recorder: Recorder) -> None:
 
 def record(folder: Path, bundle: Path, frames: list[Frame], **options: object) -> Recorder:
     recorder = Recorder(folder, **({"quota_bytes": ROOMY} | options))
-    world = World(recorder, Judge(bundle))
+    world = LineHardware(recorder, Judge(bundle))
     world.run(frames)
     world.end()
     return recorder
@@ -131,7 +131,7 @@ def test_weights_of_a_load_cell_are_replayed_from_the_frame_they_were_known(
 ) -> None:
     tiny_bundle(tmp_path / "weighing", weighs=True, bias=-2.0)
     recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY)
-    world = World(None, Judge(tmp_path / "weighing"))
+    world = LineHardware(None, Judge(tmp_path / "weighing"))
 
     class Cell:
         """Gives some items no weight, others only when they have been seen for a while."""
@@ -172,7 +172,7 @@ def test_a_recording_that_starts_in_the_middle_of_a_run_replays_exactly(
     bundle: Path, tmp_path: Path, frames: list[Frame]
 ) -> None:
     recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY)
-    world = World(None, Judge(bundle))
+    world = LineHardware(None, Judge(bundle))
     world.run(frames[:100])
     world.recorder, world.core.on_verdict = recorder, recorder.decided
     assert world.core.tracker.open > 3
@@ -190,7 +190,7 @@ def test_a_bundle_swapped_in_the_middle_is_compared_for_its_own_items(
 ) -> None:
     tiny_bundle(tmp_path / "other", bias=3.0)
     recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY, segment_s=1.0)
-    world = World(recorder, None)
+    world = LineHardware(recorder, None)
     world.run(frames[:40])
     world.core.use(Judge(bundle))
     world.run(frames[40:120])
@@ -262,7 +262,7 @@ def test_a_full_queue_loses_frames_and_no_exactness(
 
     monkeypatch.setattr("edge_agent.recording.recorder.encode_image", slow)
     recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY, queue_frames=8)
-    world = World(recorder, Judge(bundle))
+    world = LineHardware(recorder, Judge(bundle))
     world.run(frames[:90])
     gate.clear()
     world.run(frames[90:130], drain=False)
@@ -311,7 +311,7 @@ def test_a_full_disk_pauses_the_recording_and_the_line_goes_on(
         clock=lambda: now[0],
         opener=lambda path: SmallDisk(path, room),  # type: ignore[arg-type, return-value]
     )
-    world = World(recorder, Judge(bundle))
+    world = LineHardware(recorder, Judge(bundle))
     world.run(frames[:120])
     assert recorder.counters.disk_errors == 1
     assert recorder.counters.frames_lost > 10
@@ -329,7 +329,7 @@ def test_a_full_disk_pauses_the_recording_and_the_line_goes_on(
 def test_the_quota_holds_and_the_oldest_go_first(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
     folder, quota = tmp_path / "rec", 20_000_000
     recorder = Recorder(folder, quota_bytes=quota)
-    world = World(recorder, Judge(bundle))
+    world = LineHardware(recorder, Judge(bundle))
     for frame in frames:
         world.run([frame])
         assert sum(path.stat().st_size for path in folder.iterdir()) <= quota
@@ -348,7 +348,7 @@ def test_kept_segments_go_last_and_only_when_nothing_else_is_left(
 ) -> None:
     folder = tmp_path / "rec"
     recorder = Recorder(folder, quota_bytes=16_000_000)
-    world = World(recorder, Judge(bundle))
+    world = LineHardware(recorder, Judge(bundle))
     world.run(frames[:12])
     recorder.keep("camera.stalled")
     world.run(frames[12:])

@@ -9,7 +9,7 @@ import pytest
 
 from edge_agent.config import Standby
 from edge_agent.delivery.lifecycle import SlotState
-from edge_agent.line.standby import first_to_go, gently
+from edge_agent.line.standby import prefer_as_oom_victim, run_at_low_priority
 from edge_agent.line_protocol import Go
 from edge_agent.supervisor.line_keeper import LineKeeper, standby_for
 from models.errors import UnavailableError
@@ -285,13 +285,13 @@ def test_what_warms_up_has_a_low_priority_and_what_sorts_has_not() -> None:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     before = priority()
-    assert gently(priority) == max(before, 10)
+    assert run_at_low_priority(priority) == max(before, 10)
     assert priority() == before
 
 
 def test_a_standby_goes_first_when_memory_runs_out_and_a_line_does_not() -> None:
     score = Path("/proc/self/oom_score_adj")
     before = int(score.read_text())
-    with first_to_go():
+    with prefer_as_oom_victim():
         assert int(score.read_text()) == min(before + 100, 1000)
     assert int(score.read_text()) == before

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.cli.commands import main
-from edge_agent.devices.hardware import NoEjector, World
+from edge_agent.devices.hardware import LineHardware, NullEjector
 from edge_agent.line.loader import LoadedJudge
 from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
@@ -29,8 +29,8 @@ from edge_agent.supervisor.lots import (
     Lots,
     LotState,
     accept,
-    leave_wish,
     read_state,
+    submit_lot_request,
 )
 from edge_agent.vision.judge import Judge
 from models.errors import InputError, MessageError
@@ -200,7 +200,7 @@ def test_an_agent_may_take_its_lot_from_the_line_alone(host: Host, clock: Clock)
     with pytest.raises(MessageError, match="line alone"):
         lots.command(encode(command()))
     assert host.answers[0].fault.code == "command.not_allowed"
-    leave_wish(host.root, "B-7", "gala", "e" * 32)
+    submit_lot_request(host.root, "B-7", "gala", "e" * 32)
     lots.tick()
     assert host.lots == [("B-7", "gala")]
 
@@ -226,7 +226,7 @@ def test_a_full_disk_changes_nothing_and_the_operators_word_waits(
     host: Host, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lots = opened(host, clock)
-    leave_wish(host.root, "B-7", "gala", "e" * 32)
+    submit_lot_request(host.root, "B-7", "gala", "e" * 32)
     with monkeypatch.context() as patch:
         patch.setattr(
             "edge_agent.supervisor.lots.write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space"))
@@ -246,7 +246,7 @@ def test_the_operators_word_counts_with_any_clock_and_commands_go_on_counting(ho
     lots = opened(host, clock)
     lots.command(encode(command(1)))
     clock.ms = 0  # no battery: 1970
-    leave_wish(host.root, "B-7", "", "e" * 32)
+    submit_lot_request(host.root, "B-7", "", "e" * 32)
     lots.tick()
     assert (lots.state.lot, lots.state.source) == ("B-7", LotSource.OPERATOR)
     clock.ms = NOW + 9
@@ -257,13 +257,13 @@ def test_the_operators_word_counts_with_any_clock_and_commands_go_on_counting(ho
 
 def test_a_word_that_is_said_while_another_is_read_is_not_lost(host: Host, clock: Clock) -> None:
     lots = opened(host, clock)
-    leave_wish(host.root, "B-7", "gala", "e" * 32)
+    submit_lot_request(host.root, "B-7", "gala", "e" * 32)
     heard = host.set_lot
 
     def says_another(lot: str, variety: str) -> None:
         heard(lot, variety)
         host.set_lot = heard
-        leave_wish(host.root, "B-8", "gala", "f" * 32)
+        submit_lot_request(host.root, "B-8", "gala", "f" * 32)
 
     host.set_lot = says_another
     lots.tick()
@@ -273,7 +273,7 @@ def test_a_word_that_is_said_while_another_is_read_is_not_lost(host: Host, clock
 
 def test_a_word_that_comes_back_after_a_power_cut_is_not_obeyed_twice(host: Host, clock: Clock) -> None:
     lots = opened(host, clock)
-    leave_wish(host.root, "B-7", "gala", "e" * 32)
+    submit_lot_request(host.root, "B-7", "gala", "e" * 32)
     said = (host.root / WISH).read_bytes()
     lots.tick()
     lots.command(encode(command(2)))
@@ -295,7 +295,7 @@ def test_a_broken_wish_is_named_once_and_thrown_away(host: Host, clock: Clock, r
 @pytest.mark.parametrize("lot", ["a\nb", "x" * 65, "\x00", "\u2028"])
 def test_what_is_no_name_is_refused_before_it_is_written(tmp_path: Path, lot: str) -> None:
     with pytest.raises(InputError) as caught:
-        leave_wish(tmp_path, lot, "gala", "e" * 32)
+        submit_lot_request(tmp_path, lot, "gala", "e" * 32)
     assert caught.value.code == "lot.bad_name"
     assert list(tmp_path.iterdir()) == []
 
@@ -307,7 +307,7 @@ def test_the_command_at_the_line_leaves_the_word_and_shows_it(host: Host, clock:
     (host.root / "lock").touch()
     assert main(["lot", *state_dir, "--lot", "B-7"]) == 2
     assert "--variety" in capsys.readouterr().err
-    leave_wish(host.root, "B-7", "gala", "e" * 32)
+    submit_lot_request(host.root, "B-7", "gala", "e" * 32)
     opened(host, clock).tick()
     assert main(["lot", *state_dir, "--json"]) == 0
     shown = msgspec.json.decode(capsys.readouterr().out)
@@ -360,7 +360,7 @@ def test_a_power_cut_anywhere_forgets_neither_a_lot_the_line_heard_of_nor_an_ope
     lots.command(encode(command(1)))
     with monkeypatch.context() as patch:
         recorder = Recorder(root, patch)
-        leave_wish(root, "B-7", "gala", "e" * 32)
+        submit_lot_request(root, "B-7", "gala", "e" * 32)
         recorder.mark("said")
         lots.tick()
         recorder.mark("B-7")
@@ -395,7 +395,7 @@ def test_a_lot_begins_at_a_gap_no_window_mixes_two_and_a_bundle_that_waits_for_i
     # No deadline: only a gap will do.
     config = LineConfig(lanes=1, threads=1, lot="A", variety="gala", swap_within_s=60.0)
     pipe = Pipe(ours)
-    line = Line(config, pipe, World(film, film, NoEjector()))
+    line = Line(config, pipe, LineHardware(film, film, NullEjector()))
     core, reports, judged = None, [], Counter()
     said, begun_at, swapped_at = False, 0, 0
     for number in range(400):
@@ -437,7 +437,7 @@ def test_a_lot_does_not_wait_for_a_gap_for_ever() -> None:
     film = SimulatedLine(SimulationConfig(apples=8, varieties=("golden",)), virtual=True)
     ours, theirs = socket.socketpair()
     pipe = Pipe(ours)
-    line = Line(LineConfig(threads=1), pipe, World(film, film, NoEjector()))
+    line = Line(LineConfig(threads=1), pipe, LineHardware(film, film, NullEjector()))
     full = SimpleNamespace(tracker=SimpleNamespace(open=3))
     for since_s, lot in ((FOR_EVER, ""), (-FOR_EVER, "B")):
         line._next_lot.append((SetLot(lot="B", variety="fuji"), since_s))

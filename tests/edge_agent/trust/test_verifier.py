@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from edge_agent.config import TrustConfig
-from edge_agent.trust.verifier import Gate, Verified
+from edge_agent.trust.verifier import AssignmentVerifier, Verified
 from edge_agent.trust.verify import TRUSTED, Question, answer
 from models.errors import MessageError, SortlineError
 from models.messages import Desired
@@ -33,7 +33,7 @@ class Host:
     def event(self, code: str, message: str, **facts: str) -> None:
         self.said.append(code)
 
-    def blame(self, error: SortlineError) -> None:
+    def report_error(self, error: SortlineError) -> None:
         self.faults.append(error.code)
 
 
@@ -48,14 +48,16 @@ def host() -> Host:
 
 
 @pytest.fixture
-def gate(repository: Repository, host: Host, tmp_path: Path) -> Gate:
-    found = Gate(tmp_path / "agent", TrustConfig(), "line-1", host, lambda: host.generation, lambda: host.now)
+def gate(repository: Repository, host: Host, tmp_path: Path) -> AssignmentVerifier:
+    found = AssignmentVerifier(
+        tmp_path / "agent", TrustConfig(), "line-1", host, lambda: host.generation, lambda: host.now
+    )
     found.folder.mkdir(parents=True)
     (found.folder / "root.json").write_bytes(repository.anchor)
     return found
 
 
-def turn(gate: Gate, host: Host, after_s: float = 1.0) -> Desired | None:
+def turn(gate: AssignmentVerifier, host: Host, after_s: float = 1.0) -> Desired | None:
     """Lets time pass and waits for the process if one was started."""
     host.now += after_s
     gate.tick()
@@ -68,17 +70,17 @@ def turn(gate: Gate, host: Host, after_s: float = 1.0) -> Desired | None:
 
 def assigned(repository: Repository, generation: int = 1, content: bytes = b"model") -> tuple[Signed, bytes]:
     document = repository.assign("line-1", repository.release(content), generation)
-    return repository.seal(), document
+    return repository.sign_changes(), document
 
 
-def offer(gate: Gate, signed: Signed) -> None:
+def offer(gate: AssignmentVerifier, signed: Signed) -> None:
     """As the broker gives it: two retained messages."""
     gate.offer_bin(signed.bin())
     gate.offer_set(signed.set)
 
 
 def test_a_proven_assignment_passes_once_in_whatever_order_it_came(
-    repository: Repository, gate: Gate, host: Host
+    repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
     offered, document = assigned(repository, 3)
     gate.offer_document(document)
@@ -89,14 +91,14 @@ def test_a_proven_assignment_passes_once_in_whatever_order_it_came(
     assert gate.facts["timestamp_version"] == "1"
     assert turn(gate, host) is None
     # Hourly metadata is looked at later, and the assignment stays what it is.
-    offer(gate, repository.seal())
+    offer(gate, repository.sign_changes())
     assert turn(gate, host, 10.0) is None
     assert turn(gate, host, 300.0).generation == 3
     assert gate.facts["timestamp_version"] == "2"
 
 
 def test_a_set_on_its_way_is_no_attack_and_a_set_that_never_comes_is_reported(
-    repository: Repository, gate: Gate, host: Host
+    repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
     offered, document = assigned(repository)
     offer(gate, offered)
@@ -116,7 +118,7 @@ def test_a_set_on_its_way_is_no_attack_and_a_set_that_never_comes_is_reported(
 
 @pytest.mark.parametrize("order", ["set bin document", "document set bin", "bin document set"])
 def test_three_parts_that_come_a_second_apart_are_no_attack(
-    repository: Repository, gate: Gate, host: Host, order: str
+    repository: Repository, gate: AssignmentVerifier, host: Host, order: str
 ) -> None:
     old, old_document = assigned(repository)
     offer(gate, old)
@@ -139,7 +141,7 @@ def test_three_parts_that_come_a_second_apart_are_no_attack(
 
 
 def test_a_bin_that_never_comes_is_reported_and_made_good_when_it_does(
-    repository: Repository, gate: Gate, host: Host
+    repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
     offered, document = assigned(repository)
     gate.offer_set(offered.set)
@@ -153,7 +155,7 @@ def test_a_bin_that_never_comes_is_reported_and_made_good_when_it_does(
 
 
 def test_a_thief_who_sends_parts_that_do_not_fit_all_the_time_is_reported(
-    repository: Repository, gate: Gate, host: Host
+    repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
     offered, document = assigned(repository)
     gate.offer_document(document)
@@ -165,7 +167,7 @@ def test_a_thief_who_sends_parts_that_do_not_fit_all_the_time_is_reported(
 
 
 def test_a_replayed_set_changes_nothing_and_alarms_only_where_something_new_was_wanted(
-    repository: Repository, gate: Gate, host: Host
+    repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
     old, old_document = assigned(repository)
     newer, document = assigned(repository, 2, b"better")
@@ -181,7 +183,7 @@ def test_a_replayed_set_changes_nothing_and_alarms_only_where_something_new_was_
 
 
 def test_an_agent_without_anchor_says_so_and_begins_when_it_gets_one(
-    repository: Repository, gate: Gate, host: Host
+    repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
     (gate.folder / "root.json").unlink()
     offered, document = assigned(repository)
@@ -194,7 +196,7 @@ def test_an_agent_without_anchor_says_so_and_begins_when_it_gets_one(
 
 
 def test_a_broken_memory_is_set_aside_and_trust_begins_at_the_anchor(
-    repository: Repository, gate: Gate, host: Host
+    repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
     (gate.folder / TRUSTED).write_bytes(b"\0" * 40)
     offered, document = assigned(repository)
@@ -207,7 +209,7 @@ def test_a_broken_memory_is_set_aside_and_trust_begins_at_the_anchor(
 
 
 def test_a_clock_that_is_behind_is_said_once_and_does_not_stop_updates(
-    repository: Repository, gate: Gate, host: Host
+    repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
     repository.later(minutes=10)
     for generation in (1, 2, 3):
@@ -219,7 +221,7 @@ def test_a_clock_that_is_behind_is_said_once_and_does_not_stop_updates(
     assert int(gate.facts["clock_behind_s"]) > 500
 
 
-def test_garbage_is_refused_before_a_process_is_started(gate: Gate, host: Host) -> None:
+def test_garbage_is_refused_before_a_process_is_started(gate: AssignmentVerifier, host: Host) -> None:
     for payload in (b"", b"{}", b"x" * 9000):
         with pytest.raises(MessageError):
             gate.offer_document(payload)
@@ -232,7 +234,7 @@ def test_garbage_is_refused_before_a_process_is_started(gate: Gate, host: Host) 
 
 
 def test_a_verifier_that_crashes_accepts_nothing(
-    repository: Repository, gate: Gate, host: Host, monkeypatch: pytest.MonkeyPatch
+    repository: Repository, gate: AssignmentVerifier, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offered, document = assigned(repository)
     offer(gate, offered)

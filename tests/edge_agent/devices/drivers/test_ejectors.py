@@ -11,7 +11,7 @@ from edge_agent.devices.drivers.ejectors import SLOT_WORDS, ModbusPlcEjector, op
 from edge_agent.devices.drivers.encoder import open_encoder
 from edge_agent.devices.drivers.gpio import GpiodPins, GpioEjector
 from edge_agent.devices.drivers.pulses import PulseEncoder
-from edge_agent.devices.drivers.shot_queue import HandOver
+from edge_agent.devices.drivers.shot_queue import ShotQueue
 from edge_agent.interfaces import Shot
 from models.errors import ConfigError, UnavailableError
 from tests.simulators.fake_plc import Clock, FakePlc, broken, encoder_at
@@ -125,7 +125,7 @@ def test_what_the_plc_does_not_know_is_refused() -> None:
 def test_the_queue_is_bounded_and_a_broken_driver_costs_one_shot() -> None:
     clock = Clock()
     belt = encoder_at(clock, 0, 100)
-    queue = HandOver(broken, belt, limit=2, clock=clock)
+    queue = ShotQueue(broken, belt, limit=2, clock=clock)
     assert [queue.offer(shot(item, 50.0), 10.0) for item in range(3)] == [True, True, False]
     queue.step()
     assert queue.counters["refused"] == 1

@@ -13,16 +13,16 @@ import logging
 import socket
 import ssl
 
-from control_plane.broker.certificates import Certificates
+from control_plane.broker.broker import Broker
+from control_plane.broker.client_certificates import Certificates
 from control_plane.broker.connection import Connection
-from control_plane.broker.exchange import Broker
 
 log = logging.getLogger("sortline.broker")
 _ACCEPT_AT_ONCE = 64
 _SLOW_HANDSHAKE_S = 1.0
 
 
-class Door:
+class Acceptor:
     """Accepts for a broker.
 
     Args:

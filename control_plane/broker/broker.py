@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from control_plane.broker.access import Action, Credentials, Identity, Role, authorize
-from control_plane.broker.certificates import Certificates
+from control_plane.broker.client_certificates import Certificates
 from control_plane.broker.packets import Connect
 from control_plane.broker.sessions import BrokerLimits, Message, Quarantine, RetainedStore, Session
 from control_plane.broker.topics import SubscriptionIndex, has_wildcard, matches, valid_filter
@@ -97,7 +97,7 @@ class Broker:
     def throttled(self, connection: "Connection", identity: Identity, wait_s: float) -> None:
         """A client sends more than it may; one that goes on with it is cut off for a while."""
         self.counters["rate_limited"] += 1
-        if identity.role is Role.AGENT and self.quarantine.heat(identity.name, wait_s, self.clock()):
+        if identity.role is Role.AGENT and self.quarantine.record_throttling(identity.name, wait_s, self.clock()):
             self.counters["quarantined"] += 1
             log.warning("%s floods the broker and is cut off for a while", identity.name)
             connection.drop("quarantined")
