@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.health.abstain_budget import MEMORY_ITEMS, AbstainWatch
-from edge_agent.line.process import Line
-from edge_agent.line_config import LineConfig
-from edge_agent.line_protocol import Pipe
+from edge_agent.health.camera import CameraHealth
+from edge_agent.line.reporting import Outbox, Reporter
+from edge_agent.line_protocol import Faulted, Pipe
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge
 from models.bundle import RECIPE, write_bundle
@@ -114,21 +114,21 @@ def test_the_lot_in_work_chooses_the_terms(tmp_path: Path) -> None:
 def test_the_line_reports_that_its_budget_is_exceeded_once_and_that_it_is_kept_again(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     pipe = Pipe(ours)
-    line = Line(LineConfig(window_s=600.0), pipe)
     try:
         judge = Judge(unsure_bundle(tmp_path / "b", Terms(abstain_budget=0.05)))
-        core = core_of(SimulatedLine(SimulationConfig(apples=8), virtual=True), judge)
-        line._core = core
+        simulated = SimulatedLine(SimulationConfig(apples=8), virtual=True)
+        core = core_of(simulated, judge)
+        outbox, health = Outbox(pipe), CameraHealth(frames_per_s=30.0, stall_s=1.0)
+        reporter = Reporter(outbox, core.counter, health, simulated, lambda: core, window_s=600.0, boot_id="0" * 16)
 
         def say(unsure: int) -> list[str]:
             window = Window(
                 started_ms=0, duration_ms=1, bundle=judge.digest, items=400, grades={UNSURE: unsure, "x": 400 - unsure}
             )
-            line._watch_budget(window)
-            return [m.fault.code for m in (line._reports.get() for _ in range(line._reports.qsize()))]
+            reporter.watch_budget(window)
+            return [report.fault.code for report in iter(outbox.take, None) if isinstance(report, Faulted)]
 
         assert [say(10), say(80), say(80), say(2)] == [[], ["recipe.over_budget"], [], ["recipe.within_budget"]]
     finally:
-        line._world.close()
         pipe.close()
         theirs.close()

@@ -1,11 +1,9 @@
 """Which lot runs: the newest word counts, late and repeated ones change nothing, power cuts forget none."""
 
 import shutil
-import socket
 from collections import Counter
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -13,12 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.cli.commands import main
-from edge_agent.devices.hardware import LineHardware, NullEjector
-from edge_agent.line.loader import LoadedJudge
-from edge_agent.line.process import Line
-from edge_agent.line_config import LineConfig
-from edge_agent.line_protocol import Beat, Pipe, SetLot, WindowClosed
-from edge_agent.simulation.line import SimulatedLine, SimulationConfig
+from edge_agent.line_protocol import Beat
 from edge_agent.supervisor.lots import (
     CLOCK_SLACK_MS,
     MAX_LIFE_MS,
@@ -32,15 +25,11 @@ from edge_agent.supervisor.lots import (
     read_state,
     submit_lot_request,
 )
-from edge_agent.vision.judge import Judge
 from models.errors import InputError, MessageError
-from models.messages import Command, CommandKind, Live, LotSource, Response, Swap, encode
+from models.messages import Command, CommandKind, Live, LotSource, Response, encode
 from tests.simulators.power import Recorder, states
-from tests.simulators.tiny_bundle import tiny_bundle
 
 NOW = 1_790_000_000_000
-FOR_EVER = float("inf")
-"""Monotonic time from which nobody has waited long enough."""
 
 
 def command(number: int = 1, *, issued: int = NOW, life: int = 60_000, lot: str = "", variety: str = "gala") -> Command:
@@ -384,69 +373,6 @@ def test_a_power_cut_anywhere_forgets_neither_a_lot_the_line_heard_of_nor_an_ope
 
 
 # -- the line ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_lot_begins_at_a_gap_no_window_mixes_two_and_a_bundle_that_waits_for_it_takes_over(tmp_path: Path) -> None:
-    tiny_bundle(tmp_path / "a", bias=-2.5)
-    tiny_bundle(tmp_path / "b", bias=0.5)
-    first, second = Judge(tmp_path / "a"), Judge(tmp_path / "b")
-    film = SimulatedLine(SimulationConfig(apples=8, varieties=("golden",), items_per_s=1.8, lanes=1), virtual=True)
-    ours, theirs = socket.socketpair()
-    # No deadline: only a gap will do.
-    config = LineConfig(lanes=1, threads=1, lot="A", variety="gala", swap_within_s=60.0)
-    pipe = Pipe(ours)
-    line = Line(config, pipe, LineHardware(film, film, NullEjector()))
-    core, reports, judged = None, [], Counter()
-    said, begun_at, swapped_at = False, 0, 0
-    for number in range(400):
-        frame = film.read(1.0)
-        if core is None:
-            core = line._core = line._make_core(frame)
-            core.use(first)
-            core.on_verdict = lambda _found, _outlet: judged.update([line._counter.lot])
-        if number == 60:
-            line._loader.judge.append(LoadedJudge(second, 1.0, FOR_EVER, Swap.LOT_CHANGE))
-        if number >= 150 and core.tracker.open and not said:
-            said = True
-            assert core.judge is first
-            line._next_lot.append((SetLot(lot="B", variety="fuji"), FOR_EVER))
-        open_before = core.tracker.open
-        line._switch(core)
-        if not begun_at and line._counter.lot == "B":
-            begun_at = number
-            assert open_before == 0
-        if not swapped_at and core.judge is second:
-            swapped_at = number
-        core.process(frame)
-    while not line._reports.empty():
-        reports.append(line._reports.get_nowait())
-    windows = [r.window for r in reports if isinstance(r, WindowClosed)] + [line._counter.close_window()]
-    assert 150 <= begun_at <= swapped_at < 400
-    assert {(w.lot, w.variety) for w in windows} == {("A", "gala"), ("B", "fuji")}
-    for lot in "AB":
-        assert sum(w.items for w in windows if w.lot == lot) == judged[lot] > 2
-    assert {w.bundle for w in windows if w.lot == "A"} == {first.digest}
-    found = line._beat()
-    assert (found.lot, found.variety, found.terms) == ("B", "fuji", "recipe")
-    line._world.close()
-    pipe.close()
-    theirs.close()
-
-
-def test_a_lot_does_not_wait_for_a_gap_for_ever() -> None:
-    film = SimulatedLine(SimulationConfig(apples=8, varieties=("golden",)), virtual=True)
-    ours, theirs = socket.socketpair()
-    pipe = Pipe(ours)
-    line = Line(LineConfig(threads=1), pipe, LineHardware(film, film, NullEjector()))
-    full = SimpleNamespace(tracker=SimpleNamespace(open=3))
-    for since_s, lot in ((FOR_EVER, ""), (-FOR_EVER, "B")):
-        line._next_lot.append((SetLot(lot="B", variety="fuji"), since_s))
-        line._begin_lot(full, *line._next_lot[0])
-        assert line._counter.lot == lot
-    assert not line._next_lot
-    line._world.close()
-    pipe.close()
-    theirs.close()
 
 
 def test_the_lot_has_begun_when_the_line_says_so(host: Host, clock: Clock) -> None:
