@@ -37,7 +37,7 @@ _SIGNATURES = 7
 """That a set without rotations has an agent check: the root twice, timestamp, snapshot, targets, assign, bin."""
 
 
-def installation(folder: ceremony.Folder, now: datetime) -> tuple[bytes, bytes, str]:
+def installation(folder: ceremony.TrustFolder, now: datetime) -> tuple[bytes, bytes, str]:
     """Development keys and one released bundle: root, targets, digest."""
     keys = folder.path / "keys"
     root = ceremony.initialise(folder, [keys / "root.pem"], keys / "release.pem", None, now)
@@ -61,7 +61,7 @@ class Fleet:
     """Bytes of the set when one document lists all agents."""
 
 
-def signed_fleet(folder: ceremony.Folder, agents: int, now: datetime) -> Fleet:
+def signed_fleet(folder: ceremony.TrustFolder, agents: int, now: datetime) -> Fleet:
     """Every agent is assigned the same bundle."""
     root, targets, bundle = installation(folder, now)
     documents = {f"line-{n}": encode(Desired(generation=n, bundle=bundle)) for n in range(1, agents + 1)}
@@ -90,7 +90,7 @@ def median_ms(action: Callable[[], object], times: int) -> float:
 def measure(figures: Figures, root_folder: Path, agents: int, runs: int, processes: int) -> None:
     """One fleet size, seen from the agent whose bin is the largest."""
     now = datetime.now(UTC).replace(microsecond=0)
-    fleet = signed_fleet(ceremony.Folder(root_folder / f"trust-{agents}"), agents, now)
+    fleet = signed_fleet(ceremony.TrustFolder(root_folder / f"trust-{agents}"), agents, now)
     agent_id = max(fleet.documents, key=lambda name: len(fleet.bins[bin_of(name)]))
     offered, own_bin, document = fleet.common, fleet.bins[bin_of(agent_id)], fleet.documents[agent_id]
     scratch = iter(range(1_000_000))
@@ -146,7 +146,7 @@ def measure(figures: Figures, root_folder: Path, agents: int, runs: int, process
 def measure_signing(figures: Figures, root_folder: Path, agents: int) -> None:
     """The control plane's transaction, SQLite on this disk."""
     now = datetime.now(UTC).replace(microsecond=0)
-    folder = ceremony.Folder(root_folder / f"plane-{agents}")
+    folder = ceremony.TrustFolder(root_folder / f"plane-{agents}")
     _, _, bundle = installation(folder, now)
     url = f"sqlite:///{root_folder / f'plane-{agents}.sqlite'}"
     migrate(url)

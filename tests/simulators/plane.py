@@ -13,7 +13,7 @@ from control_plane.database.migrate import migrate
 from control_plane.database.tables.columns import utc_now
 from control_plane.services import Services, open_services
 from control_plane.trust import ceremony
-from control_plane.trust.ceremony import Folder
+from control_plane.trust.ceremony import TrustFolder
 from control_plane.trust.keys import load_key
 
 
@@ -39,7 +39,7 @@ def make_services(
     migrate(config.database_url)
     keys = config.trust_folder / "development"
     if not keys.exists():
-        ceremony.initialise(Folder(config.trust_folder), [keys / "root-1.pem"], keys / "release.pem", None, utc_now())
+        ceremony.initialise(TrustFolder(config.trust_folder), [keys / "root-1.pem"], keys / "release.pem", None, utc_now())
     services = open_services(config)
     with writing(services.engine) as session:
         services.fleet.assignments.take_folder(session, utc_now())
@@ -63,7 +63,7 @@ def withdraw(services: Services, digest: str) -> str:
 
 
 def _change_released(services: Services, digest: str, change: Callable[[bytes, bytes, Signer], bytes]) -> str:
-    folder = Folder(services.config.trust_folder)
+    folder = TrustFolder(services.config.trust_folder)
     key = load_key(folder.path / "development" / "release.pem", None)
     assignments = services.fleet.assignments
     with writing(services.engine) as session:

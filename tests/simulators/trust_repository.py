@@ -52,7 +52,7 @@ class Repository:
     parts: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder = ceremony.Folder(self.root / "trust")
+        self.folder = ceremony.TrustFolder(self.root / "trust")
         media = [self.root / f"usb-{n}" / f"root-{n}.pem" for n in (1, 2, 3)]
         self.root_paths, self.release_path = media, self.root / "usb-release" / "release.pem"
         self.anchor = ceremony.initialise(self.folder, media, self.release_path, lambda _path: PASSPHRASE, self.now)
