@@ -20,8 +20,8 @@ import msgspec
 
 from benchmarks.figures import Figures, Row
 from edge_agent.ejection.queue import EjectionQueue
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
+from edge_agent.line.sorting import LineCore
 from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge, Judged
 

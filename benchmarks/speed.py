@@ -17,8 +17,8 @@ from benchmarks.plots import Chart, render
 from benchmarks.tracking import Identities, true_boxes
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, Image
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
+from edge_agent.line.sorting import LineCore
 from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge, Judged
 from edge_agent.vision.segmentation import SHRINK, Detection, Locator

@@ -1,6 +1,6 @@
 """The line process: frame to ejector.
 
-`process` is the process and its threads; `core` is the one path from frame to ejector; `loader` loads bundles beside
+`process` is the process and its threads; `sorting` is the one path from frame to ejector; `loader` loads bundles beside
 the running line; `shadow` runs a challenger whose verdicts are not executed; `counters` counts what becomes a window;
 `fail_safe` acts while the camera cannot be believed; `standby` waits, small, to take over and `warm_up` makes it ready;
 `thread_tuning` measures how many threads pay; `selftest` is the throw-away process that tries a bundle.

@@ -18,8 +18,8 @@ from typing import Final
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.health.camera import BLIND
 from edge_agent.interfaces import BeltControl, LineGeometry, Shot
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
+from edge_agent.line.sorting import LineCore
 from edge_agent.line_config import FailSafeConfig
 
 ITEM_MM: Final = 40.0

@@ -29,12 +29,12 @@ from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.health.camera import CameraHealth
 from edge_agent.interfaces import Frame, Lane, LineGeometry
 from edge_agent.line.camera_feed import CameraFeed
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.fail_safe import FailSafe
 from edge_agent.line.loader import fault_of, load_judge, load_shadow, return_memory
 from edge_agent.line.reporting import Outbox, Reporter
 from edge_agent.line.shadow import Shadow
+from edge_agent.line.sorting import LineCore
 from edge_agent.line.standby import parse_command_line
 from edge_agent.line.switching import Switching
 from edge_agent.line.thread_tuning import facts, tune_opencv

@@ -15,8 +15,8 @@ from typing import Final
 from edge_agent.health.abstain_budget import AbstainWatch
 from edge_agent.health.camera import CameraHealth
 from edge_agent.interfaces import Encoder
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
+from edge_agent.line.sorting import LineCore
 from edge_agent.line_protocol import Beat, Faulted, FromLine, Pipe, WindowClosed
 from models.errors import SortlineError
 from models.messages import Fault

@@ -9,9 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.loader import LoadedJudge, LoadedShadow, Loader, fault_of, is_due
+from edge_agent.line.sorting import LineCore
 from edge_agent.line_protocol import FromLine, SetLot, ShadowChanged, ShadowFailed, Swapped, WindowClosed
 from edge_agent.vision.judge import Judge
 from models.errors import BundleError

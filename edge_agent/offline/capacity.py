@@ -11,8 +11,8 @@ import numpy as np
 from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
+from edge_agent.line.sorting import LineCore
 from edge_agent.line_config import LineConfig
 from edge_agent.vision.judge import Judge
 from models.preprocess import make_view

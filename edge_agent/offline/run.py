@@ -16,10 +16,10 @@ import msgspec
 from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.loader import load_shadow
 from edge_agent.line.shadow import Shadow
+from edge_agent.line.sorting import LineCore
 from edge_agent.line_config import LineConfig
 from edge_agent.recording.recorder import Recorder
 from edge_agent.vision.judge import Judge, Judged

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from edge_agent.devices.hardware import NullEjector
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Shot
-from edge_agent.line.core import CoreState, LineCore
 from edge_agent.line.counters import LineCounter
+from edge_agent.line.sorting import CoreState, LineCore
 from edge_agent.recording.recorder import decision_of, versions
 from edge_agent.recording.replay import Replay, Stretch
 from edge_agent.recording.segments import Checkpoint, Decision, Entry, TrackState, floats, malformed

@@ -37,7 +37,7 @@ import msgspec
 import numpy as np
 
 from edge_agent.interfaces import Frame, Image
-from edge_agent.line.core import CoreState, LineCore
+from edge_agent.line.sorting import CoreState, LineCore
 from edge_agent.recording.segment_writer import RecordingCounters, _Disk, _open_new
 from edge_agent.recording.segments import (
     Checkpoint,

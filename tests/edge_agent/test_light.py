@@ -5,8 +5,8 @@ import pytest
 
 from edge_agent.devices.hardware import NullEjector
 from edge_agent.ejection.queue import EjectionQueue
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
+from edge_agent.line.sorting import LineCore
 from edge_agent.simulation.faults import Faults
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge

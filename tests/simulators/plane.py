@@ -39,7 +39,9 @@ def make_services(
     migrate(config.database_url)
     keys = config.trust_folder / "development"
     if not keys.exists():
-        ceremony.initialise(TrustFolder(config.trust_folder), [keys / "root-1.pem"], keys / "release.pem", None, utc_now())
+        ceremony.initialise(
+            TrustFolder(config.trust_folder), [keys / "root-1.pem"], keys / "release.pem", None, utc_now()
+        )
     services = open_services(config)
     with writing(services.engine) as session:
         services.fleet.assignments.take_folder(session, utc_now())

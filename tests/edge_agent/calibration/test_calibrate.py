@@ -20,8 +20,8 @@ from edge_agent.config import load_agent_config
 from edge_agent.devices.image_encoder import ImageEncodedCamera, ImageEncoder
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Encoder, Frame, FrameSource, Lane
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
+from edge_agent.line.sorting import LineCore
 from edge_agent.line_config import LineConfig
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.belt_motion import best_shift, learn_belt

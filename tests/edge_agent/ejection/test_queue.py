@@ -10,8 +10,8 @@ from edge_agent.devices.hardware import open_hardware
 from edge_agent.ejection.confirmation import ConfirmationLedger
 from edge_agent.ejection.queue import EjectionQueue, EjectionRules
 from edge_agent.interfaces import Shot, Sighting
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
+from edge_agent.line.sorting import LineCore
 from edge_agent.line_config import LineConfig
 from edge_agent.simulation.line import SimulatedLine
 from edge_agent.vision.judge import Judge

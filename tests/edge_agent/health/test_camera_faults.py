@@ -15,9 +15,9 @@ from edge_agent.ejection.confirmation import ConfirmationLedger
 from edge_agent.ejection.queue import EjectionQueue, EjectionRules
 from edge_agent.health.camera import CameraHealth
 from edge_agent.interfaces import Frame
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.fail_safe import FailSafe
+from edge_agent.line.sorting import LineCore
 from edge_agent.line_config import FailSafeConfig, LineConfig
 from edge_agent.simulation.faults import Faults
 from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig

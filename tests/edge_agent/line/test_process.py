@@ -11,9 +11,9 @@ import pytest
 from edge_agent.devices.cameras import LiveCamera, open_camera
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, Shot
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.selftest import run_selftest
+from edge_agent.line.sorting import LineCore
 from edge_agent.line_config import LineConfig
 from edge_agent.offline.collect import collect
 from edge_agent.offline.contact_sheet import write_sheet

@@ -11,9 +11,9 @@ from edge_agent.devices.cameras import ConstantSpeedEncoder
 from edge_agent.devices.hardware import NullEjector
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, LineGeometry
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.shadow import Shadow
+from edge_agent.line.sorting import LineCore
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.judge import Judge, Judged
 from models.windows import Window

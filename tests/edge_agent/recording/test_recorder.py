@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from edge_agent.cli.commands import main
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame
-from edge_agent.line.core import LineCore
 from edge_agent.line.counters import LineCounter
+from edge_agent.line.sorting import LineCore
 from edge_agent.line_config import LineConfig
 from edge_agent.offline.run import run_standalone
 from edge_agent.recording.comparison import replay
