@@ -24,6 +24,7 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.blobs import RetainedBlob
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
+from control_plane.fleet.reports import report_of
 from control_plane.registry.store import Store
 from models.bundle import FileEntry, Manifest, blobs_of, sha256
 from models.errors import CapacityError, InputError, SortlineError, UnavailableError
@@ -332,7 +333,8 @@ def _named_bundles(session: Any) -> list[str]:
     found: set[str] = set()
     for agent in session.exec(select(Agent)):
         found.add(agent.desired_bundle)
-        found |= {str(agent.reported.get(key, "")) for key in ("active", "previous", "target", "shadow")}
+        reported = report_of(agent)
+        found |= {reported.active, reported.previous, reported.target, reported.shadow}
     over = [RolloutState.COMPLETED, RolloutState.ABORTED, RolloutState.ROLLED_BACK]
     for rollout in session.exec(select(Rollout).where(col(Rollout.state).not_in(over))):
         found.add(rollout.bundle)

@@ -12,6 +12,7 @@ from sqlmodel import Session
 
 from control_plane.database.audit import audit
 from control_plane.database.tables.agents import Agent
+from control_plane.fleet.reports import report_of
 from control_plane.registry.store import Store
 from models.bundle import RECIPE
 from models.errors import ConflictError, InputError, SortlineError
@@ -95,7 +96,7 @@ def lot_status(asked: dict[str, Any], now: datetime) -> dict[str, Any]:
 
 def terms_of(store: Store, agent: Agent, lot: str, variety: str) -> str:
     """Whose terms of the recipe that the agent reports to run would hold; empty = nobody here knows."""
-    active = str(agent.reported.get("active", ""))
+    active = report_of(agent).active
     try:
         return parse_recipe(store.part(active, RECIPE)).terms_source(variety, lot) if active else ""
     except SortlineError:

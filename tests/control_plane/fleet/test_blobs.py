@@ -111,7 +111,7 @@ def test_what_nobody_runs_or_shall_run_is_removed(services: Services, tmp_path: 
     found.publish_bundle(new)
     with writing(services.engine) as session:
         agent = session.get(Agent, "line-1")
-        agent.reported = {"active": new, "previous": old}
+        agent.reported = {"boot_id": "0" * 16, "at_ms": 1, "active": new, "previous": old}
         session.commit()
     assert found.collect() == 0
     with writing(services.engine) as session:
