@@ -48,6 +48,7 @@ from edge_agent.mqtt import Incoming, Link, LinkChanged
 from edge_agent.supervisor.line_keeper import LineKeeper, standby_for
 from edge_agent.supervisor.line_process import LineGone, LineProcess
 from edge_agent.supervisor.lots import Lots
+from edge_agent.supervisor.service_notice import ServiceNotice
 from edge_agent.telemetry.spool import Spool
 from edge_agent.telemetry.uplink import Uplink
 from edge_agent.trust.verifier import AssignmentVerifier, Verified
@@ -103,6 +104,7 @@ class Supervisor:
         self._reported_s = 0.0
         self._last_tick_s = time.monotonic()
         self._stop = threading.Event()
+        self._notice = ServiceNotice(self.counters)
         presence = Presence(online=False, boot_id=self.boot_id, at_ms=wall_ms())
         self._link = Link(
             config.broker,
@@ -161,7 +163,9 @@ class Supervisor:
             try:
                 while not self._stop.is_set():
                     self._step()
+                    self._notice.alive()
             finally:
+                self._notice.stopping()
                 self._shut_down()
         return 0
 
