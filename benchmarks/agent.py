@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks.figures import Figures, Row
 from benchmarks.soak import ROOT, resident_mb
 from edge_agent.delivery.lifecycle import SlotState
-from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.state_file import champion_file
 from models.bundle import read_bundle
 from models.messages import Phase
 
@@ -78,7 +78,7 @@ def _install(bundle: Path, state: Path) -> None:
     """The bundle as it lies after its trial was passed."""
     digest = read_bundle(bundle).digest
     shutil.copytree(bundle, state / "slots" / digest)
-    StateFile(state).save(SlotState(generation=1, phase=Phase.COMMITTED, active=digest))
+    champion_file(state).save(SlotState(generation=1, phase=Phase.COMMITTED, active=digest))
 
 
 def _run(state: Path, port: int, log: Path, seconds: float, memory: dict[str, float]) -> float:

@@ -187,6 +187,7 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     active: OptionalDigest = ""
     """Digest of the bundle that judges now."""
     previous: OptionalDigest = ""
+    """Digest that was committed here before `active`, never a blocked one; in phase `trial` it is the committed one."""
     target: OptionalDigest = ""
     """Digest that is being fetched, tested or tried."""
     progress: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0

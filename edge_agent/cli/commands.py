@@ -390,13 +390,13 @@ def _capacity(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from edge_agent.delivery.state_file import StateFile  # noqa: PLC0415
+    from edge_agent.delivery.state_file import champion_file  # noqa: PLC0415
 
-    if not (arguments.state_dir / "state.json").exists():
+    state = champion_file(arguments.state_dir).read()
+    if state is None:
         raise ConfigError(
             "agent.no_state", f"{arguments.state_dir} holds no agent.", expected="state.json", got="nothing"
         )
-    state = StateFile(arguments.state_dir).load()
     _print(msgspec.to_builtins(state), as_json=arguments.json)
     return 0
 

@@ -9,79 +9,23 @@ after it took the challenger gets it no more; what failed is tried again only wh
 import logging
 import time
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal, Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from edge_agent.config import DeliveryConfig
+from edge_agent.delivery.lifecycle import ChallengerState, Trigger, advance_challenger
 from edge_agent.delivery.selftest_process import SelfTestDone, start_selftest
+from edge_agent.delivery.state_file import StateFile
 from edge_agent.delivery.transfer import Transfer
 from edge_agent.line_protocol import ShadowChanged, ShadowFailed
-from models.bundle import sha256
 from models.errors import BundleError, ConflictError, SortlineError
-from models.files import write_atomically
-from models.messages import Desired, Fault, Mode, OptionalDigest, ShadowPhase
-
-if TYPE_CHECKING:
-    from edge_agent.events import Deliver
+from models.messages import Desired, Fault, Mode, ShadowPhase
 
 log = logging.getLogger("sortline.challenger")
 _PROVEN_S: Final = 60.0
 """A line that lived so long with its challenger did not die of it."""
-_MAX_STATE_BYTES: Final = 16 * 1024
-
-
-class Step(StrEnum):
-    """What happens to a challenger."""
-
-    DESIRED = "desired"
-    DROPPED = "dropped"
-    FETCHED = "fetched"
-    PASSED = "passed"
-    FAILED = "failed"
-
-
-TRANSITIONS: Final[dict[tuple[ShadowPhase, Step], ShadowPhase]] = {
-    **{(phase, Step.DESIRED): ShadowPhase.FETCHING for phase in ShadowPhase},
-    **{(phase, Step.DROPPED): ShadowPhase.IDLE for phase in ShadowPhase},
-    (ShadowPhase.FETCHING, Step.FETCHED): ShadowPhase.SELF_TEST,
-    (ShadowPhase.FETCHING, Step.FAILED): ShadowPhase.FAILED,
-    (ShadowPhase.SELF_TEST, Step.PASSED): ShadowPhase.SHADOW,
-    (ShadowPhase.SELF_TEST, Step.FAILED): ShadowPhase.FAILED,
-    (ShadowPhase.SHADOW, Step.FAILED): ShadowPhase.FAILED,
-}
-
-
-class ChallengerState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that must survive."""
-
-    schema_version: Literal[1] = 1
-    generation: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Newest desired state that was taken up, of either mode."""
-    phase: ShadowPhase = ShadowPhase.IDLE
-    digest: OptionalDigest = ""
-    tries: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Lines that took it and have not yet lived long with it."""
-
-
-def advance(state: ChallengerState, step: Step, **changes: object) -> ChallengerState:
-    """The next state; pure.
-
-    Raises:
-        ConflictError: `challenger.not_allowed`: this cannot happen in this phase.
-    """
-    phase = TRANSITIONS.get((state.phase, step))
-    if phase is None:
-        allowed = sorted(s for p, s in TRANSITIONS if p is state.phase)
-        raise ConflictError(
-            "challenger.not_allowed",
-            f"A challenger in phase {state.phase} cannot be {step}.",
-            expected=allowed,
-            got=step,
-        )
-    return msgspec.structs.replace(state, phase=phase, **changes)
 
 
 class Host(Protocol):
@@ -114,7 +58,8 @@ class Challenger:
     """At most one challenger.
 
     Args:
-        root: The agent's state directory; keeps `challenger.json`.
+        root: The agent's state directory.
+        file: Where the state is kept.
         config: Of delivery and self-test.
         transfer: Fetches bundles; shared with the updater, which is idle while it is used from here.
         host: The supervisor.
@@ -124,14 +69,15 @@ class Challenger:
     def __init__(
         self,
         root: Path,
+        file: StateFile[ChallengerState],
         config: DeliveryConfig,
         transfer: Transfer,
         host: Host,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._root, self._config, self._transfer, self._host, self._clock = root, config, transfer, host, clock
-        self._path = root / "challenger.json"
-        self.state = _read(self._path)
+        self._file = file
+        self.state = file.load() or ChallengerState()
         self.running = ""
         """Digest of the challenger the line has now."""
         self._testing = ""
@@ -140,8 +86,7 @@ class Challenger:
         self._since_s = 0.0
 
     def _save(self, state: ChallengerState) -> None:
-        body = msgspec.json.encode(state)
-        write_atomically(self._path, msgspec.json.encode([msgspec.Raw(body), sha256(body)]))
+        self._file.save(state)
         self.state = state
         self._host.report()
 
@@ -175,8 +120,8 @@ class Challenger:
             return
         if state.phase is ShadowPhase.FETCHING:
             self._transfer.drop()
-        step = Step.DESIRED if wanted else Step.DROPPED
-        self._save(advance(state, step, generation=desired.generation, digest=wanted, tries=0))
+        trigger = Trigger.DESIRED if wanted else Trigger.DROPPED
+        self._save(advance_challenger(state, trigger, generation=desired.generation, digest=wanted))
         self._end_running()
 
     def _end_running(self) -> None:
@@ -205,7 +150,7 @@ class Challenger:
             return
         if state.phase is ShadowPhase.FETCHING:
             if self._transfer.tick(state.digest):
-                self._save(advance(state, Step.FETCHED))
+                self._save(advance_challenger(state, Trigger.FETCHED))
         elif state.phase is ShadowPhase.SELF_TEST and not self._testing:
             self._start_selftest()
         elif state.phase is ShadowPhase.SHADOW:
@@ -223,16 +168,8 @@ class Challenger:
             self._host.report_error(error)
 
     def _start_selftest(self) -> None:
-        deliver: Deliver = self._host.enqueue
         self._testing = self.state.digest
-        start_selftest(
-            self._root / "slots" / self.state.digest,
-            self.state.digest,
-            budget_ms=self._config.selftest_budget_ms,
-            timeout_s=self._config.selftest_timeout_s,
-            memory_mb=self._config.selftest_memory_mb,
-            deliver=deliver,
-        )
+        start_selftest(self._root / "slots" / self._testing, self._testing, self._config, self._host.enqueue)
 
     def tested(self, done: SelfTestDone) -> bool:
         """A self-test ended; returns whether it was the challenger's."""
@@ -245,21 +182,21 @@ class Challenger:
             self._fail(done.fault)
             return True
         self._host.event("selftest.passed", "", bundle=done.digest, p99_ms=str(done.p99_ms), rss_mb=str(done.rss_mb))
-        self._save(advance(self.state, Step.PASSED))
+        self._save(advance_challenger(self.state, Trigger.TEST_PASSED))
         return True
 
     def _tick_shadow(self) -> None:
         state, now = self.state, self._clock()
         if self.running:
             if state.tries and now - self._since_s > _PROVEN_S:
-                self._save(msgspec.structs.replace(state, tries=0))
+                self._save(advance_challenger(state, Trigger.TRIAL_PASSED))
         elif not self._asked and self._host.line_ready:
             if state.tries >= self._config.max_tries:
                 message = f"The line died {state.tries} times soon after it took the challenger."
                 self._fail(Fault(code="shadow.line_died", message=message))
                 return
             # The try is counted before the line loads: a line that dies of it cannot forget that.
-            self._save(msgspec.structs.replace(state, tries=state.tries + 1))
+            self._save(advance_challenger(state, Trigger.TRIAL_STARTED))
             self._asked = True
             self._host.load_shadow(state.digest)
 
@@ -286,21 +223,5 @@ class Challenger:
         self._host.set_fault(fault)
         self._host.event(fault.code, fault.message, bundle=self.state.digest, mode=Mode.SHADOW.value)
         log.warning("challenger failed: %s", fault.message)
-        self._save(advance(self.state, Step.FAILED))
-
-
-def _read(path: Path) -> ChallengerState:
-    """The state, or a fresh one: the retained desired state then brings the challenger back."""
-    try:
-        data = path.read_bytes()
-        if len(data) > _MAX_STATE_BYTES:
-            raise msgspec.ValidationError("too large")
-        body, digest = msgspec.json.decode(data, type=tuple[msgspec.Raw, str])
-        if sha256(bytes(body)) != digest:
-            raise msgspec.ValidationError("wrong checksum")
-        return msgspec.json.decode(body, type=ChallengerState)
-    except FileNotFoundError:
-        return ChallengerState()
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        log.warning("%s is set aside: %s", path, error)
-        return ChallengerState()
+        shadowing = self.state.phase is ShadowPhase.SHADOW
+        self._save(advance_challenger(self.state, Trigger.TRIAL_FAILED if shadowing else Trigger.TEST_FAILED))

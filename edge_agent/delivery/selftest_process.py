@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_agent.config import DeliveryConfig
 from edge_agent.events import Deliver, deliver_surely
 from models.messages import Fault
 
@@ -25,17 +26,21 @@ class SelfTestDone:
     rss_mb: float = 0.0
 
 
-def start_selftest(
-    directory: Path, digest: str, *, budget_ms: float, timeout_s: float, memory_mb: int, deliver: Deliver
-) -> threading.Thread:
-    """Runs the self-test of a bundle in a process of its own; `SelfTestDone` comes through `deliver`."""
+def start_selftest(directory: Path, digest: str, config: DeliveryConfig, deliver: Deliver) -> None:
+    """Runs the self-test of a bundle in a process of its own, within the configuration's limits.
+
+    Args:
+        directory: The bundle's slot.
+        digest: Which bundle it must be.
+        config: Limits of time and memory.
+        deliver: Gets the `SelfTestDone`.
+    """
 
     def run() -> None:
-        deliver_surely(deliver, run_selftest_process(directory, digest, budget_ms, timeout_s, memory_mb))
+        limits = config.selftest_budget_ms, config.selftest_timeout_s, config.selftest_memory_mb
+        deliver_surely(deliver, run_selftest_process(directory, digest, *limits))
 
-    thread = threading.Thread(target=run, name="selftest", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=run, name="selftest", daemon=True).start()
 
 
 def run_selftest_process(

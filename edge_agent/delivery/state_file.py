@@ -1,71 +1,151 @@
-"""A small checksummed state file, replaced atomically, with a backup."""
+"""A small checksummed state file, replaced atomically; of the agent's bundles, of its challenger, of its lot.
 
+A file that is cut, torn or altered is noticed by its checksum and set aside; it never stops an agent. Law:
+`read()` after `save(state)` returns `state`, also after a power cut in between: then the state before.
+"""
+
+import contextlib
 import os
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import msgspec
 
-from edge_agent.delivery.lifecycle import SlotState
+from edge_agent.delivery.lifecycle import ChallengerState, SlotState
 from models.bundle import sha256
+from models.errors import InputError
 from models.files import write_atomically
 
-_MAX_STATE_BYTES: Final = 64 * 1024
+T = TypeVar("T", bound=msgspec.Struct)
+CHAMPION_FILE: Final = "state.json"
+CHALLENGER_FILE: Final = "challenger.json"
+_MAX_BYTES: Final = 64 * 1024
 
 
-class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Framing(Enum):
+    """How state and checksum stand in a file."""
+
+    OBJECT = "object"
+    """`{"state": ..., "sha256": "..."}`"""
+    PAIR = "pair"
+    """`[..., "sha256"]`"""
+
+
+class _Object(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state: msgspec.Raw
     sha256: str
 
 
-class StateFile:
-    """Keeps a `SlotState` on disk: atomically replaced, checksummed, with the one before as backup.
+class StateFile(Generic[T]):
+    """Keeps one state on disk.
 
     Args:
-        directory: The agent's state directory.
-        on_quarantine: Called with the path of a broken file after it was set aside.
+        path: Of the file.
+        kind: Of the state.
+        framing: How the file is laid out.
+        backup: Whether the state before is kept beside it, with `.bak` at the end of its name.
+        code: Error code of a file that cannot be read.
+        on_quarantine: Called with the new path of a broken file that was set aside, and what was wrong with it.
     """
 
-    def __init__(self, directory: Path, on_quarantine: Callable[[Path], None] = lambda _path: None) -> None:
-        self._path = directory / "state.json"
-        self._backup = directory / "state.json.bak"
+    def __init__(
+        self,
+        path: Path,
+        kind: type[T],
+        *,
+        framing: Framing = Framing.PAIR,
+        backup: bool = False,
+        code: str = "state.unreadable",
+        on_quarantine: Callable[[Path, str], None] = lambda _path, _why: None,
+    ) -> None:
+        self._path, self._kind, self._framing, self._code = path, kind, framing, code
+        self._backup = path.with_name(f"{path.name}.bak") if backup else None
         self._on_quarantine = on_quarantine
 
-    def load(self) -> SlotState:
-        """The state, or its backup, or a fresh one: a broken file never stops an agent."""
-        for path in (self._path, self._backup):
-            if not path.exists():
-                continue
-            state = _read(path)
-            if state is not None:
-                return state
-            broken = path.with_name(f"{path.name}.broken-{os.getpid()}")
-            path.rename(broken)
-            self._on_quarantine(broken)
-        return SlotState()
+    @property
+    def _places(self) -> tuple[Path, ...]:
+        return (self._path,) if self._backup is None else (self._path, self._backup)
 
-    def save(self, state: SlotState) -> None:
+    def read(self) -> T | None:
+        """The state on disk, else its backup; None = there is neither. Changes nothing.
+
+        Raises:
+            InputError: What there is cannot be read.
+        """
+        broken: InputError | None = None
+        for path in self._places:
+            try:
+                return self._parse(path)
+            except FileNotFoundError:
+                continue
+            except InputError as error:
+                broken = broken or error
+        if broken is not None:
+            raise broken
+        return None
+
+    def load(self) -> T | None:
+        """As `read`, for the file's owner: a broken file is set aside."""
+        for path in self._places:
+            try:
+                return self._parse(path)
+            except FileNotFoundError:
+                continue
+            except InputError as error:
+                broken = path.with_name(f"{path.name}.broken-{os.getpid()}")
+                with contextlib.suppress(OSError):  # a disk that takes no change is no reason not to start
+                    path.rename(broken)
+                self._on_quarantine(broken, str(error))
+        return None
+
+    def save(self, state: T) -> None:
         """Makes the state durable before its effect takes place.
 
         Raises:
             OSError: The disk refused; the old state stands.
         """
         body = msgspec.json.encode(state)
-        data = msgspec.json.encode(_Envelope(msgspec.Raw(body), sha256(body)))
-        if self._path.exists():
-            old = self._path.read_bytes()
-            write_atomically(self._backup, old, sync_folder=False)
-        write_atomically(self._path, data)
+        raw, digest = msgspec.Raw(body), sha256(body)
+        framed = _Object(raw, digest) if self._framing is Framing.OBJECT else (raw, digest)
+        if self._backup is not None and self._path.exists():
+            write_atomically(self._backup, self._path.read_bytes(), sync_folder=False)
+        write_atomically(self._path, msgspec.json.encode(framed))
+
+    def _parse(self, path: Path) -> T:
+        try:
+            with path.open("rb") as stream:
+                data = stream.read(_MAX_BYTES + 1)
+            if len(data) > _MAX_BYTES:
+                raise self._unreadable(path, f"> {_MAX_BYTES} bytes")
+            if self._framing is Framing.OBJECT:
+                framed = msgspec.json.decode(data, type=_Object)
+                body, digest = bytes(framed.state), framed.sha256
+            else:
+                raw, digest = msgspec.json.decode(data, type=tuple[msgspec.Raw, str])
+                body = bytes(raw)
+            if sha256(body) != digest:
+                raise self._unreadable(path, "a wrong checksum")
+            return msgspec.json.decode(body, type=self._kind)
+        except FileNotFoundError:
+            raise
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise self._unreadable(path, error) from error
+
+    def _unreadable(self, path: Path, got: object) -> InputError:
+        return InputError(
+            self._code, f"{path.name} cannot be read.", expected="what this agent wrote", got=str(got)[:200]
+        )
 
 
-def _read(path: Path) -> SlotState | None:
-    try:
-        data = path.read_bytes()
-        if len(data) > _MAX_STATE_BYTES:
-            return None
-        envelope = msgspec.json.decode(data, type=_Envelope)
-        body = bytes(envelope.state)
-        return msgspec.json.decode(body, type=SlotState) if sha256(body) == envelope.sha256 else None
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        return None
+def champion_file(root: Path, on_quarantine: Callable[[Path, str], None] = lambda *_: None) -> StateFile[SlotState]:
+    """`state.json` of a state directory: which bundle judges, and what becomes of the next."""
+    return StateFile(root / CHAMPION_FILE, SlotState, framing=Framing.OBJECT, backup=True, on_quarantine=on_quarantine)
+
+
+def challenger_file(
+    root: Path, on_quarantine: Callable[[Path, str], None] = lambda *_: None
+) -> StateFile[ChallengerState]:
+    """`challenger.json` of a state directory. A lost one is no harm: the retained desired state brings it back."""
+    return StateFile(root / CHALLENGER_FILE, ChallengerState, on_quarantine=on_quarantine)

@@ -7,13 +7,14 @@ local and final; a lost report never changes what runs.
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import msgspec
+from msgspec import UNSET
 
 from edge_agent.config import DeliveryConfig
 from edge_agent.delivery.fetch import collect_garbage
-from edge_agent.delivery.lifecycle import SlotState, Trigger, advance, already_running
+from edge_agent.delivery.lifecycle import SlotState, Trigger, advance
 from edge_agent.delivery.selftest_process import SelfTestDone, start_selftest
 from edge_agent.delivery.state_file import StateFile
 from edge_agent.delivery.transfer import Transfer
@@ -21,9 +22,6 @@ from edge_agent.line_protocol import Beat, LoadFailed, ModelFailed
 from models.bundle import read_bundle
 from models.errors import BundleError, ConflictError, SortlineError
 from models.messages import Desired, Fault, Mode, Phase, Swap
-
-if TYPE_CHECKING:
-    from edge_agent.events import Deliver
 
 log = logging.getLogger("sortline.updating")
 _SHORTEST_TRIAL_S: Final = 1.0
@@ -69,10 +67,12 @@ class Updater:
         host: The supervisor.
     """
 
-    def __init__(self, root: Path, config: DeliveryConfig, file: StateFile, transfer: Transfer, host: Host) -> None:
+    def __init__(
+        self, root: Path, config: DeliveryConfig, file: StateFile[SlotState], transfer: Transfer, host: Host
+    ) -> None:
         self._root, self._config, self._file, self._host = root, config, file, host
         self.transfer = transfer
-        self.state: SlotState = file.load()
+        self.state = file.load() or SlotState()
         self._testing = False
         self._found: SelfTestDone | None = None
         self._trial_running_s = 0.0
@@ -84,6 +84,8 @@ class Updater:
         """Why the line of the present try ended, until that is on disk."""
         self._failed: Fault | None = None
         """Why the bundle on trial is taken back, until that is on disk."""
+        self._overtaken = False
+        """A newer desired state is being taken up: the trial commits nothing until that is on disk."""
 
     def slot(self, digest: str) -> Path:
         """Where this bundle is."""
@@ -137,7 +139,13 @@ class Updater:
             self._host.event("slots.active_broken", f"{self.state.active} does not verify; going back.")
             fallback = self.state.previous if self._usable(self.state.previous) else ""
             # The next start would find the same: what the disk refuses to keep now is kept with the next change.
-            self.state = msgspec.structs.replace(self.state, active=fallback, previous="", phase=Phase.ROLLED_BACK)
+            self.state = msgspec.structs.replace(
+                self.state,
+                active=fallback,
+                previous=(self.state.before or "") if fallback else "",
+                before=UNSET,
+                phase=Phase.ROLLED_BACK,
+            )
             self._save(self.state)
         elif phase is Phase.TRIAL:
             self._next_try(wait=self._usable(self.state.previous))
@@ -155,7 +163,14 @@ class Updater:
     # -- what is asked ----------------------------------------------------------------------------------------
 
     def desire(self, desired: Desired) -> None:
-        """Takes up a newer desired state; an older one changes nothing."""
+        """Takes up a newer desired state; an older one changes nothing.
+
+        Whatever was being fetched, tested or tried ends in every case, also when the new bundle is refused: only a
+        desired state of mode `shadow` leaves it alone. A bundle that is committed already needs no trial.
+
+        Raises:
+            OSError: The state could not be saved: offer the desired state again. A trial commits nothing meanwhile.
+        """
         state = self.state
         if desired.generation <= state.generation:
             return
@@ -165,6 +180,7 @@ class Updater:
             # The challenger's business (`challenger`): whatever the champion is doing goes on.
             self._save(msgspec.structs.replace(state, generation=desired.generation))
             return
+        self._overtaken = True
         if desired.bundle in state.blocked:
             self._host.report_error(
                 ConflictError(
@@ -174,15 +190,16 @@ class Updater:
                     got=desired.bundle,
                 )
             )
-            self._save(msgspec.structs.replace(state, **facts))
+            if state.settled:
+                self._take_up(msgspec.structs.replace(state, **facts))
+            else:
+                self._take_up(advance(state, Trigger.DROPPED, **facts))
             return
         self._host.fault = None
-        self.transfer.drop()
-        if desired.bundle == state.active and state.phase is not Phase.TRIAL:
-            self._save(already_running(state, **facts))
+        if desired.bundle == state.committed:
+            self._take_up(advance(state, Trigger.DROPPED, **facts))
             return
-        was_tried = state.phase is Phase.TRIAL and self._waited_s is None
-        self._save(
+        self._take_up(
             advance(
                 state,
                 Trigger.DESIRED,
@@ -194,6 +211,14 @@ class Updater:
                 **facts,
             )
         )
+
+    def _take_up(self, state: SlotState) -> None:
+        """Saves the state after a desired state, and ends what it overtakes."""
+        was_tried = self.state.phase is Phase.TRIAL and self._waited_s is None
+        if not self.state.settled:
+            self.transfer.drop()
+        self._save(state)
+        self._overtaken = False
         self._no_try()
         if was_tried:
             self._host.load_judging()
@@ -221,6 +246,8 @@ class Updater:
         elif phase is Phase.SELF_TEST and self._found is not None:
             self._judge_found(self._found)
         elif phase is Phase.TRIAL:
+            if self._overtaken:
+                return
             if self._failed is not None:
                 self._roll_back(self._failed)
             elif self._died:
@@ -246,16 +273,8 @@ class Updater:
 
     def _start_selftest(self) -> None:
         self._save(advance(self.state, Trigger.TEST_STARTED))
-        deliver: Deliver = self._host.enqueue
         self._testing = True
-        start_selftest(
-            self.slot(self.state.target),
-            self.state.target,
-            budget_ms=self._config.selftest_budget_ms,
-            timeout_s=self._config.selftest_timeout_s,
-            memory_mb=self._config.selftest_memory_mb,
-            deliver=deliver,
-        )
+        start_selftest(self.slot(self.state.target), self.state.target, self._config, self._host.enqueue)
 
     def tested(self, done: SelfTestDone) -> None:
         """The self-test ended. What it found is kept until the disk has taken it."""

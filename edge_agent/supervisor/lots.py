@@ -10,7 +10,6 @@ needs neither network nor clock; the start configuration counts until somebody s
 import contextlib
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -19,9 +18,9 @@ from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
 
-from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.state_file import StateFile, champion_file
 from edge_agent.line_protocol import Beat
-from models.bundle import RECIPE, sha256
+from models.bundle import RECIPE
 from models.errors import BundleError, InputError, MessageError
 from models.files import write_atomically
 from models.messages import (
@@ -143,6 +142,11 @@ def with_lot(state: LotState, word: Command | LotRequest, source: LotSource, now
     )
 
 
+def lot_file(root: Path, on_quarantine: Callable[[Path, str], None] = lambda *_: None) -> StateFile[LotState]:
+    """`lot.json` of a state directory."""
+    return StateFile(root / STATE, LotState, code="lot.unreadable", on_quarantine=on_quarantine)
+
+
 class Host(Protocol):
     """What is needed from the supervisor."""
 
@@ -185,23 +189,16 @@ class Lots:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock, self._obeyed_s = clock, -math.inf
-        self._path, self._wish, self._taken = root / STATE, root / WISH, root / TAKEN
+        self._file = lot_file(root, self._quarantined)
+        self._wish, self._taken = root / WISH, root / TAKEN
         self._host, self._commands, self._wall_ms = host, commands, wall_ms
         self.state = self._load(configured)
 
     def _load(self, configured: tuple[str, str]) -> LotState:
         lot, variety = configured
         fresh = LotState(lot=lot, variety=variety, configured=configured)
-        try:
-            state = read_state(self._path)
-        except FileNotFoundError:
-            return fresh
-        except (OSError, InputError) as error:
-            broken = self._path.with_name(f"{STATE}.broken-{os.getpid()}")
-            with contextlib.suppress(OSError):
-                self._path.rename(broken)
-            # A wrong lot would be worse than none: there is no backup to go back to.
-            self._host.event("state.quarantined", f"{error} The line runs the lot of its configuration.")
+        state = self._file.load()
+        if state is None:
             return fresh
         if state.configured == configured:
             return state
@@ -217,9 +214,12 @@ class Lots:
             self._save(state)
         return state
 
+    def _quarantined(self, _path: Path, why: str) -> None:
+        # A wrong lot would be worse than none: there is no backup to go back to.
+        self._host.event("state.quarantined", f"{why} The line runs the lot of its configuration.")
+
     def _save(self, state: LotState) -> None:
-        body = msgspec.json.encode(state)
-        write_atomically(self._path, msgspec.json.encode([msgspec.Raw(body), sha256(body)]))
+        self._file.save(state)
         self.state = state
 
     def _begin(self, state: LotState, request_id: str) -> None:
@@ -341,7 +341,8 @@ def wait_until_applied(root: Path, request_id: str, *, timeout_s: float) -> bool
     until = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(OSError, InputError):
-            if request_id in read_state(root / STATE).requests:
+            state = lot_file(root).read()
+            if state is not None and request_id in state.requests:
                 return True
         if time.monotonic() > until:
             return False
@@ -350,36 +351,18 @@ def wait_until_applied(root: Path, request_id: str, *, timeout_s: float) -> bool
 
 def known_lot(root: Path) -> dict[str, str]:
     """What an agent's state directory says of its lot, for people."""
-    try:
-        state = read_state(root / STATE)
-    except FileNotFoundError:
+    state = lot_file(root).read()
+    if state is None:
         return {"lot": "as configured", "source": LotSource.CONFIGURATION}
     since = datetime.fromtimestamp(state.since_ms / 1000.0, UTC).isoformat(timespec="seconds")
     facts = {"lot": state.lot, "variety": state.variety, "source": str(state.source), "since": since}
     try:
-        active = StateFile(root).load().active
+        champion = champion_file(root).read()
+        active = champion.active if champion else ""
         recipe = parse_recipe((root / "slots" / active / RECIPE).read_bytes())
-    except (OSError, BundleError):
+    except (OSError, BundleError, InputError):
         return facts | {"terms": "no bundle judges"}
     return facts | {"terms": TERMS[recipe.terms_source(state.variety, state.lot)]}
-
-
-def read_state(path: Path) -> LotState:
-    """The lot that was kept.
-
-    Raises:
-        FileNotFoundError: None was named yet.
-        InputError: `lot.unreadable`.
-        OSError: The disk refused.
-    """
-    data = _bounded(path)
-    try:
-        body, digest = msgspec.json.decode(data, type=tuple[msgspec.Raw, str])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise _unreadable(path.name, error) from error
-    if sha256(bytes(body)) != digest:
-        raise _unreadable(path.name, "a wrong checksum")
-    return _parse(bytes(body), LotState)
 
 
 def _bounded(path: Path) -> bytes:

@@ -26,7 +26,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.delivery.challenger import Challenger
 from edge_agent.delivery.offline_import import ImportOrNetwork, StagedImport
 from edge_agent.delivery.selftest_process import SelfTestDone
-from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.state_file import challenger_file, champion_file
 from edge_agent.delivery.transfer import Transfer
 from edge_agent.delivery.updater import Updater
 from edge_agent.events import bounded_queue
@@ -120,7 +120,7 @@ class Supervisor:
         self._updater = Updater(
             self._root,
             config.delivery,
-            StateFile(self._root, lambda path: self.event("state.quarantined", str(path))),
+            champion_file(self._root, self._quarantined),
             Transfer(
                 self._root,
                 config.id,
@@ -130,12 +130,21 @@ class Supervisor:
             ),
             self,
         )
-        self._challenger = Challenger(self._root, config.delivery, self._updater.transfer, self)
+        self._challenger = Challenger(
+            self._root,
+            challenger_file(self._root, self._quarantined),
+            config.delivery,
+            self._updater.transfer,
+            self,
+        )
         self._lots = Lots(self._root, (config.line.lot, config.line.variety), self, commands=config.lot_commands)
         self._bin_topic = bin_topic(bin_of(config.id))
         self._gate = AssignmentVerifier(
             self._root, config.trust, config.id, self, lambda: self._updater.state.generation
         )
+
+    def _quarantined(self, path: Path, why: str) -> None:
+        self.event("state.quarantined", f"{why} It was set aside as {path}.")
 
     def _topic(self, channel: Channel) -> str:
         return agent_topic(self.config.id, channel)
@@ -251,7 +260,7 @@ class Supervisor:
             elif message.topic == self._topic(Channel.COMMAND):
                 self._lots.command(message.payload)
             elif message.topic.startswith(BLOBS) or message.topic == self._topic(Channel.BLOB):
-                owner = self._challenger if self._challenger.fetching and self._settled else self._updater
+                owner = self._challenger if self._challenger.fetching and self._updater.state.settled else self._updater
                 owner.chunk(message.topic, message.payload)
             elif message.topic != SENTINEL_TOPIC:
                 self.counters["unexpected_topic"] += 1
@@ -279,11 +288,6 @@ class Supervisor:
         if desired.generation >= self._updater.state.generation:
             self._challenger.desire(desired, self._updater.state.blocked)
         self._updater.desire(desired)
-
-    @property
-    def _settled(self) -> bool:
-        """Whether the champion has nothing to fetch, test or try."""
-        return self._updater.state.phase in {Phase.IDLE, Phase.COMMITTED, Phase.ROLLED_BACK}
 
     # -- the line ---------------------------------------------------------------------------------------------
 
@@ -435,7 +439,7 @@ class Supervisor:
         yield self._gate.tick
         yield self._take_wanted
         yield lambda: self._updater.tick(elapsed_s, self._beat)
-        yield lambda: self._challenger.tick(settled=self._settled)
+        yield lambda: self._challenger.tick(settled=self._updater.state.settled)
         yield lambda: self._uplink.tick(now)
         yield self._lots.tick
         if now - self._reported_s > (1.0 if self._updater.state.phase in {Phase.FETCHING, Phase.TRIAL} else _REPORT_S):

@@ -32,7 +32,7 @@ from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.columns import utc_now
 from control_plane.registry.versions import register
 from control_plane.services import Services
-from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.state_file import champion_file
 from models.bundle import read_bundle
 from models.errors import SortlineError
 from tests.simulators.fleet import Manner, SimulatedFleet
@@ -337,7 +337,7 @@ class Chaos:
         cut_s, until = time.monotonic(), time.monotonic() + SETTLE_S
         while time.monotonic() < until:
             with contextlib.suppress(OSError):
-                held = StateFile(self.state).load()
+                held = champion_file(self.state).load()
                 if fleet.running(last) == self.count and held.active == last and held.phase == "committed":
                     break
             if time.monotonic() - cut_s > 20.0:
@@ -347,7 +347,7 @@ class Chaos:
         self.outcome.counts["seconds to rest"] = int(SETTLE_S - max(0.0, until - time.monotonic()))
         self.outcome.oracle["light agents that run the last bundle"] = (fleet.running(last), self.count)
         self.outcome.oracle["real agents that run the last bundle"] = (
-            int(StateFile(self.state).load().active == last),
+            int(champion_file(self.state).load().active == last),
             1,
         )
         for light in fleet.agents.values():

@@ -17,7 +17,7 @@ import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.state_file import champion_file
 from models.bundle import MODEL, blobs_of, read_bundle
 from models.messages import (
     MAX_REPORTED_BYTES,
@@ -288,7 +288,7 @@ def test_a_line_that_dies_in_the_trial_is_replaced_at_once_by_the_old_bundle_and
     tiny_bundle(tmp_path / "good")
     tiny_bundle(tmp_path / "new", bias=0.5)
     process = agent(plane, tmp_path / "state")
-    state = lambda: StateFile(tmp_path / "state").load()  # noqa: E731
+    state = lambda: champion_file(tmp_path / "state").load()  # noqa: E731
     try:
         good, new = plane.offer(tmp_path / "good"), plane.offer(tmp_path / "new")
         plane.wish(good, 1)

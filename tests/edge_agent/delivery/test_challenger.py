@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from edge_agent.config import DeliveryConfig
 from edge_agent.delivery import challenger as module
-from edge_agent.delivery.challenger import TRANSITIONS, Challenger, ChallengerState, Step, advance
+from edge_agent.delivery.challenger import Challenger
+from edge_agent.delivery.lifecycle import CHALLENGER, ChallengerState, Trigger, advance_challenger
 from edge_agent.delivery.selftest_process import SelfTestDone
+from edge_agent.delivery.state_file import challenger_file
 from edge_agent.line_protocol import ShadowChanged, ShadowFailed
 from models.errors import BundleError, ConflictError, SortlineError
 from models.messages import Desired, Fault, Mode, ShadowPhase
@@ -64,7 +66,7 @@ class Site:
 
     def load_shadow(self, digest: str) -> None:
         self.loads.append(digest)
-        self.tries_on_disk.append(module._read(self.root / "challenger.json").tries)
+        self.tries_on_disk.append(challenger_file(self.root).read().tries)
 
 
 class Bench:
@@ -72,11 +74,18 @@ class Bench:
         self.now_s, self.wire, self.site, self.root = 0.0, Wire(), Site(root), root
         self.tests: list[str] = []
         if monkeypatch is not None:
-            monkeypatch.setattr(module, "start_selftest", lambda _path, digest, **_options: self.tests.append(digest))
+            monkeypatch.setattr(module, "start_selftest", lambda _path, digest, *_: self.tests.append(digest))
         self.found = self.restarted()
 
     def restarted(self) -> Challenger:
-        self.found = Challenger(self.root, DeliveryConfig(), self.wire, self.site, lambda: self.now_s)  # type: ignore[arg-type]
+        self.found = Challenger(
+            self.root,
+            challenger_file(self.root),
+            DeliveryConfig(),
+            self.wire,  # type: ignore[arg-type]
+            self.site,
+            lambda: self.now_s,
+        )
         return self.found
 
     def wish(self, generation: int, digest: str = ONE, mode: Mode = Mode.SHADOW, blocked: tuple[str, ...] = ()) -> None:
@@ -253,16 +262,17 @@ def test_a_broken_state_file_starts_afresh_and_the_retained_wish_brings_it_back(
     assert bench.phase is ShadowPhase.FETCHING
 
 
-@given(st.lists(st.sampled_from(Step), max_size=12))
+@given(st.lists(st.sampled_from(Trigger), max_size=12))
 @settings(max_examples=100, deadline=None)
-def test_no_way_leads_into_the_shadow_without_a_self_test(steps: list[Step]) -> None:
+def test_no_way_leads_into_the_shadow_without_a_self_test(steps: list[Trigger]) -> None:
     state, tested = ChallengerState(), False
+    ends = {Trigger.DESIRED, Trigger.DROPPED, Trigger.TEST_FAILED, Trigger.TRIAL_FAILED}
     for step in steps:
         try:
-            state = advance(state, step)
+            state = advance_challenger(state, step)
         except ConflictError as error:
             assert error.code == "challenger.not_allowed"  # noqa: PT017  the law is about both ways
             continue
-        tested = step is Step.PASSED or (tested and step not in {Step.DESIRED, Step.DROPPED, Step.FAILED})
+        tested = step is Trigger.TEST_PASSED or (tested and step not in ends)
         assert (state.phase is ShadowPhase.SHADOW) == tested
-    assert set(TRANSITIONS.values()) == set(ShadowPhase)
+    assert set(CHALLENGER.values()) == set(ShadowPhase)

@@ -11,12 +11,12 @@ from edge_agent.config import DeliveryConfig
 from edge_agent.delivery import updater as updating
 from edge_agent.delivery.lifecycle import SlotState
 from edge_agent.delivery.selftest_process import SelfTestDone
-from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.state_file import Framing, StateFile, champion_file
 from edge_agent.delivery.transfer import Transfer
 from edge_agent.delivery.updater import Updater
 from edge_agent.line_protocol import Beat
 from models.bundle import read_bundle
-from models.errors import SortlineError
+from models.errors import InputError, SortlineError
 from models.messages import Desired, Fault, Live, Phase
 from tests.edge_agent.delivery.test_fetch import Blobs
 from tests.edge_agent.delivery.test_transfer import Broker
@@ -63,10 +63,12 @@ class Agent:
 
     def __init__(self, root: Path, blobs: Blobs) -> None:
         self.broker, self.host = Broker(blobs), Host()
-        self.quarantined: list[Path] = []
+        self.quarantined: list[str] = []
         config = DeliveryConfig(reserve_bytes=0)
         transfer = Transfer(root, "line-1", config, self.broker, Counter(), lambda: 0.0)
-        self.updater = Updater(root, config, StateFile(root, self.quarantined.append), transfer, self.host)
+        self.updater = Updater(
+            root, config, champion_file(root, lambda _path, why: self.quarantined.append(why)), transfer, self.host
+        )
         self.host.updater = self.updater
 
     def run(self, digest: str, generation: int = 2) -> None:
@@ -131,9 +133,9 @@ def recorded(tmp_path: Path, old: Blobs, new: Blobs, monkeypatch: pytest.MonkeyP
 
 def fault_of(place: Path, marked: SlotState | None, old: Blobs, new: Blobs) -> str:
     """What is wrong with a disk after a power cut; empty = nothing."""
-    broken: list[Path] = []
-    state = StateFile(place, broken.append).load()
-    if broken or any((place / n).exists() and _broken(place / n) for n in ("state.json", "state.json.bak")):
+    broken: list[str] = []
+    state = champion_file(place, lambda _path, why: broken.append(why)).load() or SlotState()
+    if broken or any(_broken(place / name) for name in ("state.json", "state.json.bak")):
         return "a state file is broken"
     if state.active not in {old.bundle.digest, new.bundle.digest}:
         return f"runs {state.active or 'nothing'}"
@@ -153,9 +155,11 @@ def fault_of(place: Path, marked: SlotState | None, old: Blobs, new: Blobs) -> s
 
 
 def _broken(path: Path) -> bool:
-    from edge_agent.delivery import state_file as slots
-
-    return slots._read(path) is None
+    try:
+        StateFile(path, SlotState, framing=Framing.OBJECT).read()
+    except InputError:
+        return True
+    return False
 
 
 def faults(recorder: Recorder, scratch: Path, old: Blobs, new: Blobs, without: int | None = None) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from edge_agent.delivery import updater as updating
 from edge_agent.delivery.lifecycle import SlotState
 from edge_agent.delivery.selftest_process import SelfTestDone
-from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.state_file import champion_file
 from edge_agent.line_protocol import Beat, LoadFailed, ModelFailed
 from models.messages import Desired, Fault, Live, Phase, Swap
 from tests.edge_agent.delivery.test_fetch import Blobs
@@ -61,7 +61,7 @@ class Trial:
 
     @property
     def on_disk(self) -> SlotState:
-        return StateFile(self.root).load()
+        return champion_file(self.root).load()
 
     def begin(self) -> None:
         self.host.covered = True
@@ -158,6 +158,59 @@ def test_a_newer_wish_ends_the_waiting(trial: Trial) -> None:
     assert trial.host.loads == [], "the line has the old bundle"
     trial.updater.line_died("exit status -9")
     assert trial.state.blocked == ()
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_desired_state_that_is_refused_ends_the_trial_all_the_same(trial: Trial, running: bool) -> None:
+    """An abort names what ran before; where that is blocked here, the trial must not be committed in its place."""
+    blocked = "44" * 32
+    trial.updater.state = msgspec.structs.replace(trial.state, blocked=(blocked,))
+    if running:
+        trial.begin()
+    trial.host.loads.clear()
+    trial.updater.desire(Desired(generation=3, bundle=blocked))
+    for _ in range(10):
+        trial.updater.tick(1.0, beat(trial.new, 1000))
+    assert (trial.on_disk.phase, trial.on_disk.active, trial.on_disk.generation) == (Phase.COMMITTED, trial.old, 3)
+    assert trial.host.loads == ([trial.old] if running else [])
+    assert trial.on_disk.blocked == (blocked,), "an abort is no fault of the bundle on trial"
+    assert "agent.digest_blocked" in trial.host.codes
+
+
+def test_a_desired_state_that_names_the_bundle_before_ends_the_trial_at_once(trial: Trial) -> None:
+    trial.begin()
+    trial.updater.desire(Desired(generation=3, bundle=trial.old))
+    assert (trial.on_disk.phase, trial.on_disk.active) == (Phase.COMMITTED, trial.old), "it needs no second trial"
+    assert trial.host.loads[-1] == trial.old
+
+
+@pytest.mark.parametrize("phase", [Phase.FETCHING, Phase.VERIFIED, Phase.SELF_TEST])
+def test_a_desired_state_that_is_refused_ends_what_is_fetched_or_tested(trial: Trial, phase: Phase) -> None:
+    blocked = "44" * 32
+    trial.updater.state = msgspec.structs.replace(trial.testing, phase=phase, blocked=(blocked,))
+    trial.updater.desire(Desired(generation=3, bundle=blocked))
+    trial.updater.tested(SelfTestDone(trial.new, None))
+    for _ in range(3):
+        trial.updater.tick(1.0, beat(trial.old, 1000))
+    assert (trial.on_disk.phase, trial.on_disk.active, trial.on_disk.target) == (Phase.COMMITTED, trial.old, "")
+
+
+def test_an_abort_that_a_full_disk_refuses_keeps_the_trial_from_being_committed(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial.begin()
+
+    def full(_state: SlotState) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial.updater._file, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            trial.updater.desire(Desired(generation=3, bundle=trial.old))
+    trial.updater.tick(1.0, beat(trial.new, 1000))
+    assert trial.state.phase is Phase.TRIAL, "there is room again, but the abort has not been written yet"
+    trial.updater.desire(Desired(generation=3, bundle=trial.old))
+    assert (trial.on_disk.phase, trial.on_disk.active) == (Phase.COMMITTED, trial.old)
 
 
 def test_a_lot_that_begins_while_a_try_waits_for_its_standby_is_not_waited_for_again(trial: Trial) -> None:
@@ -258,7 +311,7 @@ def test_a_bundle_that_breaks_while_the_disk_is_full_is_taken_back_all_the_same(
 
 
 def test_an_agent_that_restarts_on_a_full_disk_starts(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    StateFile(trial.root).save(trial.testing)
+    champion_file(trial.root).save(trial.testing)
 
     def full(_state: SlotState) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

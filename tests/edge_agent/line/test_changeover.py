@@ -5,7 +5,7 @@ from typing import Any, cast
 import pytest
 
 from edge_agent.delivery.lifecycle import SlotState, Trigger, advance
-from edge_agent.delivery.state_file import StateFile
+from edge_agent.delivery.state_file import champion_file
 from edge_agent.line.loader import LoadedJudge, is_due
 from edge_agent.line_protocol import Load, Pipe, ToLine
 from models.messages import Desired, Swap, decode, encode
@@ -41,8 +41,8 @@ def test_the_changeover_travels_from_the_wish_to_the_line(tmp_path) -> None:
     read = decode(encode(wish), Desired)
     assert read == wish
     state = advance(SlotState(), Trigger.DESIRED, target=read.bundle, swap=read.swap, swap_within_s=read.swap_within_s)
-    StateFile(tmp_path).save(state)
-    kept = StateFile(tmp_path).load()
+    champion_file(tmp_path).save(state)
+    kept = champion_file(tmp_path).load()
     assert (kept.swap, kept.swap_within_s) == (Swap.LOT_CHANGE, 900.0)
     ours, theirs = socket.socketpair()
     sender, receiver = Pipe(ours), Pipe(theirs)

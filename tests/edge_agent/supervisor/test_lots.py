@@ -22,7 +22,7 @@ from edge_agent.supervisor.lots import (
     Lots,
     LotState,
     accept,
-    read_state,
+    lot_file,
     submit_lot_request,
 )
 from models.errors import InputError, MessageError
@@ -57,7 +57,7 @@ class Host:
         self.events.append(code)
 
     def set_lot(self, lot: str, variety: str) -> None:
-        kept = read_state(self.root / STATE)
+        kept = lot_file(self.root).read()
         assert (kept.lot, kept.variety) == (lot, variety), "the line hears of a lot that a power cut would forget"
         self.lots.append((lot, variety))
 
@@ -118,7 +118,7 @@ def test_a_command_that_must_not_count_is_refused_by_name_and_answered(
     assert caught.value.code == code
     assert host.answers[-1].fault.code == code
     assert host.answers[-1].request_id == sent.request_id
-    assert lots.state == before == read_state(host.root / STATE)
+    assert lots.state == before == lot_file(host.root).read()
     assert host.lots == [("lot-8", "gala")]
 
 
@@ -137,7 +137,7 @@ def test_a_repeated_command_is_confirmed_again_and_does_nothing_again(host: Host
     opened(host, clock).command(encode(command(1)))
     assert [answer.fault for answer in host.answers] == [None, None, None]
     assert host.lots == [("lot-1", "gala"), ("lot-2", "gala")]
-    assert read_state(host.root / STATE).lot == "lot-2"
+    assert lot_file(host.root).read().lot == "lot-2"
 
 
 @given(st.permutations(range(6)), st.lists(st.integers(0, 5), max_size=12), st.integers(0, 70_000))
@@ -181,7 +181,7 @@ def test_what_was_obeyed_with_both_clocks_years_ahead_does_not_keep_everything_o
     opened(host, clock).command(encode(command(1, issued=NOW + ahead)))
     clock.ms = NOW
     opened(host, clock).command(encode(command(2)))
-    assert read_state(host.root / STATE).lot == "lot-2"
+    assert lot_file(host.root).read().lot == "lot-2"
 
 
 def test_an_agent_may_take_its_lot_from_the_line_alone(host: Host, clock: Clock) -> None:
@@ -218,7 +218,7 @@ def test_a_full_disk_changes_nothing_and_the_operators_word_waits(
     submit_lot_request(host.root, "B-7", "gala", "e" * 32)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "edge_agent.supervisor.lots.write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space"))
+            "edge_agent.delivery.state_file.write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space"))
         )
         for attempt in (lots.tick, lambda: lots.command(encode(command()))):
             with pytest.raises(OSError, match="No space"):
@@ -268,7 +268,7 @@ def test_a_word_that_comes_back_after_a_power_cut_is_not_obeyed_twice(host: Host
     lots.command(encode(command(2)))
     (host.root / TAKEN).write_bytes(said)
     opened(host, clock).tick()
-    assert read_state(host.root / STATE).lot == "lot-2"
+    assert lot_file(host.root).read().lot == "lot-2"
     assert not (host.root / TAKEN).exists()
 
 
