@@ -9,5 +9,5 @@ From pixels to verdict there is one implementation, here; training, evaluation, 
 all call it, and golden views in every bundle prove on the device that it computes the same.
 
 This package imports the standard library, numpy and msgspec; OpenCV in `preprocess` and ONNX Runtime in
-`classifier` alone. It knows no network, no database, no camera.
+`onnx_runtime` alone (with its telemetry off). It knows no network, no database, no camera.
 """

@@ -1,4 +1,4 @@
-"""Runs a bundle's graph: uint8 views in, probabilities out. The only module that knows ONNX Runtime.
+"""Runs a bundle's graph: uint8 views in, probabilities out.
 
 The same class judges in the training's parity check, in evaluation, in the agent's self-test and on the line.
 """
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from models.errors import BundleError
+from models.onnx_runtime import ort
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

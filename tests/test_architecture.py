@@ -27,7 +27,7 @@ HEAVY = (
 MODELS_MAY_IMPORT = {"models", "numpy", "msgspec", "cv2", "onnxruntime", "tuf"}
 ONLY_IN = {
     "cv2": {"models/preprocess.py"},
-    "onnxruntime": {"models/classifier.py"},
+    "onnxruntime": {"models/onnx_runtime.py"},
     "tuf": {"models/trust.py"},
 }
 

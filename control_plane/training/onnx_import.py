@@ -10,7 +10,6 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_converter
 
@@ -38,6 +37,7 @@ from models.bundle import (
 from models.classifier import PROBABILITIES, OnnxClassifier
 from models.errors import InputError
 from models.golden import GOLDEN
+from models.onnx_runtime import ort
 from models.profile import build_profile, feature_names
 from models.recipe import Recipe
 from models.view_spec import PreprocessSpec

@@ -19,8 +19,6 @@ import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from scipy.stats import rankdata
 
 from control_plane.evaluation.metrics import balanced_accuracy
@@ -28,6 +26,12 @@ from models.bundle import CARD, LINEAGE, MODEL, PARTS, Bundle, read_bundle, writ
 from models.classifier import VIEWS_INPUT, OnnxClassifier
 from models.errors import InputError
 from models.golden import GOLDEN, Golden
+from models.onnx_runtime import ort  # noqa: F401
+
+# isort: split
+# The library's telemetry is off only after the import above.
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
 
 AUC_LIMIT: Final = 0.01
 """Largest loss of the area under the ROC that is accepted, and ..."""
