@@ -78,6 +78,19 @@ class Swap(StrEnum):
     """Between two frames."""
 
 
+class SafeState(StrEnum):
+    """What a line does instead of judging, on the request of a person."""
+
+    NONE = ""
+    """It judges with the bundle it has committed."""
+    EJECT_ALL = "eject-all"
+    """Every item leaves by the reject outlet."""
+    PASS_ALL = "pass-all"
+    """No item is ejected."""
+    STOP = "stop"
+    """The line's stop output is set; nothing is ejected."""
+
+
 class CommandKind(StrEnum):
     """What the control plane may ask of an agent at once."""
 
@@ -115,8 +128,11 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True):
     schema_version: Literal[1] = 1
     generation: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
     """Grows with every change; an agent ignores what is not newer than what it has."""
-    bundle: Digest
-    """Digest of the bundle's manifest, which names every file by digest."""
+    bundle: OptionalDigest
+    """Digest of the bundle's manifest, which names every file by digest; empty = a recall: whatever is fetched,
+    tested or tried is given up, a challenger is dropped, and the agent goes on with the bundle it has committed."""
+    safe_state: SafeState = SafeState.NONE
+    """Only with a recall: what the line does instead of judging, until a later desired state says otherwise."""
     mode: Mode = Mode.LIVE
     rollout_id: Annotated[str, msgspec.Meta(max_length=64)] = ""
     trial_items: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 50
@@ -126,6 +142,13 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True):
     swap: Swap = Swap.BELT_GAP
     swap_within_s: Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)] | None = None
     """After so long the line changes over between two frames anyway; None = the line's own limit."""
+
+    def __post_init__(self) -> None:
+        """Refuses a safe state beside a bundle, and a challenger without one."""
+        if self.bundle and self.safe_state:
+            raise ValueError("a safe state is for a recall; a bundle is to judge")
+        if not self.bundle and self.mode is Mode.SHADOW:
+            raise ValueError("a challenger needs a bundle")
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,6 +211,8 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of the bundle that judges now."""
     previous: OptionalDigest = ""
     """Digest that was committed here before `active`, never a blocked one; in phase `trial` it is the committed one."""
+    safe_state: SafeState = SafeState.NONE
+    """What the line does instead of judging, as the last recall requested it."""
     target: OptionalDigest = ""
     """Digest that is being fetched, tested or tried."""
     progress: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0

@@ -13,7 +13,8 @@ Knows no network and no clock: bytes, a reference time and a scratch folder are 
 6.  What verified is kept (as `trusted`, to be persisted before anything is done) also when the rest was refused.
 7.  The assignment of agent A is the target `assign/A.json` of A's bin, byte for byte. Another agent's does not do.
 8.  A bundle runs only if the release role itself, not one it delegates to, lists `bundles/{digest}` with that very
-    digest. The online roles can choose among released bundles; they cannot make one.
+    digest. The online roles can choose among released bundles; they cannot make one. An assignment without a
+    bundle (a recall) runs nothing and needs no release.
 9.  Reference time = max(the machine's clock, the newest verified `issued_at`). A clock that is behind cannot hide
     that metadata is stale; a clock that is ahead refuses a change and nothing else. No single online key can move
     the floor beyond what root and release role allow: it is cut at their expiry, and dropped when the key is
@@ -63,7 +64,7 @@ MAX_MANIFEST_BYTES: Final = 120 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A desired state that is proven to be meant for this agent, for a bundle that is released."""
+    """A desired state that is proven to be meant for this agent: for a bundle that is released, or a recall."""
 
     desired: Desired
     bundle_custom: dict[str, Any]
@@ -229,6 +230,8 @@ def _assignment(updater: Updater, agent_id: str, document: bytes, folder: Path) 
         desired = decode(document, Desired)
     except MessageError as error:
         raise TrustError("trust.bad_assignment", "The assignment cannot be read.", got=str(error)) from error
+    if not desired.bundle:
+        return Assignment(desired, {})
     # Not `get_targetinfo`, which would also ask whom the release role delegates to.
     top = Metadata[Targets].from_file(str(folder / "targets.json")).signed
     released = top.targets.get(f"bundles/{desired.bundle}")

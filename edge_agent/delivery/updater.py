@@ -196,7 +196,7 @@ class Updater:
                 self._take_up(advance(state, Trigger.DROPPED, **facts))
             return
         self._host.fault = None
-        if desired.bundle == state.committed:
+        if desired.bundle in {"", state.committed}:  # an empty one is a recall
             self._take_up(advance(state, Trigger.DROPPED, **facts))
             return
         self._take_up(

@@ -24,6 +24,7 @@ from models.messages import (
     Reported,
     Response,
     RunningLot,
+    SafeState,
     decode,
     decode_batch,
     decode_packed,
@@ -101,7 +102,16 @@ def test_unknown_fields_are_ignored() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"generation": 0}, {"bundle": "AB" * 32}, {"bundle": "../etc"}, {"trial_s": -1}, {"mode": "shadowy"}],
+    [
+        {"generation": 0},
+        {"bundle": "AB" * 32},
+        {"bundle": "../etc"},
+        {"trial_s": -1},
+        {"mode": "shadowy"},
+        {"safe_state": "eject-all"},
+        {"bundle": "", "safe_state": "reject-all"},
+        {"bundle": "", "mode": "shadow"},
+    ],
 )
 def test_values_out_of_bounds_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(MessageError) as caught:
@@ -112,6 +122,7 @@ def test_values_out_of_bounds_are_refused(change: dict[str, object]) -> None:
 def test_control_messages_survive_the_wire() -> None:
     for message in (
         Desired(generation=4, bundle=DIGEST),
+        Desired(generation=5, bundle="", safe_state=SafeState.EJECT_ALL),
         Ack(boot_id=BOOT, from_seq=3, through_seq=9),
         Reported(boot_id=BOOT, at_ms=5, active=DIGEST),
         Reported(boot_id=BOOT, at_ms=5, lot=RunningLot(lot="B-7", source=LotSource.OPERATOR, terms="variety")),

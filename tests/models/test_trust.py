@@ -55,6 +55,15 @@ def test_a_released_bundle_that_is_assigned_to_me_is_accepted(repository: Reposi
     assert "development" not in outcome.facts
 
 
+def test_a_recall_needs_no_released_bundle_but_the_signature(repository: Repository, device: Device) -> None:
+    document = repository.assign("line-1", "", 3, safe_state="eject-all")
+    outcome = device.verify(repository.sign_changes(), document)
+    assert outcome.error is None
+    assert (outcome.assignment.desired.bundle, outcome.assignment.desired.safe_state) == ("", "eject-all")
+    forged = document.replace(b"eject-all", b"pass-all")
+    assert code(device.verify(repository.set(), forged)) == "trust.wrong_assignment"
+
+
 def test_the_same_set_again_is_accepted(repository: Repository, device: Device) -> None:
     offered, document = assigned(repository)
     trusted = device.verify(offered, document).trusted
