@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 from typing import Any
 
@@ -17,8 +16,8 @@ from control_plane.database.migrate import migrate
 from control_plane.identity.authority import SITE
 from control_plane.identity.listener import DeviceListener
 from control_plane.jobs.worker import run_worker
+from control_plane.listening import listen
 from control_plane.services import Services, open_services
-from models.errors import UnavailableError
 
 log = logging.getLogger("sortline.server")
 
@@ -31,7 +30,7 @@ def serve(config: ControlPlaneConfig) -> int:
         ConfigError: `server.no_token`.
     """
     config.root.mkdir(parents=True, exist_ok=True)
-    listener = _listen(config.server.host, config.server.port)
+    listener = listen(config.server.host, config.server.port, code="server.port_in_use")
     migrate(config.database_url)
     services = open_services(config)
     devices = _device_listener(config, services)
@@ -68,7 +67,7 @@ def _device_listener(config: ControlPlaneConfig, services: Services) -> DeviceLi
     """The HTTPS listener for agents, where the site has a certificate authority."""
     if services.enrolment is None or services.site_files is None:
         return None
-    listener = _listen(config.identity.host, config.identity.port)
+    listener = listen(config.identity.host, config.identity.port, code="server.port_in_use")
     host, port = listener.getsockname()[:2]
     log.info("agents enrol at https://%s:%s", host, port)
     counters = services.fleet.counters
@@ -78,24 +77,6 @@ def _device_listener(config: ControlPlaneConfig, services: Services) -> DeviceLi
 
     app = create_device_app(services.enrolment, counters)
     return DeviceListener(app, listener, config.identity_folder / SITE / "server.pem", services.site_files, tell)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        # Two servers may bind with SO_REUSEADDR; listening is what only one can do.
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        raise UnavailableError(
-            "server.port_in_use",
-            f"Cannot listen on {host}:{port}: {error.strerror}. Stop what uses the port, or choose another (--port).",
-            expected="a free port",
-            got=f"{host}:{port}",
-        ) from error
-    return listener
 
 
 def _start_worker(config: ControlPlaneConfig, number: int) -> Any:

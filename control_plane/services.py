@@ -72,7 +72,7 @@ def open_services(config: ControlPlaneConfig) -> Services:
         lease_s=config.rollouts.lease_s,
         sign_changes=assignments.sign_changes,
     )
-    renewal = Renewal(engine, fleet, name)
+    renewal = Renewal(engine, assignments, fleet.publish_trust, fleet.counters, name)
     return Services(
         config, engine, store, fleet, rollouts, renewal, token=config.token, enrolment=enrolment, site_files=site_files
     )

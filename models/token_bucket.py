@@ -20,15 +20,28 @@ class TokenBucket:
 
     def take(self, amount: float) -> bool:
         """Takes tokens when there are any; a large amount is owed and waited for afterwards."""
-        now = self._clock()
-        self._level = min(self._burst, self._level + (now - self._at_s) * self._rate)
-        self._at_s = now
+        self._refill()
         if self._level <= 0.0:
             return False
         self._level -= amount
         return True
 
+    def charge(self, amount: float) -> float:
+        """Takes tokens whether there are any or not, for what has already happened.
+
+        Returns:
+            Seconds until what is owed has flowed in again; 0.0 = nothing is owed.
+        """
+        self._refill()
+        self._level -= amount
+        return max(0.0, -self._level / self._rate)
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._level = min(self._burst, self._level + (now - self._at_s) * self._rate)
+        self._at_s = now
+
     @property
     def wait_s(self) -> float:
-        """Until something can be taken, as of the last look; never nothing, so that waiting always ends."""
+        """Seconds until something can be taken, as of the last look; always positive, so that waiting ends."""
         return max(0.0, -self._level / self._rate) + 0.001

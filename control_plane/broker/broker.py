@@ -5,18 +5,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from control_plane.broker.access import Action, Credentials, Identity, Role, authorize
 from control_plane.broker.client_certificates import Certificates
 from control_plane.broker.packets import Connect
-from control_plane.broker.sessions import BrokerLimits, Message, Quarantine, RetainedStore, Session
+from control_plane.broker.sessions import BrokerLimits, Message, Peer, Quarantine, RetainedStore, Session
 from control_plane.broker.topics import SubscriptionIndex, has_wildcard, matches, valid_filter
-
-if TYPE_CHECKING:
-    from control_plane.broker.connection import Connection
 
 log = logging.getLogger("sortline.broker")
 _STATS_TOPIC = "$SYS/sortline/stats"
@@ -43,7 +39,7 @@ class Broker:
         self.clock = clock
         self.counters: Counter[str] = Counter()
         self.sessions: dict[tuple[str, str], Session] = {}
-        self.connections: set[Connection] = set()
+        self.connections: set[Peer] = set()
         self.quarantine = Quarantine(limits)
         self.retained = RetainedStore(limits, self.counters)
         self.index: SubscriptionIndex[Session] = SubscriptionIndex()
@@ -51,7 +47,7 @@ class Broker:
 
     # -- sessions ---------------------------------------------------------------------------------------------
 
-    def open_session(self, connection: "Connection", connect: Connect, identity: Identity) -> tuple[Session, bool]:
+    def open_session(self, connection: Peer, connect: Connect, identity: Identity) -> tuple[Session, bool]:
         """The session of an authenticated client: taken over, resumed or new [3.1.2.4].
 
         Returns:
@@ -94,7 +90,7 @@ class Broker:
             if gone:
                 self.forget(session)
 
-    def throttled(self, connection: "Connection", identity: Identity, wait_s: float) -> None:
+    def throttled(self, connection: Peer, identity: Identity, wait_s: float) -> None:
         """A client sends more than it may; one that goes on with it is cut off for a while."""
         self.counters["rate_limited"] += 1
         if identity.role is Role.AGENT and self.quarantine.record_throttling(identity.name, wait_s, self.clock()):
@@ -133,7 +129,7 @@ class Broker:
         session.queue.append((message, retain))
         session.queued_bytes += size
 
-    def _send(self, session: Session, connection: "Connection", message: Message, *, retain: bool) -> None:
+    def _send(self, session: Session, connection: Peer, message: Message, *, retain: bool) -> None:
         packet_id = session.packet_id()
         session.inflight[packet_id] = (message, retain)
         connection.send_publish(message, qos=1, retain=retain, dup=False, packet_id=packet_id)

@@ -7,6 +7,7 @@ A connection that breaks the protocol or a bound is closed, counted, and touches
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
@@ -15,8 +16,9 @@ from control_plane.broker.access import Action, Identity, Role, authorize
 from control_plane.broker.broker import Broker
 from control_plane.broker.client_certificates import Certificates
 from control_plane.broker.packets import Connect, ConnectCode, MalformedPacketError, PacketType, Publish
-from control_plane.broker.sessions import Message, Session, TokenBucket
+from control_plane.broker.sessions import Message, Session
 from control_plane.broker.topics import valid_topic
+from models.token_bucket import TokenBucket
 
 log = logging.getLogger("sortline.broker")
 _WRITE_HIGH_BYTES = 256 * 1024
@@ -48,8 +50,8 @@ class Connection(asyncio.Protocol):
         self._keep_alive_s = 0.0
         self._last_seen_s = broker.clock()
         self._timer: asyncio.TimerHandle | None = None
-        self._messages = TokenBucket(broker.limits.messages_per_s, self._last_seen_s)
-        self._bytes = TokenBucket(broker.limits.bytes_per_s, self._last_seen_s)
+        self._messages = _one_second(broker.limits.messages_per_s, broker.clock)
+        self._bytes = _one_second(broker.limits.bytes_per_s, broker.clock)
 
     # -- asyncio's side ---------------------------------------------------------------------------------------
 
@@ -195,7 +197,7 @@ class Connection(asyncio.Protocol):
         session, present = broker.open_session(self, connect, identity)
         self._session, self._will = session, will
         if identity.role is Role.AGENT:
-            self._messages = TokenBucket(broker.limits.agent_messages_per_s, self._last_seen_s)
+            self._messages = _one_second(broker.limits.agent_messages_per_s, broker.clock)
         self._reader.max_packet_bytes = broker.limits.packet_bytes
         self._keep_alive_s = connect.keep_alive_s * 1.5
         self._restart_timer()
@@ -204,10 +206,7 @@ class Connection(asyncio.Protocol):
 
     def _publish(self, session: Session, publish: Publish) -> None:
         broker = self._broker
-        wait_s = max(
-            self._messages.take(1.0, self._last_seen_s),
-            self._bytes.take(len(publish.payload), self._last_seen_s),
-        )
+        wait_s = max(self._messages.charge(1.0), self._bytes.charge(len(publish.payload)))
         if wait_s > 0.0:
             self._pause_reading(wait_s)
         if not valid_topic(publish.topic):
@@ -351,3 +350,8 @@ class Connection(asyncio.Protocol):
         if will is not None:
             message = Message(will.topic, will.topic.encode(), will.payload, will.qos)
             self._broker.publish(message, retain=will.retain)
+
+
+def _one_second(rate_per_s: float, clock: Callable[[], float]) -> TokenBucket:
+    """Returns a bucket that admits one second's worth at once."""
+    return TokenBucket(rate_per_s, rate_per_s, clock)

@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import Callable
 from typing import Any
 
 from control_plane.broker.acceptor import Acceptor
 from control_plane.broker.broker import Broker
 from control_plane.broker.client_certificates import Certificates
-from models.errors import ConfigError, UnavailableError
+from control_plane.listening import listen
+from models.errors import ConfigError
 
 log = logging.getLogger("sortline.broker")
 
@@ -35,7 +35,7 @@ async def serve(
     Raises:
         UnavailableError: `broker.port_in_use`.
     """
-    listener = _bind(host, port)
+    listener = listen(host, port, code="broker.port_in_use", backlog=512)
     door = Acceptor(broker, listener)
     address = listener.getsockname()
     on_ready(address[0], address[1])
@@ -49,23 +49,6 @@ async def serve(
         connection.drop("shutdown")
     broker.verifier.shutdown(wait=False, cancel_futures=True)
     await asyncio.sleep(0)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(512)
-    except OSError as error:
-        listener.close()
-        raise UnavailableError(
-            "broker.port_in_use",
-            f"Cannot listen on {host}:{port}: {error.strerror}. Stop what uses the port, or choose another.",
-            expected="a free port",
-            got=f"{host}:{port}",
-        ) from error
-    return listener
 
 
 async def _upkeep(broker: Broker) -> None:

@@ -2,14 +2,11 @@
 
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 
 from control_plane.broker.access import Identity
-
-if TYPE_CHECKING:
-    from control_plane.broker.connection import Connection
 
 MIB = 1024 * 1024
 
@@ -64,6 +61,16 @@ class Message:
     qos: int
 
 
+class Peer(Protocol):
+    """The connected side of a session, as far as the exchange needs it."""
+
+    def send_publish(self, message: Message, *, qos: int, retain: bool, dup: bool, packet_id: int) -> None:
+        """Queues one message for the client."""
+
+    def drop(self, reason: str) -> None:
+        """Closes the connection; a second call does nothing."""
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """State of one (identity, client id) [4.1]."""
@@ -71,7 +78,7 @@ class Session:
     identity: Identity
     client_id: str
     clean: bool
-    connection: "Connection | None" = None
+    connection: Peer | None = None
     subscriptions: dict[str, int] = field(default_factory=dict)
     queue: deque[tuple[Message, bool]] = field(default_factory=deque)
     """QoS 1 messages not sent yet, with their retain flag."""
@@ -117,21 +124,6 @@ class RetainedStore:
         self.bytes += size - freed
 
 
-class TokenBucket:
-    """How much a client may send now; never blocks, says how long to wait."""
-
-    def __init__(self, rate_per_s: float, now_s: float) -> None:
-        self._rate = rate_per_s
-        self._tokens = rate_per_s
-        self._at_s = now_s
-
-    def take(self, amount: float, now_s: float) -> float:
-        """Takes `amount` (may go into debt) and returns the seconds until the debt is paid."""
-        self._tokens = min(self._rate, self._tokens + (now_s - self._at_s) * self._rate) - amount
-        self._at_s = now_s
-        return max(0.0, -self._tokens / self._rate)
-
-
 class Quarantine:
     """Agents that do not stop flooding are cut off for a while; belongs to the name, a new connection does not help.
 
@@ -146,11 +138,11 @@ class Quarantine:
         """Name -> (end, length) of its latest quarantine."""
 
     def record_throttling(self, name: str, held_back_s: float, now_s: float) -> bool:
-        """Adds; returns whether the agent is in quarantine from now on."""
-        record_throttling, at_s = self._heat.get(name, (0.0, now_s))
-        record_throttling = max(0.0, record_throttling - (now_s - at_s) / 2.0) + held_back_s
-        self._heat[name] = (record_throttling, now_s)
-        if record_throttling < self._limits.quarantine_after_s / 2.0:
+        """Adds the seconds an agent was held back; returns whether it is in quarantine from now on."""
+        heat_s, at_s = self._heat.get(name, (0.0, now_s))
+        heat_s = max(0.0, heat_s - (now_s - at_s) / 2.0) + held_back_s
+        self._heat[name] = (heat_s, now_s)
+        if heat_s < self._limits.quarantine_after_s / 2.0:
             return False
         _, length_s = self._until.get(name, (0.0, 0.0))
         length_s = min(max(self._limits.quarantine_s, 2.0 * length_s), 3600.0)

@@ -21,7 +21,6 @@ PassphraseFile = Annotated[
     Path | None, typer.Option(help="Holds the passphrase; else SORTLINE_KEY_PASSPHRASE, else asked for.")
 ]
 DEFAULT_TRUST = Path("sortline-data/trust")
-BANNER = "DEVELOPMENT KEYS: all on this machine, in clear; whoever can read it can release any model. Not for a plant."
 
 
 def _passphrase(file: Path | None, *, confirm: bool = False) -> Callable[[Path], str]:
@@ -45,7 +44,9 @@ def _warn_of(root: bytes) -> None:
 
 
 def warn_development() -> None:
-    """The red banner."""
+    """Prints the red banner of development keys."""
+    from control_plane.trust.keys import BANNER  # noqa: PLC0415
+
     err.print(f"[bold white on red] {BANNER} [/]", highlight=False)
 
 

@@ -27,8 +27,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from control_plane.cli.keys import BANNER
 from control_plane.client import Client
+from control_plane.trust.keys import BANNER
 from models.errors import ConflictError, SortlineError, UnavailableError
 from models.files import write_atomically
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from sqlmodel import Session
 
-from control_plane.database.tables.agents import Agent
+from control_plane.database.lookup import get_agent
 from control_plane.fleet.reports import report_of
-from models.errors import InputError
 from models.messages import Mode, Swap
 
 
@@ -40,9 +39,7 @@ def assign(session: Session, agent_id: str, wish: DesiredChange) -> int:
         InputError: `agent.unknown`.
     """
     # The row is locked: two replicas, or an operator and a rollout, never give out one generation twice.
-    agent = session.get(Agent, agent_id, with_for_update=True)
-    if agent is None:
-        raise InputError("agent.unknown", "There is no such agent.", expected="an agent id", got=agent_id[:80])
+    agent = get_agent(session, agent_id, lock=True)
     agent.generation = max(agent.generation, report_of(agent).generation) + 1
     agent.desired_bundle, agent.mode, agent.rollout_id = wish.bundle, str(wish.mode), wish.rollout_id
     agent.trial_items, agent.trial_s = wish.trial_items, wish.trial_s

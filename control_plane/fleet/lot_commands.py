@@ -11,11 +11,12 @@ from typing import Any, Final
 from sqlmodel import Session
 
 from control_plane.database.audit import audit
+from control_plane.database.lookup import get_agent
 from control_plane.database.tables.agents import Agent
 from control_plane.fleet.reports import report_of
 from control_plane.registry.store import Store
 from models.bundle import RECIPE
-from models.errors import ConflictError, InputError, SortlineError
+from models.errors import ConflictError, SortlineError
 from models.messages import Command, CommandKind, Response
 from models.recipe import parse_recipe
 
@@ -43,9 +44,7 @@ def ask(
         InputError: `agent.unknown`.
         ConflictError: `agent.not_connected`: nobody would hear it now, and later it might be wrong.
     """
-    agent = session.get(Agent, agent_id, with_for_update=True)
-    if agent is None:
-        raise InputError("agent.unknown", "There is no such agent.", expected="an agent id", got=agent_id[:80])
+    agent = get_agent(session, agent_id, lock=True)
     if not agent.online:
         raise ConflictError(
             "agent.not_connected",

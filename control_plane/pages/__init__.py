@@ -16,6 +16,7 @@ from fastapi.staticfiles import StaticFiles
 from sqlmodel import desc, select
 
 from control_plane.database.engine import reading
+from control_plane.database.lookup import unknown_agent
 from control_plane.database.tables.agents import EventRow, WindowRow
 from control_plane.database.tables.jobs import Job
 from control_plane.database.tables.registry import Model, ModelVersion
@@ -85,7 +86,7 @@ def agent(agent_id: str, request: Request) -> HTMLResponse:
     services = services_of(request)
     status = services.statuses.one(agent_id)
     if status is None:
-        raise InputError("agent.unknown", "There is no such agent.", expected="an agent id", got=agent_id[:80])
+        raise unknown_agent(agent_id)
     with reading(services.engine) as session:
         query = select(WindowRow).where(WindowRow.agent_id == agent_id, WindowRow.refused == "")
         rows = session.exec(query.order_by(desc(WindowRow.received_at), desc(WindowRow.seq)).limit(360)).all()

@@ -12,7 +12,7 @@ from typing import Any, Final
 from sqlmodel import Session, col, select
 
 from control_plane.database.tables.agents import WindowRow
-from control_plane.rollouts.policy import Policy
+from control_plane.rollouts.policy import RolloutPolicy
 from control_plane.rollouts.records import Order, resolve
 from models.messages import decode_packed
 from models.windows import Window
@@ -30,7 +30,12 @@ class AgentLoad:
 
 
 def blast_radius(
-    waves: Sequence[Sequence[str]], loads: Mapping[str, AgentLoad], policy: Policy, *, trial_items: int, trial_s: float
+    waves: Sequence[Sequence[str]],
+    loads: Mapping[str, AgentLoad],
+    policy: RolloutPolicy,
+    *,
+    trial_items: int,
+    trial_s: float,
 ) -> dict[str, Any]:
     """What each wave touches, and the worst case until an abort criterion can act.
 

@@ -18,6 +18,7 @@ from sqlmodel import Session, col, or_, select
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
 from control_plane.database.leases import holds_lease, take_lease
+from control_plane.database.lookup import get_agent
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
@@ -37,7 +38,7 @@ from control_plane.rollouts.planner import (
 )
 from control_plane.rollouts.policy import DONE, Outcome
 from control_plane.rollouts.records import course_of, members_of, newcomers, parts_of
-from models.errors import InputError, SortlineError
+from models.errors import SortlineError
 from models.messages import Mode, Swap
 
 log = logging.getLogger("sortline.rollout")
@@ -232,9 +233,7 @@ class RolloutExecutor:
 
 
 def _assign(session: Session, rollout: Rollout, part: RolloutAgent, attempt: int, now: datetime) -> None:
-    agent = session.get(Agent, part.agent_id)
-    if agent is None:
-        raise InputError("agent.unknown", "There is no such agent.", expected="an agent id", got=part.agent_id)
+    agent = get_agent(session, part.agent_id)
     if attempt == 1:
         # The way back leads to what judges now; a challenger in the shadow is not part of it.
         live = agent.desired_bundle if agent.mode == Mode.LIVE else ""

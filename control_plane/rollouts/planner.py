@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from control_plane.database.tables.rollouts import RolloutState
-from control_plane.rollouts.policy import DONE, EXECUTED, FAILURES, RATE_PERIOD_S, Outcome, Policy
+from control_plane.rollouts.policy import DONE, EXECUTED, FAILURES, RATE_PERIOD_S, Outcome, RolloutPolicy
 from control_plane.rollouts.schedule import may_assign
 from models.errors import ConflictError
 from models.messages import Mode, Phase, ShadowPhase
@@ -57,7 +57,7 @@ class RolloutView:
     bundle: str
     wave: int
     """The last open one."""
-    policy: Policy
+    policy: RolloutPolicy
     mode: Mode = Mode.LIVE
     min_items: int = 1
     """Items an agent must have judged with the bundle before it counts."""

@@ -215,7 +215,7 @@ class WaveConfig(_Strict, frozen=True, kw_only=True):
     error_action: Literal["PAUSE", "ABORT", "ROLLBACK"] = "PAUSE"
 
 
-class Policy(_Strict, frozen=True, kw_only=True):
+class RolloutPolicy(_Strict, frozen=True, kw_only=True):
     """Everything that paces and stops a rollout."""
 
     job_executions_rollout_config: JobExecutionsRolloutConfig = JobExecutionsRolloutConfig()
@@ -226,14 +226,14 @@ class Policy(_Strict, frozen=True, kw_only=True):
     wave_config: WaveConfig = WaveConfig()
 
 
-def parse_policy(given: Mapping[str, Any]) -> Policy:
+def parse_policy(given: Mapping[str, Any]) -> RolloutPolicy:
     """Reads and checks a policy; law: `parse_policy(policy_dict(p)) == p`.
 
     Raises:
         InputError: `rollout.bad_policy` with the path of what is wrong, `rollout.bad_cron`, `rollout.bad_time`.
     """
     try:
-        policy = msgspec.convert(dict(given), type=Policy)
+        policy = msgspec.convert(dict(given), type=RolloutPolicy)
     except msgspec.ValidationError as error:
         raise InputError(
             "rollout.bad_policy", "The parameters of the rollout cannot be used.", expected="see the API", got=error
@@ -246,7 +246,7 @@ def parse_policy(given: Mapping[str, Any]) -> Policy:
     return policy
 
 
-def policy_dict(policy: Policy) -> dict[str, Any]:
+def policy_dict(policy: RolloutPolicy) -> dict[str, Any]:
     """The policy as JSON takes it, by the names it came with."""
     found: dict[str, Any] = msgspec.to_builtins(policy)
     return found

@@ -14,7 +14,15 @@ from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
 from control_plane.registry.versions import find_version
 from control_plane.rollouts.planner import AgentView, RolloutView, next_state, observe
-from control_plane.rollouts.policy import DONE, EXECUTED, RATE_PERIOD_S, Outcome, Policy, parse_policy, policy_dict
+from control_plane.rollouts.policy import (
+    DONE,
+    EXECUTED,
+    RATE_PERIOD_S,
+    Outcome,
+    RolloutPolicy,
+    parse_policy,
+    policy_dict,
+)
 from control_plane.rollouts.selector import parse_selector
 from control_plane.rollouts.waves import Wave, divide
 from models.errors import ConflictError, InputError
@@ -52,7 +60,7 @@ class ResolvedOrder:
     model: Model
     version: ModelVersion
     selector: str
-    policy: Policy
+    policy: RolloutPolicy
     agents: dict[str, Agent]
     waves: dict[str, int]
     """Wave by agent, in the order in which they get the bundle."""
@@ -319,7 +327,7 @@ def _describe_rate(
     }
 
 
-def _describe_aborts(policy: Policy, outcomes: dict[str, Outcome]) -> list[dict[str, Any]]:
+def _describe_aborts(policy: RolloutPolicy, outcomes: dict[str, Outcome]) -> list[dict[str, Any]]:
     executed = sum(outcome in EXECUTED for outcome in outcomes.values())
     return [
         {

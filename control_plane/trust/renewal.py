@@ -1,7 +1,9 @@
-"""Keeps the signed metadata fresh: looks every half minute, signs every hour, publishes what others signed."""
+"""Keeps the signed metadata fresh: every half minute it takes in new ceremonies, signs what is due, and publishes."""
 
 import logging
 import threading
+from collections import Counter
+from collections.abc import Callable
 from datetime import datetime
 from typing import Final
 
@@ -10,7 +12,7 @@ from sqlalchemy import Engine
 from control_plane.database.engine import writing
 from control_plane.database.leases import take_lease
 from control_plane.database.tables.columns import utc_now
-from control_plane.fleet.connection import FleetLink
+from control_plane.trust.online_signer import OnlineSigner
 from models.errors import SortlineError
 
 log = logging.getLogger("sortline.trust")
@@ -24,12 +26,22 @@ class Renewal:
 
     Args:
         engine: Database.
-        fleet: Publishes.
-        holder: Who we are in the lease.
+        signer: Holds the online keys.
+        publish: Publishes the signed metadata that is newer than what was published last.
+        counters: Counts failures: `trust_renewal_failed`, `trust_folder_refused`.
+        holder: This process's name in the lease.
     """
 
-    def __init__(self, engine: Engine, fleet: FleetLink, holder: str) -> None:
-        self._engine, self._fleet, self._holder = engine, fleet, holder
+    def __init__(
+        self,
+        engine: Engine,
+        signer: OnlineSigner,
+        publish: Callable[[], None],
+        counters: Counter[str],
+        holder: str,
+    ) -> None:
+        self._engine, self._signer, self._publish = engine, signer, publish
+        self._counters, self._holder = counters, holder
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trust", daemon=True)
 
@@ -38,7 +50,7 @@ class Renewal:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends it at once, or after the signing it is in."""
+        """Ends the thread at once, or after the signing that is under way."""
         self._stop.set()
         self._thread.join(3.0)
 
@@ -50,28 +62,32 @@ class Renewal:
                 self.step()
             except Exception:
                 pause_s = _RETRY_S
-                self._fleet.counters["trust_renewal_failed"] += 1
+                self._counters["trust_renewal_failed"] += 1
                 log.exception("signing again failed; it is tried again")
 
     def _take_folder(self, now: datetime) -> None:
-        """What a ceremony left in the folder since; bad metadata there stops nothing else."""
+        """Takes in what a ceremony left in the folder; bad metadata there stops nothing else."""
         with writing(self._engine) as session:
             try:
-                self._fleet.assignments.take_folder(session, now)
+                self._signer.take_folder(session, now)
             except SortlineError as error:
-                self._fleet.counters["trust_folder_refused"] += 1
+                self._counters["trust_folder_refused"] += 1
                 log.warning("metadata in the trust folder is not taken in: %s", error)
                 return
             session.commit()
 
     def step(self) -> bool:
-        """Signs when it is time and publishes; returns whether anything was signed."""
+        """Signs when it is time, and publishes.
+
+        Returns:
+            Whether anything was signed.
+        """
         now = utc_now()
         self._take_folder(now)
         with writing(self._engine) as session:
             leading = take_lease(session, "trust", self._holder, seconds=_LEASE_S, now=now)
-            signed = leading is not None and self._fleet.assignments.sign_changes(session, now)
-            self._fleet.assignments.look(session, now)
+            signed = leading is not None and self._signer.sign_changes(session, now)
+            self._signer.look(session, now)
             session.commit()
-        self._fleet.publish_trust()
+        self._publish()
         return signed

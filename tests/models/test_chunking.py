@@ -71,3 +71,12 @@ def test_a_dry_bucket_says_how_long_to_wait() -> None:
     assert not bucket.take(1)
     now += bucket.wait_s + 0.01
     assert bucket.take(1)
+
+
+def test_a_charged_bucket_owes_what_it_did_not_hold() -> None:
+    now = 0.0
+    bucket = TokenBucket(10.0, 10.0, lambda: now)
+    assert bucket.charge(10.0) == 0.0
+    assert bucket.charge(5.0) == pytest.approx(0.5)
+    now = 2.0
+    assert bucket.charge(0.0) == 0.0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from control_plane.broker import packets
 from control_plane.broker.access import Action, Credentials, Identity, Role, add_identity, authorize
 from control_plane.broker.packets import MalformedPacketError, PacketReader, PacketType
-from control_plane.broker.sessions import BrokerLimits, Message, RetainedStore, TokenBucket
+from control_plane.broker.sessions import BrokerLimits, Message, RetainedStore
 from control_plane.broker.topics import MAX_LEVELS, SubscriptionIndex, matches, valid_filter, valid_topic
 from models.errors import ConfigError
 from tests.simulators.mqtt_probe import connect_packet, packet, text
@@ -119,13 +119,6 @@ def test_the_retained_budget_refuses_and_counts() -> None:
     assert store.bytes == 91
     store.keep(Message("a", b"a", b"", 1))
     assert (store.messages, store.bytes) == ({}, 0)
-
-
-def test_the_bucket_says_how_long_to_wait() -> None:
-    bucket = TokenBucket(10.0, 0.0)
-    assert bucket.take(10.0, 0.0) == 0.0
-    assert bucket.take(5.0, 0.0) == pytest.approx(0.5)
-    assert bucket.take(0.0, 2.0) == 0.0
 
 
 def test_access_rules_follow_the_wire_contract() -> None:
