@@ -1,7 +1,7 @@
 """Cross-validates a training by item on labelled photographs: `python -m benchmarks.apples --data DIR`.
 
 The figures are the ones every training run prints, without writing a bundle anywhere. The baseline beside them is a
-classifier that knows only the mean colour of the item.
+classifier that sees only the mean colour of the item.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from models.view_spec import PreprocessSpec
 
 
 def colour_baseline(dataset: Dataset, folds: int, seed: int) -> dict:
-    """View figures of a logistic regression on the mean colour of the item."""
+    """Returns view figures of a logistic regression on the mean colour of the item."""
     inside = dataset.views.max(axis=3) > 0
     mean = dataset.views.sum(axis=(1, 2)) / np.maximum(inside.sum(axis=(1, 2)), 1)[:, None]
     found = np.zeros((len(mean), len(dataset.classes)))

@@ -22,7 +22,7 @@ Bound = tuple[str, float]
 
 @dataclass(slots=True)
 class Figures:
-    """Collects what stages measured, prints it, and knows whether a bound was missed."""
+    """Collects the figures of all stages, prints them, and records missed bounds."""
 
     console: Console
     data: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Figures:
         unknown = bounds.keys() - {name for name, _, _ in rows}
         if unknown:
             raise ValueError(f"bounds without a figure: {sorted(unknown)}")
-        # Wide enough for the title, which else is broken over several lines.
+        # The table is wide enough for the title, which rich would break over several lines.
         table = Table(title=title, title_justify="left", min_width=len(title) + 2, caption=note, caption_justify="left")
         for head in ("figure", "value", "bound"):
             table.add_column(head, justify="left" if head == "figure" else "right")
@@ -59,12 +59,12 @@ class Figures:
         return shown, ok
 
     def skip(self, title: str, why: str) -> None:
-        """Says what was not measured; never silently."""
+        """Records and prints that a stage was not measured, with the reason."""
         self.skipped.append(f"{title}: {why}")
         self.console.print(f"[yellow]skipped[/] {title}: {why}\n")
 
     def write(self, path: Path, options: dict[str, Any]) -> None:
-        """Everything as JSON, with when and where it was measured."""
+        """Writes all figures as JSON, with time, machine and versions."""
         about = {
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "cores": len(os.sched_getaffinity(0)),
@@ -78,7 +78,7 @@ class Figures:
         path.write_text(json.dumps(_finite(whole), indent=2) + "\n", encoding="utf-8")
 
     def write_plots(self, folder: Path) -> None:
-        """One SVG file per plot."""
+        """Writes one SVG file per plot."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.plots.items():
             (folder / f"{name}.svg").write_text(text, encoding="utf-8")
@@ -86,7 +86,7 @@ class Figures:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN: what could not be measured is null."""
+    """Replaces NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {str(key): _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

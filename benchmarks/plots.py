@@ -13,20 +13,20 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One panel."""
+    """Content of one panel."""
 
     title: str
     x_label: str
     y_label: str
     series: Sequence[tuple[str, Points]]
     bound: float | None = None
-    """Drawn dashed, always in range."""
+    """A value that is drawn as a dashed line and always in range."""
     from_zero: bool = True
     x_ticks: Sequence[float] | None = None
 
 
 def render(charts: Sequence[Chart], caption: str) -> str:
-    """The panels below each other, with a caption."""
+    """Returns the panels below each other, with a caption."""
     height = HEIGHT * len(charts) + 26
     size, font = f'width="{WIDTH}" height="{height}"', 'font-family="Arial" font-size="12"'
     parts = [
@@ -41,7 +41,7 @@ def render(charts: Sequence[Chart], caption: str) -> str:
 
 def _panel(chart: Chart) -> str:
     points = [p for _, line in chart.series for p in line if math.isfinite(p[0]) and math.isfinite(p[1])]
-    # Also where a value is missing: panels of one run share their time.
+    # Points without a value count too, because the panels of one run share their time axis.
     xs = [x for _, line in chart.series for x, _ in line if math.isfinite(x)] or [0.0, 1.0]
     ys = [y for _, y in points] + ([chart.bound] if chart.bound is not None else [])
     low = 0.0 if chart.from_zero else min(ys, default=0.0)
@@ -91,7 +91,7 @@ def _panel(chart: Chart) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four to seven round numbers that enclose the range."""
+    """Returns four to seven round numbers that enclose the range."""
     span = max(high - low, 1e-9)
     step = 10.0 ** math.floor(math.log10(span / 4.0))
     step *= next(factor for factor in (1.0, 2.0, 5.0, 10.0) if span / (step * factor) <= 6.0)

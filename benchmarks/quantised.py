@@ -15,11 +15,11 @@ from edge_agent.offline.collect import collect
 from models.bundle import read_bundle
 
 _UNSEEN = 1007
-"""Seed of a world with other apples than the model was trained on."""
+"""Seed of a simulated line with other apples than those of the training."""
 
 
 def stage(figures: Figures, bundle: Path, *, quick: bool) -> None:
-    """Quantises the bundle, measures both; the bounds are those a quantised model must keep to be written."""
+    """Quantises the bundle and measures both; the bounds are those of the gate of a quantised model."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         collect(LineConfig(lanes=2, seed=_UNSEEN), folder / "data", items=80 if quick else 400)
@@ -42,5 +42,5 @@ def stage(figures: Figures, bundle: Path, *, quick: bool) -> None:
         ("largest difference of a probability", report["max_difference"], ""),
     ]
     note = f"{report['views']} views of {report['items']} unseen simulated apples; batches of 8 on one thread"
-    # No bound on the AUC: quick runs have too few items for its third digit. Training has one (AUC_LIMIT).
+    # The AUC has no bound here, because quick runs have too few items for its third digit; training has AUC_LIMIT.
     figures.table("float32 against int8", rows, {"views that change sides": ("<=", FLIP_LIMIT)}, note=note)

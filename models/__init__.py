@@ -1,13 +1,18 @@
-"""The contract both sides share, and nothing else.
+"""The contract that both sides share, and nothing else.
 
-What an agent receives: a *bundle* (`bundle`), whose graph turns *views* (`preprocess`) into probabilities
-(`classifier`), whose fusion turns the views of one item into a *verdict* (`fusion`) and whose *recipe* (`recipe`)
-turns the verdict into an outlet. What it sends back: *windows* of statistics that add (`windows`), wrapped in the
-messages and topics of `messages`. Whatever goes wrong is one of the families in `errors`.
+What an agent receives: a *bundle* (`bundle`), cut into chunks by content (`chunking`), whose graph turns *views*
+(`view_spec` has their parameters, `preprocess` makes them) into probabilities (`classifier`), whose fusion turns the
+views of one item into a *verdict* (`fusion`) and whose *recipe* (`recipe`) turns the verdict into an outlet; `golden`
+views prove on every device that it computes the same, `profile` is its reference. What may run is decided by signed
+metadata (`trust`, `signed_set`) and certificates (`identity`). What an agent sends back: *windows* of statistics that
+add (`windows`, with `histogram`), in the `messages` and `topics` of the wire.
 
-From pixels to verdict there is one implementation, here; training, evaluation, the agent's self-test and the line
-all call it, and golden views in every bundle prove on the device that it computes the same.
+`errors` has the families of errors by recovery action, `config` reads strict settings, `files` writes atomically,
+`statistics` has intervals, `token_bucket` limits rates.
 
-This package imports the standard library, numpy and msgspec; OpenCV in `preprocess` and ONNX Runtime in
-`onnx_runtime` alone (with its telemetry off). It knows no network, no database, no camera.
+From pixels to verdict there is one implementation, here; training, evaluation, the agent's self-test and the line all
+call it.
+
+This package imports the standard library, numpy and msgspec; OpenCV in `preprocess`, ONNX Runtime in `onnx_runtime`
+(with its telemetry off) and the signature library in `trust` alone. It contains no network, no database and no camera.
 """

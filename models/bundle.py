@@ -83,7 +83,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def size_bytes(self) -> int:
-        """Of all files together, without the manifest."""
+        """Size of all files together, without the manifest."""
         return sum(entry.size_bytes for entry in self.files)
 
 
@@ -103,16 +103,16 @@ class Bundle:
 
 
 def sha256(data: bytes) -> str:
-    """Hexadecimal digest."""
+    """Returns the hexadecimal sha256 digest."""
     return hashlib.sha256(data).hexdigest()
 
 
 def blobs_of(manifest: Manifest, read: Callable[[FileEntry], bytes]) -> Iterator[tuple[str, bytes]]:
-    """What travels of a bundle, each digest once: the manifest, then the chunks of every file.
+    """Yields every blob of a bundle once, as (digest, bytes): the manifest, then the chunks of every file.
 
     Args:
-        manifest: Of the bundle.
-        read: Gives the bytes of a file.
+        manifest: Manifest of the bundle.
+        read: Returns the bytes of a file.
     """
     data = manifest.encoded()
     yield sha256(data), data
@@ -127,7 +127,7 @@ def blobs_of(manifest: Manifest, read: Callable[[FileEntry], bytes]) -> Iterator
 
 
 def describe(name: str, files: Mapping[str, bytes]) -> Manifest:
-    """The manifest of these files."""
+    """Returns the manifest of these files."""
     entries = tuple(
         FileEntry(
             path=path,
@@ -141,12 +141,12 @@ def describe(name: str, files: Mapping[str, bytes]) -> Manifest:
 
 
 def write_bundle(directory: Path, name: str, files: Mapping[str, bytes]) -> Bundle:
-    """Writes a bundle so that it is whole or not there, and reads it back.
+    """Writes a bundle atomically and reads it back.
 
     Args:
-        directory: Must not exist yet.
-        name: Of the model.
-        files: The `PARTS`.
+        directory: Directory to be made; it must not exist.
+        name: Name of the model.
+        files: Content of each of the `PARTS`.
 
     Raises:
         BundleError: `bundle.exists`, and everything `read_bundle` refuses: a bundle that could not be read is not
@@ -172,11 +172,11 @@ def write_bundle(directory: Path, name: str, files: Mapping[str, bytes]) -> Bund
 
 
 def parse_manifest(data: bytes, *, digest: str | None = None) -> Manifest:
-    """Reads a manifest that comes from outside.
+    """Reads a manifest from an untrusted source.
 
     Args:
         data: Content of `manifest.json`.
-        digest: What its sha256 must be, where it is known.
+        digest: The sha256 it must have, where that is known.
 
     Raises:
         BundleError: `bundle.oversize`, `bundle.wrong_digest`, `bundle.wrong_version`, `bundle.malformed_manifest`,
@@ -224,7 +224,7 @@ def _decode_manifest(data: bytes) -> Manifest:
         if version != 2:
             raise BundleError(
                 "bundle.wrong_version",
-                "The bundle has a version this program does not know.",
+                "The bundle has an unknown version.",
                 expected=2,
                 got=version,
             )
@@ -261,8 +261,8 @@ def read_bundle(directory: Path, *, digest: str | None = None) -> Bundle:
     """Reads and verifies a bundle.
 
     Args:
-        directory: Of the bundle.
-        digest: Which bundle it must be, where that is known.
+        directory: Directory of the bundle.
+        digest: The digest it must have, where that is known.
 
     Raises:
         BundleError: See the rules in the module's docstring.
@@ -293,7 +293,7 @@ def _read_entry(directory: Path, entry: FileEntry) -> bytes:
 
 
 def _read_file(path: Path, limit: int) -> bytes:
-    """At most `limit` bytes: what is longer is refused without reading it."""
+    """Reads a file of at most `limit` bytes; a longer one is refused without reading it."""
     try:
         if path.is_symlink() or not path.is_file():
             raise BundleError("bundle.wrong_files", f"{path} is not a regular file.", expected=path.name, got="nothing")
@@ -351,7 +351,7 @@ def _parse_json(data: bytes, kind: type[T], name: str) -> T:
 
 
 def parse_golden(data: bytes) -> Golden:
-    """Reads `golden.npz`; pickles and archives that inflate beyond sense are refused.
+    """Reads `golden.npz`; pickles and archives that inflate beyond the size limit are refused.
 
     Raises:
         BundleError: `golden.malformed`.
@@ -395,7 +395,7 @@ def _check_golden(golden: Golden) -> None:
 
 
 def pack(directory: Path) -> bytes:
-    """The bundle as an uncompressed tar with fixed owner, mode and time: equal bundles pack to equal bytes."""
+    """Returns the bundle as an uncompressed tar with fixed owner, mode and time: equal bundles pack to equal bytes."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in sorted((MANIFEST, *PARTS)):

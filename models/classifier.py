@@ -1,6 +1,6 @@
-"""Runs a bundle's graph: uint8 views in, probabilities out.
+"""Runs the graph of a bundle: uint8 views in, probabilities out.
 
-The same class judges in the training's parity check, in evaluation, in the agent's self-test and on the line.
+The same class judges views in the training's parity check, in evaluation, in the agent's self-test and on the line.
 """
 
 import time
@@ -24,13 +24,13 @@ PROBABILITIES: Final = "probabilities"
 EMBEDDING: Final = "embedding"
 VIEWS_PER_RUN: Final = 2
 """Views per run and thread: more are no faster per view (measured: 1.11, 1.07, 1.14, 1.16 ms at 1, 2, 4, 8 views with
-the usual graph) and cost 5 MB each, for good."""
+the usual graph) and keep 5 MB each for the life of the process."""
 _KEYWORDS: Final = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says of some views.
+    """The answer of a model on some views.
 
     Attributes:
         probabilities: float32 (N, C).
@@ -57,8 +57,8 @@ class OnnxClassifier:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # Without the arena every run maps its memory anew from the system: with the allocator's fixed thresholds of a
-        # line that doubles the time of a run. The arena keeps what the largest run needed, so runs are kept small.
+        # Without the arena every run maps its memory from the system again, which doubles the time of a run under
+        # the fixed allocator thresholds of a line. The arena keeps what the largest run needed: runs stay small.
         options.enable_cpu_mem_arena = True
         options.enable_mem_pattern = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -76,7 +76,7 @@ class OnnxClassifier:
         self.classes, self.embedding_size = self._check_outputs()
 
     def _check_inputs(self) -> tuple[int, int]:
-        """Side of a view and number of scalars; refuses any other signature."""
+        """Returns the side of a view and the number of scalars; refuses any other signature."""
         inputs = {i.name: (_KEYWORDS.get(i.type, i.type), list(i.shape)) for i in self._session.get_inputs()}
         kind, shape = inputs.pop(VIEWS_INPUT, ("nothing", []))
         scalars_kind, scalars_shape = inputs.pop(SCALARS_INPUT, ("float32", [None, 0]))
@@ -85,7 +85,7 @@ class OnnxClassifier:
         if not views_ok or not isinstance(shape[1], int) or not scalars_ok or inputs:
             raise BundleError(
                 "model.wrong_signature",
-                "The graph's inputs are not ours.",
+                "The inputs of the graph are not those of a bundle.",
                 expected="views uint8 [N, S, S, 3] and optionally scalars float32 [N, K]",
                 got={i.name: (i.type, i.shape) for i in self._session.get_inputs()},
             )
@@ -99,7 +99,7 @@ class OnnxClassifier:
         if not well_typed or not isinstance(shape[1], int) or not isinstance(embedding_shape[1], int):
             raise BundleError(
                 "model.wrong_signature",
-                "The graph's outputs are not ours.",
+                "The outputs of the graph are not those of a bundle.",
                 expected="probabilities float32 [N, C] and optionally embedding float32 [N, E], C and E fixed",
                 got=outputs,
             )
@@ -138,7 +138,7 @@ class OnnxClassifier:
         return Answer(probabilities, embedding)
 
     def _run(self, feed: dict[str, NDArray[np.generic]], count: int) -> list[NDArray[np.float32]]:
-        """All rows, a few at a time."""
+        """Runs all rows, a few at a time."""
         wanted = [PROBABILITIES, EMBEDDING] if self.embedding_size else [PROBABILITIES]
         if count <= self._most:
             return list(self._session.run(wanted, feed))

@@ -1,6 +1,6 @@
-"""From the views of one item to one verdict.
+"""Fuses the views of one item into one verdict.
 
-A defect turns in and out of sight while the item rolls, so one view must be able to condemn an item, and one bad
+A defect turns in and out of sight while the item rolls, so two views must suffice to reject an item, and one bad
 crop must not. The evidence of an item is the mean of its `top_k` largest view log-odds of "not good": a defect
 seen in two of eight views counts fully, a single outlier is halved. A two-parameter sigmoid (Platt 1999), learnt
 on items the model never saw, turns evidence into a calibrated probability.
@@ -20,7 +20,7 @@ _CLIP = 1e-6
 
 
 class FusionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Parameters of the fusion; part of `recipe.json`."""
+    """Parameters of the fusion, a part of `recipe.json`."""
 
     method: Literal["top_k_log_odds"] = "top_k_log_odds"
     top_k: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
@@ -33,7 +33,7 @@ class FusionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def view_evidence(probabilities: NDArray[np.floating], good: int) -> NDArray[np.float64]:
-    """Log-odds that each view shows a defect.
+    """Returns the log-odds that each view shows a defect.
 
     Args:
         probabilities: (V, C), rows sum to 1.
@@ -47,13 +47,13 @@ def view_evidence(probabilities: NDArray[np.floating], good: int) -> NDArray[np.
 
 
 def item_evidence(probabilities: NDArray[np.floating], good: int, top_k: int) -> float:
-    """Mean of the `top_k` largest view log-odds; of all of them where there are fewer."""
+    """Returns the mean of the `top_k` largest view log-odds, or of all where there are fewer."""
     evidence = np.sort(view_evidence(probabilities, good))
     return float(evidence[-top_k:].mean())
 
 
 def fuse(probabilities: NDArray[np.floating], spec: FusionSpec, good: int) -> NDArray[np.float64]:
-    """One probability per class for the item.
+    """Returns one probability per class for the item.
 
     The defect probability is the calibrated evidence; it is shared among the defect classes in proportion to the
     probability they received in the views, weighted towards the views that show a defect.

@@ -1,4 +1,4 @@
-"""Golden views: what a bundle must compute again on every device, within stated tolerances."""
+"""Golden views: inputs with the outputs that every device must reproduce within a tolerance."""
 
 import io
 from typing import TYPE_CHECKING, Final
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from models.errors import BundleError
 
-if TYPE_CHECKING:  # the supervisor moves bundles without loading ONNX Runtime
+if TYPE_CHECKING:  # the supervisor does not load ONNX Runtime
     from models.classifier import OnnxClassifier
 
 
@@ -18,7 +18,7 @@ GOLDEN: Final = "golden.npz"
 
 
 class Golden(msgspec.Struct, frozen=True, kw_only=True):
-    """Views with the outputs the training machine got: the proof that this device computes the same.
+    """Views with the outputs of the training machine, by which a device shows that it computes the same.
 
     Attributes:
         views: uint8 (G, S, S, 3) BGR.
@@ -35,7 +35,7 @@ class Golden(msgspec.Struct, frozen=True, kw_only=True):
     tolerance: float
 
     def encoded(self) -> bytes:
-        """`golden.npz`, byte for byte the same for the same content."""
+        """Returns `golden.npz`, byte for byte the same for the same content."""
         stream = io.BytesIO()
         np.savez_compressed(
             stream,
@@ -54,7 +54,7 @@ class Golden(msgspec.Struct, frozen=True, kw_only=True):
             The largest difference of a probability.
 
         Raises:
-            BundleError: `golden.mismatch`: refuse the bundle.
+            BundleError: `golden.mismatch`; the bundle must be refused.
         """
         answer = classifier.classify(self.views, self.scalars if self.scalars.shape[1] else None)
         if answer.probabilities.shape != self.probabilities.shape:

@@ -10,7 +10,7 @@ LATENCY_SCALE: Final = 16
 MAX_BUCKETS: Final = 480
 LEAST_BUCKET: Final = -240
 LAST_BUCKET: Final = 239
-"""Of a histogram: 2**-15 to 2**15 of its unit; what lies beyond is counted in the last one."""
+"""The buckets cover 2**-15 to 2**15 of the unit; values beyond are counted in the last bucket."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
@@ -25,7 +25,7 @@ class Histogram(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
     """Bucket index -> count; bucket i holds values in (2**(i/16), 2**((i+1)/16)]."""
 
     def add(self, value: float, count: int = 1) -> None:
-        """Counts one value (in whatever unit the field's name states)."""
+        """Counts one value, in the unit that the name of the field states."""
         if value <= 0.0 or not math.isfinite(value):
             self.zero += count
             return
@@ -33,7 +33,7 @@ class Histogram(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
         self.buckets[index] = self.buckets.get(index, 0) + count
 
     def merged(self, other: "Histogram") -> "Histogram":
-        """The histogram of both."""
+        """Returns the histogram of the values of both."""
         buckets = dict(self.buckets)
         for index, count in other.buckets.items():
             buckets[index] = buckets.get(index, 0) + count
@@ -41,11 +41,11 @@ class Histogram(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
 
     @property
     def count(self) -> int:
-        """Values counted."""
+        """Number of values counted."""
         return self.zero + sum(self.buckets.values())
 
     def quantile(self, q: float) -> float:
-        """The value below which a share `q` of the values lies; NaN when nothing was counted."""
+        """Returns the value below which a share `q` of the values lies; NaN when nothing was counted."""
         total = self.count
         if total == 0:
             return math.nan
@@ -60,7 +60,7 @@ class Histogram(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
         return float(2.0 ** ((max(self.buckets) + 1) / LATENCY_SCALE))
 
     def share_above(self, value: float) -> float:
-        """Share of the values in buckets that lie wholly above this one; NaN when nothing was counted."""
+        """Returns the share of the values in buckets that lie wholly above this one; NaN when nothing was counted."""
         total = self.count
         over = sum(n for index, n in self.buckets.items() if 2.0 ** (index / LATENCY_SCALE) >= value)
         return over / total if total else math.nan

@@ -1,4 +1,4 @@
-"""From pixels to views: the one implementation that training, evaluation and the line share.
+"""Makes views from pixels: the one implementation that training, evaluation and the line share.
 
 A *view* is uint8 (S, S, 3) BGR: the item's bounding square plus a margin, resized by area averaging, with every
 pixel that is not the item set to exactly (0, 0, 0) and every item pixel kept above it. Belt, backdrop and
@@ -73,7 +73,7 @@ def make_view(image: NDArray[np.uint8], mask: NDArray[np.uint8], spec: Preproces
 def _resize_masked(square: NDArray[np.uint8], side: int) -> View:
     """Resizes colour and coverage together, so that the item's rim keeps its colour instead of fading to black.
 
-    One call on four channels gives the same bytes as one on three and one on the coverage, and takes less time.
+    One call on four channels gives the same bytes as separate calls on colour and coverage, in less time.
     """
     shrinking = square.shape[0] > side
     how = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
@@ -122,7 +122,7 @@ def decode_photo(data: bytes, *, name: str) -> tuple[NDArray[np.uint8], NDArray[
 
     Args:
         data: The file's bytes (JPEG, PNG, BMP, TIFF, WebP).
-        name: How to call it in an error.
+        name: Name of the file in an error.
 
     Returns:
         uint8 (H, W, 3) BGR, and its alpha channel (H, W) or None.
@@ -160,7 +160,7 @@ def decode_photo(data: bytes, *, name: str) -> tuple[NDArray[np.uint8], NDArray[
 
 
 def view_of_photo(path: Path, spec: PreprocessSpec) -> View:
-    """The view of a labelled photograph: its alpha channel is the mask where it has one.
+    """Returns the view of a labelled photograph.
 
     Raises:
         InputError: `photo.missing` and those of `decode_photo` and `make_view`.
@@ -177,7 +177,7 @@ def view_of_photo(path: Path, spec: PreprocessSpec) -> View:
 
 
 def largest_channel(image: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.uint8]:
-    """uint8 (H, W): the largest of the three channels; ten times as fast as `image.max(axis=2)`, and the same."""
+    """Returns uint8 (H, W), the largest of the three channels; ten times as fast as `image.max(axis=2)`."""
     blue, green, red = cv2.split(image)
     return np.asarray(cv2.max(cv2.max(blue, green), red), np.uint8)
 
@@ -188,13 +188,13 @@ def _places(side: int) -> NDArray[np.int64]:
 
 
 def _extent(counts: NDArray[Any]) -> int:
-    """From the first to the last place that is not zero; there is one."""
+    """Returns the distance from the first to the last place that is not zero, which must exist."""
     filled = counts > 0
     return int(len(filled) - filled[::-1].argmax() - filled.argmax())
 
 
 def view_features(view: View) -> NDArray[np.float32]:
-    """What monitoring measures of a view, apart from the model: image quality and geometry of the item.
+    """Measures image quality and geometry of the item in a view, for monitoring.
 
     Args:
         view: uint8 (S, S, 3) BGR, background zero.

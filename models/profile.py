@@ -17,7 +17,7 @@ Label = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
 def feature_names(embedding_size: int) -> tuple[str, ...]:
-    """Names of the monitored features of an item, in the order of `item_features`."""
+    """Returns the names of the monitored features of an item, in the order of `item_features`."""
     return (*VIEW_FEATURES, "logit", "entropy", *(f"embedding_{k}" for k in range(embedding_size)))
 
 
@@ -27,7 +27,7 @@ def item_features(
     probabilities: Iterable[float],
     defect: float,
 ) -> NDArray[np.float32]:
-    """The monitored features of one judged item.
+    """Returns the monitored features of one judged item.
 
     Args:
         view_features: float32 (V, 9) of `models.preprocess.view_features`.
@@ -45,16 +45,16 @@ def item_features(
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The reference a bundle was trained on (`profile.msgpack`): bin edges, shares, class mix."""
+    """The reference of a bundle (`profile.msgpack`): bin edges, counts and class mix of its training items."""
 
     schema_version: Literal[1] = 1
     features: tuple[Label, ...]
     edges: tuple[tuple[float, ...], ...]
-    """Per feature, 15 ascending inner edges: the k/16 quantiles of the reference items."""
+    """For each feature 15 ascending inner edges, the k/16 quantiles of the reference items."""
     counts: tuple[tuple[Count, ...], ...]
-    """Per feature, the reference items in each of the 16 bins."""
+    """For each feature the number of reference items in each of the 16 bins."""
     class_counts: dict[Label, Count]
-    """Verdicts on the reference items."""
+    """Number of verdicts of each class on the reference items."""
     items: Count
     view_defect: tuple[float, ...] = ()
     """Mean defect probability of each lot's items, where lots are known: the spread between lots."""
@@ -79,21 +79,21 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             )
 
     def edge_array(self) -> NDArray[np.float64]:
-        """float64 (F, 15)."""
+        """Returns the edges as float64 (F, 15)."""
         return np.asarray(self.edges, np.float64).reshape(len(self.features), BINS - 1)
 
     def count_array(self) -> NDArray[np.int64]:
-        """int64 (F, 16)."""
+        """Returns the counts as int64 (F, 16)."""
         return np.asarray(self.counts, np.int64).reshape(len(self.features), BINS)
 
 
 def build_profile(features: NDArray[np.float32], names: tuple[str, ...], class_counts: Mapping[str, int]) -> Profile:
-    """Makes the reference of a bundle.
+    """Builds the reference of a bundle.
 
     Args:
         features: float32 (items, F) of `item_features` over items the model did not learn from.
-        names: F names.
-        class_counts: Verdicts on those items.
+        names: Names of the F features.
+        class_counts: Number of verdicts of each class on those items.
     """
     quantiles = np.arange(1, BINS) / BINS
     edges, counts = [], []
@@ -147,14 +147,14 @@ class FeatureCounter:
         return len(self._edges)
 
     def add(self, features: NDArray[np.float32]) -> None:
-        """Counts one item; float32 (F,), NaN = not known."""
+        """Counts one item; `features` is float32 (F,), NaN = unknown."""
         known = np.isfinite(features)
         bins = (self._edges < features[:, None]).sum(axis=1)
         self._counts[self._rows[known], bins[known]] += 1
         self._nulls += ~known
 
     def take(self) -> tuple[bytes, tuple[int, ...]]:
-        """The counts so far as (`Window.features`, `Window.nulls`); starts again at zero."""
+        """Returns the counts so far as (`Window.features`, `Window.nulls`) and resets them."""
         packed, nulls = self._counts.astype("<u4").tobytes(), tuple(int(n) for n in self._nulls)
         self._counts[:] = 0
         self._nulls[:] = 0
@@ -162,11 +162,11 @@ class FeatureCounter:
 
 
 def stability_index(reference: NDArray[np.integer], counts: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Population stability index per feature, with its expected sampling noise removed.
+    """Returns the population stability index of each feature, with its expected sampling noise removed.
 
     Half a count is added to every bin, so an empty bin stays finite. From the plain index
     `sum((q - p) * ln(q / p))` its expectation under no drift, `(bins - 1) * (1/n + 1/m)` (Yurdakul 2018), is
-    subtracted, and the result is cut at 0: small windows do not look like drift.
+    subtracted, and the result is cut at 0, so that small windows show no drift.
 
     Args:
         reference: (F, B) counts of the profile.

@@ -3,10 +3,10 @@
 The recipe is business, not vision: it changes with the market without touching the model. An item takes the grade
 whose expected loss is smallest (Bayes decision, Berger 1985) under the calibrated probabilities of its classes and
 the *terms* of its variety and lot: what a grade pays, what an escaped defect and a wasted good item cost. A
-threshold is no setting; it follows from the terms, and `Recipe.cuts` tells it.
+threshold is no setting; it follows from the terms (`Recipe.cuts`).
 
-Where a second look could save more than `abstain_above`, the line does not know, and says so (Chow 1970): the item
-takes the `unsure` outlet. The limit is learnt from held-out items so that at most `abstain_budget` of all items do.
+Where a second look could save more than `abstain_above`, the line abstains (Chow 1970): the item takes the `unsure`
+outlet. The limit is learnt from held-out items so that at most `abstain_budget` of all items do.
 """
 
 import math
@@ -33,14 +33,14 @@ Money = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What grades pay and what mistakes cost, in the plant's currency per item; None = as in the layer below."""
+    """Prices of grades and costs of mistakes, in the plant's currency per item; None = as in the layer below."""
 
     prices: dict[Name, Money] = {}
     """Grade -> what an item is paid for in it; a grade that is not listed pays nothing."""
     escaped: Cost | None = None
     """A defective item in the grade of good ones, on top of the price: claim, complaint, spoilt neighbours."""
     escaped_by_class: dict[Name, Cost] = {}
-    """The same for single classes: rot spreads, a scar does not."""
+    """The same cost for single classes: rot spreads, a scar does not."""
     wasted: Cost | None = None
     """A good item in a grade of defective ones, on top of the price that is lost."""
     misgraded: Cost | None = None
@@ -52,15 +52,15 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     abstain_budget: Share | None = None
     """At most this share of the items takes the unsure outlet."""
     abstain_above: Cost | None = None
-    """Learnt for the budget: what a second look must be able to save before the line abstains."""
+    """The regret from which the line abstains; learnt for the budget."""
 
 
 BASE: Final = Terms(escaped=1.0, wasted=1.0, misgraded=0.0, recirculated=0.0, abstain_budget=0.0)
-"""What holds where nobody says anything: a mistake is a mistake, and the line never abstains."""
+"""The terms where none are given: every mistake costs the same, and the line never abstains."""
 
 
 def layered(layers: Iterable[Terms]) -> Terms:
-    """One set of terms; what a later layer says wins, name by name and price by price."""
+    """Merges layers into one set of terms; a later layer overrides an earlier one, name by name and price by price."""
     found: dict[str, object] = {"prices": {}, "escaped_by_class": {}}
     for layer in layers:
         for name in Terms.__struct_fields__:
@@ -73,24 +73,24 @@ def layered(layers: Iterable[Terms]) -> Terms:
 
 
 class Grade(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where items of some classes go."""
+    """A grade: the outlet for items of some classes."""
 
     outlet: Name
     classes: tuple[Name, ...] = ()
-    """Classes that belong here."""
+    """Classes that belong into the grade."""
 
 
 class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     """Where decisions change as the defect probability of an item grows, for a defect of one class."""
 
     good: tuple[float, float] | None
-    """Between these the good grade is taken; from 0 on, unless the terms pay more for good items elsewhere."""
+    """The interval in which the good grade is chosen; it starts at 0 unless another grade pays more for good items."""
     unsure: tuple[float, float] | None
-    """Between these the line abstains; None = nowhere."""
+    """The interval in which the line abstains; None = it never abstains."""
 
     @property
     def threshold(self) -> float | None:
-        """From here on the item leaves the good grade; None = never."""
+        """The probability from which an item leaves the good grade; None = it never does."""
         if self.good is None:
             return 0.0
         return None if self.good[1] >= 1.0 else self.good[1]
@@ -106,8 +106,8 @@ class Policy:
         shift: float64 (C,): weights that bring probabilities to the expected share of defects (Saerens et al. 2002).
         holds: bool (G, C): class c belongs into grade g.
         abstain_above: Regret from which the line abstains; infinite = never.
-        budget: Share of items that may.
-        recirculated: What abstaining costs.
+        budget: Largest share of items that may be abstained from.
+        recirculated: Cost of abstaining.
     """
 
     grades: tuple[str, ...]
@@ -119,7 +119,7 @@ class Policy:
     recirculated: float
 
     def choose(self, fused: NDArray[np.floating]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """The grade with the smallest expected loss for each item, and what certainty would save.
+        """Returns the grade with the smallest expected loss for each item, and what certainty would save.
 
         Equal losses are decided by the probability of the classes that belong into the grade, then by its place.
 
@@ -139,7 +139,7 @@ class Policy:
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """Classes -> grades -> outlets by expected loss."""
+    """The mapping from classes to grades to outlets by expected loss."""
 
     schema_version: Literal[2] = VERSION
     classes: Annotated[tuple[Name, ...], msgspec.Meta(min_length=2, max_length=64)]
@@ -147,19 +147,19 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     good_class: Name
     fusion: FusionSpec = FusionSpec()
     grades: dict[Name, Grade] = {}
-    """Every class belongs into one; empty = each class is a grade of its own, see `graded`."""
+    """Every class belongs into one grade; empty = each class is its own grade, see `graded`."""
     terms: Terms = Terms()
     varieties: dict[Name, Terms] = {}
-    """Variety -> what differs from `terms`."""
+    """Terms per variety, as differences from `terms`."""
     lots: dict[Name, Terms] = {}
-    """Lot -> what differs from the terms of its variety."""
+    """Terms per lot, as differences from the terms of its variety."""
     unsure_outlet: Name = "pass"
     late_outlet: Name = "pass"
-    """Where an item goes whose verdict came too late: the outlet that needs no action."""
+    """The outlet of an item whose verdict came too late: the one that needs no action."""
     replaces: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
-    """Digest of the bundle whose recipe was changed into this one; empty = made in training."""
+    """Digest of the bundle that this recipe was derived from; empty = the recipe was made in training."""
     reason: Annotated[str, msgspec.Meta(max_length=500)] = ""
-    """Why it was changed."""
+    """Reason of the change, for people."""
 
     def check(self) -> None:
         """Refuses a recipe that contradicts itself.
@@ -184,7 +184,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def good(self) -> int:
-        """Column of the good class."""
+        """Column of the good class in the outputs of the model."""
         return self.classes.index(self.good_class)
 
     @cached_property
@@ -198,23 +198,23 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         }
 
     def terms_of(self, variety: str = "", lot: str = "") -> Terms:
-        """The terms in force: those of the lot over those of the variety over the recipe's own."""
+        """Returns the terms in force: those of the lot over those of the variety over the recipe's own."""
         layers = (BASE, self.terms, self.varieties.get(variety, Terms()), self.lots.get(lot, Terms()))
         return layered(layers)
 
     def terms_source(self, variety: str = "", lot: str = "") -> Literal["lot", "variety", "recipe"]:
-        """Whose terms hold: those of this lot, of this variety, or the recipe's own, because it knows neither."""
+        """Returns which layer the terms come from: this lot, this variety, or the recipe where it lists neither."""
         if lot in self.lots:
             return "lot"
         return "variety" if variety in self.varieties else "recipe"
 
     @cached_property
     def _policies(self) -> dict[tuple[str, str], Policy]:
-        """Made once each: at most as many as there are varieties times lots in the recipe."""
+        """Policies by variety and lot, each made once."""
         return {}
 
     def policy(self, variety: str = "", lot: str = "") -> Policy:
-        """The terms of this variety and lot, ready to decide; unknown names take the recipe's own terms."""
+        """Returns the policy of this variety and lot; for unknown names that of the recipe's own terms."""
         key = (variety if variety in self.varieties else "", lot if lot in self.lots else "")
         found = self._policies.get(key)
         if found is None:
@@ -222,7 +222,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return found
 
     def policy_under(self, terms: Terms) -> Policy:
-        """A policy of this recipe's grades under other terms; see `Policy`."""
+        """Returns the policy of this recipe's grades under other terms."""
         terms = layered((BASE, terms))
         names = sorted(self.graded, key=lambda name: self.good_class not in self.graded[name].classes)
         holds = np.array([[c in self.graded[g].classes for c in self.classes] for g in names])
@@ -244,8 +244,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
         Args:
             view_probabilities: (V, C), V >= 1.
-            variety: Of the present lot; chooses the terms.
-            lot: The present lot; its own terms go before those of the variety.
+            variety: Variety of the present lot; it chooses the terms.
+            lot: The present lot; its terms override those of the variety.
 
         Raises:
             InputError: `recipe.wrong_classes` and those of `fuse`.
@@ -274,10 +274,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         )
 
     def cuts(self, variety: str = "", lot: str = "") -> dict[str, Threshold]:
-        """The thresholds that follow from the terms, for an item that is either good or of this class.
+        """Derives the thresholds from the terms, for an item that is either good or of one defect class.
 
         Returns:
-            Defect class -> cut, on the scale of `Verdict.defect`.
+            Threshold of each defect class, on the scale of `Verdict.defect`.
         """
         policy = self.policy(variety, lot)
         return {name: self._cut(policy, k) for k, name in enumerate(self.classes) if k != self.good}
@@ -299,13 +299,13 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return Threshold(good=on_scale(good), unsure=on_scale(band) if math.isfinite(policy.abstain_above) else None)
 
     def threshold(self, variety: str = "", lot: str = "") -> float | None:
-        """The smallest of the thresholds: no item below it leaves the good grade."""
+        """Returns the smallest of the thresholds: no item below it leaves the good grade."""
         found = [cut.threshold for cut in self.cuts(variety, lot).values() if cut.threshold is not None]
         return min(found, default=None)
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one item after its last view."""
+    """The decision on one item after its last view."""
 
     klass: str
     grade: str
@@ -313,7 +313,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     defect: float
     """Calibrated probability that the item is not of the good class, at the fusion's share of defects."""
     probabilities: tuple[float, ...]
-    """Per class, in the recipe's order."""
+    """Fused probability of each class, in the order of the recipe."""
     views: int
 
 
@@ -332,7 +332,7 @@ def parse_recipe(data: bytes) -> Recipe:
         if version != VERSION:
             raise BundleError(
                 "recipe.wrong_version",
-                "The recipe has a version this program does not know.",
+                "The recipe has an unknown version.",
                 expected=VERSION,
                 got=version,
             )
@@ -348,7 +348,7 @@ def parse_recipe(data: bytes) -> Recipe:
 def _where_positive(
     at_0: NDArray[np.float64], at_1: NDArray[np.float64], *, or_zero: bool = False
 ) -> tuple[float, float] | None:
-    """Where in 0..1 all of these straight lines are positive (or zero), given their ends; None = nowhere."""
+    """Returns the interval of 0..1 in which all of these lines are positive (or zero); None = there is none."""
     low, high = 0.0, 1.0
     for start, end in zip(at_0.tolist(), at_1.tolist(), strict=True):
         if min(start, end) < 0.0 < max(start, end):  # their product could vanish

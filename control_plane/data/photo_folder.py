@@ -19,11 +19,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from control_plane.data.class_order import good_class_among, in_class_order
 from models.errors import InputError
 from models.preprocess import decode_photo, make_view, segment_photo
 from models.view_spec import PreprocessSpec
 
-GOOD_NAMES: Final = ("sound", "good", "ok")
 SUFFIXES: Final = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 MAX_CSV_BYTES: Final = 256 * 1024 * 1024
 UNREADABLE_SHARE: Final = 0.05
@@ -266,7 +266,7 @@ def _classes(photos: list[Photo], good_class: str, *, needs_two: bool) -> tuple[
     names = sorted({photo.label for photo in photos})
     if needs_two and len(names) < 2:
         raise InputError("dataset.one_class", "There is only one class to tell.", expected=">= 2 classes", got=names)
-    good = good_class or next((name for name in GOOD_NAMES if name in names), "")
+    good = good_class or good_class_among(names)
     if good not in names and (needs_two or not good):
         raise InputError(
             "dataset.no_good_class",
@@ -274,7 +274,7 @@ def _classes(photos: list[Photo], good_class: str, *, needs_two: bool) -> tuple[
             expected=f"one of {names}",
             got=good or "nothing",
         )
-    return (good, *(name for name in names if name != good))
+    return tuple(in_class_order({*names, good}, good))
 
 
 def _read(

@@ -1,4 +1,4 @@
-"""Splits by physical item: all views of an item are on one side. Whoever splits by view measures memory, not skill."""
+"""Splits by physical item: all views of an item are on one side. A split by view would measure memory, not skill."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 def item_folds(
     items: NDArray[np.generic], labels: NDArray[np.integer], *, folds: int, seed: int
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Stratified folds of items.
+    """Yields stratified folds of items.
 
     Items are sorted by their share of each class, shuffled within ties, and dealt out like cards, so every fold gets
     its part of good, bad and mixed items. Deterministic by seed.
@@ -17,8 +17,8 @@ def item_folds(
     Args:
         items: (N,) item of each view.
         labels: (N,) class of each view.
-        folds: How many; at most as many as there are items.
-        seed: Of the shuffle.
+        folds: Number of folds; at most as many as there are items.
+        seed: Seed of the shuffle.
 
     Yields:
         (indices of training views, indices of test views); each view is tested once.

@@ -25,17 +25,17 @@ def evaluate(
     good_class: str = "",
     progress: Callable[[float], None] = lambda _share: None,
 ) -> dict[str, Any]:
-    """View and item figures of a bundle on a labelled folder.
+    """Returns view and item figures of a bundle on a labelled folder.
 
-    Where the folder's classes are not the bundle's (one says `defect`, the other names defects), both are reduced to
-    good and `bad`.
+    Where the classes of folder and bundle differ (one has `defect`, the other has names of defects), both are reduced
+    to good and `bad`.
 
     Args:
         bundle_directory: The bundle; verified, and its golden views are reproduced first.
-        data: See `datasets.load_dataset`.
-        exclude_doubt: Leave out views in doubt.
-        good_class: Of the folder.
-        progress: Called with 0..1.
+        data: Labelled folder; see `photo_folder.load_dataset`.
+        exclude_doubt: Whether views in doubt are left out.
+        good_class: Good class of the folder; empty = by name.
+        progress: Is called with 0..1.
 
     Raises:
         InputError: The folder cannot be used.
@@ -70,7 +70,7 @@ def evaluate(
 
 
 def judged_items(bundle_directory: Path, data: Path, *, good_class: str = "") -> HeldOut:
-    """The items of a labelled folder, fused: costs can be counted on them when the model never saw them.
+    """Returns the fused items of a labelled folder, on which costs can be counted if the model did not learn from them.
 
     Raises:
         InputError: `evaluation.wrong_classes`, and as `evaluate`.
@@ -87,7 +87,7 @@ def judged_items(bundle_directory: Path, data: Path, *, good_class: str = "") ->
 def _judged(
     bundle_directory: Path, data: Path, good_class: str, progress: Callable[[float], None]
 ) -> tuple[Bundle, Dataset, NDArray[np.float64]]:
-    """Bundle, folder and the probabilities of every view."""
+    """Returns bundle, folder and the probabilities of every view."""
     bundle = read_bundle(bundle_directory)
     classifier = OnnxClassifier(bundle.model)
     bundle.golden.check(classifier)
@@ -102,14 +102,14 @@ def _judged(
 
 
 def _row_of(truth: int, rows: NDArray[np.intp], dataset: Dataset) -> int:
-    """A row of the item that has its class."""
+    """Returns a row of the item that has the class of the item."""
     return int(rows[np.flatnonzero(dataset.labels[rows] == truth)[0]])
 
 
 def _aligned(
     dataset: Dataset, recipe: Recipe
 ) -> tuple[NDArray[np.int64], Callable[[NDArray[np.floating]], NDArray[np.float64]], tuple[str, ...]]:
-    """Labels and probabilities in common classes, the good one first."""
+    """Brings labels and probabilities to common classes, the good one first."""
     good = recipe.good
     order = [good, *(k for k in range(len(recipe.classes)) if k != good)]
     names = tuple(recipe.classes[k] for k in order)

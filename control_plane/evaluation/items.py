@@ -1,4 +1,4 @@
-"""Items from views, in training and evaluation, as the line would see them: at most K views, spaced by roll."""
+"""Items from views in training and evaluation, chosen as on the line: at most K views, spaced by roll."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from models.recipe import Recipe, Verdict
 
 @dataclass(frozen=True, slots=True)
 class ItemRows:
-    """One item's rows in a data set."""
+    """The rows of one item in a data set."""
 
     name: str
     rows: NDArray[np.intp]
     """All views, in the order in which they roll past."""
     chosen: NDArray[np.intp]
-    """The K an agent would have taken."""
+    """The rows of the at most K views that an agent would judge."""
     truth: int
 
 
 def items_of(dataset: Dataset, max_views: int) -> Iterator[ItemRows]:
-    """Every item of a data set."""
+    """Yields every item of a data set, by name."""
     names, place = np.unique(dataset.items, return_inverse=True)
     for number, name in enumerate(names):
         rows = np.flatnonzero(place == number)
@@ -37,7 +37,7 @@ def items_of(dataset: Dataset, max_views: int) -> Iterator[ItemRows]:
 
 
 def truth_in(recipe: Recipe, dataset: Dataset, items: Sequence[ItemRows]) -> NDArray[np.intp]:
-    """The class of each item as a column of the recipe; a recipe of one defect takes every defect for it.
+    """Returns the class of each item as a column of the recipe; a recipe with one defect class maps all defects to it.
 
     Raises:
         InputError: `evaluation.wrong_classes`.
@@ -59,7 +59,7 @@ def truth_in(recipe: Recipe, dataset: Dataset, items: Sequence[ItemRows]) -> NDA
 def judge_item(
     recipe: Recipe, views: NDArray[np.uint8], probabilities: NDArray[np.floating], embedding: NDArray[np.float32]
 ) -> tuple[Verdict, NDArray[np.float32]]:
-    """Verdict and monitored features of one item, by the code the line runs."""
+    """Returns verdict and monitored features of one item, by the code that runs on the line."""
     verdict = recipe.decide(probabilities)
     features = np.stack([view_features(view) for view in views])
     return verdict, item_features(features, embedding, verdict.probabilities, verdict.defect)

@@ -1,4 +1,4 @@
-"""Figures with intervals over items. Views of one item are near-copies: only items tell how sure a figure is."""
+"""Figures with intervals over items. Views of one item are near-copies, so the item is the unit of every interval."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -14,7 +14,7 @@ _MIN_FOLDS: Final = 3
 
 
 def auc(bad: NDArray[np.bool_], score: NDArray[np.floating]) -> float:
-    """Area under the ROC of "not good"; NaN when one side is empty."""
+    """Returns the area under the ROC of "not good"; NaN when one side is empty."""
     if bad.all() or not bad.any():
         return float("nan")
     return float(roc_auc_score(bad, score))
@@ -23,10 +23,10 @@ def auc(bad: NDArray[np.bool_], score: NDArray[np.floating]) -> float:
 def auc_within_folds(
     bad: NDArray[np.bool_], score: NDArray[np.floating], folds: Sequence[NDArray[np.intp]]
 ) -> dict[str, Any]:
-    """Mean over the folds of the AUC among the views each fold held out.
+    """Returns the mean over the folds of the AUC among the views each fold held out.
 
     Pooling ranks answers of different models against each other, which none of them was trained for; the mean over
-    folds asks what one model does (Forman & Scholz 2010, "Apples-to-apples in cross-validation studies"). It is blind
+    folds measures one model (Forman & Scholz 2010, "Apples-to-apples in cross-validation studies"). It is blind
     to offsets between folds, so it stands beside the pooled figure, not in its place.
 
     Args:
@@ -52,13 +52,13 @@ def auc_within_folds(
 
 
 def balanced_accuracy(truth: NDArray[np.integer], found: NDArray[np.integer]) -> float:
-    """Mean over the classes present of the share that was found."""
+    """Returns the mean over the classes present of the share that was found."""
     present = np.unique(truth)
     return float(np.mean([(found[truth == k] == k).mean() for k in present])) if len(present) else float("nan")
 
 
 def calibration_error(bad: NDArray[np.bool_], score: NDArray[np.floating], bins: int = 10) -> float:
-    """Expected calibration error of the defect probability, equal-width bins (Naeini et al. 2015)."""
+    """Returns the expected calibration error of the defect probability, equal-width bins (Naeini et al. 2015)."""
     at = np.minimum((score * bins).astype(int), bins - 1)
     gaps = [abs(score[at == k].mean() - bad[at == k].mean()) * (at == k).mean() for k in range(bins) if (at == k).any()]
     return float(np.sum(gaps))
@@ -74,16 +74,16 @@ def measure(
     called: NDArray[np.bool_] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All figures of one level (views, or items with one row each).
+    """Returns all figures of one level (views, or items with one row each).
 
     Args:
         truth: (N,) class, 0 = good.
         probabilities: (N, C).
         items: (N,) item of each row: the bootstrap draws items with replacement (Efron & Tibshirani 1993).
-        classes: Names.
+        classes: Names of the C classes.
         threshold: Defect probability from which a row is called bad.
-        called: (N,) which rows are called bad, where a recipe decided that; None = by the threshold.
-        seed: Of the bootstrap.
+        called: bool (N,), True for rows that a recipe calls bad; None = decided by the threshold.
+        seed: Seed of the bootstrap.
 
     Returns:
         `auc` (good against the rest), `balanced_accuracy` (good against the rest at the threshold), each
@@ -133,7 +133,7 @@ def _with_interval(figure: Any, place: NDArray[np.intp], count: int, seed: int) 
 
 
 def _figure(value: float, draws: NDArray[np.floating] | None, reason: str) -> dict[str, Any]:
-    """A value with its 95 % interval from bootstrap draws, or the reason why there is none."""
+    """Returns a value with its 95 % interval from bootstrap draws, or the reason why there is none."""
     if not np.isfinite(value):
         return {"value": None, "low": None, "high": None, "reason": reason}
     if draws is None or len(draws) < DRAWS // 8:
@@ -145,7 +145,7 @@ def _figure(value: float, draws: NDArray[np.floating] | None, reason: str) -> di
 def _confusion_shares(
     truth: NDArray[np.integer], found: NDArray[np.integer], place: NDArray[np.intp], classes: int, seed: int
 ) -> list[list[dict[str, Any]]]:
-    """Share of each true class that got each verdict: what a count of few items hides."""
+    """Returns the share of each true class that received each verdict, with intervals."""
     cells = np.zeros((int(place.max(initial=-1)) + 1, classes, classes))
     np.add.at(cells, (place, truth, found), 1.0)
     value = _row_shares(cells.sum(axis=0))
@@ -165,16 +165,16 @@ def _confusion_shares(
 
 
 def _row_shares(counts: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Each row divided by its sum; NaN where a class is absent."""
+    """Returns each row divided by its sum; NaN where a class is absent."""
     sums = counts.sum(axis=-1, keepdims=True)
     return np.asarray(np.divide(counts, sums, out=np.full_like(counts, np.nan), where=sums > 0), np.float64)
 
 
 def item_truth(labels: NDArray[np.integer], doubt: NDArray[np.bool_]) -> int:
-    """The class of an item from the labels of its views.
+    """Returns the class of an item from the labels of its views.
 
-    An item is bad when a view without doubt shows it (a defective apple shows sound sides); then it is what most of
-    those views say. Views in doubt decide only when there are no others.
+    An item is bad when a view without doubt shows a defect (a defective apple also has sound sides); then it has the
+    most frequent class among those views. Views in doubt decide only when there are no others.
     """
     sure = labels[~doubt] if (~doubt).any() else labels
     defects = sure[sure > 0]

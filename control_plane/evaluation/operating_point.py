@@ -1,4 +1,4 @@
-"""What terms cost on held-out items: the curve over the threshold, its minimum, and the band for an abstain budget.
+"""Costs of a recipe's terms on held-out items: the curve over the threshold, its minimum, and the abstain band.
 
 Everything is computed from the fused probabilities of items the model never saw, which travel in the bundle's
 lineage: the curve needs no data. Items are weighted so that defects have the share the terms expect. A cost is what
@@ -26,16 +26,16 @@ Floats = NDArray[np.float64]
 
 
 class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
-    """Items that neither model nor fusion learnt from (`held_out` of the lineage)."""
+    """Items that neither model nor fusion has learnt from (`held_out` of the lineage)."""
 
     classes: tuple[str, ...]
     truth: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
-    """Per item its class, as a column of the recipe."""
+    """The class of each item, as a column of the recipe."""
     probabilities: tuple[tuple[float, ...], ...]
-    """Per item its fused probabilities."""
+    """The fused probabilities of each item."""
 
     def arrays(self) -> tuple[NDArray[np.intp], Floats]:
-        """Truth (N,) and probabilities (N, C).
+        """Returns truth (N,) and probabilities (N, C).
 
         Raises:
             InputError: `recipe.bad_held_out`.
@@ -56,7 +56,7 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def hold_out(classes: tuple[str, ...], truth: NDArray[np.integer], fused: Floats, *, seed: int = 0) -> HeldOut:
-    """Held-out items for a lineage; of very many a seeded sample."""
+    """Returns held-out items for a lineage: all of them, or a seeded sample of `MAX_ITEMS`."""
     rows = np.arange(len(truth))
     if len(rows) > MAX_ITEMS:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_ITEMS, replace=False))
@@ -65,10 +65,10 @@ def hold_out(classes: tuple[str, ...], truth: NDArray[np.integer], fused: Floats
 
 
 def held_out_of(lineage: dict[str, object], recipe: Recipe) -> HeldOut:
-    """The held-out items a bundle brings along.
+    """Returns the held-out items of a bundle.
 
     Raises:
-        InputError: `recipe.no_held_out`: give a labelled folder instead. `recipe.bad_held_out`.
+        InputError: `recipe.no_held_out`, after which a labelled folder can be used; `recipe.bad_held_out`.
     """
     try:
         found = msgspec.convert(lineage["held_out"], HeldOut)
@@ -92,16 +92,16 @@ def held_out_of(lineage: dict[str, object], recipe: Recipe) -> HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class _Items:
-    """Held-out items under one policy, and draws of them."""
+    """Held-out items under one policy, and bootstrap draws of them."""
 
     policy: Policy
     fused: Floats
     truth: NDArray[np.intp]
     good: int
     weights: Floats
-    """Of each item, mean 1: defects have the expected share."""
+    """The weight of each item, mean 1, that gives defects the expected share."""
     draws: Floats
-    """(D, N): how often each bootstrap draw took the item, times its weight."""
+    """(D, N), how often each bootstrap draw took the item, times its weight."""
 
     @property
     def bad(self) -> NDArray[np.bool_]:
@@ -132,7 +132,7 @@ def _items(held: HeldOut, recipe: Recipe, variety: str, lot: str, seed: int) -> 
 
 
 def tuned(recipe: Recipe, held: HeldOut) -> Recipe:
-    """The recipe with the abstain band of every layer learnt for its budget."""
+    """Returns the recipe with the abstain band of every layer learnt for its budget."""
     terms = recipe.terms
     recipe = msgspec.structs.replace(recipe, terms=_with_band(recipe, held, terms, "", ""))
     varieties = {name: _with_band(recipe, held, own, name, "") for name, own in recipe.varieties.items()}
@@ -142,7 +142,7 @@ def tuned(recipe: Recipe, held: HeldOut) -> Recipe:
 
 
 def _with_band(recipe: Recipe, held: HeldOut, own: Terms, variety: str, lot: str) -> Terms:
-    """`own` with the limit that keeps the layer within its budget: none where the layer has no budget."""
+    """Returns `own` with the limit that keeps the layer within its budget, or without limit if it has no budget."""
     terms = recipe.terms_of(variety, lot)
     budget = terms.abstain_budget or 0.0
     if budget == 0.0:
@@ -153,7 +153,7 @@ def _with_band(recipe: Recipe, held: HeldOut, own: Terms, variety: str, lot: str
 
 
 def _limit(regrets: Floats, weights: Floats, budget: float) -> float:
-    """The smallest regret above which no more than a share `budget` of the weight lies."""
+    """Returns the smallest regret above which no more than a share `budget` of the weight lies."""
     if budget >= 1.0:
         return 0.0
     order = np.argsort(-regrets, kind="stable")
@@ -163,14 +163,14 @@ def _limit(regrets: Floats, weights: Floats, budget: float) -> float:
 
 
 def cost_report(held: HeldOut, recipe: Recipe, *, variety: str = "", lot: str = "", seed: int = 0) -> dict[str, Any]:
-    """Costs over the threshold, the place of the recipe's own threshold, and the minimum.
+    """Returns costs over the threshold, the place of the recipe's own threshold, and the minimum.
 
     Args:
         held: Held-out items.
-        recipe: With the terms to be looked at.
-        variety: Whose terms.
-        lot: Whose terms.
-        seed: Of the bootstrap.
+        recipe: Recipe whose terms are used.
+        variety: Variety whose terms are used; empty = those of the recipe.
+        lot: Lot whose terms are used; empty = those of the variety.
+        seed: Seed of the bootstrap.
 
     Returns:
         `curve` (rows of threshold, cost with interval, escape and false-reject rate), `recipe` (what its decisions
@@ -229,7 +229,7 @@ def cost_report(held: HeldOut, recipe: Recipe, *, variety: str = "", lot: str = 
 
 
 def _at_thresholds(items: _Items, grid: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-    """(N, T) loss of each item, and whether it leaves the good grade, at each threshold."""
+    """Returns (N, T) loss of each item, and whether it leaves the good grade, at each threshold."""
     policy = items.policy
     others = replace(policy, grades=policy.grades[1:], losses=policy.losses[1:], holds=policy.holds[1:])
     chosen = 1 + others.choose(items.fused)[0] if others.grades else np.zeros(len(items.truth), np.intp)
@@ -241,7 +241,7 @@ def _at_thresholds(items: _Items, grid: Floats) -> tuple[Floats, NDArray[np.bool
 
 
 def _mean(items: _Items, losses: Floats) -> tuple[Floats, Floats, Floats]:
-    """(T,) cost per 1000 items and its interval."""
+    """Returns (T,) cost per 1000 items and its interval."""
     cost = PER * np.average(losses, axis=0, weights=items.weights)
     draws = PER * (items.draws @ losses) / items.draws.sum(axis=1, keepdims=True)
     low, high = np.quantile(draws, (0.025, 0.975), axis=0)
@@ -249,7 +249,7 @@ def _mean(items: _Items, losses: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _as_decided(items: _Items) -> dict[str, Any]:
-    """What the recipe's own decisions cost and let through, its abstentions included."""
+    """Returns costs and error rates of the recipe's own decisions, abstentions included."""
     policy = items.policy
     chosen, regrets = policy.choose(items.fused)
     unsure = regrets > policy.abstain_above

@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from sqlmodel import desc, select
 
+from control_plane.data.class_order import in_class_order
 from control_plane.database.engine import reading
 from control_plane.database.lookup import unknown_agent
 from control_plane.database.tables.agents import EventRow, WindowRow
@@ -36,11 +37,6 @@ __all__ = ["mount_pages", "unavailable_page"]
 router = APIRouter(include_in_schema=False)
 
 
-def class_order(classes: dict[str, int]) -> list[str]:
-    """The good class first, the rest by name: the same colour for the same class in every row."""
-    return sorted(classes, key=lambda name: (name not in {"sound", "good", "ok"}, name))
-
-
 def counts(table: dict[str, object]) -> str:
     """`sound 428, rot 66`: a table in one line."""
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table.items())
@@ -54,7 +50,7 @@ def age(seconds: float) -> str:
     return f"{int(seconds // 86_400)} d"
 
 
-environment.globals.update(age=age, meter=meter, mix=mix, words=live.WORDS, class_order=class_order, counts=counts)
+environment.globals.update(age=age, meter=meter, mix=mix, words=live.WORDS, class_order=in_class_order, counts=counts)
 
 
 def mount_pages(app: FastAPI) -> None:
@@ -72,7 +68,7 @@ def fleet(request: Request) -> HTMLResponse:
     """Fleet: worst first, live."""
     rows = live.fleet_rows(services_of(request))
     counts = {state: sum(row["status"].state is state for row in rows) for state in State}
-    classes = class_order({name: 1 for row in rows for name in row["status"].classes})
+    classes = in_class_order({name: 1 for row in rows for name in row["status"].classes})
     return page(request, "fleet.html", "Fleet", rows=rows, counts=counts, classes=classes)
 
 
@@ -102,7 +98,7 @@ def agent(agent_id: str, request: Request) -> HTMLResponse:
         budget=LATENCY_BUDGET_MS,
         marks=(marks := _changes(windows)),
     )
-    classes = class_order({name: 1 for _, w in windows for name in w.classes})
+    classes = in_class_order({name: 1 for _, w in windows for name in w.classes})
     verdicts = shares([(at, w.classes) for at, w in windows], classes, marks=marks)
     row = live.fleet_row(status)
     drift = sorted(status.drift_by_feature.items(), key=lambda pair: -pair[1])

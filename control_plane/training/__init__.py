@@ -1,9 +1,9 @@
-"""From labelled photographs to a bundle.
+"""Training: from labelled photographs to a bundle.
 
 `patch_features` learns a dictionary of patches and computes it by an ONNX graph, in training as on the line;
-`colour_features` sees large soft areas; `augment` varies views; `head` fits and calibrates the classifier on top;
+`colour_features` measures large soft areas; `augment` varies views; `head` fits and calibrates the classifier on top;
 `ensemble` gives a member a vote only where it helps on unseen items; `fusion` learns how views of an item are fused;
-`onnx_writer` writes graphs, `onnx_graph` merges features and head into one model and proves that it computes what
-scikit-learn computed; `quantise` makes it eight bits; `onnx_import` wraps models trained elsewhere; `pipeline` does
-all of it in order and writes the bundle with its `card`.
+`onnx_writer` writes graphs, `onnx_graph` merges features and head into one model and checks that it computes what
+scikit-learn computed; `quantise` converts it to eight bits; `onnx_import` wraps models trained elsewhere; `pipeline`
+runs all steps in order and writes the bundle with its `card`.
 """

@@ -1,8 +1,8 @@
-"""More skins than were photographed: each view turned, bent, recoloured, shaded and polished, its label unchanged.
+"""Augmentation: each view turned, bent, recoloured, shaded and polished, its label unchanged.
 
-Twenty apples are twenty skins, and a classifier learns the skin before it learns the defect. What happens here happens
-to a whole view (another hue, a blush, a lamp at the side, a gloss, another shape), so it tells nothing of a defect,
-and the learner has to look elsewhere. Views that measure the model are never touched.
+Twenty apples are twenty skins, and a classifier learns the skin before it learns the defect. Every change here
+concerns the whole view (another hue, a blush, a lamp at the side, a gloss, another shape), so that the look of the skin
+carries less information about the label. Views that measure the model are never changed.
 """
 
 import cv2
@@ -15,11 +15,11 @@ _Rng = np.random.Generator
 
 
 def varied(views: Views, rng: np.random.Generator) -> Views:
-    """Each view as it might look on another item under another lamp.
+    """Returns each view as it might look on another item under another lamp.
 
     Args:
         views: uint8 (N, S, S, 3) BGR, background zero.
-        rng: Decides everything; the same state gives the same bytes.
+        rng: Source of all randomness; the same state gives the same bytes.
 
     Returns:
         uint8 (N, S, S, 3): background zero, item pixels at least 1.
@@ -48,7 +48,7 @@ def _rotation(angle: float) -> _Picture:
 
 
 def _bent(view: Views, rng: _Rng) -> tuple[_Picture, NDArray[np.bool_]]:
-    """Turned by any angle, stretched, sheared, perhaps mirrored; and where the item is now."""
+    """Turns, stretches, shears and perhaps mirrors a view; returns the picture and where the item is in it."""
     side = len(view)
     first, last = rng.uniform(0.0, 2.0 * np.pi, 2)
     across, along = rng.uniform(0.78, 1.02, 2)
@@ -60,12 +60,12 @@ def _bent(view: Views, rng: _Rng) -> tuple[_Picture, NDArray[np.bool_]]:
     item = (view.max(axis=2) > 0).astype(np.float32)
     picture = cv2.warpAffine(view.astype(np.float32), affine, (side, side))
     share = np.asarray(cv2.warpAffine(item, affine, (side, side)))
-    # Dividing by the share takes the black of the background out of the rim.
+    # Division by the share removes the black of the background from the rim.
     return np.asarray(picture / np.maximum(share, 0.25)[..., None]), np.asarray(share > 0.6)
 
 
 def _recoloured(picture: _Picture, rng: _Rng) -> _Picture:
-    """Another tone curve, saturation, hue (a turn about the grey axis), white balance and exposure."""
+    """Applies another tone curve, saturation, hue (a turn about the grey axis), white balance and exposure."""
     x = (np.clip(picture, 1.0, 255.0) / 255.0) ** rng.uniform(0.75, 1.35)
     grey = x.mean(axis=2, keepdims=True)
     x = grey + (x - grey) * rng.uniform(0.6, 1.5)
@@ -77,7 +77,7 @@ def _recoloured(picture: _Picture, rng: _Rng) -> _Picture:
 
 
 def _blushed(picture: _Picture, rng: _Rng) -> _Picture:
-    """Part of the skin in another colour, with a soft border."""
+    """Gives part of the skin another colour, with a soft border."""
     side = len(picture)
     field = cv2.resize(rng.normal(size=(3, 3)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
     cover = (1.0 / (1.0 + np.exp(-3.0 * (np.asarray(field) + 0.5 * rng.normal()))))[..., None]
@@ -86,7 +86,7 @@ def _blushed(picture: _Picture, rng: _Rng) -> _Picture:
 
 
 def _shaded(picture: _Picture, rng: _Rng) -> _Picture:
-    """A lamp at one side."""
+    """Adds the shading of a lamp at one side."""
     rows, columns = np.mgrid[: len(picture), : len(picture)] / len(picture) - 0.5
     angle = rng.uniform(0.0, 2.0 * np.pi)
     return np.asarray(
@@ -95,7 +95,7 @@ def _shaded(picture: _Picture, rng: _Rng) -> _Picture:
 
 
 def _polished(picture: _Picture, inside: NDArray[np.bool_], rng: _Rng) -> _Picture:
-    """One to three highlights."""
+    """Adds one to three highlights."""
     places = np.argwhere(inside)
     rows, columns = np.mgrid[: len(picture), : len(picture)]
     unit = len(picture) / 64.0

@@ -1,4 +1,7 @@
-"""The model card: what a person should know before the bundle sorts anything. No times: equal content, equal bytes."""
+"""Writes the model card, the document that a person reads before a bundle sorts anything.
+
+It contains no times, so that equal content has equal bytes.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ def write_card(
     fusion: dict[str, Any] | None = None,
     votes: dict[str, float] | None = None,
 ) -> str:
-    """Markdown with a YAML head; `votes` tells how strongly each part of the model counts."""
+    """Returns Markdown with a YAML head; `votes` holds the weight of each part of the model."""
     levels = [key for key in ("view", "view_without_doubt", "item") if key in metrics]
     rows = [
         f"| {level.replace('_', ' ')} | {metric.replace('_', ' ')} | {_figure(metrics[level][metric])} |"
@@ -69,7 +72,7 @@ def _votes(votes: dict[str, float]) -> list[str]:
 
 
 def _fusion(recipe: "Recipe", report: dict[str, Any]) -> list[str]:
-    """How views become items, and how far the result can be believed. Thresholds are the recipe's, not the model's."""
+    """Describes how views become items and how well the result is calibrated; thresholds belong to the recipe."""
     spec = recipe.fusion
     if not spec.calibration_items:
         return ["Fusion and calibration are not learnt: too few items."]

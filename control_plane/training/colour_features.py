@@ -1,14 +1,14 @@
-"""Tint: how much the colour of each place differs from what is usual there on an item. What contrast cannot see.
+"""Tint features: how much the colour of each place differs from the usual colour of that place on an item.
 
-Patches normalised by their own contrast (`features`) see edges and texture; a large soft brown or dull area has
+Patches normalised by their own contrast (`patch_features`) show edges and texture; a large soft brown or dull area has
 neither. Here brightness and two colour differences (logarithms of ratios, so that the lamp's gain falls out) are
 taken relative to the item's own mean, and then relative to the mean of all items at the same place of the view:
 shading and the darker rim are usual, a bruise is not. These deviations, as they are and smoothed over two
 neighbourhoods, are projected on directions spread over the sphere and pooled as mean excess over thresholds and as
 extremes: a soft histogram of "how much of the item is how different, and in which way".
 
-It needs many items to know what is usual: with twenty it learns their skins. `head` therefore lets its member vote
-only where that lowers the loss on items it has not seen.
+The usual colour is only known from many items: from twenty items the features describe those twenty skins. `ensemble`
+therefore gives their member a vote only where that lowers the loss on items it was not fitted on.
 """
 
 from dataclasses import dataclass
@@ -22,23 +22,23 @@ from control_plane.training.onnx_writer import GraphWriter, as_float32
 Floats = NDArray[np.float32]
 _SHRINK: Final = 2
 _DARK: Final = 6.0
-"""Grey levels added before the logarithm: noise in the dark stays noise."""
+"""Grey levels added before the logarithm, so that noise in dark places stays small."""
 _OPPONENT: Final = ((0.2, 0.4, 0.4), (0.0, -1.0, 1.0), (-1.0, 1.0, 0.0))
 """Rows: brightness, red against green, green against blue; of log B, G, R."""
 _DIRECTIONS: Final = 12
 _THRESHOLDS: Final = (0.0, 1.0, 2.0)
 """In standard deviations of all places of all items."""
 _NEIGHBOURHOODS: Final = (3, 5)
-"""Sides, in places; each second one is looked at."""
+"""Sides of the neighbourhoods, in places; every second place is measured."""
 _LEAST_SPREAD: Final = 1e-3
 _AT_ONCE: Final = 128
-"""Views: some 40 MB."""
+"""Views per batch while fitting: some 40 MB."""
 TINT_FEATURES: Final = (1 + len(_NEIGHBOURHOODS)) * 2 * _DIRECTIONS * (len(_THRESHOLDS) + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Tint:
-    """What is usual.
+    """The usual colour of an item.
 
     Attributes:
         usual: float32 (3, s, s): mean of brightness and colour differences at each place, relative to the item's mean.
@@ -50,7 +50,7 @@ class Tint:
 
     @classmethod
     def fit(cls, views: NDArray[np.uint8], groups: NDArray[np.generic]) -> "Tint":
-        """Learns what is usual; each item counts alike.
+        """Learns the usual colour; each item counts alike.
 
         Args:
             views: uint8 (N, S, S, 3) BGR, background zero.
@@ -73,7 +73,7 @@ class Tint:
 
 
 def united_tint(first: Floats, second: Floats) -> Floats:
-    """Features as if one view showed what two views show, as `features.united`; the items' own means are left alone.
+    """Features as if one view showed what two views show, as `patch_features.united` does.
 
     Args:
         first: (N, TINT_FEATURES).
@@ -87,7 +87,7 @@ def united_tint(first: Floats, second: Floats) -> Floats:
 
 
 def directions() -> Floats:
-    """float32 (D, 3): unit vectors spread evenly over half a sphere (a Fibonacci lattice); both signs are used."""
+    """Returns float32 (D, 3): unit vectors spread evenly over half a sphere (a Fibonacci lattice)."""
     k = np.arange(_DIRECTIONS) + 0.5
     height = 1.0 - k / _DIRECTIONS
     angle = np.pi * (1.0 + np.sqrt(5.0)) * k
@@ -110,11 +110,11 @@ def _relative(views: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np
 
 
 def write_tint(w: GraphWriter, tint: Tint, colour: str, inside: str) -> str:
-    """Adds the nodes.
+    """Adds the nodes of the tint features to a graph.
 
     Args:
-        w: Of the graph.
-        tint: What is usual.
+        w: Writer of the graph.
+        tint: The fitted usual colour.
         colour: float32 [N, 3, S, S] BGR, background zero.
         inside: float32 [N, 1, S, S], 1 on the item.
 
@@ -137,7 +137,7 @@ def write_tint(w: GraphWriter, tint: Tint, colour: str, inside: str) -> str:
 
 
 def _smoothed(w: GraphWriter, deviation: str, mostly: str, size: int) -> tuple[str, str]:
-    """Means over neighbourhoods that are mostly item, else zero, at each second place; and how many there are."""
+    """Writes means over neighbourhoods that are mostly item (else zero) at every second place, and their count."""
     shape: dict[str, Any] = {
         "kernel_shape": [size] * 2,
         "pads": [size // 2] * 4,
@@ -152,7 +152,7 @@ def _smoothed(w: GraphWriter, deviation: str, mostly: str, size: int) -> tuple[s
 
 
 def _pooled(w: GraphWriter, deviation: str, count: str) -> str:
-    """Per direction and sign: square roots of the mean excess over each threshold, and the extreme."""
+    """Writes, per direction and sign, square roots of the mean excess over each threshold, and the extreme."""
     axes = directions()
     both = np.concatenate((axes, -axes))[:, :, None, None]
     along = w.op("Conv", [deviation, w.constant(both)])

@@ -1,7 +1,7 @@
-"""Who has a say, and how much: members, penalties, votes and calibration from what members say of unseen items.
+"""Chooses members, penalties, votes and calibration from what the members answer on items they were not fitted on.
 
-Log-probabilities of members are added. The contrast members vote alike. A member that is optional joins only where it
-helps on items that no member has seen, and then the votes are weighed.
+Log-probabilities of members are added. The contrast members have equal votes. An optional member joins only where it
+lowers the loss on items that no member was fitted on; then the votes are weighed.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,24 @@ from scipy.optimize import minimize
 
 Floats = NDArray[np.floating]
 _BEYOND_DOUBT: Final = 2.0
-"""Standard errors: one in forty useless members gets by."""
+"""An optional member must save this many standard errors of loss: one useless member in forty passes."""
 _LEAST_VOTE: Final = 0.2
-"""Of the strongest; a weaker vote is not worth its time on the line."""
+"""Smallest vote, as a share of the strongest; a weaker vote does not justify its computing time on the line."""
 _LEAST_VIEWS: Final = 20
+"""With fewer held-out views nothing is calibrated."""
 _PULL: Final = 0.01
 """Strength of the prior of votes and biases, in units of the mean log loss."""
 
 
 def softmax(scores: Floats) -> NDArray[np.float64]:
-    """Rows that add up to one."""
+    """Returns rows that add up to one."""
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """Which members vote, how strongly."""
+    """The members that vote, their penalties, weights and biases."""
 
     members: tuple[int, ...]
     penalties: tuple[float, ...]
@@ -40,7 +41,7 @@ class Vote:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutScores:
-    """What members say of items they were not fitted on.
+    """Answers of the members on items they were not fitted on.
 
     Attributes:
         logs: Per member: penalty -> (n, C) log-probabilities.
@@ -57,11 +58,11 @@ class HeldOutScores:
     classes: int
 
     def vote(self, sure: int) -> Vote:
-        """The first `sure` members vote alike; one behind them joins if it helps, and then votes are weighed.
+        """Gives the first `sure` members equal votes; the one behind them joins if it lowers the loss.
 
         It joins when the loss it saves, mean over items, exceeds two standard errors of that mean: a member that saw
-        twenty items has learnt their skins, one that saw hundreds has not. Votes are weighed only then, for the same
-        reason.
+        twenty items has learnt their skins, one that saw hundreds has not. Votes are weighed only when it joins, for
+        the same reason.
         """
         first = tuple(range(sure))
         chosen = [min(self.logs[0], key=lambda p: self._loss(self._together(first, [p] * sure)))] * sure
@@ -96,7 +97,7 @@ class HeldOutScores:
         return np.stack([self.logs[k][p] for k, p in zip(members, penalties, strict=True)])
 
     def _alike(self, members: tuple[int, ...], penalties: Sequence[float]) -> Vote:
-        """One temperature for all (Guo et al. 2017, with biases)."""
+        """Fits one temperature for all members (Guo et al. 2017, with biases)."""
         count = len(members)
         if not self._enough:
             return Vote(members, tuple(penalties), np.full(count, 1.0 / count), np.zeros(self.classes))
@@ -106,7 +107,7 @@ class HeldOutScores:
         return Vote(members, tuple(penalties), np.full(count, temperature / count), bias)
 
     def _weighed(self, members: tuple[int, ...], penalties: Sequence[float]) -> Vote:
-        """A weight for each, none negative; whoever has next to none is left out."""
+        """Fits a non-negative weight for each member and leaves out those with very small ones."""
         bounds = [(0.0, 4.0)] * len(members)
         found = self._minimise(self._scores(members, penalties), np.asarray, np.zeros(len(members)), bounds)
         votes, bias = found[: len(members)], found[len(members) :]
@@ -118,7 +119,7 @@ class HeldOutScores:
     def _minimise(
         self, scores: Floats, votes_of: Any, prior: Floats, bounds: list[tuple[float, float]]
     ) -> NDArray[np.float64]:
-        """Parameters of the votes, then biases, by log loss in which each item weighs the same."""
+        """Returns the parameters of the votes, then the biases, by a log loss that weighs all items alike."""
         weights = 1.0 / np.bincount(self.items)[self.items]
         weights = weights / weights.sum()
         split = len(prior)

@@ -1,7 +1,7 @@
 """Learns how the views of an item become one calibrated probability, on items the model never saw.
 
 How many views count (`top_k`) is chosen by the held-out log loss of items, the sigmoid is Platt's. Twenty items
-cannot tell neighbouring choices apart, so another `top_k` than the default must win by more than two standard errors
+cannot distinguish neighbouring choices, so another `top_k` than the default must win by more than two standard errors
 of the paired difference (one, as Breiman et al. 1984 take, is too little where three alternatives compete). What is
 reported of items comes from fusions that did not see them.
 """
@@ -32,7 +32,7 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class LearntFusion:
-    """What was learnt from held-out items.
+    """The fusion learnt from held-out items.
 
     Attributes:
         spec: For the bundle, learnt on all items.
@@ -46,13 +46,13 @@ class LearntFusion:
 
 
 def learn_fusion(items: Sequence[NDArray[np.floating]], bad: Flags, *, good: int = 0, seed: int = 1) -> LearntFusion:
-    """Learns the fusion, and what it is worth.
+    """Learns the fusion and measures how well its probabilities are calibrated.
 
     Args:
         items: Per item (V, C): probabilities of its views by a model that never saw the item.
-        bad: (items,) which are defective.
+        bad: bool (items,), True for defective items.
         good: Column of the good class.
-        seed: Of the folds and of the bootstrap.
+        seed: Seed of the folds and of the bootstrap.
     """
     spec, losses = _DEFAULT, dict[str, float]()
     candidates = _candidates(items, good)
@@ -69,25 +69,25 @@ def learn_fusion(items: Sequence[NDArray[np.floating]], bad: Flags, *, good: int
 
 
 def _candidates(items: Sequence[NDArray[np.floating]], good: int) -> dict[int, Floats]:
-    """Evidence of every item by `top_k`; a choice that no item has the views for is none."""
+    """Returns the evidence of every item by `top_k`, for each choice that some item has enough views for."""
     most = max(len(views) for views in items)
     choices = sorted({k for k in TOP_K if k <= most} | {_DEFAULT.top_k})
     return {k: np.array([item_evidence(views, good, k) for views in items]) for k in choices}
 
 
 def _choose(candidates: dict[int, Floats], bad: Flags, seed: int) -> tuple[FusionSpec, dict[str, float]]:
-    """The fusion learnt on these items, and the held-out log loss of each `top_k`."""
+    """Returns the fusion learnt on these items and the held-out log loss of each `top_k`."""
     weights = balanced(bad)
     losses = {k: np.full(len(bad), np.nan) for k in candidates}
     for train, test in _folds(bad, seed):
         for k, evidence in candidates.items():
-            score = np.polyval(_platt(evidence[train], bad[train]), evidence[test])
+            score = np.polyval(fit_platt(evidence[train], bad[train]), evidence[test])
             losses[k][test] = np.logaddexp(0.0, np.where(bad[test], -score, score))
     means = {k: float(np.average(loss, weights=weights)) for k, loss in losses.items()}
     best = min(means, key=lambda k: (means[k], k))
     gain = (losses[_DEFAULT.top_k] - losses[best]) * weights
     chosen = best if gain.mean() > 2.0 * gain.std() / np.sqrt(len(gain)) else _DEFAULT.top_k
-    scale, offset = _platt(candidates[chosen], bad)
+    scale, offset = fit_platt(candidates[chosen], bad)
     report = {str(k): round(mean, 4) for k, mean in means.items()}
     if scale <= _MIN_SCALE:
         return _DEFAULT, report
@@ -101,16 +101,16 @@ def _folds(bad: Flags, seed: int) -> list[tuple[NDArray[np.intp], NDArray[np.int
 
 
 def balanced(bad: Flags) -> Floats:
-    """Weights of mean 1 under which good and defective items count alike: the fusion's prior."""
+    """Returns weights of mean 1 that give good and defective items the shares of the fusion's prior."""
     share = min(max(float(bad.mean()), 1e-9), 1.0 - 1e-9)
     return np.where(bad, _DEFAULT.prior / share, (1.0 - _DEFAULT.prior) / (1.0 - share))
 
 
-def _platt(evidence: Floats, bad: Flags) -> tuple[float, float]:
-    """Slope and intercept of the log odds (Platt 1999), at the fusion's prior.
+def fit_platt(evidence: Floats, bad: Flags) -> tuple[float, float]:
+    """Returns slope and intercept of the log odds (Platt 1999) at the fusion's prior.
 
-    Newton's method on the log loss plus half the squared slope: what scikit-learn's `LogisticRegression(C=1)` finds,
-    at a twentieth of the time, of which choosing by cross-validation within cross-validation needs a thousand.
+    Newton's method on the log loss plus half the squared slope finds the solution of scikit-learn's
+    `LogisticRegression(C=1)` in a twentieth of the time; nested cross-validation calls it a thousand times.
     """
     weights = balanced(bad)
     design = np.column_stack((evidence, np.ones_like(evidence)))
@@ -135,12 +135,12 @@ def _platt(evidence: Floats, bad: Flags) -> tuple[float, float]:
 
 
 def calibration(bad: Flags, defect: Floats, *, seed: int = 1) -> dict[str, Any]:
-    """How far the items' probabilities can be believed, at the fusion's prior.
+    """Measures the calibration of the items' probabilities at the fusion's prior.
 
     Args:
-        bad: (items,) which are defective.
-        defect: (items,) their probabilities.
-        seed: Of the bootstrap over items.
+        bad: bool (items,), True for defective items.
+        defect: float64 (items,), defect probability of each item, 0..1.
+        seed: Seed of the bootstrap over items.
 
     Returns:
         Brier score with a 95 % interval, expected calibration error, a reliability table (bins of about equally

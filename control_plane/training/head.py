@@ -1,12 +1,12 @@
-"""The classifier on top of the features: one member per part, scaled, projected, logistic; and a vote (`vote`).
+"""The classifier on top of the features: one member per part, scaled, projected, logistic; and a vote (`ensemble`).
 
-Each part of the features has a member of its own: members that see different things err on different skins, and one
+Each part of the features has a member of its own: members with different inputs err on different skins, and one
 classifier on all features together would learn the larger part's errors with its strengths (0.84 against 0.86 view
 AUC on the apples of the README).
 
-It learns as well from views that were never taken: each view united with a good view of another item keeps its label,
-so that the skin a defect happens to sit on tells less of the defect (`features.united`; a composition of
-examples as in mixup, Zhang et al. 2018, but by the rule that labels follow here: a defect anywhere is a defect).
+It learns also from composed views: a view united with a good view of another item keeps its label, so that the skin
+around a defect carries less information about the label (`patch_features.united`; a composition of examples as in
+mixup, Zhang et al. 2018, but by the rule that labels follow here: a defect anywhere is a defect).
 
 Penalties, votes and calibration come from a cross-validation by item *inside* the training data, so the data
 that measure the model never choose anything. Weights make items count alike however many views they have.
@@ -29,15 +29,17 @@ from control_plane.training.ensemble import HeldOutScores, softmax
 
 Floats = NDArray[np.floating]
 Unite = Callable[[Any, Any], Any]
-"""Features of one part, of two views: (N, F), (N, F) -> (N, F) as if one view showed what both show."""
+"""Combines the features of one part of two views: (N, F), (N, F) -> (N, F), as if one view showed both."""
 EMBEDDING = 5
+"""Principal components of the first member that are given out for drift monitoring."""
 CLIP = 1e-7
 """Probabilities of a member are kept this far from zero before their logarithm is taken."""
 _COMPONENTS = 96
 _PENALTIES = (1e-3, 3e-3, 1e-2)
 _OPTIONAL_PENALTIES = (1e-2, 3e-2, 1e-1)
-"""A member that must show that it knows unseen items may be trusted with more."""
+"""An optional member is tested on held-out items before it votes, so its regularisation may be weaker."""
 _VIEWS_PER_ITEM = 40
+"""An item with more views than this weighs no more than one with this many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Head:
     penalties: tuple[float, ...]
 
     def predict_proba(self, features: Floats, scalars: Floats | None = None) -> NDArray[np.float64]:
-        """float64 (N, C), calibrated: the scikit-learn side of the parity check."""
+        """Returns float64 (N, C), calibrated: the scikit-learn side of the parity check."""
         inputs = _inputs(np.asarray(features, np.float64), self.widths, scalars, self.medians)
         found = [_log(member.predict_proba(own)) for member, own in zip(self.members, inputs, strict=True)]
         return softmax(np.tensordot(self.votes, np.stack(found), 1) + self.bias)
@@ -70,7 +72,7 @@ class Head:
 def _inputs(
     features: Floats, widths: Sequence[int], scalars: Floats | None, medians: NDArray[np.float32]
 ) -> list[Floats]:
-    """What each member sees: the features of its part, and all scalars with the unknown ones filled."""
+    """Returns the inputs of each member: the features of its part, and all scalars with the unknown ones filled."""
     edges = np.cumsum([0, *widths])
     parts: list[Floats] = [features[:, a:b] for a, b in pairwise(edges)]
     if not len(medians):
@@ -85,7 +87,7 @@ def _log(probabilities: Floats) -> NDArray[np.float64]:
 
 
 def view_weights(labels: NDArray[np.integer], items: NDArray[np.generic]) -> NDArray[np.float64]:
-    """Weight of each view: an item counts up to so many views per class, and classes count alike; mean 1."""
+    """Returns the weight of each view, mean 1: an item counts up to `_VIEWS_PER_ITEM` views, classes count alike."""
     weights = np.zeros(len(labels))
     for klass in np.unique(labels):
         of_class = labels == klass
@@ -119,11 +121,11 @@ def fit_head(
         weights: (N,) of each view.
         classes: C.
         widths: Features of each member; their sum is F.
-        seed: Of folds, projection and unions.
-        optional: The last member must earn its vote.
+        seed: Seed of folds, projection and unions.
+        optional: Whether the last member votes only where it lowers the held-out loss.
         scalars: (N, K) or None.
         calibrate_on: Views that count for choosing and calibrating (augmented ones do not); None = all.
-        unite: Per member, what makes unions of views to learn from too; empty = none.
+        unite: Per member, the function that makes unions of views to learn from; empty = no unions.
 
     Returns:
         The head, and the numbers of the members that have a vote in it.
@@ -149,7 +151,7 @@ def fit_head(
 
 @dataclass(frozen=True, slots=True)
 class _Examples:
-    """What a classifier is fitted on."""
+    """Inputs, labels and weights that a classifier is fitted on."""
 
     inputs: list[Floats]
     labels: NDArray[np.integer]
@@ -158,7 +160,7 @@ class _Examples:
 
 @dataclass(frozen=True, slots=True)
 class _Views:
-    """All views that may be learnt from; see `fit_head`."""
+    """All views that may be learnt from; the fields are arguments of `fit_head`."""
 
     inputs: list[Floats]
     widths: tuple[int, ...]
@@ -169,11 +171,11 @@ class _Views:
     unite: tuple[Unite, ...]
 
     def bases(self, rows: NDArray[np.intp]) -> list[Pipeline]:
-        """Scaling and projection of each member, from these views as they are."""
+        """Fits scaling and projection of each member on these views, without unions."""
         return [_base(own[rows], self.seed) for own in self.inputs]
 
     def examples(self, rows: NDArray[np.intp]) -> _Examples:
-        """These views, and their unions with good ones among them."""
+        """Returns these views and their unions with good ones among them."""
         if not self.unite:
             return _Examples([own[rows] for own in self.inputs], self.labels[rows], self.weights[rows])
         first, second = self._partners(rows)
@@ -185,7 +187,7 @@ class _Views:
         return _Examples(inputs, self.labels[every], self.weights[every])
 
     def _partners(self, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Each view with a good view drawn by weight; those that drew their own item are left out."""
+        """Pairs each view with a good view drawn by weight; pairs of one item are left out."""
         good = rows[self.labels[rows] == 0]
         share = self.weights[good] / self.weights[good].sum()
         drawn = np.random.default_rng(self.seed).choice(good, size=len(rows), p=share)

@@ -1,4 +1,4 @@
-"""One ONNX graph from pixels to calibrated probabilities, and the proof that it computes what scikit-learn did."""
+"""Builds one ONNX graph from pixels to calibrated probabilities and checks it against scikit-learn."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ from models.classifier import EMBEDDING as EMBEDDING_OUTPUT
 from models.classifier import PROBABILITIES, SCALARS_INPUT, OnnxClassifier
 
 DIFFERENCE_LIMIT = 1e-3
-"""Largest difference of a probability that parity accepts: float32 against float64 through some 200 nodes."""
+"""Largest difference of a probability that the parity check accepts: float32 against float64 through some 200 nodes."""
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
-    """scikit-learn against ONNX on the same views."""
+    """Differences between scikit-learn and ONNX on the same views."""
 
     views: int
     max_difference: float
@@ -33,12 +33,12 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_graph(extractor: FeatureExtractor, head: Head, *, name: str, metadata: dict[str, str]) -> bytes:
-    """The whole model: `views` (and `scalars`) -> `probabilities`, `embedding`.
+    """Builds the whole model: `views` (and `scalars`) -> `probabilities`, `embedding`.
 
     Args:
         extractor: Fitted features.
         head: Fitted classifier, converted by skl2onnx.
-        name: Of the graph.
+        name: Name of the graph.
         metadata: Stored as `metadata_props`.
 
     Returns:
@@ -66,7 +66,7 @@ def build_graph(extractor: FeatureExtractor, head: Head, *, name: str, metadata:
 
 
 def _graft(w: GraphWriter, pipeline: Pipeline, features: str, width: int) -> str:
-    """Takes the nodes of the converted pipeline over, under names of their own; returns the probabilities' name."""
+    """Copies the nodes of the converted pipeline under new names; returns the name of the probabilities."""
     options = {id(pipeline): {"zipmap": False}}
     prefix = w.fresh("head")
     converted = convert_sklearn(
@@ -96,7 +96,7 @@ def _graft(w: GraphWriter, pipeline: Pipeline, features: str, width: int) -> str
 
 
 def _embed(w: GraphWriter, pipeline: Pipeline, features: str) -> None:
-    """First principal components of a member's scaled features, each with unit variance on the training views."""
+    """Writes the first principal components of a member's scaled features, with unit variance on the training views."""
     scale: Any = pipeline.named_steps["scale"]
     project: Any = pipeline.named_steps["project"]
     count = min(EMBEDDING, project.n_components_)
@@ -117,12 +117,12 @@ def parity(
     *,
     limit: float = DIFFERENCE_LIMIT,
 ) -> ParityReport:
-    """Judges the same views with both.
+    """Judges the same views with scikit-learn and with ONNX Runtime.
 
     Args:
         extractor: Fitted features.
-        head: scikit-learn's side, in float64.
-        graph: ONNX's side.
+        head: The fitted classifier, computed in float64.
+        graph: The serialised graph, computed in float32.
         views: uint8 (N, S, S, 3).
         scalars: float32 (N, K) or None.
         limit: Largest accepted difference of a probability; also the band in which a label may differ.

@@ -1,7 +1,8 @@
 """Makes a bundle from a model trained elsewhere (for example exported from PyTorch).
 
-Its graph is wrapped, not changed: uint8 BGR views in, its own scaling, channel order and layout, softmax where it gives
-logits. The labelled folder gives golden views, reference and figures; the wrapped graph must answer as the original.
+The graph is wrapped, not changed: uint8 BGR views in, then scaling, channel order and layout of the model, and a
+softmax where it gives logits. The labelled folder gives golden views, reference and figures; the answers of the wrapped
+graph must be those of the original.
 """
 
 from pathlib import Path
@@ -44,11 +45,11 @@ from models.view_spec import PreprocessSpec
 
 _LIMIT: Final = 1e-3
 _NEWEST_OPSET, _NEWEST_IR = 21, 10
-"""What the oldest ONNX Runtime an agent may have (1.20) reads."""
+"""Newest opset and format that the oldest ONNX Runtime of an agent (1.20) reads."""
 
 
 class ImportSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the foreign model wants its input and what its output means."""
+    """Input format of the imported model and meaning of its outputs."""
 
     name: str
     classes: Annotated[list[str], msgspec.Meta(min_length=2)]
@@ -58,18 +59,18 @@ class ImportSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     layout: Literal["nchw", "nhwc"] = "nchw"
     channels: Literal["rgb", "bgr"] = "rgb"
     scale: float = 1.0 / 255.0
-    """Pixels (0-255) are multiplied by this first ..."""
+    """Pixels (0-255) are first multiplied by this."""
     mean: Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)] = msgspec.field(
         default_factory=lambda: [0.0] * 3
     )
-    """... then this is subtracted, per channel in the model's order ..."""
+    """Is then subtracted, per channel in the order of the model."""
     std: Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)] = msgspec.field(
         default_factory=lambda: [1.0] * 3
     )
-    """... then they are divided by this."""
+    """Divides the result, per channel in the order of the model."""
     logits: bool = True
     unseen: bool = False
-    """The model has not learnt from the folder: fusion, calibration and costs are learnt from its items."""
+    """Whether the model has not learnt from the folder; then its items teach fusion, calibration and costs."""
 
 
 def import_onnx(path: Path, settings: ImportSettings, output: Path) -> Bundle:
@@ -80,7 +81,7 @@ def import_onnx(path: Path, settings: ImportSettings, output: Path) -> Bundle:
             `import.wrong_classes`, `import.parity_failed`, `import.bad_settings`, and those of the data set.
         BundleError: The wrapped graph does not load.
     """
-    try:  # settings come from a command line or a request: check what a plain constructor does not
+    try:  # a plain constructor does not check settings from a command line or a request
         settings = msgspec.convert(msgspec.to_builtins(settings), ImportSettings)
     except msgspec.ValidationError as error:
         raise InputError("import.bad_settings", f"The settings are wrong: {error}.") from error
@@ -126,7 +127,7 @@ def import_onnx(path: Path, settings: ImportSettings, output: Path) -> Bundle:
 def _learn(
     classifier: OnnxClassifier, dataset: Dataset, recipe: Recipe, spec: PreprocessSpec
 ) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe with a fusion learnt on the folder's items, and what the lineage keeps of them."""
+    """Returns the recipe with a fusion learnt on the items of the folder, and facts for the lineage."""
     found = list(items_of(dataset, spec.max_views))
     truth = truth_in(recipe, dataset, found)
     views = [classifier.classify(dataset.views[item.chosen]).probabilities for item in found]
@@ -171,7 +172,7 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def wrap(original: onnx.ModelProto, settings: ImportSettings) -> bytes:
-    """Our signature around the foreign graph.
+    """Wraps the imported graph so that it has the signature of a bundle.
 
     Raises:
         InputError: `import.wrong_signature`.
@@ -211,7 +212,7 @@ def wrap(original: onnx.ModelProto, settings: ImportSettings) -> bytes:
 
 
 def _converted(original: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in an opset that every agent reads: its own, or the nearest one."""
+    """Returns the model in an opset that every agent reads: its own, or the nearest one."""
     current = _opset(original)
     copy = onnx.ModelProto()
     copy.CopyFrom(inliner.inline_local_functions(original) if original.functions else original)
@@ -237,14 +238,14 @@ def _opset(model: onnx.ModelProto) -> int:
 
 
 def _free_batch(model: onnx.ModelProto, source: onnx.ValueInfoProto) -> None:
-    """A model exported for one batch size takes any."""
+    """Makes the batch size of input and outputs variable."""
     for value in (source, *model.graph.output):
         value.type.tensor_type.shape.dim[0].ClearField("dim_value")
         value.type.tensor_type.shape.dim[0].dim_param = "N"
 
 
 def _before(settings: ImportSettings, wanted: onnx.ModelProto) -> onnx.ModelProto:
-    """uint8 BGR views -> what the model wants, in the model's own versions of opset and format."""
+    """Returns the part before the model, from uint8 BGR views to its input, in its own opset and format."""
     side = settings.view_px
     constants = {
         "scale": np.float32(settings.scale),
@@ -278,7 +279,7 @@ def _before(settings: ImportSettings, wanted: onnx.ModelProto) -> onnx.ModelProt
 def _parity(
     original: onnx.ModelProto, settings: ImportSettings, classifier: OnnxClassifier, views: NDArray[np.uint8]
 ) -> ParityReport:
-    """The original, fed by numpy, against the wrapped graph."""
+    """Compares the wrapped graph with the original, whose input numpy prepares."""
     if classifier.classes != len(settings.classes):
         raise InputError(
             "import.wrong_classes", "The model answers for another number of classes.", expected=list(settings.classes)
@@ -325,7 +326,7 @@ def _parity(
 def _reference(
     classifier: OnnxClassifier, dataset: Dataset, recipe: Recipe, spec: PreprocessSpec
 ) -> tuple[bytes, dict[str, Any]]:
-    """Profile and item figures on the folder; whether the model has seen these items, we cannot know."""
+    """Returns profile and item figures on the folder; the model may have learnt from its items."""
     rows, truths, fused, names = [], [], [], []
     counts = dict.fromkeys(recipe.classes, 0)
     good = recipe.good

@@ -5,12 +5,12 @@ k-means (Coates & Ng, "Learning Feature Representations with K-means", 2012), an
 soft threshold, pooled over the item by mean, by maximum and by the mean of local maxima: a defect may be small, so the
 maximum must count, and every sound item has its stem, so one maximum must not decide. One
 scale sees fine detail in colour, one sees larger form in brightness alone: the two err on different skins, so each
-gets a classifier of its own (`head`) and their mean errs less than either. What contrast cannot tell, large soft areas
-of another colour, a third part looks at (`tint`). What is outside the item is filled with
+gets a classifier of its own (`head`) and their mean errs less than either. A third part (`colour_features`) measures
+large soft areas of another colour, which contrast does not show. What is outside the item is filled with
 the item's mean colour and no patch that touches it is pooled, so belt and backdrop cannot matter; contrast
 normalisation takes out the lamp.
 
-`features_graph` is the only implementation; `FeatureExtractor.transform` runs it with ONNX Runtime.
+`write_features` is the only implementation; `FeatureExtractor.transform` runs it with ONNX Runtime.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,20 +29,20 @@ from models.onnx_runtime import ort
 Views = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 _WHITEN_EPS = 0.033
-"""Per channel, in units of the normalised patch."""
+"""Is added to each eigenvalue per channel before whitening, in units of the normalised patch."""
 _GREY = (0.2, 0.4, 0.4)
 """Weights of blue, green and red: less of the noisy blue."""
 _INSIDE = 0.999
 """Share of a patch that must be item for its position to be pooled."""
 _TILES = 3
-"""Local maxima are taken in this many by this many tiles of the view."""
+"""The view is cut into this many by this many tiles, each of which gives one local maximum."""
 _LEAST_SHARE = 1e-4
 """Below one position in any picture: keeps the mean over no position finite."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """One dictionary: patches of `patch_px` on the view shrunk by `shrink`, every `stride` pixels."""
+class PatchScale:
+    """The shape of one dictionary: patches of `patch_px` on the view shrunk by `shrink`, every `stride` pixels."""
 
     shrink: int
     patch_px: int
@@ -54,7 +54,7 @@ class Scale:
 
     @property
     def channels(self) -> int:
-        """Of its patches."""
+        """Channels of its patches: 1 in grey, 3 in colour."""
         return 1 if self.grey else 3
 
 
@@ -64,14 +64,17 @@ class FeatureSpec:
 
     view_px: int = 64
     filters: int = 192
-    """Per scale."""
-    scales: tuple[Scale, ...] = (Scale(1, 6, 2, noise=60.0), Scale(2, 6, 1, noise=20.0, grey=True))
+    """Patches in the dictionary of each scale."""
+    scales: tuple[PatchScale, ...] = (
+        PatchScale(1, 6, 2, noise=60.0),
+        PatchScale(2, 6, 1, noise=20.0, grey=True),
+    )
     patches: int = 50_000
-    """Per scale, that the dictionary is learnt on."""
+    """Patches per scale that the dictionary is learnt on."""
     threshold: float = 1.0
-    """Of the soft threshold, in units of the whitened patch."""
+    """The soft threshold, in units of the whitened patch (Coates & Ng 2012)."""
     tint: bool = True
-    """Whether colour and brightness relative to the item are looked at, as the last part (`tint`)."""
+    """Whether the last part measures colour and brightness relative to the item (`colour_features`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ class Dictionary:
 
 @dataclass(frozen=True, slots=True)
 class FeatureExtractor:
-    """Fitted dictionaries, one per scale, and what tint is usual."""
+    """Fitted dictionaries, one per scale, and the usual tint."""
 
     spec: FeatureSpec
     dictionaries: tuple[Dictionary, ...]
@@ -100,15 +103,15 @@ class FeatureExtractor:
         Args:
             views: uint8 (N, S, S, 3) BGR, background zero.
             groups: (N,) item of each view: each item gives about equally many patches.
-            spec: Shape.
-            seed: Decides patches and first centroids; the same seed and views give the same bytes.
+            spec: Shape of the extractor.
+            seed: Seed of the drawn patches and the first centroids; the same seed and views give the same bytes.
         """
         rng = np.random.default_rng(seed)
         found = tuple(_learn(views, groups, spec, scale, rng, seed) for scale in spec.scales)
         return cls(spec, found, Tint.fit(views, groups) if spec.tint else None)
 
     def only(self, parts: Sequence[int]) -> "FeatureExtractor":
-        """The same without the parts whose numbers are not among these."""
+        """Returns an extractor with only the parts of these numbers."""
         scales = len(self.spec.scales)
         kept = [k for k in range(scales) if k in parts]
         spec = replace(
@@ -117,7 +120,7 @@ class FeatureExtractor:
         return FeatureExtractor(spec, tuple(self.dictionaries[k] for k in kept), self.tint if spec.tint else None)
 
     def transform(self, views: Views, *, progress: Callable[[float], None] | None = None, batch: int = 64) -> Floats:
-        """float32 (N, F): the features of each view."""
+        """Returns float32 (N, F), the features of each view."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
@@ -133,7 +136,7 @@ class FeatureExtractor:
 
 
 def _learn(
-    views: Views, groups: NDArray[np.generic], spec: FeatureSpec, scale: Scale, rng: np.random.Generator, seed: int
+    views: Views, groups: NDArray[np.generic], spec: FeatureSpec, scale: PatchScale, rng: np.random.Generator, seed: int
 ) -> Dictionary:
     patches = normalised(_sample_patches(views, groups, spec, scale, rng), scale.noise)
     mean = patches.mean(axis=0)
@@ -155,12 +158,12 @@ def _learn(
 
 
 def normalised(patches: Floats, noise: float) -> Floats:
-    """float32 (N, D): each patch minus its mean, divided by its own contrast."""
+    """Returns float32 (N, D): each patch minus its mean, divided by its own contrast."""
     centred = patches - patches.mean(axis=1, keepdims=True)
     return as_float32(centred / np.sqrt(patches.var(axis=1, keepdims=True) + noise))
 
 
-def shrunk(views: Views, scale: Scale) -> tuple[Floats, NDArray[np.bool_]]:
+def shrunk(views: Views, scale: PatchScale) -> tuple[Floats, NDArray[np.bool_]]:
     """The first step of the graph in numpy, for sampling patches and as the reference in tests.
 
     Returns:
@@ -182,9 +185,9 @@ def shrunk(views: Views, scale: Scale) -> tuple[Floats, NDArray[np.bool_]]:
 
 
 def _sample_patches(
-    views: Views, groups: NDArray[np.generic], spec: FeatureSpec, scale: Scale, rng: np.random.Generator
+    views: Views, groups: NDArray[np.generic], spec: FeatureSpec, scale: PatchScale, rng: np.random.Generator
 ) -> Floats:
-    """float32 (patches, p * p * channels), from inside the items, about equally many per item."""
+    """Returns float32 (patches, p * p * channels) from inside the items, about equally many per item."""
     size = scale.patch_px
     names = np.unique(groups)
     each = max(8, spec.patches // len(names))
@@ -199,7 +202,7 @@ def _sample_patches(
             for y, x in rng.integers(0, side - size + 1, size=(per_view, 2)):
                 if mask[y : y + size, x : x + size].all():
                     found.append(picture[y : y + size, x : x + size].reshape(1, -1))
-    if not found:  # items too small to hold a patch: anything is better than nothing
+    if not found:  # items too small to hold a patch still give one
         colours, _ = shrunk(views, scale)
         found = [picture[:size, :size].reshape(1, -1) for picture in colours]
     return np.concatenate(found)
@@ -224,29 +227,29 @@ def united(first: Floats, second: Floats) -> Floats:
 
 
 def widths(spec: FeatureSpec) -> tuple[int, ...]:
-    """Number of features of each part: one per scale, then tint."""
+    """Returns the number of features of each part: one part per scale, then tint."""
     return (3 * spec.filters,) * len(spec.scales) + (TINT_FEATURES,) * spec.tint
 
 
 def unions(spec: FeatureSpec) -> list[Callable[[Floats, Floats], Floats]]:
-    """What unites two views, per part."""
+    """Returns, per part, the function that unites the features of two views."""
     found: list[Callable[[Floats, Floats], Floats]] = [united] * len(spec.scales)
     return found + [united_tint] * spec.tint
 
 
 def part_names(spec: FeatureSpec) -> list[str]:
-    """What each part looks at, for people; in the order of `widths`."""
+    """Returns a name for each part that people read, in the order of `widths`."""
     names = [f"contrast in {'brightness' if scale.grey else 'colour'}, 1/{scale.shrink}" for scale in spec.scales]
     return names + ["tint"] * spec.tint
 
 
 def feature_count(spec: FeatureSpec) -> int:
-    """F."""
+    """Returns F, the number of features of one view."""
     return sum(widths(spec))
 
 
 def features_graph(extractor: FeatureExtractor) -> onnx.ModelProto:
-    """The feature part as a model of its own: `views` -> `features` float32 [N, F], one part after the other."""
+    """Returns the features as a model of their own: `views` -> `features` float32 [N, F], one part after the other."""
     w = GraphWriter()
     w.op("Concat", write_features(w, extractor), output="features", axis=1)
     return w.model(
@@ -283,7 +286,9 @@ def _shrink(w: GraphWriter, x: str, inside: str, mean: str, shrink: int) -> tupl
     return w.op("Where", [mostly, colour, mean]), w.op("Cast", [mostly], to=1)
 
 
-def _pooled(w: GraphWriter, picture: str, mostly: str, dictionary: Dictionary, scale: Scale, positions: int) -> str:
+def _pooled(
+    w: GraphWriter, picture: str, mostly: str, dictionary: Dictionary, scale: PatchScale, positions: int
+) -> str:
     """Responses to contrast-normalised patches at `positions` x `positions`, soft-thresholded and pooled over the item.
 
     With patch mean m, contrast s, kernel k of mean zero and bias b: k . (patch - m) / s + b = conv(patch) / s + b, so

@@ -1,9 +1,10 @@
-"""Training, from a folder to a bundle.
+"""Trains a model: from a labelled folder to a bundle.
 
-In this order: read, cross-validate by item, calibrate, fit on all, convert, prove parity, make the reference, write.
+The steps in their order: read, cross-validate by item, calibrate, fit on all views, convert, check parity, make the
+reference, write.
 
-Every figure comes from views of items the model at hand has not seen. The bundle holds no time and no host: the same
-data, seed and code give the same digest.
+Every figure comes from views of items that the measured model has not learnt from. The bundle holds no time and no
+host name: the same data, seed and code give the same digest.
 """
 
 import time
@@ -41,27 +42,27 @@ from models.view_spec import PreprocessSpec
 GOLDEN_VIEWS: Final = 32
 GOLDEN_TOLERANCE: Final = 2e-3
 VARIED: Final = 2
-"""Varied copies of each view that standard effort learns from."""
+"""Augmented copies of each view that standard effort learns from."""
 Progress = Callable[[str, float], None]
 
 
 class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a person decides about a training run."""
+    """Settings of a training run."""
 
     name: str
     seed: int = 1
     effort: Literal["quick", "standard"] = "standard"
-    """quick: smaller dictionary, no augmentation, no unions; for a first look and for the demo."""
+    """`quick` has a smaller dictionary, no augmentation and no unions, for a first look and for the demo."""
     folds: int = 5
     good_class: str = ""
     abstain_budget: Share = 0.0
-    """At most this share of the items takes the unsure outlet; the band is learnt from held-out items."""
+    """Largest share of items, 0..1, that may take the unsure outlet; the band is learnt from held-out items."""
     precision: Literal["float32", "int8"] = "float32"
-    """int8: smaller and faster where the processor has VNNI; refused where it costs accuracy."""
+    """`int8` is smaller, and faster where the processor has VNNI; it is refused where it costs accuracy."""
 
     @property
     def features(self) -> FeatureSpec:
-        """Of this effort."""
+        """Shape of the feature extractor at this effort."""
         return FeatureSpec(filters=96, patches=30_000) if self.effort == "quick" else FeatureSpec()
 
 
@@ -76,7 +77,7 @@ class TrainedModel:
     seconds: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
-        """Plain values for the API and the command line."""
+        """Returns plain values for the API and the command line."""
         return {
             "bundle": self.bundle.digest,
             "name": self.bundle.manifest.name,
@@ -94,11 +95,11 @@ class _Fitted:
     head: Head
     graph: bytes
     votes: dict[str, float]
-    """Part of the features -> weight of its log-probabilities; zero = it is left out."""
+    """Weight of the log-probabilities of each part of the features; zero = the part is left out."""
 
 
 class _Clock:
-    """Durations of the stages, and progress over all of them."""
+    """Measures durations of the stages and reports progress over all of them."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -119,13 +120,13 @@ def train(
     """Trains from a labelled folder and writes the bundle.
 
     Args:
-        root: See `datasets.load_dataset`.
-        settings: What a person decides.
-        output: New directory of the bundle.
-        progress: Called with (stage, 0..1); an exception raised in it ends the training.
+        root: Labelled folder; see `photo_folder.load_dataset`.
+        settings: Settings of the run.
+        output: Directory of the bundle, to be made.
+        progress: Is called with (stage, 0..1); an exception raised in it ends the training.
 
     Raises:
-        InputError: The data cannot be learnt from, or `training.parity_failed`.
+        InputError: The data cannot be used, or `training.parity_failed`.
         BundleError: The bundle could not be written.
     """
     with threadpool_limits(1):
@@ -192,7 +193,7 @@ def _dataset_facts(dataset: Dataset) -> dict[str, Any]:
 
 
 def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _Fitted:
-    """Features and head on these rows only."""
+    """Fits features and head on these rows only."""
     views, labels, items = dataset.views[rows], dataset.labels[rows], dataset.items[rows]
     rng = np.random.default_rng(settings.seed)
     extractor = FeatureExtractor.fit(views, items, settings.features, seed=settings.seed)
@@ -221,11 +222,11 @@ def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _
 
 
 def _folds(dataset: Dataset, settings: TrainSettings) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """(training rows, held-out rows) of each fold; the same for the same data set and settings."""
+    """Returns (training rows, held-out rows) of each fold, the same for the same data set and settings."""
     split = np.array([photo.split for photo in dataset.photos])
     if not ((split == "test").any() and (split != "test").any()):
         return list(item_folds(dataset.items, dataset.labels, folds=settings.folds, seed=settings.seed))
-    # The data set says itself what is held out; the rest still gets out-of-fold answers.
+    # The data set names its held-out items; the others still need out-of-fold answers.
     rest = np.flatnonzero(split != "test")
     inner = item_folds(dataset.items[rest], dataset.labels[rest], folds=settings.folds, seed=settings.seed)
     return [(rest, np.flatnonzero(split == "test"))] + [(rest[a], rest[b]) for a, b in inner]
@@ -234,9 +235,9 @@ def _folds(dataset: Dataset, settings: TrainSettings) -> list[tuple[NDArray[np.i
 def _cross_validate(
     dataset: Dataset, settings: TrainSettings, clock: _Clock
 ) -> tuple[NDArray[np.float64], list[ParityReport], Cost | None]:
-    """Out-of-fold probabilities (N, C) by the ONNX graph of each fold, and its parity on the held-out views.
+    """Returns out-of-fold probabilities (N, C) of the ONNX graph of each fold, and its parity on the held-out views.
 
-    With eight bits the probabilities are those of the quantised graphs, and the third part is what that costs.
+    With eight bits the probabilities are those of the quantised graphs, and the third part is their cost.
     """
     found = np.zeros((len(dataset.views), len(dataset.classes)))
     eight = np.zeros_like(found)
@@ -272,10 +273,10 @@ def _answers(classifier: OnnxClassifier, views: NDArray[np.uint8]) -> tuple[NDAr
 
 
 def _parity(folds: list[ParityReport], final: ParityReport) -> ParityReport:
-    """All parity checks as one.
+    """Joins all parity checks into one report.
 
     Raises:
-        InputError: `training.parity_failed`: the model is not used.
+        InputError: `training.parity_failed`; the model must not be used.
     """
     every = [*folds, final]
     views = sum(r.views for r in every)
@@ -300,7 +301,7 @@ def _parity(folds: list[ParityReport], final: ParityReport) -> ParityReport:
 def _recipe(
     dataset: Dataset, probabilities: NDArray[np.float64], settings: TrainSettings, spec: PreprocessSpec
 ) -> tuple[LearntFusion, Recipe, HeldOut]:
-    """Fusion and abstain band learnt on out-of-fold items; the terms are those of equal mistakes."""
+    """Learns fusion and abstain band on out-of-fold items, under terms that price all mistakes alike."""
     found = list(items_of(dataset, spec.max_views))
     truth = np.array([item.truth for item in found])
     learnt = learn_fusion([probabilities[item.chosen] for item in found], truth > 0, seed=settings.seed)
@@ -315,7 +316,7 @@ def _recipe(
 
 
 def _costs(held: HeldOut, recipe: Recipe) -> dict[str, Any]:
-    """What the recipe costs on held-out items, without the curve; nothing where they are all of one kind."""
+    """Returns the costs of the recipe on held-out items without the curve; empty where all are of one kind."""
     if len({truth == recipe.good for truth in held.truth}) < 2:
         return {}
     return {key: value for key, value in cost_report(held, recipe).items() if key != "curve"}
@@ -329,7 +330,7 @@ def _metrics(
     recipe: Recipe,
     spec: PreprocessSpec,
 ) -> dict[str, Any]:
-    """Out-of-fold figures of views and items (fused by what others taught); views in doubt left out as well."""
+    """Returns out-of-fold figures of views and items, and of the views without those in doubt."""
     sure = ~dataset.doubt
     held_out = [rows for _, rows in _folds(dataset, settings)]
     score, bad = 1.0 - probabilities[:, 0], dataset.labels > 0
@@ -356,7 +357,7 @@ def _metrics(
 def _parts(
     dataset: Dataset, probabilities: NDArray[np.float64], recipe: Recipe, spec: PreprocessSpec, fitted: _Fitted
 ) -> dict[str, bytes]:
-    """Reference profile (out-of-fold items) and golden views."""
+    """Makes the reference profile (from out-of-fold items) and the golden views."""
     classifier = OnnxClassifier(fitted.graph)
     rows, names, counts = [], feature_names(classifier.embedding_size), dict.fromkeys(dataset.classes, 0)
     for item in items_of(dataset, spec.max_views):
@@ -370,7 +371,7 @@ def _parts(
 
 
 def golden_views(classifier: OnnxClassifier, views: NDArray[np.uint8], labels: NDArray[np.int64]) -> Golden:
-    """Some views of each class, and those closest to the decision: where a difference would matter first."""
+    """Chooses golden views: some of each class, and those closest to the decision threshold."""
     probabilities, embedding = _answers(classifier, views)
     near = np.argsort(np.abs(probabilities[:, 0] - 0.5), kind="stable")[: GOLDEN_VIEWS // 2]
     each = max(1, GOLDEN_VIEWS // 2 // max(len(np.unique(labels)), 1))

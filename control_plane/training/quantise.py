@@ -1,8 +1,8 @@
-"""The same model in eight bits: convolutions and projections on int8, what that gains here and what it costs.
+"""Quantises a model to eight bits (convolutions and projections) and measures gain and cost.
 
 Static quantisation (QDQ, weights per channel) by ONNX Runtime; the ranges of activations come from views the model
-learnt from. The result is another model: its golden views, fusion and figures are its own, and a parity check against
-float32 would be a lie. What bounds it instead is its accuracy cost on views it did not learn from.
+learnt from. The result is another model with its own golden views, fusion and figures, to which a parity check against
+float32 does not apply. It is bounded by its accuracy cost on views it did not learn from.
 
 Sums of eight bits may saturate on x86 processors without VNNI instructions: where golden views do not reproduce, an
 agent refuses the bundle (`golden.mismatch`) before it judges anything.
@@ -34,9 +34,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 AUC_LIMIT: Final = 0.01
-"""Largest loss of the area under the ROC that is accepted, and ..."""
+"""Largest loss of the area under the ROC that is accepted."""
 FLIP_LIMIT: Final = 0.05
-"""... the largest share of views that may change sides."""
+"""Largest share of views whose verdict may change."""
 _CALIBRATION_VIEWS: Final = 256
 _BATCH: Final = 16
 _ROUNDS: Final = 15
@@ -45,7 +45,7 @@ Views = NDArray[np.uint8]
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """int8 against float32 on the same views."""
+    """Differences between int8 and float32 on the same views."""
 
     views: int
     items: int
@@ -56,20 +56,20 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     auc: dict[str, float]
     """`float32`, `int8`, and `cost` with its 95 % interval over items (`low`, `high`)."""
     balanced_accuracy: dict[str, float]
-    """As above, at one half."""
+    """`float32`, `int8` and `cost` of the balanced accuracy at a threshold of one half."""
 
     @property
     def accepted(self) -> bool:
-        """Within both limits."""
+        """Whether AUC cost and flips are within their limits."""
         return self.auc["cost"] <= AUC_LIMIT and self.flips <= FLIP_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A quantised bundle and what became of it.
+    """A quantised bundle and its report.
 
     Attributes:
-        bundle: Written.
+        bundle: The written bundle.
         report: Cost, milliseconds per view and bytes of both; plain values.
     """
 
@@ -88,17 +88,17 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # the library has n
         self._feeds = iter(feeds)
 
     def get_next(self) -> dict[str, Any] | None:
-        """The next batch; None at the end."""
+        """Returns the next batch; None at the end."""
         return next(self._feeds, None)
 
 
 def quantise(graph: bytes, views: Views, *, seed: int = 1) -> bytes:
-    """The graph with int8 convolutions and matrix products.
+    """Returns the graph with int8 convolutions and matrix products.
 
     Args:
         graph: Serialised ONNX, float32.
-        views: uint8 (N, S, S, 3) that the model learnt from: they give the ranges of activations.
-        seed: Chooses among them.
+        views: uint8 (N, S, S, 3) that the model learnt from; they give the ranges of activations.
+        seed: Seed of the choice among them.
 
     Raises:
         InputError: `training.not_quantisable`.
@@ -110,7 +110,9 @@ def quantise(graph: bytes, views: Views, *, seed: int = 1) -> bytes:
         source, prepared, target = (str(Path(scratch) / name) for name in ("a.onnx", "b.onnx", "c.onnx"))
         Path(source).write_bytes(graph)
         try:
-            logging.getLogger().setLevel(logging.ERROR)  # the library advises to preprocess, after preprocessing
+            logging.getLogger().setLevel(
+                logging.ERROR
+            )  # the library warns that the model is not preprocessed although it is
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
             quantize_static(
                 prepared,
@@ -149,7 +151,7 @@ def cost_of(
     good: int = 0,
     seed: int = 1,
 ) -> Cost:
-    """What eight bits cost on views the model did not learn from.
+    """Measures what eight bits cost on views the model did not learn from.
 
     Args:
         float32: (N, C) probabilities.
@@ -157,7 +159,7 @@ def cost_of(
         labels: (N,) classes.
         items: (N,) item of each view.
         good: Column and label of the good class.
-        seed: Of the bootstrap over items.
+        seed: Seed of the bootstrap over items.
     """
     bad = labels != good
     wide, narrow = 1.0 - float32[:, good], 1.0 - int8[:, good]
@@ -188,7 +190,7 @@ def cost_of(
 
 
 def _auc(bad: NDArray[np.bool_], score: NDArray[np.floating]) -> float:
-    """Area under the ROC by ranks (Mann-Whitney): hundreds of draws of thousands of views must not take minutes."""
+    """Returns the area under the ROC by ranks (Mann-Whitney), fast enough for hundreds of draws."""
     ill, well = int(bad.sum()), int((~bad).sum())
     if not ill or not well:
         return float("nan")
@@ -196,7 +198,7 @@ def _auc(bad: NDArray[np.bool_], score: NDArray[np.floating]) -> float:
 
 
 def check_cost(cost: Cost) -> None:
-    """The gate of a quantised model.
+    """Refuses a quantised model that costs too much accuracy.
 
     Raises:
         InputError: `training.quantisation_costs`: keep the float32 model.
@@ -211,7 +213,7 @@ def check_cost(cost: Cost) -> None:
 
 
 def milliseconds_per_view(graphs: dict[str, bytes], views: Views, *, batch: int = 8) -> dict[str, float]:
-    """Processor time of one view in a batch on one thread: the best of several rounds in turn.
+    """Measures processor time of one view in a batch on one thread, the best of several rounds.
 
     The rounds alternate between the graphs, so that a busy machine slows all of them alike.
     """
@@ -238,16 +240,16 @@ def quantised(
 ) -> Quantised:
     """Writes the bundle in `directory` with an int8 model, its golden views and its cost.
 
-    Half of the items give the ranges of activations, the cost is counted on the other half. Whether the model has
-    learnt from these items we cannot know: bring some it has not.
+    Half of the items give the ranges of activations, the cost is counted on the other half. The items should be ones
+    that the model has not learnt from; this cannot be checked here.
 
     Args:
-        directory: Of the float32 bundle.
-        output: New directory.
+        directory: Directory of the float32 bundle.
+        output: Directory to be made.
         views: uint8 (N, S, S, 3).
         labels: (N,) 0 = good.
         items: (N,) item of each view.
-        gate: Refuse a model that costs too much; False only measures.
+        gate: Whether a model that costs too much is refused; False only measures.
 
     Raises:
         InputError: `training.not_quantisable`, `training.quantisation_costs`.
@@ -285,7 +287,7 @@ def quantised(
 
 
 def _half(labels: NDArray[np.integer], items: NDArray[np.generic]) -> NDArray[np.bool_]:
-    """Views of every other item, good and defective ones alike: ranges seen on one kind alone cut the other off."""
+    """Selects views of every other item among the good and among the defective ones, so that both give ranges."""
     names = np.unique(items)
     ill = np.array([(labels[items == name] > 0).any() for name in names])
     chosen = [*names[ill][::2], *names[~ill][::2]]
@@ -298,13 +300,13 @@ def _probabilities(classifier: OnnxClassifier, views: Views) -> NDArray[np.float
 
 
 def _golden(golden: Golden, classifier: OnnxClassifier) -> Golden:
-    """The same views with the answers of this model."""
+    """Returns the same views with the answers of this model."""
     answer = classifier.classify(golden.views, golden.scalars if golden.scalars.shape[1] else None)
     return msgspec.structs.replace(golden, probabilities=answer.probabilities, embedding=answer.embedding)
 
 
 def card_section(cost: Cost) -> str:
-    """What the model card says of eight bits."""
+    """Returns the section of the model card about eight bits."""
     lines = ["", "## Eight bits", f"int8 against float32 on {cost.views} views of {cost.items} items:"]
     for name, figure in (("AUC", cost.auc), ("balanced accuracy", cost.balanced_accuracy)):
         lines.append(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from control_plane.evaluation.operating_point import HeldOut, cost_report, held_out_of, hold_out, tuned
-from control_plane.training.fusion import _platt, balanced, learn_fusion
+from control_plane.training.fusion import balanced, fit_platt, learn_fusion
 from models.errors import InputError
 from models.fusion import FusionSpec, fuse
 from models.recipe import Recipe, Terms
@@ -84,7 +84,7 @@ def test_the_sigmoid_is_the_one_scikit_learn_finds(gap: float) -> None:
     evidence = rng.normal(np.where(bad, gap, -gap), 1.0)
     model = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000)
     model.fit(evidence[:, None], bad, sample_weight=balanced(bad))
-    assert _platt(evidence, bad) == pytest.approx((model.coef_[0, 0], model.intercept_[0]), abs=2e-5)
+    assert fit_platt(evidence, bad) == pytest.approx((model.coef_[0, 0], model.intercept_[0]), abs=2e-5)
 
 
 def test_what_is_reported_of_an_item_was_learnt_without_it() -> None:

@@ -15,7 +15,7 @@ from models.bundle import LINEAGE, MODEL, PARTS, read_bundle, write_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
 from models.golden import GOLDEN
-from tests.control_plane.training.test_pipeline import folder
+from tests.simulators.photographs import folder
 from tests.simulators.tiny_bundle import tiny_files
 
 
