@@ -320,12 +320,14 @@ def _assemble(manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
         card=files[CARD].decode("utf-8", errors="replace"),
         lineage=_parse_json(files[LINEAGE], dict[str, object], LINEAGE),
     )
+    bundle.preprocess.check()
     side, classes = bundle.preprocess.view_px, len(bundle.recipe.classes)
     embedding = bundle.golden.embedding.shape[1]
     facts = {
         "view": (bundle.golden.views.shape[1:], (side, side, 3)),
         "classes": (bundle.golden.probabilities.shape[1], classes),
         "features": (bundle.profile.features, feature_names(embedding)),
+        "scalars": (bundle.golden.scalars.shape[1], len(bundle.preprocess.scalars)),
     }
     for name, (got, expected) in facts.items():
         if got != expected:

@@ -114,7 +114,7 @@ def import_onnx(path: Path, settings: ImportSettings, output: Path) -> Bundle:
     about = facts | {"classes": dataset.report.classes}
     parts = {
         MODEL: graph,
-        PREPROCESS: msgspec.json.encode(spec),
+        PREPROCESS: spec.encoded(),
         RECIPE: msgspec.json.encode(recipe),
         PROFILE: profile,
         GOLDEN: golden_views(classifier, dataset.views, dataset.labels).encoded(),

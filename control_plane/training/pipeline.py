@@ -170,7 +170,7 @@ def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock) -> 
     parts |= {
         MODEL: fitted.graph,
         RECIPE: msgspec.json.encode(recipe),
-        PREPROCESS: msgspec.json.encode(spec),
+        PREPROCESS: spec.encoded(),
         LINEAGE: msgspec.json.encode(lineage, order="sorted"),
         CARD: (card + (card_section(cost) if cost is not None else "")).encode(),
     }

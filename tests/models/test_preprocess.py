@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import InputError
+from models.errors import BundleError, InputError
 from models.preprocess import decode_photo, make_view, segment_photo, view_features, view_of_photo
 from models.view_spec import VIEW_FEATURES, PreprocessSpec
 
@@ -126,3 +127,26 @@ def test_monitored_features_say_what_their_names_promise() -> None:
     assert plain["centre_x"] == pytest.approx(0.5, abs=0.03)
     assert plain["area_share"] == pytest.approx(np.pi / 4 / 1.08**2, abs=0.03)
     assert np.isnan(view_features(np.zeros((64, 64, 3), np.uint8))).all()
+
+
+def test_scalars_are_named_in_order_and_absent_where_there_are_none() -> None:
+    assert b"scalars" not in SPEC.encoded()
+    assert msgspec.json.decode(SPEC.encoded(), type=PreprocessSpec) == SPEC
+    weighed = PreprocessSpec(scalars=("weight_g", "length_mm"))
+    assert msgspec.json.decode(weighed.encoded(), type=PreprocessSpec) == weighed
+    row = weighed.scalar_row({"length_mm": 71.5, "weight_g": None, "sugar_brix": 12.0})
+    assert np.isnan(row[0])
+    assert row[1] == np.float32(71.5)
+    assert SPEC.scalar_row({"weight_g": 9.0}).shape == (0,)
+
+
+@pytest.mark.parametrize("names", ['["Weight"]', '["weight g"]', '[""]', "[1]"])
+def test_names_of_scalars_that_no_line_can_give_are_refused(names: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(f'{{"scalars":{names}}}', type=PreprocessSpec)
+
+
+def test_a_scalar_named_twice_is_refused() -> None:
+    with pytest.raises(BundleError) as caught:
+        PreprocessSpec(scalars=("weight_g", "weight_g")).check()
+    assert caught.value.code == "preprocess.inconsistent"

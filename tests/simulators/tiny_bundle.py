@@ -103,7 +103,7 @@ def tiny_files(
     recipe = Recipe(classes=("sound", "defect"), good_class="sound")
     return {
         MODEL: graph,
-        PREPROCESS: msgspec.json.encode(PreprocessSpec(view_px=view_px)),
+        PREPROCESS: PreprocessSpec(view_px=view_px, scalars=("weight_g",) if weighs else ()).encoded(),
         RECIPE: msgspec.json.encode(recipe),
         PROFILE: msgspec.msgpack.encode(build_profile(features, feature_names(5), {"sound": 150, "defect": 50})),
         GOLDEN: golden.encoded(),
