@@ -15,7 +15,18 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from control_plane.api import identities, learning, operating, recipes, rollouts, trust
+from control_plane.api import (
+    agents,
+    audit,
+    datasets,
+    identities,
+    models,
+    recipes,
+    rollouts,
+    training,
+    trust,
+    windows,
+)
 from control_plane.api.errors import status_of
 from control_plane.api.schemas import ErrorBody
 from control_plane.database.engine import check_alive
@@ -60,12 +71,8 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     _guard(app, services)
     _map_errors(app)
-    app.include_router(learning.router)
-    app.include_router(operating.router)
-    app.include_router(recipes.router)
-    app.include_router(identities.router)
-    app.include_router(rollouts.router)
-    app.include_router(trust.router)
+    for subject in (datasets, training, models, recipes, agents, windows, audit, identities, rollouts, trust):
+        app.include_router(subject.router)
     _add_probes(app)
     mount_pages(app)
     return app

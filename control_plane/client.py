@@ -32,9 +32,19 @@ class Client:
         """Reads."""
         return self._call("GET", path)
 
-    def post(self, path: str, body: dict[str, Any] | None = None, content: bytes | None = None) -> Any:
-        """Changes."""
-        return self._call("POST", path, json=body, content=content)
+    def post(
+        self, path: str, body: dict[str, Any] | None = None, content: bytes | None = None, *, key: str = ""
+    ) -> Any:
+        """Changes something.
+
+        Args:
+            path: Of the route.
+            body: JSON document.
+            content: Bytes instead of a document.
+            key: Names this request (`Idempotency-Key`): the server carries out one key once, however often it comes.
+        """
+        headers = {"idempotency-key": key} if key else None
+        return self._call("POST", path, json=body, content=content, headers=headers)
 
     def _call(self, method: str, path: str, **options: Any) -> Any:
         try:

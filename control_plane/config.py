@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -12,6 +12,8 @@ from models.errors import ConfigError
 
 PREFIX = "SORTLINE"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+_PLAIN_PORT: Final = 1883
+_TLS_PORT: Final = 8883
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
@@ -33,7 +35,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The MQTT broker."""
 
     host: str = "127.0.0.1"
-    port: Port = 1883
+    port: Port = _PLAIN_PORT
     username: str = "control-plane"
     password_file: str = ""
     """For a broker on this machine; certificates need none."""
@@ -49,6 +51,11 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     each blob and gets it alone."""
     bundle_bytes_per_s: Annotated[float, msgspec.Meta(ge=65_536.0)] = 32 * 1024 * 1024
     """Most bytes of blobs published per second: telemetry and control shall find room."""
+
+    @property
+    def tls_port(self) -> int:
+        """Port of the listener with mutual TLS: `port`, unless that is the usual port without TLS."""
+        return _TLS_PORT if self.port == _PLAIN_PORT else self.port
 
 
 class IdentityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -137,6 +144,11 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         return self.database or f"sqlite:///{self.root / 'sortline.sqlite'}"
 
     @property
+    def read_token(self) -> str:
+        """Placeholder."""
+        return ""
+
+    @property
     def token(self) -> str:
         """The API token; empty when none is asked for.
 
@@ -159,6 +171,11 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         if len(token) < 16:
             raise ConfigError("server.no_token", "The token is too short.", expected=">= 16 characters", got=len(token))
         return token
+
+
+def load_in(path: Path | None, data_dir: str | None) -> ControlPlaneConfig:
+    """Returns the configuration of a file and the environment, with another data folder where one is given."""
+    return load_control_plane_config(path, {"data_dir": data_dir} if data_dir else {})
 
 
 def load_control_plane_config(

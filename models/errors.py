@@ -26,8 +26,9 @@ class SortlineError(Exception):
         self.got = got
         self.context = context
         parts = [message]
-        if expected is not None or got is not None:
-            parts.append(f"(expected {expected}, got {got})")
+        facts = [f"{word} {value}" for word, value in (("expected", expected), ("got", got)) if value is not None]
+        if facts:
+            parts.append(f"({', '.join(facts)})")
         super().__init__(" ".join(parts))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,5 +1,7 @@
 """The REST interface: pages and command line do nothing it cannot.
 
-One router per subject: `learning` (datasets, training, models), `operating` (agents, windows, audit), `recipes`,
-`rollouts`, `trust`, `identities` and `enrolment`; `schemas` says what goes in, `errors` maps errors to HTTP.
+One router per subject, under the word that the command line and the domain use: `datasets`, `training`, `models`,
+`recipes`, `agents`, `windows`, `audit`, `rollouts`, `trust`, `identities`. `enrolment` is an application of its own,
+for agents that have no certificate yet. `schemas` holds the bodies that routes accept, `actor` decides who acts,
+`errors` maps the families of errors to HTTP statuses.
 """

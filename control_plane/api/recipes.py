@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Depends
 
+from control_plane.api.actor import Acting
 from control_plane.api.schemas import NewRecipe, RecipeChange
 from control_plane.database.audit import audit
 from control_plane.database.engine import writing
@@ -49,7 +50,7 @@ def preview_recipe(reference: str, body: RecipeChange, services: Given) -> dict[
 
 
 @router.post("", status_code=201)
-def change_recipe(reference: str, body: NewRecipe, services: Given) -> dict[str, Any]:
+def change_recipe(reference: str, body: NewRecipe, services: Given, actor: Acting) -> dict[str, Any]:
     """Makes a new version: the same bundle with another recipe, to be rolled out like any model."""
     name, version, recipe, held = registered(services, reference)
     change, now = _change(body), utc_now()
@@ -60,11 +61,11 @@ def change_recipe(reference: str, body: NewRecipe, services: Given) -> dict[str,
         costs = described(wanted, held)["costs"]
         origin = {"recipe_of": name, "recipe_reason": body.reason}
         with writing(services.engine) as session:
-            made = register(session, services.store, Path(scratch) / "after", actor=body.actor, now=now, origin=origin)
+            made = register(session, services.store, Path(scratch) / "after", actor=actor, now=now, origin=origin)
             if costs is not None:
                 made.metrics = made.metrics | {"costs": costs["recipe"]}
                 session.add(made)
             details = {"from": name, "reason": body.reason, "change": msgspec.to_builtins(change)}
-            audit(session, body.actor, "recipe.change", f"{name.rpartition(':')[0]}:{made.number}", details, now)
+            audit(session, actor, "recipe.change", f"{name.rpartition(':')[0]}:{made.number}", details, now)
             session.commit()
             return made.model_dump(mode="json", exclude={"lineage"})

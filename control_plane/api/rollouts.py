@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query
 from sqlmodel import desc, select
 
+from control_plane.api.actor import Acting, approving
 from control_plane.api.schemas import Act, NewRollout
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.columns import utc_now
@@ -46,11 +47,11 @@ def order_of(body: NewRollout) -> Order:
 
 
 @router.post("", status_code=201)
-def new_rollout(body: NewRollout, services: Given) -> dict[str, Any]:
+def new_rollout(body: NewRollout, services: Given, actor: Acting) -> dict[str, Any]:
     """Starts a rollout to the agents that match now; with a start time it waits, with `needs_approval` too."""
     now = utc_now()
     with writing(services.engine) as session:
-        rollout = create_rollout(session, order_of(body), actor=body.actor, now=now)
+        rollout = create_rollout(session, order_of(body), actor=actor, now=now)
         services.fleet.assignments.check_released(session, rollout.bundle)
         services.fleet.publisher.check_room(rollout.bundle)
         session.commit()
@@ -88,6 +89,7 @@ def act_on_rollout(
     action: Literal["approve", "pause", "resume", "finish", "abort", "rollback"],
     body: Act,
     services: Given,
+    actor: Acting,
 ) -> dict[str, Any]:
     """A person acts; what the state does not allow is refused with what it does allow.
 
@@ -95,9 +97,11 @@ def act_on_rollout(
     on, also past the threshold at which the rollout paused itself. `finish` ends it where it is. `abort` recalls every
     agent that is not done. `rollback` sends everybody back to what they ran before.
     """
+    if action == "approve":
+        approving(actor)
     now = utc_now()
     with writing(services.engine) as session:
-        rollout = act(session, rollout_id, action, actor=body.actor, reason=body.reason, now=now)
+        rollout = act(session, rollout_id, action, actor=actor, reason=body.reason, now=now)
         session.commit()
         facts = describe(session, rollout, now)
     services.rollouts.wake()

@@ -22,7 +22,7 @@ class ErrorBody(BaseModel):
     got: str | None = None
 
 
-Actor = Field(default="api", max_length=64, description="Who asks; kept in the audit trail.")
+Actor = Field(default="", max_length=200, description="Who acts; kept in the audit trail. Empty = `api`.")
 
 
 class NewDataset(Strict):

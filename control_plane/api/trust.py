@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from control_plane.api.actor import Acting
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.columns import utc_now
@@ -39,7 +40,7 @@ def get_set(services: Given) -> Response:
 
 
 @router.post("/trust/set")
-async def take_set(request: Request, services: Given, actor: str = "unknown") -> dict[str, Any]:
+async def take_set(request: Request, services: Given, actor: Acting) -> dict[str, Any]:
     """Takes in roots and targets that offline keys signed; other parts are ignored. All or nothing."""
     given = parse_set(await request.body())
     found, now, taken = services.fleet.assignments, utc_now(), []

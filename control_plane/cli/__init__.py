@@ -1,16 +1,29 @@
 """The `sortline` command. Data on standard output, everything else on standard error.
 
 Exit status: 0 ok, 1 failed, 2 wrong usage or configuration, 3 refused, 4 not reachable, 130 interrupted. Heavy
-libraries are imported by the commands that need them, so that `--help` is quick. A group of commands has a module.
+libraries are imported by the commands that need them, so that `--help` is quick.
+
+One file per noun: `serve` (control plane, worker, demo), `train` (and import), `evaluate` (and quantise), `datasets`,
+`models`, `agents`, `rollouts`, `recipes`, `bundles`, `keys`, `ca`, `broker`, `config`. `output` is the one door to the
+terminal.
 """
 
 import typer
 
-from control_plane.cli import identity, keys, learning, operating, serving
+from control_plane.cli.agents import agents, export
+from control_plane.cli.broker import broker
 from control_plane.cli.bundles import bundles
-from control_plane.cli.output import err
-from control_plane.cli.recipe import recipes
+from control_plane.cli.ca import authority
+from control_plane.cli.config import settings
+from control_plane.cli.datasets import datasets
+from control_plane.cli.evaluate import evaluate, quantise
+from control_plane.cli.keys import keys
+from control_plane.cli.models import models
+from control_plane.cli.output import warn
+from control_plane.cli.recipes import recipes
 from control_plane.cli.rollouts import rollouts
+from control_plane.cli.serve import demo, serve, worker
+from control_plane.cli.train import import_onnx, train
 from models.errors import ConfigError, ConflictError, SortlineError, UnavailableError
 
 app = typer.Typer(
@@ -20,26 +33,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Train, register and roll out models for visual sorting lines, and watch the fleet.
 
-    **Try it:** `sortline demo` · **Train alone:** `sortline train --data DIR --name apples --output BUNDLE` ·
-    **Serve:** `sortline keys init`, `sortline broker add agent-1`, `sortline broker run`, `sortline serve`""",
+    **Try it:** `sortline demo` · **Train alone:** `sortline train --data DIR --name apples --output BUNDLE`
+
+    **Serve on this machine:** `sortline keys init --development`, `sortline ca init`, `sortline broker run`, and in
+    another terminal `SORTLINE__BROKER__TLS=true SORTLINE__BROKER__PORT=8883 sortline serve`""",
 )
-for command in (serving.serve, serving.worker, serving.demo, learning.train, learning.evaluate, learning.quantise):
+for command in (serve, worker, demo, train, evaluate, quantise, export):
     app.command()(command)
-app.command("import-onnx")(learning.import_onnx)
-app.command()(keys.export)
-operating.models.command()(keys.release)
-operating.models.command()(keys.withdraw)
+app.command("import-onnx")(import_onnx)
 for name, group in (
-    ("datasets", operating.datasets),
-    ("models", operating.models),
+    ("datasets", datasets),
+    ("models", models),
     ("recipe", recipes),
     ("rollouts", rollouts),
-    ("agents", operating.agents),
-    ("keys", keys.keys),
+    ("agents", agents),
+    ("keys", keys),
     ("bundle", bundles),
-    ("broker", serving.broker),
-    ("ca", identity.authority),
-    ("config", operating.settings),
+    ("broker", broker),
+    ("ca", authority),
+    ("config", settings),
 ):
     app.add_typer(group, name=name)
 
@@ -47,7 +59,7 @@ for name, group in (
 def main(argv: list[str] | None = None) -> int:
     """Entry of the command; returns the exit status."""
     try:
-        # A command that ends with an exit status hands it back here; the others return nothing.
+        # A command that ends with an exit status returns it here; the others return nothing.
         return int(app(args=argv, standalone_mode=False) or 0)
     except SortlineError as error:
         return _complain(error)
@@ -65,5 +77,5 @@ _EXIT = ((ConfigError, 2), (UnavailableError, 4), (ConflictError, 3))
 
 
 def _complain(error: SortlineError) -> int:
-    err.print(f"[bold red]{error.code}[/]: {error}", highlight=False, soft_wrap=True)
+    warn(error.code, str(error))
     return next((status for family, status in _EXIT if isinstance(error, family)), 1)

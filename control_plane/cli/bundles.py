@@ -1,17 +1,20 @@
 """Commands on bundles on disk."""
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from control_plane.cli.output import AsJson, err, say
+from control_plane.cli.output import AsJson, note, say
 
 bundles = typer.Typer(no_args_is_help=True, help="Bundles on disk.")
+Directory = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
+Archive = Annotated[Path, typer.Argument(help="A bundle as one tar file.")]
 
 
 @bundles.command("show")
-def bundle_show(directory: Path, as_json: AsJson = False) -> None:
-    """Verify a bundle and say what is in it."""
+def bundle_show(directory: Directory, as_json: AsJson = False) -> None:
+    """Verify a bundle and print what is in it."""
     import msgspec  # noqa: PLC0415
 
     from models.bundle import read_bundle  # noqa: PLC0415
@@ -26,33 +29,40 @@ def bundle_show(directory: Path, as_json: AsJson = False) -> None:
         "recipe": msgspec.to_builtins(bundle.recipe),
         "lineage": bundle.lineage,
     }
+    if not as_json:
+        facts["lineage"] = {name: entry for name, entry in bundle.lineage.items() if name not in _LONG}
     say(facts, as_json=as_json)
 
 
+_LONG = frozenset({"held_out", "metrics"})
+"""Parts of the lineage that fill screens; `--json` has them."""
+
+
 @bundles.command("verify")
-def bundle_verify(directory: Path) -> None:
+def bundle_verify(directory: Directory) -> None:
     """Verify every file and reproduce the golden views on this machine."""
     from models.bundle import read_bundle  # noqa: PLC0415
     from models.classifier import OnnxClassifier  # noqa: PLC0415
 
     bundle = read_bundle(directory)
     difference = bundle.golden.check(OnnxClassifier(bundle.model))
-    err.print(f"{bundle.digest} is whole; golden views reproduce within {difference:.2g}")
+    note(f"{bundle.digest} is whole; golden views reproduce within {difference:.2g}")
 
 
 @bundles.command("pack")
-def bundle_pack(directory: Path, archive: Path) -> None:
+def bundle_pack(directory: Directory, archive: Archive) -> None:
     """Pack a bundle into a tar."""
     from models.bundle import pack, read_bundle  # noqa: PLC0415
     from models.files import write_atomically  # noqa: PLC0415
 
-    read_bundle(directory)
+    digest = read_bundle(directory).digest
     write_atomically(archive, pack(directory))
+    note(f"{digest} is packed in {archive}")
 
 
 @bundles.command("unpack")
-def bundle_unpack(archive: Path, directory: Path) -> None:
+def bundle_unpack(archive: Archive, directory: Directory) -> None:
     """Unpack and verify a tar."""
     from models.bundle import unpack  # noqa: PLC0415
 
-    err.print(unpack(archive.read_bytes(), directory).digest)
+    note(f"{unpack(archive.read_bytes(), directory).digest} is unpacked in {directory}")

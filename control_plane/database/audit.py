@@ -2,13 +2,41 @@
 
 import hashlib
 import json
+import unicodedata
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import text
 from sqlmodel import Session, desc, select
 
 from control_plane.database.tables.audit import Audit
+from models.errors import InputError
+
+MAX_ACTOR: Final = 64
+"""Longest name of an actor, in characters."""
+
+
+def actor_name(text: str) -> str:
+    """Returns a name as the audit trail keeps it: Unicode NFC, no invisible characters, blanks only single and inside.
+
+    Raises:
+        InputError: `api.bad_actor` for control characters or more than 64 characters.
+    """
+    visible = "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cf")
+    name = " ".join(visible.split())
+    if len(name) > MAX_ACTOR or any(unicodedata.category(character) in {"Cc", "Cs"} for character in name):
+        raise InputError(
+            "api.bad_actor",
+            "The name of the actor is not usable.",
+            expected=f"at most {MAX_ACTOR} printable characters",
+            got=ascii(name)[:80],
+        )
+    return name
+
+
+def same_actor(one: str, other: str) -> bool:
+    """Returns whether two names mean one person; blanks around them and upper or lower case make no difference."""
+    return actor_name(one).casefold() == actor_name(other).casefold()
 
 
 def audit(session: Session, actor: str, action: str, thing: str, details: dict[str, Any], now: datetime) -> None:

@@ -1,4 +1,6 @@
-"""`sortline demo`: broker, control plane and three simulated lines as real processes on this machine.
+"""`sortline demo`: broker, control plane and simulated lines as real processes on this machine.
 
-`run` starts them, trains, rolls out, watches, and prints the table of what was sorted.
+`run` starts and ends a demo and writes its report; `story` holds the steps (keys, servers, agents, collecting,
+training, rollout, watching); `processes` starts, watches and stops the processes; `table` shows the lines while they
+sort; `options` is what a person decides.
 """

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import Engine
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, desc, select
 
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
@@ -130,6 +130,11 @@ def cancel(session: Session, job_id: int, *, actor: str, now: datetime) -> Job:
     session.add(job)
     audit(session, actor, "job.cancel", str(job_id), {}, now)
     return job
+
+
+def list_jobs(session: Session, kind: JobKind, limit: int) -> Sequence[Job]:
+    """Returns jobs of a kind, newest first."""
+    return session.exec(select(Job).where(Job.kind == kind).order_by(desc(Job.id)).limit(limit)).all()
 
 
 def get_job(engine: Engine, job_id: int) -> Job:

@@ -21,9 +21,10 @@ from typing import Any, Final
 from sqlalchemy import Engine
 
 from control_plane.config import ControlPlaneConfig
+from control_plane.data.catalog import note_version
 from control_plane.database.engine import open_database, writing
 from control_plane.database.tables.columns import utc_now
-from control_plane.database.tables.datasets import Dataset, DatasetVersion
+from control_plane.database.tables.datasets import Dataset
 from control_plane.database.tables.jobs import JobKind, JobState
 from control_plane.jobs.queue import Claim, claim, finish, heartbeat
 from control_plane.registry.store import Store
@@ -137,23 +138,9 @@ def _register(
         dataset_id = held.params.get("dataset_id")
         dataset = session.get(Dataset, dataset_id) if dataset_id else None
         if dataset is not None and "dataset" in result:
-            _note_dataset_version(session, dataset, result["dataset"])
+            note_version(session, dataset, result["dataset"], now)
         session.commit()
         return result | {"bundle": version.bundle, "version": version.number, "model": held.params.get("name")}
-
-
-def _note_dataset_version(session: Any, dataset: Dataset, facts: dict[str, Any]) -> None:
-    from sqlmodel import select  # noqa: PLC0415
-
-    versions = session.exec(select(DatasetVersion).where(DatasetVersion.dataset_id == dataset.id)).all()
-    if any(v.digest == facts["digest"] for v in versions):
-        return
-    number = max((v.number for v in versions), default=0) + 1
-    session.add(
-        DatasetVersion(
-            dataset_id=dataset.id or 0, number=number, digest=facts["digest"], report=facts, created_at=utc_now()
-        )
-    )
 
 
 # -- in the child ---------------------------------------------------------------------------------------------------

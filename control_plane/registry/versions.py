@@ -91,6 +91,15 @@ def _unknown(reference: str) -> InputError:
     )
 
 
+def models_with_versions(session: Session) -> list[tuple[Model, list[ModelVersion]]]:
+    """Returns all models by name, each with its versions, newest first."""
+    versions = session.exec(select(ModelVersion).order_by(desc(ModelVersion.number))).all()
+    return [
+        (model, [version for version in versions if version.model_id == model.id])
+        for model in session.exec(select(Model).order_by(col(Model.name)))
+    ]
+
+
 def set_stage(
     session: Session, reference: str, stage: Stage, *, actor: str, reason: str, now: datetime
 ) -> ModelVersion:

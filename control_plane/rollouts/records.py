@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from sqlmodel import Session, col, desc, select
 
-from control_plane.database.audit import audit
+from control_plane.database.audit import audit, same_actor
 from control_plane.database.tables.agents import Agent, WindowRow
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
@@ -151,7 +151,7 @@ def act(session: Session, rollout_id: int, action: str, *, actor: str, reason: s
     rollout = get_rollout(session, rollout_id, lock=True)
     state = next_state(RolloutState(rollout.state), action)
     if action == "approve":
-        if actor == rollout.created_by:
+        if same_actor(actor, rollout.created_by):
             raise ConflictError(
                 "rollout.self_approval",
                 "A second person must approve this rollout.",

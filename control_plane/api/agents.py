@@ -1,4 +1,4 @@
-"""Routes of agents, windows and the audit trail."""
+"""Routes of agents: status, labels, lots, events."""
 
 import secrets
 from typing import Annotated, Any
@@ -7,32 +7,30 @@ import msgspec
 from fastapi import APIRouter, Depends, Query
 from sqlmodel import desc, select
 
+from control_plane.api.actor import Acting
 from control_plane.api.schemas import NewLabels, NewLot
-from control_plane.database.audit import audit, broken_audit_entry
+from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
-from control_plane.database.tables.agents import Agent, EventRow, WindowRow
-from control_plane.database.tables.audit import Audit
+from control_plane.database.tables.agents import Agent, EventRow
 from control_plane.database.tables.columns import utc_now
 from control_plane.fleet.lot_commands import ask, lot_status, terms_of
 from control_plane.monitoring.status import ORDER
 from control_plane.services import Services, services_of
 from models.errors import InputError
-from models.messages import decode_packed
-from models.windows import Window
 
-router = APIRouter(prefix="/api/v1")
+router = APIRouter(prefix="/api/v1", tags=["agents"])
 Given = Annotated[Services, Depends(services_of)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
-@router.get("/agents", tags=["agents"])
+@router.get("/agents")
 def list_agents(services: Given) -> list[dict[str, Any]]:
     """All agents, worst state first, with the figures of their windows of the last five minutes."""
     found = sorted(services.statuses.all(), key=lambda status: (ORDER[status.state], status.id))
     return [msgspec.to_builtins(status) for status in found]
 
 
-@router.get("/agents/{agent_id}", tags=["agents"])
+@router.get("/agents/{agent_id}")
 def show_agent(agent_id: str, services: Given) -> dict[str, Any]:
     """One agent: status, and what it reported last."""
     status = services.statuses.one(agent_id)
@@ -44,8 +42,8 @@ def show_agent(agent_id: str, services: Given) -> dict[str, Any]:
     return dict(msgspec.to_builtins(status)) | {"reported": reported}
 
 
-@router.put("/agents/{agent_id}/labels", tags=["agents"])
-def label_agent(agent_id: str, body: NewLabels, services: Given) -> dict[str, Any]:
+@router.put("/agents/{agent_id}/labels")
+def label_agent(agent_id: str, body: NewLabels, services: Given, actor: Acting) -> dict[str, Any]:
     """Replaces an agent's labels; rollouts select by them."""
     with writing(services.engine) as session:
         agent = session.get(Agent, agent_id)
@@ -53,13 +51,13 @@ def label_agent(agent_id: str, body: NewLabels, services: Given) -> dict[str, An
             raise _unknown_agent(agent_id)
         agent.labels = dict(body.labels)
         session.add(agent)
-        audit(session, body.actor, "agent.labels", agent_id, dict(body.labels), utc_now())
+        audit(session, actor, "agent.labels", agent_id, dict(body.labels), utc_now())
         session.commit()
         return agent.model_dump(mode="json")
 
 
-@router.post("/agents/{agent_id}/lot", tags=["agents"], status_code=202)
-def set_lot(agent_id: str, body: NewLot, services: Given) -> dict[str, Any]:
+@router.post("/agents/{agent_id}/lot", status_code=202)
+def set_lot(agent_id: str, body: NewLot, services: Given, actor: Acting) -> dict[str, Any]:
     """Names the lot that runs from now on; `lot_asked` of the agent says what it answered, `lot` what it runs.
 
     `terms` says whose terms of the recipe hold for it: of this `lot`, of its `variety`, or of the `recipe`, which knows
@@ -73,7 +71,7 @@ def set_lot(agent_id: str, body: NewLot, services: Given) -> dict[str, Any]:
             agent_id,
             body.lot,
             body.variety,
-            actor=body.actor,
+            actor=actor,
             reason=body.reason,
             request_id=request_id,
             now=now,
@@ -85,47 +83,7 @@ def set_lot(agent_id: str, body: NewLot, services: Given) -> dict[str, Any]:
     return asked | {"agent": agent_id, "terms": terms}
 
 
-@router.get("/agents/{agent_id}/windows", tags=["agents"])
-def list_windows(agent_id: str, services: Given, limit: Limit = 60) -> list[dict[str, Any]]:
-    """Newest first: what the agent counted, ten seconds each."""
-    with reading(services.engine) as session:
-        rows = session.exec(
-            select(WindowRow)
-            .where(WindowRow.agent_id == agent_id)
-            .order_by(desc(WindowRow.received_at), desc(WindowRow.seq))
-            .limit(limit)
-        ).all()
-    return [_window(row) for row in rows]
-
-
-@router.get("/windows", tags=["agents"])
-def query_windows(services: Given, bundle: str = "", limit: Limit = 60, offset: int = 0) -> list[dict[str, Any]]:
-    """Windows of the whole fleet, newest first; of one bundle where that is given."""
-    with reading(services.engine) as session:
-        query = select(WindowRow).order_by(desc(WindowRow.received_at), desc(WindowRow.seq))
-        if bundle:
-            query = query.where(WindowRow.bundle == bundle)
-        rows = session.exec(query.offset(max(offset, 0)).limit(limit)).all()
-    return [_window(row) for row in rows]
-
-
-def _window(row: WindowRow) -> dict[str, Any]:
-    facts = row.model_dump(mode="json", exclude={"payload"})
-    if row.refused:
-        return facts
-    window = decode_packed(row.payload, Window)
-    body: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(window, features=b""))
-    body["features"] = window.feature_counts().tolist()
-    body["p50_ms"] = _number(window.latency_ms.quantile(0.5))
-    body["p99_ms"] = _number(window.latency_ms.quantile(0.99))
-    return body | facts
-
-
-def _number(value: float) -> float | None:
-    return None if value != value else round(value, 3)  # noqa: PLR0124  NaN is not equal to itself
-
-
-@router.get("/agents/{agent_id}/events", tags=["agents"])
+@router.get("/agents/{agent_id}/events")
 def list_events(agent_id: str, services: Given, limit: Limit = 100) -> list[dict[str, Any]]:
     """Newest first: state changes and faults."""
     with reading(services.engine) as session:
@@ -136,17 +94,6 @@ def list_events(agent_id: str, services: Given, limit: Limit = 100) -> list[dict
             .limit(limit)
         ).all()
         return [row.model_dump(mode="json") for row in rows]
-
-
-@router.get("/audit", tags=["audit"])
-def list_audit(services: Given, limit: Limit = 100) -> dict[str, Any]:
-    """Newest entries, and whether the chain of hashes is whole."""
-    with reading(services.engine) as session:
-        entries = session.exec(select(Audit).order_by(desc(Audit.id)).limit(limit)).all()
-        return {
-            "entries": [entry.model_dump(mode="json") for entry in entries],
-            "broken_entry": broken_audit_entry(session),
-        }
 
 
 def _unknown_agent(agent_id: str) -> InputError:

@@ -1,0 +1,172 @@
+"""Commands on agents: enrol, approve, revoke, list, show, name a lot, export for a stick."""
+
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote, urlsplit
+
+import typer
+from rich.table import Table
+
+from control_plane.cli.output import Actor, AsJson, Server, acting, note, say, show, table_of
+from control_plane.client import Client
+from models.errors import ConflictError, UnavailableError
+
+agents = typer.Typer(no_args_is_help=True, help="The fleet: identities, states, lots.")
+AgentId = Annotated[str, typer.Argument(help="Id of the agent.")]
+
+
+def _path(agent_id: str, rest: str = "") -> str:
+    return f"/api/v1/agents/{quote(agent_id, safe='')}{rest}"
+
+
+@agents.command("enrol")
+def agent_enrol(agent_id: AgentId, actor: Actor = "", server: Server = "", as_json: AsJson = False) -> None:
+    """Make a one-time token for an agent, good for an hour; the box uses it in `sortline-agent enrol --token ...`."""
+    client = Client(server)
+    answer = client.post(_path(agent_id, "/enrolment"), {"actor": acting(actor)})
+    if as_json:
+        say(answer, as_json=True)
+        return
+    show(answer["token"])
+    where = answer.get("url") or f"https://{_host_of(client.url)}:8443"
+    note(f"on {agent_id}, within the hour: sortline-agent enrol --control-plane {where} --token ...")
+
+
+def _host_of(url: str) -> str:
+    """Returns the host of a URL as a URL writes it: IPv6 in brackets."""
+    host = urlsplit(url).hostname or "HOST"
+    return f"[{host}]" if ":" in host else host
+
+
+@agents.command("revoke")
+def agent_revoke(
+    agent_id: AgentId,
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")],
+    actor: Actor = "",
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """End an agent's identity: no data from now on, no new connection, no renewal. Its line goes on sorting."""
+    found = Client(server).post(_path(agent_id, "/revoke"), {"reason": reason, "actor": acting(actor)})
+    if as_json:
+        say(found, as_json=True)
+    else:
+        note(f"{agent_id} is revoked")
+
+
+@agents.command("approve")
+def agent_approve(agent_id: AgentId, actor: Actor = "", server: Server = "", as_json: AsJson = False) -> None:
+    """Let an agent whose certificate is past its time renew it once, within a day."""
+    found = Client(server).post(_path(agent_id, "/approve-renewal"), {"actor": acting(actor)})
+    if as_json:
+        say(found, as_json=True)
+    else:
+        note(f"{agent_id} may renew its certificate once, within a day")
+
+
+@agents.command("list")
+def agent_list(server: Server = "", as_json: AsJson = False) -> None:
+    """List all agents, worst first, with their identities."""
+    client = Client(server)
+    found = client.get("/api/v1/agents")
+    try:
+        identities = {one["agent"]: one for one in client.get("/api/v1/identities")}
+    except ConflictError:  # no certificate authority at this site
+        identities = {}
+    for agent in found:
+        agent["identity"] = identities.pop(agent["id"], None)
+    found += [{"id": name, "identity": one} for name, one in identities.items()]
+
+    def table(rows: list[dict[str, Any]]) -> Table:
+        columns = ["agent", "state", "why", "bundle", "items/s", "p99 ms", "drift", "seen", "identity"]
+        return table_of(columns, [_row(agent) for agent in rows])
+
+    say(found, as_json=as_json, table=table)
+
+
+def _row(agent: dict[str, Any]) -> list[Any]:
+    age_s = agent.get("seen_age_s")
+    return [
+        agent["id"],
+        agent.get("state", "never seen"),
+        agent.get("reason"),
+        (agent.get("active") or "")[:8] or None,
+        agent.get("items_per_s"),
+        agent.get("p99_ms"),
+        agent.get("drift_value"),
+        None if age_s is None else f"{age_s:.0f} s",
+        _certificate(agent["identity"]),
+    ]
+
+
+def _certificate(identity: dict[str, Any] | None) -> str | None:
+    """Returns until when the certificate is good, or what its state is."""
+    if identity is None:
+        return None
+    if identity["approval_asked_at"] and not identity["approved_until"]:
+        return "asks to renew"
+    return str(identity["certificate_until"])[:10] if identity["state"] == "enrolled" else str(identity["state"])
+
+
+@agents.command("show")
+def agent_show(agent_id: AgentId, server: Server = "", as_json: AsJson = False) -> None:
+    """Print everything that is known of one agent."""
+    say(Client(server).get(_path(agent_id)), as_json=as_json)
+
+
+_TERMS = {
+    "lot": "The recipe has terms for this lot.",
+    "variety": "The recipe has terms for this variety.",
+    "recipe": "The recipe has no terms for this lot or variety: its own hold.",
+}
+
+
+@agents.command("lot")
+def agent_lot(
+    agent_id: AgentId,
+    lot: Annotated[str, typer.Option(help="Name of the lot that runs from now on; '' = not known.")],
+    variety: Annotated[str, typer.Option(help="Variety of the lot, as the recipe calls it; '' = not known.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")] = "",
+    actor: Actor = "",
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """Name the lot that runs on a line from now on, and wait up to 20 seconds for the agent's answer.
+
+    For an agent that is not connected the command is refused: name the lot at the line (`sortline-agent lot`).
+    """
+    client = Client(server)
+    body = {"lot": lot, "variety": variety, "reason": reason, "actor": acting(actor)}
+    asked = client.post(_path(agent_id, "/lot"), body)
+    if asked["terms"]:
+        note(_TERMS[asked["terms"]])
+    found = client.follow_lot(agent_id, asked["request_id"])
+    if found["state"] == "refused":
+        raise ConflictError(found["fault"]["code"], found["fault"]["message"])
+    if found["state"] != "accepted":
+        raise UnavailableError(
+            "command.unanswered",
+            "The agent has not answered; look at what it reports.",
+            expected="an answer",
+            got="none",
+        )
+    if as_json:
+        say(found, as_json=True)
+    else:
+        note(f"{agent_id} runs lot {lot or 'not known'} of variety {variety or 'not known'}")
+
+
+def export(
+    agent: Annotated[str, typer.Option(help="Id of the agent.")],
+    to: Annotated[Path, typer.Option(help="New folder, for example on a stick.")],
+    server: Server = "",
+) -> None:
+    """Write what an agent without network needs: signed metadata, its assignment, its bundle.
+
+    On the box: `sortline-agent import FOLDER`. The agent verifies it as if it had come over the network.
+    """
+    from control_plane.trust.export import export_agent  # noqa: PLC0415
+
+    facts = export_agent(Client(server), agent, to)
+    size = f"{facts['files']} files, {facts['bytes'] / 1e6:.1f} MB"
+    note(f"{size} for {agent} in {to}: bundle {facts['bundle'][:12]}")

@@ -1,0 +1,211 @@
+"""Commands that make bundles: train a model from photographs, import one that was trained elsewhere."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from control_plane.cli.output import Actor, AsJson, Server, acting, progress_bar, say, table_of, with_options
+from control_plane.client import Client
+from models.errors import ConflictError
+
+GoodClass = Annotated[
+    str,
+    typer.Option(
+        help="Name of the class of good items. Without it, the class called sound, good or ok.", show_default=False
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        help="New directory for the bundle; everything then happens in this process, without a control plane. Without "
+        "it, the work goes to the control plane as a job, and the bundle is registered there.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """What a training run can be asked for."""
+
+    name: Annotated[str, typer.Option(help="Name of the model: letters, digits, `.`, `_`, `-`; at most 64.")]
+    effort: Annotated[
+        str,
+        typer.Option(help="`standard`, or `quick` for a first look: about a fifth of the time, less accurate."),
+    ] = "standard"
+    folds: Annotated[int, typer.Option(min=2, max=50, help="Parts of the cross-validation, which splits by item.")] = 5
+    seed: Annotated[int, typer.Option(help="Seed of everything random, 0 to 4294967295: same seed, same bundle.")] = 1
+    good_class: GoodClass = ""
+    abstain_budget: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Largest share of items that may take the unsure outlet, 0 to 1.")
+    ] = 0.0
+    precision: Annotated[
+        str, typer.Option(help="`float32`, or `int8`: smaller and faster, refused where it costs accuracy.")
+    ] = "float32"
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the options as training and the API take them."""
+        return {
+            "name": self.name,
+            "effort": self.effort,
+            "folds": self.folds,
+            "seed": self.seed,
+            "good_class": self.good_class,
+            "abstain_budget": self.abstain_budget,
+            "precision": self.precision,
+        }
+
+
+@with_options
+def train(
+    data: Annotated[Path, typer.Option(help="Folder with labels.csv, or with one folder of photographs per class.")],
+    options: TrainOptions,
+    output: Output = None,
+    actor: Actor = "",
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """Train a model from labelled photographs: cross-validate by item, convert, check parity, make a bundle.
+
+    With `--output` it works here; without it, the folder is registered with the control plane (`--server`), which must
+    see it under the same path, and a worker process there trains. With 3,500 views expect two to three minutes on two
+    cores, with `--effort quick` half a minute.
+
+    Example: `sortline train --data photos --name apples --output apples-bundle`
+    """
+    if output is not None:
+        summary = _train_alone(data, output, options)
+    else:
+        client, name = Client(server), options.name
+        client.post("/api/v1/datasets", {"name": name, "root": str(data.resolve()), "actor": acting(actor)})
+        body = options.settings() | {"dataset": name, "actor": acting(actor)}
+        summary = follow(client, client.post("/api/v1/training-runs", body)["id"])
+    say(summary, as_json=as_json, table=metrics_table)
+
+
+def _train_alone(data: Path, output: Path, options: TrainOptions) -> dict[str, Any]:
+    from control_plane.training import pipeline  # noqa: PLC0415
+
+    with progress_bar() as bar:
+        task = bar.add_task("starting", total=1.0)
+        trained = pipeline.train(
+            data,
+            pipeline.TrainSettings(**options.settings()),
+            output,
+            progress=lambda stage, share: bar.update(task, description=stage, completed=share),
+        )
+    return trained.summary()
+
+
+def follow(client: Client, job_id: int) -> dict[str, Any]:
+    """Shows a job until it ends; Ctrl-C asks the server to cancel it."""
+    with progress_bar() as bar:
+        task = bar.add_task("waiting", total=1.0)
+        try:
+            job = client.follow_job(
+                job_id, lambda j: bar.update(task, description=j["stage"] or j["state"], completed=j["progress"])
+            )
+        except KeyboardInterrupt:
+            client.post(f"/api/v1/jobs/{job_id}/cancel", {"actor": acting("")})
+            raise
+    if job["state"] != "succeeded":
+        error = job["error"] or {"code": f"job.{job['state']}", "message": f"The job was {job['state']}."}
+        raise ConflictError(error["code"], error["message"], expected=error.get("expected"), got=error.get("got"))
+    return dict(job["result"])
+
+
+def metrics_table(summary: dict[str, Any]) -> list[Table | str]:
+    """Returns view and item figures with their intervals."""
+    rows = []
+    for level in ("view", "item"):
+        for metric, value in summary.get("metrics", {}).get(level, {}).items():
+            if isinstance(value, dict) and value.get("value") is not None:
+                low, high = value.get("low"), value.get("high")
+                interval = f"{low:.3f} to {high:.3f}" if low is not None else value.get("reason", "")
+                rows.append([level, metric.replace("_", " "), f"{value['value']:.3f}", interval])
+    table = table_of(["level", "metric", "value", "95 % interval over items"], rows)
+    return [table, f"bundle {summary.get('bundle', '')}"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """How a foreign model wants its pictures, and what its answers mean."""
+
+    name: Annotated[str, typer.Option(help="Name of the model: letters, digits, `.`, `_`, `-`; at most 64.")]
+    classes: Annotated[str, typer.Option(help="Class names in the order of the model's outputs, separated by commas.")]
+    inputs: Annotated[
+        str,
+        typer.Option(
+            help="Layout and channel order of the image input: `nchw,rgb`, `nchw,bgr`, `nhwc,rgb`, `nhwc,bgr`."
+        ),
+    ] = "nchw,rgb"
+    mean: Annotated[
+        str, typer.Option(help="Three numbers subtracted after scaling, one per channel, separated by commas.")
+    ] = "0,0,0"
+    std: Annotated[
+        str, typer.Option(help="Three numbers that the difference is divided by, one per channel, separated by commas.")
+    ] = "1,1,1"
+    scale: Annotated[
+        float, typer.Option(help="Factor for pixel values (0 to 255) before anything else; the default is 1/255.")
+    ] = 1 / 255
+    view_px: Annotated[int, typer.Option(help="Side of the model's square input, in pixels.")] = 64
+    logits: Annotated[
+        bool, typer.Option(help="Whether the outputs are logits; with --no-logits they are probabilities.")
+    ] = True
+    good_class: GoodClass = ""
+    unseen: Annotated[
+        bool,
+        typer.Option(
+            "--unseen",
+            help="State that the model never saw these items, so that fusion and costs may be learnt from them.",
+        ),
+    ] = False
+
+    def settings(self, data: Path) -> dict[str, Any]:
+        """Returns the options as the import and the API take them."""
+        layout, _, channels = self.inputs.partition(",")
+        return {
+            "name": self.name,
+            "classes": [c.strip() for c in self.classes.split(",")],
+            "good_class": self.good_class,
+            "view_px": self.view_px,
+            "layout": layout,
+            "channels": channels or "rgb",
+            "scale": self.scale,
+            "mean": [float(v) for v in self.mean.split(",")],
+            "std": [float(v) for v in self.std.split(",")],
+            "logits": self.logits,
+            "unseen": self.unseen,
+            "data": str(data.resolve()),
+        }
+
+
+@with_options
+def import_onnx(
+    model: Annotated[Path, typer.Argument(help="An .onnx file, for example exported from PyTorch.")],
+    options: ImportOptions,
+    data: Annotated[
+        Path, typer.Option(help="Labelled folder: golden views, the reference for drift, and metrics come from it.")
+    ],
+    output: Output = None,
+    actor: Actor = "",
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """Make a bundle from a model trained elsewhere, with the same checks and golden views.
+
+    Example: `sortline import-onnx net.onnx --name apples --classes sound,defect --data photos --output apples-bundle`
+    """
+    settings = options.settings(data)
+    if output is None:
+        client = Client(server)
+        body = {"path": str(model.resolve()), "settings": settings, "actor": acting(actor)}
+        say(follow(client, client.post("/api/v1/imports", body)["id"]), as_json=as_json)
+        return
+    from control_plane.training import onnx_import as importing  # noqa: PLC0415
+
+    bundle = importing.import_onnx(model, importing.ImportSettings(**settings), output)
+    say({"bundle": bundle.digest, "directory": str(output)}, as_json=as_json)
