@@ -17,6 +17,7 @@ from control_plane.identity.authority import SITE
 from control_plane.identity.listener import DeviceListener
 from control_plane.jobs.worker import run_worker
 from control_plane.listening import listen
+from control_plane.logs import configure_logging
 from control_plane.services import Services, open_services
 
 log = logging.getLogger("sortline.server")
@@ -29,6 +30,7 @@ def serve(config: ControlPlaneConfig) -> int:
         UnavailableError: `server.port_in_use`, `database.unreachable`.
         ConfigError: `server.no_token`.
     """
+    configure_logging()
     config.root.mkdir(parents=True, exist_ok=True)
     listener = listen(config.server.host, config.server.port, code="server.port_in_use")
     migrate(config.database_url)
@@ -88,7 +90,7 @@ def _start_worker(config: ControlPlaneConfig, number: int) -> Any:
 
 def work(config: ControlPlaneConfig, parent: int = 0) -> None:
     """Body of a worker process: ends on SIGTERM, and when its parent is gone."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    configure_logging()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -11,12 +11,12 @@ from control_plane.api.actor import Acting
 from control_plane.api.schemas import NewLabels, NewLot
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
+from control_plane.database.lookup import get_agent, unknown_agent
 from control_plane.database.tables.agents import Agent, EventRow
 from control_plane.database.tables.columns import utc_now
 from control_plane.fleet.lot_commands import ask, lot_status, terms_of
 from control_plane.monitoring.status import ORDER
 from control_plane.services import Services, services_of
-from models.errors import InputError
 
 router = APIRouter(prefix="/api/v1", tags=["agents"])
 Given = Annotated[Services, Depends(services_of)]
@@ -35,7 +35,7 @@ def show_agent(agent_id: str, services: Given) -> dict[str, Any]:
     """One agent: status, and what it reported last."""
     status = services.statuses.one(agent_id)
     if status is None:
-        raise _unknown_agent(agent_id)
+        raise unknown_agent(agent_id)
     with reading(services.engine) as session:
         agent = session.get(Agent, agent_id)
         reported = agent.reported if agent else {}
@@ -46,9 +46,7 @@ def show_agent(agent_id: str, services: Given) -> dict[str, Any]:
 def label_agent(agent_id: str, body: NewLabels, services: Given, actor: Acting) -> dict[str, Any]:
     """Replaces an agent's labels; rollouts select by them."""
     with writing(services.engine) as session:
-        agent = session.get(Agent, agent_id)
-        if agent is None:
-            raise _unknown_agent(agent_id)
+        agent = get_agent(session, agent_id)
         agent.labels = dict(body.labels)
         session.add(agent)
         audit(session, actor, "agent.labels", agent_id, dict(body.labels), utc_now())
@@ -94,7 +92,3 @@ def list_events(agent_id: str, services: Given, limit: Limit = 100) -> list[dict
             .limit(limit)
         ).all()
         return [row.model_dump(mode="json") for row in rows]
-
-
-def _unknown_agent(agent_id: str) -> InputError:
-    return InputError("agent.unknown", "There is no such agent.", expected="an agent id", got=agent_id[:80])

@@ -1,0 +1,33 @@
+"""Foreign text is shown as it is, on one line, and changes nothing on a terminal."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.text import visible
+
+
+@pytest.mark.parametrize(
+    ("given_text", "shown"),
+    [
+        ("plain [bold] text", "plain [bold] text"),
+        ("äpfel 苹果", "äpfel 苹果"),
+        ("\x1b[2Jgone", "\\x1b[2Jgone"),
+        ("two\nlines\ttab", "two\\nlines\\ttab"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("\x9b31m", "\\x9b31m"),
+        ("\ud800", "\\ud800"),
+        ("\u2028", "\\u2028"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_written_out(given_text: str, shown: str) -> None:
+    assert visible(given_text) == shown
+
+
+@given(st.text())
+def test_the_result_is_one_line_that_can_be_encoded_and_is_stable(text: str) -> None:
+    found = visible(text)
+    assert len(found.splitlines()) <= 1
+    assert "\x1b" not in found
+    found.encode("utf-8")
+    assert visible(found) == found
