@@ -5,10 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from control_plane.services import Services
 from tests.simulators.plane import make_services
 from tests.simulators.postgres import empty, private_postgres
+
+# How long one example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("sortline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sortline")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -25,6 +25,7 @@ from models.errors import BundleError, SortlineError
 log = logging.getLogger("sortline.shadow")
 _WAITING: Final = 32
 _NICENESS: Final = 15
+_FINISH_S: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -57,10 +58,13 @@ class Shadow:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finishes what waits, within two seconds."""
+        """Finishes what waits, for at most two seconds; what is left then is counted as skipped."""
         if self._thread is not None:
             self._queue.put(None)
-            self._thread.join(2.0)
+            self._thread.join(_FINISH_S)
+            self._retired = True
+            self.idle.set()
+            self._thread.join()
 
     def retire(self) -> None:
         """Ends the thread after the item it is at; what waits is given up. Never waits."""
@@ -98,7 +102,12 @@ class Shadow:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         except OSError as error:
             log.warning("shadow runs at normal priority: %s", error)
-        while (offered := self._queue.get()) is not None and not self._retired:
+        while (offered := self._queue.get()) is not None:
+            if self._retired:
+                self.counts["skipped"] += 1
+                if self._queue.empty():
+                    break
+                continue
             self.idle.wait(1.0)
             self.compare(*offered)
 

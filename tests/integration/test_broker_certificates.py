@@ -412,7 +412,7 @@ def _listens(pid: str, port: int) -> bool:
 
 def raw_tls(place: Place, name: str) -> ssl.SSLSocket:
     """A connection that has proved its certificate and said nothing yet."""
-    connection = socket.create_connection(("127.0.0.1", place.port), timeout=10)
+    connection = socket.create_connection(("127.0.0.1", place.port), timeout=300)
     OPENED.append(connection)
     found = place.site.tls(place.site.folder / f"{name}.pair").wrap_socket(connection, server_hostname="127.0.0.1")
     OPENED.append(found)
@@ -429,7 +429,7 @@ def test_unproven_peers_cost_little_and_are_gone_in_five_seconds(
         place.agent("line-1").close()  # what a first TLS connection takes once is not counted
         process = broker_process(place.port)
         before, started = resident(process), time.monotonic()
-        sockets = [socket.create_connection(("127.0.0.1", place.port), timeout=10) for _ in range(200)]
+        sockets = [socket.create_connection(("127.0.0.1", place.port), timeout=300) for _ in range(200)]
         OPENED.extend(sockets)
         for slow in sockets[:100]:
             slow.sendall(b"\x16\x03\x01\x02\x00\x01\x00")  # the beginning of a ClientHello

@@ -225,6 +225,6 @@ def test_a_port_in_use_is_said_with_what_to_do(place, tmp_path: Path) -> None:
     with running(command, stderr=subprocess.PIPE) as process:
         message = process.stderr.read().decode()
         process.stderr.close()
-        assert process.wait(10) == 1
+        assert process.wait(300.0) == 1
     assert "broker.port_in_use" in message
     assert str(place[0]) in message

@@ -84,7 +84,7 @@ def line(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Watched]:
         yield found
     finally:
         found.pipe.send(Stop())
-        found.process.wait(10)
+        found.process.wait(300)
         found.thread.join(5)
         found.pipe.close()
 

@@ -27,7 +27,7 @@ def run(*arguments: str, text: str = "") -> str:
         text=True,
         check=False,
         cwd=ROOT,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

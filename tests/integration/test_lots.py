@@ -42,7 +42,7 @@ def command(number: int, lot: str, *, late_s: float = 0.0) -> Command:
 
 def at_the_line(*words: str) -> dict[str, object]:
     command = [sys.executable, "-m", "edge_agent", "lot", *words, "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     return json.loads(done.stdout)
 
 
@@ -104,7 +104,7 @@ def test_a_rollout_waits_for_the_lot_that_a_command_names_and_windows_show_it(pl
             capture_output=True,
             text=True,
             check=True,
-            timeout=30,
+            timeout=300,
         )
         said = json.loads(done.stdout)
         assert (said["taken_up"], said["lot"], said["variety"]) == (True, "C-9", "fuji")

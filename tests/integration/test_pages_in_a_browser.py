@@ -177,7 +177,7 @@ def test_a_lot_is_named_on_the_page_of_an_agent(page: Page, tmp_path: Path) -> N
         agent.connect("127.0.0.1", broker)
         agent.loop_start()
         try:
-            assert subscribed.wait(10)
+            assert subscribed.wait(300.0)
             problems: list[str] = []
             page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
             page.on("pageerror", lambda error: problems.append(str(error)))

@@ -117,7 +117,7 @@ class Site:
                 plane.terminate()
         for plane in self.planes:
             try:
-                plane.wait(8)
+                plane.wait(30)
             except subprocess.TimeoutExpired:
                 plane.kill()
                 plane.wait()

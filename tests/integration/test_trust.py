@@ -75,7 +75,7 @@ def sortline(*arguments: str, status: int = 0, **environment: str) -> str:
         env=os.environ | {"SORTLINE_KEY_PASSPHRASE": "a passphrase in a test"} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == status, done.stdout + done.stderr

@@ -145,7 +145,7 @@ def agent(plane: Plane, state: Path, *flags: str) -> subprocess.Popen:
 
 def end(process: subprocess.Popen) -> int:
     process.terminate()
-    return process.wait(15)
+    return process.wait(300)
 
 
 def children(pid: int) -> list[int]:
@@ -204,7 +204,7 @@ def test_a_second_agent_on_the_same_state_is_refused(plane: Plane, tmp_path: Pat
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=300,
             check=False,
         )
         assert second.returncode == 1
@@ -424,7 +424,7 @@ def _hears_desired(watcher: Plane) -> None:
     seen = threading.Event()
     watcher.client.on_message = lambda _c, _d, m: seen.set() if m.topic.endswith("/desired") else None
     watcher.client.subscribe(agent_topic("line-1", Channel.DESIRED), 1)
-    assert seen.wait(5)
+    assert seen.wait(300.0)
 
 
 def test_a_port_in_use_is_said_with_what_to_do(tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_a_port_in_use_is_said_with_what_to_do(tmp_path: Path) -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
     assert done.returncode == 4

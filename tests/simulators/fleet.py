@@ -130,7 +130,7 @@ class SimulatedFleet:
             done.set()
 
         self._calls.put(call)
-        assert done.wait(10.0), "the simulated fleet does not run"
+        assert done.wait(300.0), "the simulated fleet does not run"
 
     def connected(self) -> int:
         """How many agents have a connection."""

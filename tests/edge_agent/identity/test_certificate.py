@@ -260,7 +260,7 @@ def post(url: str, path: str, body: bytes) -> tuple[int, bytes]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     parts = urlsplit(url)
-    connection = http.client.HTTPSConnection(parts.hostname, parts.port, context=context, timeout=10)
+    connection = http.client.HTTPSConnection(parts.hostname, parts.port, context=context, timeout=300)
     try:
         connection.request("POST", path, body)
         response = connection.getresponse()
@@ -297,7 +297,7 @@ def test_the_command_enrols_and_reads_the_token_from_its_input(site: Site, url: 
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

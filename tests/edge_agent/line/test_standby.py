@@ -40,7 +40,7 @@ def child(config: LineConfig, tmp_path: Path, said: "queue.Queue[object]") -> It
 def heard(said: "queue.Queue[object]", kind: type) -> object:
     """The next message of this kind."""
     while True:
-        event = said.get(timeout=30)
+        event = said.get(timeout=300)
         assert not isinstance(event, LineGone), event
         message = event[1]
         assert not isinstance(message, LoadFailed), message
@@ -69,7 +69,7 @@ def test_it_says_nothing_but_that_it_waits_and_is_the_line_when_told(
 def test_one_that_cannot_load_its_bundle_ends(config: LineConfig, tmp_path: Path, said: "queue.Queue[object]") -> None:
     wrong = msgspec.structs.replace(config, digest="11" * 32)
     child = LineProcess(wrong, lambda event: said.put(event) or True, standby=True)
-    gone = said.get(timeout=60)
+    gone = said.get(timeout=300)
     assert isinstance(gone, LineGone)
     assert "exit status 1" in gone.reason
     assert not child.waiting
@@ -117,6 +117,6 @@ def test_one_whose_supervisor_is_gone_ends(config: LineConfig, tmp_path: Path) -
         try:
             assert isinstance(pipe.receive(FromLine, 60.0), Waiting)
             pipe.close()
-            assert process.wait(10) == 0
+            assert process.wait(300.0) == 0
         finally:
             process.kill()

@@ -94,6 +94,6 @@ def test_an_agent_reports_to_its_service_manager_from_start_to_end(manager: sock
             last = b""
             while last != b"STOPPING=1":
                 last = manager.recv(100)
-            assert agent.wait(60.0) == 0
+            assert agent.wait(300) == 0
         finally:
             agent.kill()

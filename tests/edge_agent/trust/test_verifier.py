@@ -63,7 +63,7 @@ def turn(gate: AssignmentVerifier, host: Host, after_s: float = 1.0) -> Desired 
     gate.tick()
     if not gate._running:
         return None
-    event = host.events.get(timeout=30)
+    event = host.events.get(timeout=300)
     assert isinstance(event, Verified)
     return gate.done(event)
 
