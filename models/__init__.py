@@ -8,11 +8,12 @@ metadata (`trust`, `signed_set`) and certificates (`identity`). What an agent se
 add (`windows`, with `histogram`), in the `messages` and `topics` of the wire.
 
 `errors` has the families of errors by recovery action, `config` reads strict settings, `files` writes atomically,
-`statistics` has intervals, `token_bucket` limits rates.
+`statistics` has intervals, `token_bucket` limits rates, `text` makes foreign text safe to show.
 
 From pixels to verdict there is one implementation, here; training, evaluation, the agent's self-test and the line all
 call it.
 
 This package imports the standard library, numpy and msgspec; OpenCV in `preprocess`, ONNX Runtime in `onnx_runtime`
-(with its telemetry off) and the signature library in `trust` alone. It contains no network, no database and no camera.
+(with its telemetry off) and the signature library in `trust` alone. It contains no network, no database and no
+camera.
 """

@@ -45,7 +45,7 @@ LAYERS: Final[dict[str, tuple[frozenset[str], ...]]] = {
         frozenset({"__main__"}),
     ),
     "control_plane": (
-        frozenset({"config", "client", "listening", "database", "data", "broker"}),
+        frozenset({"config", "client", "listening", "logs", "database", "data", "broker"}),
         frozenset({"trust", "identity", "evaluation"}),
         frozenset({"registry", "training"}),
         frozenset({"fleet", "jobs"}),
@@ -103,7 +103,7 @@ ONLY_IN: Final[dict[str, tuple[str, ...]]] = {
     "alembic": ("control_plane/database/",),
     "jinja2": ("control_plane/pages/rendering.py",),
     "prometheus_client": ("control_plane/monitoring/prometheus.py",),
-    "typer": ("control_plane/cli/",),
+    "typer": ("control_plane/cli/", "control_plane/demo/options.py"),
     "rich": ("control_plane/cli/", "control_plane/demo/"),
     "httpx2": ("control_plane/client.py",),
     "uvicorn": ("control_plane/server.py", "control_plane/identity/listener.py"),
