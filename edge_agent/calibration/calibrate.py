@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_agent.calibration.lanes import Lanes, find_lanes
 from edge_agent.calibration.overlay import Sketch, draw
-from edge_agent.calibration.scale import Scale, scale_from_board, scale_from_items
+from edge_agent.calibration.scale import PixelScale, scale_from_board, scale_from_items
 from edge_agent.calibration.survey import Opener, Progress, Survey, frames_of, survey
 from edge_agent.devices.hardware import open_hardware
 from edge_agent.interfaces import Image
@@ -152,7 +152,7 @@ def _check(target: Target, date: str, frames: int) -> None:
         )
 
 
-def _result(config: LineConfig, date: str, seen: Survey, lanes: Lanes, scale: Scale) -> Calibration:
+def _result(config: LineConfig, date: str, seen: Survey, lanes: Lanes, scale: PixelScale) -> Calibration:
     return Calibration(
         date=date,
         camera=config.camera,
@@ -180,7 +180,7 @@ def _result(config: LineConfig, date: str, seen: Survey, lanes: Lanes, scale: Sc
     )
 
 
-def _notes(seen: Survey, lanes: Lanes, scale: Scale) -> list[str]:
+def _notes(seen: Survey, lanes: Lanes, scale: PixelScale) -> list[str]:
     notes = []
     if seen.px_per_frame < 0.0:
         notes.append(_RIGHT_TO_LEFT)

@@ -1,4 +1,4 @@
-"""Where are the lanes? The rows of the items' centres fall into heaps, one per lane."""
+"""Finds the lanes: the rows of the items' centres fall into heaps, one per lane."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,23 +13,23 @@ from models.errors import InputError
 MAX_LANES: Final = 8
 _LEAST_PER_LANE: Final = 5
 _LEAST_SHARE: Final = 0.05
-"""A heap smaller than this share of the largest is stray items, no lane."""
+"""A heap smaller than this share of the largest consists of stray items and is no lane."""
 _CLEAR_GAP: Final = 0.3
-"""Gap between two lanes' centres, in item widths: those of one lane wander less."""
+"""Smallest gap between the centres of two lanes, in item widths; centres within one lane wander less."""
 _LANE_ITEMS: Final = 1.45
 """Height of a lane that stands alone, in item widths."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """Rows of each lane from top to bottom."""
+    """The lanes from top to bottom."""
 
     rows: tuple[Lane, ...]
     centres: tuple[float, ...]
     items: tuple[int, ...]
-    """Seen in each lane."""
+    """Number of items seen in each lane."""
     stray: int
-    """Items that belong to no lane."""
+    """Number of items that belong to no lane."""
 
 
 def find_lanes(centres: list[float], widths: list[float], height_px: int, expected: int | None = None) -> Lanes:
@@ -38,8 +38,8 @@ def find_lanes(centres: list[float], widths: list[float], height_px: int, expect
     Args:
         centres: Row of each item's centre.
         widths: Extent of each item across the belt, pixels.
-        height_px: Of the picture.
-        expected: Number of lanes, when it is known.
+        height_px: Height of the picture.
+        expected: Number of lanes, where it is known.
 
     Raises:
         InputError: `calibration.too_few_items`, `calibration.wrong_lanes`, `calibration.lanes_not_separable`.
@@ -48,7 +48,7 @@ def find_lanes(centres: list[float], widths: list[float], height_px: int, expect
     if len(centres) < needed:
         raise InputError(
             "calibration.too_few_items",
-            "Too few items were seen to tell lanes; record longer, with items in every lane.",
+            "Too few items were seen to find the lanes; record longer, with items in every lane.",
             expected=f">= {needed} items",
             got=len(centres),
         )
@@ -70,7 +70,7 @@ def find_lanes(centres: list[float], widths: list[float], height_px: int, expect
 
 
 def _check(heaps: list[NDArray[np.float64]], middles: list[float], width: float, expected: int | None) -> None:
-    told = ", ".join(f"{len(heap)} items around row {middle:.0f}" for heap, middle in zip(heaps, middles, strict=True))
+    found = ", ".join(f"{len(heap)} items around row {middle:.0f}" for heap, middle in zip(heaps, middles, strict=True))
     wide = [float(np.quantile(heap, 0.95) - np.quantile(heap, 0.05)) for heap in heaps]
     # Items side by side are a width apart: centres that fill more than that without a gap are several lanes.
     if not heaps or max(wide) > 1.0 * width or min(np.diff(middles), default=width) < 0.8 * width:
@@ -78,7 +78,7 @@ def _check(heaps: list[NDArray[np.float64]], middles: list[float], width: float,
             "calibration.lanes_not_separable",
             "The items' rows do not fall into lanes; guide the items, or name the rows yourself (line.lane_rows).",
             expected=f"heaps narrower than an item ({width:.0f} px), with gaps between",
-            got=told or "no heap",
+            got=found or "no heap",
         )
     if (expected is not None and len(heaps) != expected) or len(heaps) > MAX_LANES:
         raise InputError(
@@ -86,12 +86,12 @@ def _check(heaps: list[NDArray[np.float64]], middles: list[float], width: float,
             "Another number of lanes carries items than the line has; let items run in every lane,"
             " and let the picture show nothing else.",
             expected=f"{expected or f'at most {MAX_LANES}'} lanes",
-            got=f"{len(heaps)}: {told}",
+            got=f"{len(heaps)}: {found}",
         )
 
 
 def _bounds(middles: list[float], width: float, height_px: int) -> list[tuple[int, int]]:
-    """Half-way between neighbours; outside as far as inside, within the picture."""
+    """Returns the rows of each lane: bounds lie half-way between neighbours, and as far outside as inside."""
     if len(middles) == 1:
         outer = _LANE_ITEMS * width / 2.0
         edges = [middles[0] - outer, middles[0] + outer]

@@ -1,4 +1,4 @@
-"""A picture that shows what was calibrated: lanes, centre lines, sizes, direction, a ruler, the way to each outlet."""
+"""Draws what was calibrated: lanes, centre lines, sizes, direction, a ruler and the way to each outlet."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ _FAINT: Final[Colour] = (150, 150, 150)
 _ITEM: Final[Colour] = (255, 255, 255)
 _ARROW: Final[Colour] = (90, 220, 120)
 _LANES: Final[tuple[Colour, ...]] = ((220, 160, 60), (60, 170, 240))
-"""Blue and orange in turn: told apart by every kind of sight."""
+"""Blue and orange in turn, which colour-blind people can distinguish."""
 _FONT: Final = cv2.FONT_HERSHEY_SIMPLEX
 
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """What is drawn."""
+    """The measures that are drawn."""
 
     mm_per_px: float
     lanes: Sequence[Lane]
@@ -38,15 +38,15 @@ class Sketch:
     title: str
     subtitle: str
     outlets_mm: Mapping[str, float]
-    """Distance of each outlet from column 0."""
+    """Distance of each outlet from column 0, millimetres."""
 
 
 def draw(image: Image, sketch: Sketch) -> Image:
-    """The picture, enlarged when it is small, between a headline and a ruler.
+    """Returns the picture, enlarged when it is small, between a headline and a ruler.
 
     Args:
         image: uint8 (H, W, 3), the frame in which the blobs were seen.
-        sketch: What to draw on it.
+        sketch: Measures to draw on it.
     """
     zoom = max(1, -(-_LEAST_WIDTH // image.shape[1]))
     picture = np.asarray(cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC), np.uint8)
@@ -61,7 +61,7 @@ def draw(image: Image, sketch: Sketch) -> Image:
 
 
 def _text(image: Image, text: str, at: tuple[int, int], colour: Colour) -> None:
-    """Letters on a dark plate, legible on every ground."""
+    """Draws text on a dark plate, legible on every ground."""
     (wide, tall), below = cv2.getTextSize(text, _FONT, 0.55, 1)
     left, right = max(at[0] - 5, 0), at[0] + wide + 5
     plate = image[max(at[1] - tall - 5, 0) : at[1] + below + 3, left:right]
@@ -70,7 +70,7 @@ def _text(image: Image, text: str, at: tuple[int, int], colour: Colour) -> None:
 
 
 def _shade_outside(picture: Image, lanes: Sequence[Lane], zoom: int) -> None:
-    """What belongs to no lane is dimmed: the rest is the region that the line looks at."""
+    """Dims the rows that belong to no lane; the rest is the region in which the line finds items."""
     inside = np.zeros(picture.shape[0], np.bool_)
     for lane in lanes:
         inside[lane.top_px * zoom : lane.bottom_px * zoom] = True
@@ -113,7 +113,7 @@ def _headline(width: int, sketch: Sketch) -> Image:
 
 
 def _ruler(width: int, mm_per_px: float) -> Image:
-    """Ticks from column 0; their distance fits the picture."""
+    """Draws ticks from column 0 at a distance that fits the picture."""
     strip = np.full((_RULER_PX, width, 3), _PAPER, np.uint8)
     length_mm = width * mm_per_px
     step_mm = next((s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500) if s / mm_per_px >= 9.0), 1000)
@@ -131,7 +131,7 @@ def _ruler(width: int, mm_per_px: float) -> Image:
 
 
 def _outlets(width: int, width_px: int, sketch: Sketch) -> Image:
-    """The belt behind the picture, to a scale of its own: what the camera sees, and an arrow to each outlet."""
+    """Draws the belt behind the picture at a separate scale: the visible part, and an arrow to each outlet."""
     near_first = sorted(sketch.outlets_mm.items(), key=lambda pair: pair[1])
     shown, seen_mm = near_first[:_MOST_OUTLETS], width_px * sketch.mm_per_px
     strip = np.full((_OUTLET_PX * (len(shown) + 1), width, 3), _PAPER, np.uint8)

@@ -1,4 +1,4 @@
-"""Millimetres per pixel: from a checkerboard on the belt, or from items whose mean size is known."""
+"""Measures millimetres per pixel, from a checkerboard on the belt or from items whose mean size is known."""
 
 import re
 from collections.abc import Iterable
@@ -20,25 +20,25 @@ _BOOTSTRAPS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """Millimetres per pixel along the belt, and how well it is known."""
+class PixelScale:
+    """Millimetres per pixel along the belt, with its uncertainty."""
 
     mm_per_px: float
     low: float
     high: float
     """95 % interval (items), or the extremes of the pictures (checkerboard)."""
     source: str
-    """`checkerboard` or `items`."""
+    """Source of the measurement: `checkerboard` or `items`."""
     seen: int
-    """Pictures of the board, or items."""
+    """Number of pictures of the board, or of items."""
     residual_px: float = 0.0
     """Root mean square distance of the corners from a flat board seen straight from above."""
     anisotropy: float = 0.0
-    """By how much a pixel is longer along the belt than across it, as a share."""
+    """Share by which a pixel is longer along the belt than across it."""
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
-    """Inner corners of a checkerboard, such as `9x6`.
+    """Parses the inner corners of a checkerboard, such as `9x6`.
 
     Raises:
         InputError: `calibration.bad_pattern`.
@@ -55,13 +55,13 @@ def parse_pattern(text: str) -> tuple[int, int]:
     return pattern
 
 
-def scale_from_board(frames: Iterable[Frame], pattern: tuple[int, int], square_mm: float) -> Scale:
+def scale_from_board(frames: Iterable[Frame], pattern: tuple[int, int], square_mm: float) -> PixelScale:
     """Finds the board in the frames and measures it.
 
     Args:
-        frames: Looked at until the board was found in some of them.
-        pattern: Inner corners (columns, rows).
-        square_mm: Edge of one square.
+        frames: Frames that are searched until the board was found in eight of them.
+        pattern: Number of inner corners (columns, rows).
+        square_mm: Length of the edge of one square.
 
     Raises:
         InputError: `calibration.no_board`, `calibration.bad_board`, `calibration.bad_pattern`.
@@ -70,7 +70,7 @@ def scale_from_board(frames: Iterable[Frame], pattern: tuple[int, int], square_m
         raise InputError(
             "calibration.bad_pattern", "A square's edge is in millimetres.", expected="0.1 to 1000", got=square_mm
         )
-    boards: list[Scale] = []
+    boards: list[PixelScale] = []
     looked = 0
     for frame in frames:
         looked += 1
@@ -87,7 +87,7 @@ def scale_from_board(frames: Iterable[Frame], pattern: tuple[int, int], square_m
             got=f"none in {looked} frames",
         )
     values = [board.mm_per_px for board in boards]
-    found = Scale(
+    found = PixelScale(
         float(np.median(values)),
         min(values),
         max(values),
@@ -108,15 +108,15 @@ def scale_from_board(frames: Iterable[Frame], pattern: tuple[int, int], square_m
 
 
 def _corners(image: Image, pattern: tuple[int, int]) -> NDArray[np.float64] | None:
-    """Pixels of the inner corners, float64 (columns * rows, 2), row by row."""
+    """Returns the pixels of the inner corners, float64 (columns * rows, 2), row by row, or None."""
     grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     flags = cv2.CALIB_CB_NORMALIZE_IMAGE | cv2.CALIB_CB_ACCURACY
     found, corners = cv2.findChessboardCornersSB(grey, pattern, flags=flags)
     return np.asarray(corners, np.float64).reshape(-1, 2) if found else None
 
 
-def _measure(corners: NDArray[np.float64], pattern: tuple[int, int], square_mm: float) -> Scale:
-    """One board: the affine map from pixels to its millimetres, and what that map leaves over."""
+def _measure(corners: NDArray[np.float64], pattern: tuple[int, int], square_mm: float) -> PixelScale:
+    """Measures one board by the affine map from pixels to its millimetres, and the residual of that map."""
     columns, rows = pattern
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=2).reshape(-1, 2) * square_mm
     known = np.column_stack((corners, np.ones(len(corners))))
@@ -127,19 +127,19 @@ def _measure(corners: NDArray[np.float64], pattern: tuple[int, int], square_mm: 
     # Singular values, not rows: a pixel grid that is sheared against the board is no straight view either.
     large, small = np.linalg.svd(answer[:2], compute_uv=False)
     sign = 1.0 if along >= across else -1.0
-    return Scale(along, along, along, "checkerboard", 1, float(residual_px), sign * float(large / small - 1.0))
+    return PixelScale(along, along, along, "checkerboard", 1, float(residual_px), sign * float(large / small - 1.0))
 
 
-def scale_from_items(lengths_px: list[float], item_mm: float, *, seed: int = 1) -> Scale:
-    """The median length of the items is the size they are known to have.
+def scale_from_items(lengths_px: list[float], item_mm: float, *, seed: int = 1) -> PixelScale:
+    """Returns the scale at which the median length of the items is their known size.
 
     On the simulated line (four worlds of about 100 items, in full and in dim light) the median comes out 0 to 1 %
-    too long, and the scale as much too small; the interval holds the choice of items, not that.
+    too long, and the scale as much too small; the interval covers the choice of items, not this bias.
 
     Args:
-        lengths_px: One per item.
-        item_mm: Their mean diameter.
-        seed: Of the bootstrap.
+        lengths_px: Length of each item, pixels.
+        item_mm: Mean diameter of the items.
+        seed: Seed of the bootstrap.
 
     Raises:
         InputError: `calibration.too_few_items`, `calibration.bad_item_size`.
@@ -162,4 +162,4 @@ def scale_from_items(lengths_px: list[float], item_mm: float, *, seed: int = 1) 
     rng = np.random.default_rng(seed)
     draws = np.median(lengths[rng.integers(0, len(lengths), (_BOOTSTRAPS, len(lengths)))], axis=1)
     low, high = np.quantile(item_mm / draws, (0.025, 0.975))
-    return Scale(item_mm / float(np.median(lengths)), float(low), float(high), "items", len(lengths))
+    return PixelScale(item_mm / float(np.median(lengths)), float(low), float(high), "items", len(lengths))

@@ -12,6 +12,7 @@ from typing import Final
 import cv2
 import numpy as np
 
+from edge_agent.devices.frames import frames
 from edge_agent.interfaces import Frame, FrameSource, Image
 from edge_agent.vision.belt_motion import (
     MOVED_SHARE,
@@ -25,7 +26,7 @@ from edge_agent.vision.belt_motion import (
     shrink_of,
     shrunk,
 )
-from models.errors import CameraError, InputError
+from models.errors import InputError
 
 Opener = Callable[[], FrameSource]
 Progress = Callable[[int, int], None]
@@ -38,8 +39,8 @@ _RIM: Final = 0.15
 """Share of an item's contrast to the belt at which its rim is drawn at full size."""
 _LEAST_RIM: Final = 9.0
 """In grey levels (largest channel, slightly smoothed): above noise."""
-_SILENT_READS: Final = 10
-"""Seconds without a frame after which a camera counts as silent."""
+_SILENT_S: Final = 10.0
+"""A camera without a frame for so long is silent."""
 
 
 @dataclass(slots=True)
@@ -101,27 +102,14 @@ class Survey:
 
 
 def frames_of(opener: Opener, limit: int) -> Iterator[Frame]:
-    """At most `limit` frames of a camera that is opened and closed here; ends quietly where a recording ends.
+    """Yields at most `limit` frames of a camera that is opened and closed here.
 
     Raises:
         CameraError: The camera fails, or is silent (`camera.stalled`).
     """
     source = opener()
     try:
-        silent = 0
-        for _ in range(limit):
-            frame = None
-            while frame is None:
-                frame = source.read(1.0)
-                silent = 0 if frame is not None else silent + 1
-                if silent >= _SILENT_READS:
-                    raise CameraError(
-                        "camera.stalled", "The camera gives no frames.", expected="a frame per second", got="none"
-                    )
-            yield frame
-    except CameraError as error:
-        if error.code != "camera.ended":
-            raise
+        yield from frames(source, limit=limit, silent_s=_SILENT_S)
     finally:
         source.close()
 

@@ -6,10 +6,10 @@ import numpy as np
 
 from edge_agent.interfaces import Frame, FrameSource
 from edge_agent.vision.belt_motion import (
-    _BELT_LOOKS,
-    _LEAST_SEEN,
-    _MISFIT,
-    _OVERLAP,
+    BELT_LOOKS,
+    LEAST_SEEN,
+    MISFIT,
+    OVERLAP,
     BeltView,
     Floats,
     best_shift,
@@ -136,7 +136,7 @@ class ImageEncoder:
         if self._view is None:
             if not self._looks or moved(self._looks[-1], small):
                 self._looks.append(small)
-            if len(self._looks) < _BELT_LOOKS:
+            if len(self._looks) < BELT_LOOKS:
                 return None
             self._view = BeltView(learn_belt(self._looks))
             self._looks.clear()
@@ -149,11 +149,11 @@ class ImageEncoder:
             expected = (before.position_mm + step_mm - at_mm) / column_mm
             reach = 3.0 + 0.3 * step_mm / column_mm
             match = best_shift(reference, seen, int(expected - reach), int(np.ceil(expected + reach)))
-            if match is not None and match[1] < _MISFIT and abs(match[0] - expected) < reach:
+            if match is not None and match[1] < MISFIT and abs(match[0] - expected) < reach:
                 return max(at_mm + match[0] * column_mm, before.position_mm)
         if self._last is not None:
-            match = best_shift(self._last, seen, -1, int((1.0 - _OVERLAP) * seen.shape[1]))
-            if match is not None and match[1] < _MISFIT:
+            match = best_shift(self._last, seen, -1, int((1.0 - OVERLAP) * seen.shape[1]))
+            if match is not None and match[1] < MISFIT:
                 return before.position_mm + max(match[0], 0.0) * column_mm
         return None
 
@@ -176,7 +176,7 @@ class ImageEncoder:
             self._refer(seen, position_mm)
 
     def _refer(self, seen: Floats | None, position_mm: float) -> None:
-        if seen is not None and float(seen.mean()) > _LEAST_SEEN:
+        if seen is not None and float(seen.mean()) > LEAST_SEEN:
             self._reference = (seen, position_mm)
         self._last = seen
 

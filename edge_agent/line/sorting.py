@@ -1,7 +1,8 @@
 """One frame through the line: locate, track, take views, infer, decide, schedule. No thread, no pipe, no own clock.
 
 `LineCore.process` is the whole path from frame to ejector and the only place where its order stands; the line
-process, the unpaced replay, `collect` and the benchmarks all call it.
+process, the unpaced run, the replay and the benchmarks all call it. `collect`, which judges nothing, uses
+`vision.follower`.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""How many items a second this machine can judge."""
+"""Measures how many items a second this machine can judge."""
 
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ from models.view_spec import PreprocessSpec
 
 
 def capacity(config: LineConfig, *, bundle: Path | None = None, seconds: float = 1.5) -> dict[str, Any]:
-    """What one core of this machine carries: measured, not guessed.
+    """Measures the load that one core of this machine can carry.
 
     Without a bundle the vision part alone is measured (drawing the simulated frames is timed apart).
     """
@@ -60,7 +60,7 @@ def _next_frame(world: LineHardware) -> Frame:
 
 
 def _view_ms(frame: Frame) -> float:
-    """Milliseconds to cut one view; the model comes on top."""
+    """Returns the time to cut one view, without the model, milliseconds."""
     height, width = frame.image.shape[:2]
     mask = np.zeros((height, width), np.uint8)
     cv2.circle(mask, (width // 2, height // 4), 60, 255, -1)

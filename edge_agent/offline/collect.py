@@ -1,9 +1,10 @@
-"""Collects views for training, from the very pipeline that will judge: same location, tracks and masks.
+"""Collects views for training with the same locations, tracks and masks as the line that will judge.
 
 Each chosen view is written as a PNG with its mask as alpha channel, so that `models.preprocess.view_of_photo` gives
-byte for byte the view the line would have judged. The simulated line labels each view by what shows, and names as
-`item` the apple, not its appearance on the belt: the same apple may come again, and must not be on both sides of a
-split. After some items a new world with new apples begins. A real camera leaves the label empty for a person.
+byte for byte the view the line would have judged. The simulated line labels each view by what is visible in it, and
+names as `item` the apple, not its appearance on the belt: the same apple may come again and must not be on both sides
+of a split. After some items a new world with new apples begins. Views of a real camera have an empty label, which a
+person fills in.
 """
 
 import csv
@@ -16,22 +17,24 @@ import cv2
 import msgspec
 import numpy as np
 
+from edge_agent.devices.frames import frames
 from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.interfaces import Frame
 from edge_agent.line_config import LineConfig
+from edge_agent.vision.follower import ItemFollower
 from edge_agent.vision.segmentation import Detection, Locator
-from edge_agent.vision.tracking import Track, Tracker, ViewPicker
-from models.errors import CameraError, InputError
+from edge_agent.vision.tracking import Track
+from models.errors import InputError
 from models.files import write_atomically
 
 _WORLD_ITEMS = 40
-"""Items taken from one simulated world before new apples are drawn."""
+"""Number of items taken from one simulated world before new apples are drawn."""
 COLUMNS = ("path", "item", "lot", "label", "kind", "variety", "view", "weight_g")
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What was written."""
+    """Counts of what was written."""
 
     items: int
     views: int
@@ -50,10 +53,10 @@ def collect(
     """Runs the line without judging and writes `output/views/*.png` and `output/labels.csv`.
 
     Args:
-        config: The line; a simulated one runs in virtual time, as fast as it can.
+        config: Configuration of the line; a simulated one runs in virtual time, as fast as it can.
         output: A new or empty folder.
-        items: Stop after so many items.
-        max_views: Views per item.
+        items: Number of items after which it stops.
+        max_views: Largest number of views per item.
         progress: Called with (items so far, items wanted).
 
     Raises:
@@ -70,15 +73,13 @@ def collect(
         writer = _Writer(config, world, output, max_views, seed)
         wanted = min(_WORLD_ITEMS, items - done) if world.simulation else items - done
         try:
-            while writer.items < wanted:
-                frame = world.source.read(1.0)
-                if frame is not None:
-                    writer.take(frame)
-                    progress(done + writer.items, items)
-        except CameraError as error:
-            if error.code != "camera.ended":
-                raise
             ended = True
+            for frame in frames(world.source):
+                writer.take(frame)
+                progress(done + writer.items, items)
+                if writer.items >= wanted:
+                    ended = False
+                    break
         finally:
             world.source.close()
         done, seed = done + writer.items, seed + 1
@@ -87,32 +88,22 @@ def collect(
 
 
 class _Writer:
-    """Follows items through frames and keeps their crops until they leave."""
+    """Writes the views of items as they pass; the rows of an item count once it has left the picture."""
 
     def __init__(self, config: LineConfig, world: LineHardware, output: Path, max_views: int, seed: int) -> None:
         self._config, self._world, self._output, self._max_views = config, world, output, max_views
         self._seed = seed
-        self._ids = 0
         self.rows: list[dict[str, object]] = []
         self._open: dict[int, list[dict[str, object]]] = {}
-        self._locator: Locator | None = None
+        self._follower: ItemFollower | None = None
         self.items = 0
 
-    def _next_id(self) -> int:
-        self._ids += 1
-        return self._ids
-
     def take(self, frame: Frame) -> None:
-        if self._locator is None:
-            geometry = geometry_of(self._config, self._world, frame)
-            self._locator = Locator(geometry)
-            self._tracker = Tracker(geometry, self._next_id)
-            self._picker = ViewPicker(geometry, self._max_views)
-        places = self._locator.find(frame.image)
-        seen, closed = self._tracker.update(places, frame.number, frame.captured_s, frame.belt_mm)
-        for track, place in seen:
-            if self._picker.wants(track, place):
-                self._view(frame, track, place, self._locator)
+        if self._follower is None:
+            self._follower = ItemFollower(geometry_of(self._config, self._world, frame), self._max_views)
+        chosen, closed = self._follower.take(frame)
+        for track, place in chosen:
+            self._view(frame, track, place, self._follower.locator)
         for track in closed:
             rows = self._open.pop(track.item_id, [])
             self.rows.extend(rows)
@@ -141,7 +132,7 @@ class _Writer:
 
 
 def _finish(output: Path, rows: list[dict[str, object]]) -> Collected:
-    """Writes the labels; views of items that never left the picture go."""
+    """Writes the labels and removes the views of items that never left the picture."""
     kept = {str(row["path"]) for row in rows}
     for path in (output / "views").iterdir():
         if f"views/{path.name}" not in kept:

@@ -1,7 +1,7 @@
-"""A picture sheet of the line at work: frames with what the line thinks of each item, and items with their views.
+"""Draws a sheet of the line at work: frames with the verdict on each item, and items with their views.
 
-For people: does it find each item, follow it, cut it out cleanly, and decide what one sees oneself? Everything shown
-comes from the line's own path (`LineCore`); only the boxes are looked up once more, with a locator of their own.
+A person can check on it whether each item is found, followed, cut out cleanly and decided rightly. Everything shown
+comes from the line's own path (`LineCore`); only the boxes are found once more, by a separate locator.
 """
 
 from collections import deque
@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from edge_agent.calibration.overlay import Colour
+from edge_agent.devices.frames import frames
 from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.interfaces import Frame, Image, LineGeometry
 from edge_agent.line.counters import LineCounter
@@ -20,13 +21,13 @@ from edge_agent.line.sorting import LineCore
 from edge_agent.line_config import LineConfig
 from edge_agent.vision.judge import Judge, Judged
 from edge_agent.vision.segmentation import Detection, Locator
-from models.errors import CameraError, InputError
+from models.errors import InputError
 from models.files import write_atomically
 
 _CELL_PX: Final = 640
 _FRAMES: Final = 4
 _APART: Final = 3
-"""Every so-many-th frame is shown: near enough to follow an item with the eye."""
+"""One frame in so many is shown, so that the eye can follow an item."""
 _ROWS: Final = 6
 _VIEW_PX: Final = 64
 _HEAD_PX: Final = 64
@@ -38,7 +39,7 @@ _LANE: Final[Colour] = (120, 110, 100)
 _OPEN: Final[Colour] = (200, 200, 200)
 _STAYS: Final[Colour] = (220, 160, 60)
 _EJECTED: Final[Colour] = (60, 150, 250)
-"""Blue stays, orange goes: told apart by every kind of sight, and the text says it too."""
+"""Blue items stay, orange ones are ejected; colour-blind people can distinguish the two, and the text repeats it."""
 _FONT: Final = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -51,21 +52,21 @@ class _Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
-    """What one frame showed: places with the item's id, and how many views it had by then."""
+    """One frame with the items found in it."""
 
     frame: Frame
     places: list[tuple[Detection, int, int, bool]]
-    """Place, item id (0 = not followed yet), views, whether it has its verdict."""
+    """For each item its place, id (0 = not followed yet), number of views, and whether it has its verdict."""
 
 
 def write_sheet(config: LineConfig, bundle: Path, output: Path, *, seconds: float = 6.0) -> dict[str, int]:
-    """Runs the line over so much of its time and writes the sheet of what it saw last.
+    """Runs the line for some seconds of the camera's time and writes the sheet of the last frames.
 
     Args:
-        config: The line; recordings and the simulation run as fast as they go.
-        bundle: What judges.
-        output: PNG file.
-        seconds: Of the camera's time.
+        config: Configuration of the line; recordings and the simulation run as fast as they can.
+        bundle: Directory of the bundle that judges.
+        output: PNG file that is written.
+        seconds: Duration in the camera's time.
 
     Returns:
         Counts: frames, items, shown.
@@ -93,7 +94,7 @@ def write_sheet(config: LineConfig, bundle: Path, output: Path, *, seconds: floa
 
 
 class _ContactSheet:
-    """Drives the line and keeps what is to be shown."""
+    """Runs the line and keeps what is to be shown."""
 
     def __init__(self, config: LineConfig, world: LineHardware, judge: Judge) -> None:
         self._config, self._world, self._judge = config, world, judge
@@ -105,19 +106,8 @@ class _ContactSheet:
 
     def run(self, seconds: float) -> None:
         core: LineCore | None = None
-        first_s: float | None = None
-        before_s = 0.0
-        while first_s is None or self._now_s - first_s < seconds:
-            try:
-                frame = self._world.source.read(0.25)
-            except CameraError as error:
-                if error.code == "camera.ended":
-                    return
-                raise
-            if frame is None:
-                continue
+        for frame in frames(self._world.source, seconds=seconds):
             before_s, self._now_s = self._now_s, frame.captured_s
-            first_s = frame.captured_s if first_s is None else first_s
             if core is None:
                 core = self._open(frame)
             core.queue.run_to(before_s, self._now_s)
@@ -158,7 +148,7 @@ class _ContactSheet:
         return place, track.item_id, len(track.views), track.item_id in self.verdicts
 
     def chosen(self) -> list[_Verdict]:
-        """The newest items that go and the newest that stay, as many of each as there are."""
+        """Returns the newest items that are ejected and the newest that stay, as far as there is room."""
         goes = [v for v in self.verdicts.values() if v.judged.verdict.outlet in self._outlets()]
         stays = [v for v in self.verdicts.values() if v.judged.verdict.outlet not in self._outlets()]
         room = 2 * _ROWS
@@ -169,7 +159,7 @@ class _ContactSheet:
         return frozenset(self.geometry.outlets_mm) if self.geometry else frozenset()
 
     def goes(self, outlet: str) -> bool:
-        """Whether an item for this outlet leaves the belt."""
+        """Returns whether an item for this outlet leaves the belt."""
         return outlet in self._outlets()
 
 
@@ -240,7 +230,7 @@ def _draw_place(
 
 
 def _item_cell(film: _ContactSheet, found: _Verdict) -> Image:
-    """One item: all its views in the order they were taken, and the verdict on them."""
+    """Draws one item: its views in the order in which they were taken, and the verdict on them."""
     cell = np.full((_VIEW_PX + 10, _CELL_PX, 3), _PAPER, np.uint8)
     verdict, track = found.judged.verdict, found.judged.track
     room = (_CELL_PX - 216) // (_VIEW_PX + 4)

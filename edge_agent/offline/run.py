@@ -1,11 +1,10 @@
-"""The line without a supervisor: a recording or the simulation through one bundle, in one thread.
+"""Runs the line without a supervisor: a recording, a camera or the simulation through one bundle, in one thread.
 
-Unpaced, every frame is judged and the same recording with the same bundle gives the same verdicts. Also measures
-what this machine can carry.
+Unpaced, every frame is judged, and the same recording with the same bundle gives the same verdicts.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,9 +12,9 @@ from typing import Any, TextIO
 import cv2
 import msgspec
 
+from edge_agent.devices.frames import frames
 from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.ejection.queue import EjectionQueue
-from edge_agent.interfaces import Frame
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.loader import load_shadow
 from edge_agent.line.shadow import Shadow
@@ -23,7 +22,7 @@ from edge_agent.line.sorting import LineCore
 from edge_agent.line_config import LineConfig
 from edge_agent.recording.recorder import Recorder
 from edge_agent.vision.judge import Judge, Judged
-from models.errors import CameraError, SortlineError
+from models.errors import SortlineError
 from models.messages import Live
 
 
@@ -39,12 +38,12 @@ def run_standalone(
     """Sorts until the camera ends or `seconds` of its time are over.
 
     Args:
-        config: The line; `paced=False` runs recordings and the simulation as fast as they go.
-        bundle: What judges; None = items pass.
-        seconds: 0 = until the camera ends.
+        config: Configuration of the line; `paced=False` runs recordings and the simulation as fast as they can.
+        bundle: Directory of the bundle that judges; None = items pass unjudged.
+        seconds: Duration in the camera's time; 0 = until the camera ends.
         on_live: Called about once a second of the line's time.
-        verdicts: Gets one JSON line per item.
-        recorder: Gets every frame and decision, and is closed at the end; an error marks its segment. The caller
+        verdicts: Stream that takes one JSON line per item.
+        recorder: Takes every frame and decision, and is closed at the end; an error marks its segment. The caller
             closes it when this raises.
 
     Returns:
@@ -75,7 +74,7 @@ def run_standalone(
     core: LineCore | None = None
     next_live_s = 0.0
     try:
-        for frame in _frames(world, seconds):
+        for frame in frames(world.source, seconds=seconds):
             before_s, now_s[0] = now_s[0], frame.captured_s
             if core is None:
                 core = LineCore(
@@ -120,24 +119,6 @@ def _close(queue: EjectionQueue, world: LineHardware, shadow: Shadow | None) -> 
     world.close()
     if shadow is not None:
         shadow.stop()
-
-
-def _frames(world: LineHardware, seconds: float) -> Iterator[Frame]:
-    """Frames until the camera ends or `seconds` of its time are over (0 = no limit)."""
-    first_s: float | None = None
-    while True:
-        try:
-            frame = world.source.read(0.25)
-        except CameraError as error:
-            if error.code == "camera.ended":
-                return
-            raise
-        if frame is None:
-            continue
-        first_s = frame.captured_s if first_s is None else first_s
-        yield frame
-        if seconds and frame.captured_s - first_s >= seconds:
-            return
 
 
 def _verdict_takers(stream: TextIO | None, recorder: Recorder | None) -> Callable[[Judged, str], None] | None:

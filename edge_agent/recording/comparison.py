@@ -1,4 +1,4 @@
-"""Replays a recording: the same frames, the same belt, and with the same bundle the same verdicts, bit by bit.
+"""Replays a recording and compares every decision: with the same bundle the verdicts are equal, bit by bit.
 
 A recording is a row of *stretches*: frames without a loss between them, each beginning with a checkpoint. A fresh core
 takes over the checkpoint and goes through the stretch in virtual time. Time is the one thing that is not computed
@@ -10,8 +10,8 @@ judged by a second judge, so that the model sees the same batches as it did then
 of one recording take the same number of views per item). With another bundle the answer is a
 table of agreements; items that were half judged at the start of a stretch are not compared.
 
-What cannot be compared, and is counted: decisions of frames that were not recorded, and those of the last frame
-before a loss or a torn tail, which may have been lost with it.
+Decisions of frames that were not recorded, and those of the last frame before a loss or a torn tail (they may have been
+lost with it), cannot be compared; they are counted.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ _SAME_ITEM_MM: Final = 20.0
 
 
 class _RecordedTiming(EjectionQueue):
-    """Answers what the recorded line answered: which verdicts came too late. Fires nothing."""
+    """Repeats which verdicts came too late on the recorded line. Fires nothing."""
 
     def __init__(self, replay: Replay, late: set[int]) -> None:
         super().__init__(replay, NullEjector(), lead_ms=0.0, clock=replay.now)
@@ -54,8 +54,8 @@ class _RecordedTiming(EjectionQueue):
 
 
 @dataclass(frozen=True, slots=True)
-class _RecordedScale:
-    """Answers what the recorded line's load cell answered, from the frame on from which it did."""
+class _RecordedLoadCell:
+    """Repeats the weights of the recorded line's load cell, each from the frame on from which it was known."""
 
     decisions: list[Decision]
     core: LineCore
@@ -70,44 +70,44 @@ class _RecordedScale:
 
 @dataclass(slots=True)
 class Report:
-    """What a replay found."""
+    """The result of a replay."""
 
     bundle: str
     recorded_bundles: dict[str, int]
     same_bundle: bool
     exact: bool | None = None
-    """With the same bundle: whether every bit was the same. None with another bundle."""
+    """Whether every bit was the same; None when another bundle judged."""
     frames: int = 0
     stretches: int = 0
     decisions: int = 0
     compared: int = 0
     equal: int = 0
-    """Of those compared bit by bit."""
+    """Number of decisions that were equal in every bit."""
     differing: int = 0
     missing: int = 0
-    """Recorded, but not decided by the replay."""
+    """Number of decisions that were recorded but not made by the replay."""
     extra: int = 0
-    """Decided by the replay, but not recorded."""
+    """Number of decisions that the replay made but that were not recorded."""
     not_comparable: int = 0
     late: int = 0
-    """Recorded verdicts that came too late for their outlet."""
+    """Number of recorded verdicts that came too late for their outlet."""
     belts_compared: int = 0
-    """Checkpoints at which the learnt belt was compared."""
+    """Number of checkpoints at which the learnt belt was compared."""
     belts_differing: int = 0
     agreed: int = 0
-    """Items with the same class and outlet."""
+    """Number of items with the same class and outlet."""
     classes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Class then -> class now -> items."""
+    """Number of items by recorded class and present class."""
     outlets: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Outlet then -> outlet now -> items."""
+    """Number of items by recorded outlet and present outlet."""
     differences: list[str] = field(default_factory=list)
-    """The first of them, in words."""
+    """Descriptions of the first differences."""
     torn: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The report for a person."""
+        """Returns the report as text for a person."""
         head = f"{self.frames} frames, {self.stretches} stretches, {self.decisions} decisions recorded"
         lines = [head, *(f"torn tail: {torn}" for torn in self.torn), *(f"note: {note}" for note in self.notes)]
         if self.same_bundle:
@@ -125,7 +125,7 @@ class Report:
 
 
 def _table(name: str, counts: dict[str, dict[str, int]]) -> list[str]:
-    """Rows: then; columns: now."""
+    """Returns a table with recorded names as rows and present names as columns."""
     columns = sorted({after for row in counts.values() for after in row})
     first = max(len(text) for text in (f"{name} then", *counts))
     widths = [max(len(column), 7) for column in columns]
@@ -146,8 +146,8 @@ def replay(
     """Runs the line over a recording and compares every decision.
 
     Args:
-        folder: The recording.
-        bundle: Judges; the one of the recording, or one to be tried on the same fruit.
+        folder: Folder of the recording.
+        bundle: Bundle that judges: the one of the recording, or one to be tried on the same fruit.
         progress: Called with (frames so far, frames in all).
 
     Raises:
@@ -161,7 +161,7 @@ def replay(
 
 
 class _Comparison:
-    """One bundle over one recording."""
+    """The replay of one recording by one bundle."""
 
     def __init__(self, source: Replay, bundle: Path) -> None:
         self._source = source
@@ -230,7 +230,7 @@ class _Comparison:
             on_verdict=self._decided,
         )
         core.weights = tuple(
-            _RecordedScale([d for d in stretch.decisions if d.lane == lane], core)
+            _RecordedLoadCell([d for d in stretch.decisions if d.lane == lane], core)
             for lane in range(len(geometry.lanes))
         )
         point = stretch.checkpoint
@@ -239,7 +239,7 @@ class _Comparison:
         return core
 
     def _track(self, state: TrackState) -> Track:
-        """An item in sight; what another bundle had judged of it is left behind."""
+        """Returns an item in sight; answers of another bundle about it are dropped."""
         track = Track(
             state.item_id,
             state.lane,

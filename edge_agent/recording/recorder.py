@@ -6,8 +6,8 @@ oldest segments can go, frames can be lost, the program can start again, and wha
 after each loss the replay goes on from the next checkpoint. `recording.replay` reads it, `recording.segments` is the
 format.
 
-The line only appends to a bounded queue, without waiting (a line that is not paced may ask to wait); a thread of its
-own encodes and writes, in the pauses between two frames: beside a frame at work, encoding lengthens the latency from
+The line only appends to a bounded queue, without waiting (a line that is not paced may choose to wait); a separate
+thread encodes and writes, in the pauses between two frames: beside a frame at work, encoding lengthens the latency from
 8 to 12 ms (two cores), in the pauses by 0.2 ms. When the queue is full, frames are not recorded until half of it is
 free again, and counted. Disk full or failing: counted, the recording pauses and tries again later. The quota is never
 exceeded: the oldest segments go first, those marked by `keep` last. Each record is one write; the file is synchronised
@@ -16,7 +16,7 @@ that does not.
 
 Frames are PNG, filter *average*, Huffman only: measured on the simulated line (640x340, sensor noise of 2 levels)
 317 kB and 4.6 ms per frame against 367 kB and 10.8 ms of plain level 1. The difference to a background is no cheaper
-(333 kB, 8.7 ms): what is left to store is the noise.
+(333 kB, 8.7 ms), because the noise remains to be stored.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ import numpy as np
 
 from edge_agent.interfaces import Frame, Image
 from edge_agent.line.sorting import CoreState, LineCore
-from edge_agent.recording.segment_writer import RecordingCounters, _Disk, _open_new
+from edge_agent.recording.segment_writer import RecordingCounters, SegmentWriter, open_new
 from edge_agent.recording.segments import (
     Checkpoint,
     Decision,
@@ -60,14 +60,14 @@ _QUOTA_SHARE: Final = 8
 """A segment takes at most about this part of the quota, so that eviction frees little at a time."""
 _PATIENCE_S: Final = 30.0
 _GIVE_WAY_S: Final = 0.02
-"""So long the writer waits for a pause of the line; then it works beside it, or the queue would fill."""
+"""Longest time the writer waits for a pause of the line; then it works beside it, or the queue would fill."""
 _LEAD_UP_S: Final = 10.0
 """A segment younger than this is kept together with the one before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """A checkpoint on its way to the disk."""
+    """A checkpoint that waits to be written."""
 
     index: int
     continuous: bool
@@ -80,7 +80,7 @@ _Item: TypeAlias = _Start | tuple[FrameHead, Image] | Decision | Kept | End
 
 
 def versions() -> dict[str, str]:
-    """What decides whether two machines compute the same bits."""
+    """Returns the versions that decide whether two machines compute the same bits."""
     return {
         "machine": platform.machine(),
         "numpy": np.__version__,
@@ -90,7 +90,7 @@ def versions() -> dict[str, str]:
 
 
 def decision_of(judged: Judged, outlet: str, index: int) -> Decision:
-    """A verdict as it is recorded and compared."""
+    """Returns a verdict in the form in which it is recorded and compared."""
     track, verdict = judged.track, judged.verdict
     return Decision(
         index=index,
@@ -112,21 +112,20 @@ def decision_of(judged: Judged, outlet: str, index: int) -> Decision:
 
 
 class Recorder:
-    """Writes what the line sees and decides. One thread offers; `keep` may come from any.
+    """Records the frames and decisions of the line. One thread offers them; any thread may call `keep`.
 
     Call `offer` before `LineCore.process` of a frame and `processed` after it, `decided` as the core's `on_verdict`,
-    `ended` after `LineCore.flush`, and `close` at last. Images are not copied: whoever made one must not change it
-    afterwards.
+    `ended` after `LineCore.flush`, and `close` at last. Images are not copied and must not be changed afterwards.
 
     Args:
-        folder: Made when it is missing; a recording that is there is continued by new segments.
-        quota_bytes: Of all segments in the folder together.
+        folder: Folder of the recording, made when it is missing; an existing recording is continued by new segments.
+        quota_bytes: Largest size of all segments in the folder together.
         segment_s: Length of a segment, seconds of the frames' time; shorter when the quota is small.
-        queue_frames: Frames that may wait for the disk.
+        queue_frames: Number of frames that may wait for the disk.
         patient: `offer` waits for room instead of losing the frame: for lines that are not paced.
         retry_s: Pause after a disk error.
         about: Facts that are stored with each segment (`bundle`, `threads`).
-        clock: Monotonic seconds, for the pause only.
+        clock: Monotonic clock in seconds, used for the pause only.
         opener: Makes a new segment file, unbuffered.
 
     Raises:
@@ -145,7 +144,7 @@ class Recorder:
         retry_s: float = 10.0,
         about: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        opener: Callable[[Path], BinaryIO] = _open_new,
+        opener: Callable[[Path], BinaryIO] = open_new,
     ) -> None:
         if quota_bytes <= 0:
             raise ConfigError("recording.bad_quota", "A recording needs room.", expected="> 0 bytes", got=quota_bytes)
@@ -166,12 +165,12 @@ class Recorder:
         self._closing = False
         self._pausing = threading.Event()
         self._pausing.set()
-        # Told by the writer to the offering side.
+        # Set by the writer, read by the offering side.
         self._retry_at_s = float("-inf")
         self._interrupted = False
         self._segment_full = False
         # The writer.
-        self._disk = _Disk(folder, quota_bytes, opener, self.counters)
+        self._disk = SegmentWriter(folder, quota_bytes, opener, self.counters)
         self._live = False
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
@@ -214,13 +213,13 @@ class Recorder:
             self._wake.notify()
 
     def _full(self) -> bool:
-        """Once the queue was full, half of it must be free: stretches of a few frames are of no use."""
+        """Returns whether the queue is full; once it was, half of it must be free: short stretches are useless."""
         most = self._queue_frames // 2 if self._refusing else self._queue_frames - 1
         self._refusing = self._frames_waiting > most
         return self._refusing
 
     def processed(self) -> None:
-        """The line has done with the frame: a good moment to write."""
+        """Signals that the line has finished the frame, so that the writer may work."""
         self._pausing.set()
 
     def decided(self, judged: Judged, outlet: str) -> None:
@@ -231,11 +230,11 @@ class Recorder:
             self._whole = False
 
     def keep(self, reason: str) -> None:
-        """Marks the present segment (and the one before, when this one is young): it is evicted last."""
+        """Marks the present segment (and the one before, when this one is young), so that it is evicted last."""
         self._put(Kept(reason=reason[:1000]))
 
     def ended(self) -> None:
-        """The line has ended and its core was flushed: the last items belong to the recording."""
+        """Records that the line has ended and its core was flushed, so that the last items can be compared."""
         if self._whole:
             self._put(End())
 
@@ -248,19 +247,19 @@ class Recorder:
         return True
 
     def _count(self, name: str) -> None:
-        """Both sides count losses."""
+        """Adds one to a counter; both threads count losses."""
         with self._wake:
             setattr(self.counters, name, getattr(self.counters, name) + 1)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Writes what waits and closes the file. May be called twice."""
+        """Writes everything that waits and closes the file. May be called twice."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join(timeout_s)
 
     def facts(self) -> dict[str, object]:
-        """The counters and where the recording is."""
+        """Returns the counters, the folder and the bytes in use."""
         return {"folder": str(self._folder), "used_bytes": self._disk.used, **asdict(self.counters)}
 
     # -- the writing thread -------------------------------------------------------------------------------------
@@ -348,7 +347,7 @@ class Recorder:
 
 
 def encode_image(image: Image) -> bytes:
-    """A frame as PNG, cheaply; see the module."""
+    """Returns a frame as PNG with the fast settings that the module describes."""
     options = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY]
     chosen = getattr(cv2, "IMWRITE_PNG_FILTER", None)
     if chosen is not None:  # OpenCV before 4.12 chooses the filter itself

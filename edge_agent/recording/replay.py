@@ -1,4 +1,4 @@
-"""A recording as camera and encoder, in virtual time."""
+"""Plays a recording as camera and encoder, in virtual time."""
 
 import struct
 from bisect import bisect_right
@@ -30,30 +30,30 @@ _PNG_SIZE: Final = struct.Struct(">II")
 
 @dataclass(slots=True)
 class Stretch:
-    """Frames without a loss between them."""
+    """A run of frames without a loss between them."""
 
     start: Entry
     checkpoint: Checkpoint
     frames: list[tuple[FrameHead, Entry]] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     checkpoints: dict[int, Entry] = field(default_factory=dict)
-    """Further checkpoints, by the frame before which they were taken."""
+    """Further checkpoints, by the index of the frame before which they were taken."""
     ended: bool = False
-    """The run ended here in order."""
+    """Whether the run ended here in order."""
 
     @property
     def geometry(self) -> LineGeometry:
-        """Of the recorded line."""
+        """Geometry of the recorded line."""
         point = self.checkpoint
         lanes = tuple(Lane(top, bottom) for top, bottom in point.lanes)
         return LineGeometry(point.width_px, point.height_px, point.mm_per_px, lanes, point.outlets_mm)
 
 
 class Replay:
-    """A recording as camera and encoder, in virtual time: a frame for each `read`.
+    """A recording as camera and encoder, in virtual time: each `read` returns the next frame.
 
     Args:
-        folder: Of the recorder.
+        folder: Folder that a recorder wrote.
 
     Raises:
         InputError: `recording.absent`, `recording.corrupt`, `recording.wrong_version`, `recording.oversize`,
@@ -63,9 +63,9 @@ class Replay:
     def __init__(self, folder: Path) -> None:
         self.stretches: list[Stretch] = []
         self.torn: list[str] = []
-        """Segments whose tail a power cut tore off; the rest of them is replayed."""
+        """Descriptions of segments whose tail a power cut tore off; the rest of each is replayed."""
         self.kept: list[str] = []
-        """Reasons of segments that were marked."""
+        """Reasons for which segments were marked to be kept."""
         self._open: Stretch | None = None
         self._last_index = -1
         for path in _paths(folder):
@@ -110,7 +110,7 @@ class Replay:
     # -- camera -------------------------------------------------------------------------------------------------
 
     def read(self, timeout_s: float) -> Frame | None:  # noqa: ARG002  a recording never waits
-        """The next frame; see `FrameSource.read`.
+        """Returns the next frame; see `FrameSource.read`.
 
         Raises:
             CameraError: `camera.ended`, `camera.corrupt`, `camera.wrong_size`.
@@ -130,17 +130,17 @@ class Replay:
 
     @property
     def frames(self) -> int:
-        """Frames of the whole recording."""
+        """Number of frames of the whole recording."""
         return len(self._queue)
 
     @property
     def decisions(self) -> int:
-        """Decisions of the whole recording."""
+        """Number of decisions of the whole recording."""
         return sum(len(stretch.decisions) for stretch in self.stretches)
 
     @property
     def bundles(self) -> dict[str, int]:
-        """Bundles that judged, by digest, and their decisions."""
+        """Number of decisions of each bundle that judged, by digest."""
         counts: Counter[str] = Counter()
         for stretch in self.stretches:
             counts.update({head.digest: 0 for head, _ in stretch.frames if head.digest})
@@ -149,11 +149,11 @@ class Replay:
 
     @property
     def about(self) -> dict[str, str]:
-        """Facts of the recording machine, as of the newest stretch."""
+        """Facts about the recording machine, taken from the newest stretch."""
         return self.stretches[-1].checkpoint.about if self.stretches else {}
 
     def bundle_directory(self) -> Path:
-        """Where the bundle of the recording was, on the machine that recorded.
+        """Returns the directory that held the bundle on the machine that recorded.
 
         Raises:
             InputError: `recording.no_bundle` when it is not there (any more).
@@ -169,17 +169,17 @@ class Replay:
         return Path(directory)
 
     def close(self) -> None:
-        """No further frame comes."""
+        """Ends the recording; no further frame comes."""
         self._next = len(self._queue)
 
     # -- encoder ------------------------------------------------------------------------------------------------
 
     def now(self) -> float:
-        """The recording's clock: exposure of the frame read last."""
+        """Returns the recording's clock: the exposure time of the frame that was read last."""
         return self._now_s
 
     def position_mm(self, at_s: float) -> float:
-        """Exactly what was recorded at a frame's time, straight between frames, on at the same speed outside."""
+        """Returns exactly the recorded position at a frame's time; between and beyond frames the speed is constant."""
         if self._stretch is None:
             return 0.0
         frames, at = self._stretch.frames, bisect_right(self._times, at_s) - 1
@@ -189,7 +189,7 @@ class Replay:
         return head.belt_mm + (at_s - head.captured_s) * self._speed(max(at, 0))
 
     def speed_mm_s(self) -> float:
-        """Mean speed from the present frame to the next, millimetres per second."""
+        """Returns the mean speed from the present frame to the next, millimetres per second."""
         return self._speed(bisect_right(self._times, self._now_s) - 1) if self._stretch else 0.0
 
     def _speed(self, at: int) -> float:

@@ -18,7 +18,7 @@ from models.files import sync_directory
 
 @dataclass(slots=True)
 class RecordingCounters:
-    """What became of what was offered."""
+    """Counts of frames, decisions and files since the recorder was made."""
 
     frames: int = 0
     frames_lost: int = 0
@@ -35,12 +35,23 @@ class RecordingCounters:
     """Processor time of the writing thread."""
 
 
-def _open_new(path: Path) -> BinaryIO:
+def open_new(path: Path) -> BinaryIO:
+    """Opens a new segment file without a buffer; an existing file is an error."""
     return cast("BinaryIO", path.open("xb", buffering=0))
 
 
-class _Disk:
-    """Segment files within the quota. Used by the writing thread only, apart from its start."""
+class SegmentWriter:
+    """Writes segment files within the quota. Only the writing thread calls it, apart from its construction.
+
+    Args:
+        folder: Folder of the recording; made when it is missing.
+        quota_bytes: Largest size of all segments together.
+        opener: Makes a new, unbuffered segment file.
+        counters: Counters that are updated.
+
+    Raises:
+        InputError: `recording.unwritable`.
+    """
 
     def __init__(
         self, folder: Path, quota_bytes: int, opener: Callable[[Path], BinaryIO], counters: RecordingCounters
@@ -55,7 +66,7 @@ class _Disk:
         self.open_bytes = 0
         self.used = 0
         self.broken = True
-        """Something was lost since the last record that was written."""
+        """Whether something was lost since the last record that was written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for sequence, path, kept in segment_files(folder):
@@ -70,7 +81,7 @@ class _Disk:
             ) from error
 
     def begin(self, data: bytes, captured_s: float) -> bool:
-        """Closes the present segment and starts one with these bytes."""
+        """Closes the present segment and starts one with these bytes; returns whether there was room."""
         self.close()
         if not self._make_room(len(data)):
             self.broken = True
@@ -86,7 +97,7 @@ class _Disk:
         return True
 
     def append(self, data: bytes, captured_s: float | None) -> bool:
-        """Adds a record; False when there is no room for it."""
+        """Adds a record and returns whether there was room for it."""
         if self._stream is None or not self._make_room(len(data)):
             self.broken = True
             return False
@@ -107,7 +118,7 @@ class _Disk:
             left = left[written:]
 
     def _make_room(self, size: int) -> bool:
-        """Evicts until `size` bytes fit: the oldest first, kept ones last; never the open one."""
+        """Evicts segments until `size` bytes fit: the oldest first, kept ones last, never the open one."""
         while self.used + size > self._quota and self._closed:
             sequence = min(self._closed, key=lambda number: (self._closed[number][2], number))
             path, freed, kept = self._closed[sequence]
@@ -132,7 +143,7 @@ class _Disk:
         sync_directory(self._folder)
 
     def sync(self) -> None:
-        """Makes what was written durable."""
+        """Makes everything that was written durable."""
         if self._stream is not None:
             os.fdatasync(self._stream.fileno())
 
@@ -149,7 +160,7 @@ class _Disk:
             stream.close()
 
     def abandon(self) -> None:
-        """After an error: what is on the disk stays, and a new segment must begin."""
+        """Ends the open segment after an error: its bytes stay on the disk, and a new segment must begin."""
         self.broken = True
         with contextlib.suppress(OSError):
             self.close()

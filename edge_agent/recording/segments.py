@@ -6,9 +6,8 @@ A file begins with `SORTREC` + NUL and a version (u32), then records follow, lit
     head (MessagePack, one of the structs below) | payload (PNG of a frame, belt of a checkpoint, or nothing)
 
 The first record of a file is a `Checkpoint`, so that each file can be replayed without the one before it. A damage
-after which no whole record begins is a *torn tail*, what a power cut leaves: the reader stops before it and says so.
-Damage with records behind it is corruption and an error. Nothing in a file is believed before its sums and limits
-have been checked.
+after which no whole record begins is a *torn tail*, as a power cut leaves it: the reader stops before it and reports
+it. Damage with records behind it is corruption and an error. Sums and limits are checked before any content is used.
 """
 
 import math
@@ -59,7 +58,7 @@ class TrackState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     next_view_px: float
     views: Annotated[int, msgspec.Meta(ge=0, le=1024)]
     digest: Text
-    """Of the bundle that judges it; empty when none does yet."""
+    """Digest of the bundle that judges it; empty when none does yet."""
     probabilities: bytes
     embeddings: bytes
     features: bytes
@@ -73,9 +72,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     run: Text
     """Names one start of the recorder."""
     index: Count
-    """Of the frame that follows, counted over all frames offered in this run."""
+    """Index of the frame that follows, counted over all frames offered in this run."""
     continuous: bool
-    """Nothing was lost between the record before it and this one."""
+    """Whether nothing was lost between the record before it and this one."""
     width_px: Annotated[int, msgspec.Meta(ge=8, le=16_384)]
     height_px: Annotated[int, msgspec.Meta(ge=8, le=16_384)]
     mm_per_px: Annotated[float, msgspec.Meta(gt=0.0)]
@@ -85,18 +84,18 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     last_number: int
     tracks: Annotated[tuple[TrackState, ...], msgspec.Meta(max_length=4096)]
     about: dict[str, str]
-    """Facts of the recording machine: versions, threads, where the bundle was."""
+    """Facts about the recording machine: versions, threads, directory of the bundle."""
 
 
 class FrameHead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="frame"):
-    """One frame; the payload is its image as PNG."""
+    """One frame. The payload is its image as PNG."""
 
     index: Count
     number: Count
     captured_s: float
     belt_mm: float
     digest: Text
-    """Of the bundle in force; empty when none was."""
+    """Digest of the bundle in force; empty when none was."""
     variety: Text
     lot: Text
 
@@ -105,37 +104,37 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """One verdict. Two decisions are the same only when every bit of them is."""
 
     index: Count
-    """Of the frame it was made on."""
+    """Index of the frame on which it was made."""
     item_id: Count
     lane: Count
     item_mm: float
     klass: Text
     grade: Text
     wanted: Text
-    """Outlet of the verdict."""
+    """Outlet that the verdict named."""
     outlet: Text
-    """Outlet it took: the late one when the verdict came too late."""
+    """Outlet that the item took: the late one when the verdict came too late."""
     defect: float
     probabilities: bytes
-    """Of the item per class, float32."""
+    """Probability of the item for each class, float32 (C)."""
     view_probabilities: bytes
-    """Of its views, float32 (V, C)."""
+    """Probabilities of its views, float32 (V, C)."""
     views: Count
     digest: Text
     weight_g: float | None = None
-    """What the load cell said, where the model wants it."""
+    """Weight measured by the load cell, where the model takes one."""
     weighed_frame: int = -1
-    """From which frame on that was known."""
+    """Number of the frame from which on the weight was known; -1 = it was not."""
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="kept"):
-    """This segment is worth keeping."""
+    """Marks the segment as worth keeping."""
 
     reason: Text
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="end"):
-    """The run ended in order and its last items were finished."""
+    """Marks that the run ended in order and that its last items were finished."""
 
 
 Head: TypeAlias = Checkpoint | FrameHead | Decision | Kept | End
@@ -144,12 +143,12 @@ _ENCODER: Final = msgspec.msgpack.Encoder()
 
 
 def opening() -> bytes:
-    """First bytes of a segment file."""
+    """Returns the first bytes of a segment file."""
     return _OPENING.pack(MAGIC, VERSION)
 
 
 def framed(head: Head, payload: bytes = b"") -> bytes:
-    """A record as it stands in the file."""
+    """Returns a record as it stands in the file."""
     packed = _ENCODER.encode(head)
     prefix = _RECORD.pack(_MARKER, len(packed), len(payload), zlib.crc32(payload, zlib.crc32(packed)))
     return b"".join((prefix, _SUM.pack(zlib.crc32(prefix)), packed, payload))
@@ -157,18 +156,18 @@ def framed(head: Head, payload: bytes = b"") -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a record lies, and what its head says."""
+    """The place of a record in its file, and its decoded head."""
 
     head: Head
     path: Path
     at: int
-    """Offset of its head."""
+    """Offset of the head in the file, bytes."""
     head_bytes: int
     payload_bytes: int
     sum: int
 
     def payload(self) -> bytes:
-        """Reads the payload, checked again: the file may have changed since it was indexed.
+        """Reads the payload and checks it again, as the file may have changed since it was indexed.
 
         Raises:
             InputError: `recording.corrupt`, `recording.unreadable`.
@@ -192,11 +191,11 @@ class Segment:
     path: Path
     entries: list[Entry] = field(default_factory=list)
     torn: str = ""
-    """What is wrong with its tail; empty when it ends with a whole record."""
+    """Description of a torn tail; empty when the file ends with a whole record."""
 
 
 def segment_files(folder: Path) -> list[tuple[int, Path, bool]]:
-    """Segments of a folder, oldest first: (sequence, path, kept). Other files are left alone."""
+    """Returns the segments of a folder, oldest first, as (sequence, path, kept). Other files are ignored."""
     found: list[tuple[int, Path, bool]] = []
     for path in folder.iterdir():
         stem, _, suffix = path.name.partition(".")
@@ -206,7 +205,7 @@ def segment_files(folder: Path) -> list[tuple[int, Path, bool]]:
 
 
 def read_segment(path: Path) -> Segment:
-    """Indexes a file; every sum is checked.
+    """Indexes a file and checks every sum.
 
     Raises:
         InputError: `recording.malformed`, `recording.wrong_version`, `recording.oversize`, `recording.corrupt`,
@@ -233,7 +232,7 @@ def read_segment(path: Path) -> Segment:
 
 
 def _check_opening(path: Path, first: bytes, size: int) -> bool:
-    """True when the file was torn within its opening."""
+    """Returns whether the file was torn within its opening."""
     if not MAGIC.startswith(first[:8]):
         raise malformed(path, f"a segment ({MAGIC[:7].decode()} ...)", first[:8])
     if size < _OPENING.size:
@@ -250,7 +249,7 @@ def _check_opening(path: Path, first: bytes, size: int) -> bool:
 
 
 def _read_record(stream: BinaryIO, segment: Segment, at: int, size: int) -> str:
-    """Takes one record into the segment; returns what is torn, or nothing."""
+    """Reads one record into the segment; returns a description of what is torn, or an empty string."""
     path = segment.path
     prefix = stream.read(_PREFIX)
     if len(prefix) < _PREFIX and _MARKER.startswith(prefix[:4]):
@@ -286,7 +285,7 @@ def _read_record(stream: BinaryIO, segment: Segment, at: int, size: int) -> str:
 
 
 def _lengths(prefix: bytes) -> tuple[int, int, int] | None:
-    """Head and payload bytes and sum of a prefix, or None when it is none."""
+    """Returns head bytes, payload bytes and sum of a prefix, or None when these bytes are no prefix."""
     if len(prefix) < _PREFIX or prefix[:4] != _MARKER:
         return None
     if _SUM.unpack_from(prefix, _RECORD.size)[0] != zlib.crc32(prefix[: _RECORD.size]):
@@ -296,7 +295,7 @@ def _lengths(prefix: bytes) -> tuple[int, int, int] | None:
 
 
 def _record_follows(stream: BinaryIO, start: int) -> bool:
-    """Whether a record begins anywhere from `start` on; reads the rest of the file once, in pieces."""
+    """Returns whether a record begins anywhere from `start` on; reads the rest of the file once, in pieces."""
     stream.seek(start)
     window = b""
     while piece := stream.read(_CHUNK):
@@ -311,7 +310,7 @@ def _record_follows(stream: BinaryIO, start: int) -> bool:
 
 
 def _check_numbers(path: Path, head: Head) -> None:
-    """Refuses numbers that are none and lanes outside the image: they would break the line far from here."""
+    """Refuses numbers that are not finite and lanes outside the image, which would break the line far from here."""
     numbers: list[float] = []
     match head:
         case FrameHead():
@@ -331,7 +330,7 @@ def _check_numbers(path: Path, head: Head) -> None:
 
 
 def floats(data: bytes, columns: int, rows: int) -> list[NDArray[np.float32]]:
-    """Rows of a float32 array that was stored as bytes.
+    """Returns the rows of a float32 array that was stored as bytes.
 
     Raises:
         InputError: `recording.malformed` when the size is another.
@@ -339,7 +338,7 @@ def floats(data: bytes, columns: int, rows: int) -> list[NDArray[np.float32]]:
     if len(data) != rows * columns * 4:
         raise InputError(
             "recording.malformed",
-            "A checkpoint's array has another size than it says.",
+            "A checkpoint's array has another size than the checkpoint states.",
             expected=rows * columns * 4,
             got=len(data),
         )
@@ -347,12 +346,12 @@ def floats(data: bytes, columns: int, rows: int) -> list[NDArray[np.float32]]:
 
 
 def malformed(path: Path, expected: object, got: object) -> InputError:
-    """A file with good sums that says nonsense."""
+    """Returns the error for a file whose sums hold but whose content is impossible."""
     return InputError("recording.malformed", f"{path.name} is no recording.", expected=expected, got=got)
 
 
 def unreadable(path: Path, error: OSError) -> InputError:
-    """The system refuses the file."""
+    """Returns the error for a file that the system refuses to read."""
     return InputError("recording.unreadable", f"{path} cannot be read.", expected="a readable recording", got=error)
 
 

@@ -1,4 +1,4 @@
-"""Views worth a person's look, kept on the box.
+"""Keeps views on the box that a person should review.
 
 `disagreement` keeps items that champion and challenger judge differently.
 """

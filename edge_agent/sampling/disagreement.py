@@ -1,4 +1,4 @@
-"""Samples of items about which champion and challenger disagree, kept in a folder."""
+"""Keeps samples of items about which champion and challenger disagree, in a folder."""
 
 import logging
 from collections import deque
@@ -16,7 +16,7 @@ log = logging.getLogger("sortline.shadow")
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """One item the two judge differently."""
+    """One item that champion and challenger judge differently."""
 
     item_id: int
     views: NDArray[np.uint8]
@@ -42,8 +42,8 @@ class SampleFolder:
     """Keeps the newest disagreements as `.npz` files: views and both probabilities.
 
     Args:
-        folder: Made when the first sample comes.
-        limit: Files kept; the oldest goes first.
+        folder: Folder of the samples, made with the first one.
+        limit: Largest number of files; the oldest is removed first.
     """
 
     def __init__(self, folder: Path, *, limit: int = 200) -> None:
@@ -53,7 +53,7 @@ class SampleFolder:
         self.failed = 0
 
     def __call__(self, found: Disagreement) -> None:
-        """Keeps one; a full disk is counted, not raised."""
+        """Keeps one disagreement; a disk error is counted, not raised."""
         path = self._folder / f"{self._number:09d}.npz"
         self._number += 1
         try:

@@ -1,4 +1,4 @@
-"""How the simulated belt moves: position by time, through ramps; who may stop it."""
+"""Moves the simulated belt: its position by time, through ramps and stops."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ _RAMP_S: Final = 0.3
 
 @dataclass(slots=True)
 class _Segment:
-    """Belt motion from `at_s` on: constant acceleration for `ramp_s`, then constant speed."""
+    """The motion from `at_s` on: constant acceleration for `ramp_s`, then constant speed."""
 
     at_s: float
     at_mm: float
@@ -30,11 +30,11 @@ class _Segment:
 
 
 class BeltMotion:
-    """Position of a belt that changes its speed by ramps.
+    """The position of a belt that changes its speed by ramps.
 
     Args:
-        start_s: When it begins, at position 0.
-        speed_mm_s: Its speed then.
+        start_s: Time at which it starts, at position 0.
+        speed_mm_s: Speed at that time.
     """
 
     def __init__(self, start_s: float, speed_mm_s: float) -> None:
@@ -43,7 +43,7 @@ class BeltMotion:
         self._held = False
 
     def position_mm(self, at_s: float) -> float:
-        """Where the belt is, was or will be."""
+        """Returns the position at a past, present or future time, millimetres."""
         segments = self._segments
         for segment in reversed(tuple(segments)):
             if at_s >= segment.at_s:
@@ -51,16 +51,16 @@ class BeltMotion:
         return segments[0].position(at_s)
 
     def speed_mm_s(self, at_s: float) -> float:
-        """Its speed at a moment not before the last change."""
+        """Returns the speed at a time not before the last change, millimetres per second."""
         return self._segments[-1].speed_at(at_s)
 
     def drive(self, speed_mm_s: float, now_s: float) -> None:
-        """Ramps to a speed, at once or when nobody holds the belt any more."""
+        """Ramps to a speed, at once or as soon as the belt is no longer held."""
         self._wanted_mm_s = speed_mm_s
         self._ramp(now_s)
 
     def hold(self, now_s: float, *, held: bool) -> None:
-        """Holds the belt, or lets it go on."""
+        """Holds the belt, or lets it run again."""
         self._held = held
         self._ramp(now_s)
 

@@ -1,7 +1,7 @@
-"""Trouble for the simulated line: what can go wrong, by hand or by schedule.
+"""Describes the faults of the simulated line, set directly or by a schedule.
 
-A schedule reads like `30s brightness=0.7 blur_px=1.5; 60s clear`: at 30 s after the start these knobs are set (all
-others as before), at 60 s the line is healthy again.
+A schedule reads like `30s brightness=0.7 blur_px=1.5; 60s clear`: at 30 s after the start these knobs are set (the
+others stay), and at 60 s the line is healthy again.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from models.errors import ConfigError
 
 
 class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """State of everything that can be wrong; the defaults are a healthy line."""
+    """The state of everything that can be wrong; the defaults are a healthy line."""
 
     brightness: Annotated[float, msgspec.Meta(ge=0.0, le=10.0)] = 1.0
     blue: Annotated[float, msgspec.Meta(ge=0.0, le=4.0)] = 1.0
@@ -36,15 +36,15 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stopped: bool = False
     speed_factor: Annotated[float, msgspec.Meta(ge=0.0, le=3.0)] = 1.0
     defect_share: Annotated[float, msgspec.Meta(ge=-1.0, le=1.0)] = -1.0
-    """Of the items that enter from now on; negative = as configured."""
+    """Share of defective items among those that enter from now on; negative = as configured."""
     variety: str = ""
-    """All items that enter from now on are of this variety."""
+    """Variety of all items that enter from now on; empty = as configured."""
     valve_lane: Annotated[int, msgspec.Meta(ge=0, le=7)] = 0
-    """Whose valve has the trouble below."""
+    """Lane whose valve has the faults below."""
     valve_miss: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
     """Share of its shots that have no effect."""
     valve_slow_ms: Annotated[float, msgspec.Meta(ge=0.0, le=200.0)] = 0.0
-    """Its effect comes later by so much."""
+    """Additional delay of its effect."""
 
 
 NO_FAULTS: Final = Faults()
@@ -53,14 +53,14 @@ _STEP = re.compile(r"^(\d+(?:\.\d+)?)s\s+(.+)$")
 
 @dataclass(frozen=True, slots=True)
 class ScheduledFaults:
-    """From `after_s` after the start, this trouble."""
+    """The faults that hold from `after_s` after the start on."""
 
     after_s: float
     trouble: Faults
 
 
 def parse_fault_schedule(text: str) -> list[ScheduledFaults]:
-    """Reads a schedule.
+    """Parses a schedule.
 
     Raises:
         ConfigError: `trouble.malformed`, `trouble.unknown_knob` with the nearest one.

@@ -1,4 +1,4 @@
-"""A seeded sorting line: belt, rolling apples, camera, encoder, ejectors, and the truth about all of them.
+"""Simulates a seeded sorting line: belt, rolling apples, camera, encoder, ejectors, and the truth about all of them.
 
 It implements the seams of `edge_agent.interfaces` like hardware does, in real time or in virtual time (`virtual=True`:
 each read is the next exposure and the clock follows the frames). The same seed and configuration give the same
@@ -40,7 +40,7 @@ _SETTLE_MM: Final = 80.0
 
 
 class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The simulated line."""
+    """Settings of the simulated line."""
 
     seed: int = 1
     width_px: Annotated[int, msgspec.Meta(ge=160, le=4096)] = 640
@@ -51,13 +51,13 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     frames_per_s: Annotated[float, msgspec.Meta(gt=0.0, le=500.0)] = 30.0
     belt_mm_s: Positive = 1000.0
     items_per_s: Annotated[float, msgspec.Meta(gt=0.0, le=12.5)] = 9.0
-    """Per lane, on average, at nominal belt speed."""
+    """Mean number of items per second and lane at nominal belt speed."""
     touching_share: Share = 0.05
-    """Items that touch the one before."""
+    """Share of the items that touch the one before."""
     defect_share: Share = 0.25
     varieties: tuple[str, ...] = ("red", "golden", "bicolour")
     apples: Annotated[int, msgspec.Meta(ge=8, le=2000)] = 32
-    """Different apples that are drawn; each item on the belt is one of them."""
+    """Number of different apples that are drawn; each item on the belt is one of them."""
     photos: str = ""
     """Folder of real photographs (labels.csv with item, axis, frame) to roll instead of drawn apples."""
     reject_mm: Positive = 700.0
@@ -65,48 +65,48 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     nozzle_mm: Positive = 25.0
     """An item is hit when its centre is this close to the nozzle."""
     valve_delay_ms: Annotated[float, msgspec.Meta(ge=0.0, le=200.0)] = 0.0
-    """From command to effect of the valves; it varies by a tenth from shot to shot."""
+    """Time from command to effect of the valves; it varies by a tenth from shot to shot."""
     noise: Annotated[float, msgspec.Meta(ge=0.0, le=30.0)] = 2.0
     """Camera noise, standard deviation in grey levels."""
     again: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
-    """Passes of one seed carry the same items in the same order; each pass rolls them and the noise differently."""
+    """Number of the pass; passes of one seed carry the same items in the same order but roll and look different."""
     shifted_lanes: Annotated[int, msgspec.Meta(ge=0, le=7)] = 0
-    """The items of lane 0 run in this lane, and so on, around."""
+    """Lane in which the items of lane 0 run; the other lanes follow cyclically."""
 
     def geometry(self) -> LineGeometry:
-        """Where lanes and outlets are in this camera's image."""
+        """Returns the lanes and outlets in this camera's image."""
         lanes = tuple(Lane(k * self.lane_px, (k + 1) * self.lane_px) for k in range(self.lanes))
         return LineGeometry(self.width_px, self.lanes * self.lane_px, self.mm_per_px, lanes, {"reject": self.reject_mm})
 
 
 @dataclass(slots=True)
 class SimulatedItem:
-    """One item on the belt and what became of it."""
+    """One item on the belt, and the outlet it left by."""
 
     item_id: int
     lane: int
     item_mm: float
     apple: RollingItem
     phase: float
-    """Of the roll when the item enters, turns."""
+    """Phase of the roll when the item enters, in turns (0..1)."""
     weight_g: float
     ejected_to: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ViewTruth:
-    """What a person would say of one view of one item."""
+    """The true label of one view of one item."""
 
     item_id: int
     kind: str
-    """Of the item."""
+    """Kind of the item."""
     label: str
-    """Of the view: the kind where the defect shows, else `sound`."""
+    """Label of the view: the kind where the defect shows, else `sound`."""
     visible_share: float
     variety: str
     weight_g: float
     apple: str
-    """Which of the drawn apples it is: several items on a belt may be the same apple."""
+    """Name of the drawn apple; several items on a belt may be the same apple."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +115,9 @@ class SimulatedTruth:
 
     entered: int
     outcomes: dict[str, int]
-    """`kind>outlet` of the items that have passed the last outlet."""
+    """Number of items that have passed the last outlet, by `kind>outlet`."""
     ejections: dict[str, int]
-    """`on_time`, `late`, `wrong`, `gap`, `dead` (a valve without effect)."""
+    """Number of ejections by result: `on_time`, `late`, `wrong`, `gap`, `dead` (a valve without effect)."""
     frames_dropped: int
 
 
@@ -133,11 +133,11 @@ class SimulatedLine:
     """Camera, encoder and ejector of one simulated line.
 
     Args:
-        config: The line.
-        schedule: Trouble by time since the start.
-        virtual: Time advances with reads only.
-        clock: Monotonic seconds (real time only).
-        sleep: How to wait (real time only).
+        config: Settings of the line.
+        schedule: Faults by time since the start.
+        virtual: Whether time advances with reads only.
+        clock: Monotonic clock in seconds (real time only).
+        sleep: Function that waits (real time only).
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class SimulatedLine:
         self.start()
 
     def start(self) -> None:
-        """The belt starts now; again only for a line that was drawn ahead and not read yet."""
+        """Starts the belt now. A line that was drawn ahead and not read yet may be started again."""
         self._start_s = self._now_s = 0.0 if self._virtual else self._clock()
         self._motion = BeltMotion(self._start_s, self.config.belt_mm_s)
 
@@ -202,7 +202,7 @@ class SimulatedLine:
     # -- camera -----------------------------------------------------------------------------------------------
 
     def read(self, timeout_s: float) -> Frame | None:
-        """The freshest due exposure; see `FrameSource.read`."""
+        """Returns the freshest due exposure; see `FrameSource.read`."""
         period = 1.0 / self.config.frames_per_s
         number = self._number + 1
         if not self._virtual:
@@ -246,11 +246,11 @@ class SimulatedLine:
         return Frame(image, number, at_s, belt_mm)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Does nothing; the simulation holds no device."""
 
     @property
     def frames_dropped(self) -> int:
-        """Exposures nobody fetched in time, or lost by trouble."""
+        """Number of exposures that were not fetched in time or were lost by a fault."""
         return self._dropped
 
     def _draw(self, belt_mm: float, number: int) -> NDArray[np.uint8]:
@@ -298,15 +298,15 @@ class SimulatedLine:
     # -- belt -------------------------------------------------------------------------------------------------
 
     def position_mm(self, at_s: float) -> float:
-        """Encoder position; see `Encoder`."""
+        """Returns the belt position; see `Encoder`."""
         return self._motion.position_mm(at_s)
 
     def speed_mm_s(self) -> float:
-        """Belt speed now."""
+        """Returns the present belt speed; see `Encoder`."""
         return self._motion.speed_mm_s(self.now())
 
     def now(self) -> float:
-        """The line's clock: virtual or real."""
+        """Returns the line's clock, virtual or real, seconds."""
         return self._now_s if self._virtual else self._clock()
 
     def _follow_schedule(self, elapsed_s: float) -> None:
@@ -314,15 +314,15 @@ class SimulatedLine:
             self.set_trouble(self._schedule.pop(0).trouble)
 
     def stop(self, _reason: str) -> None:
-        """The fail-safe stops the belt; see `BeltControl`."""
+        """Stops the belt for the fail-safe; see `BeltControl`."""
         self._motion.hold(self.now(), held=True)
 
     def run(self) -> None:
-        """See `BeltControl`."""
+        """Lets the belt run again; see `BeltControl`."""
         self._motion.hold(self.now(), held=False)
 
     def set_trouble(self, trouble: Faults) -> None:
-        """Switches to this trouble; the belt ramps to its new speed."""
+        """Switches to these faults; the belt ramps to its new speed."""
         if not trouble.freeze:
             self._frozen = None
         self._trouble = trouble
@@ -365,7 +365,7 @@ class SimulatedLine:
         )
 
     def _foreign(self, variety: str, group: str) -> list[RollingItem]:
-        """Apples of a variety the line has not seen; drawn when they are first asked for."""
+        """Returns apples of a variety that is not in the library; they are drawn when first needed."""
         key = f"{variety}:{group}"
         if key not in self._library:
             rng = np.random.default_rng((self.config.seed, len(variety)))
@@ -377,7 +377,7 @@ class SimulatedLine:
     # -- ejectors and truth -----------------------------------------------------------------------------------
 
     def fire(self, shot: Shot, at_s: float) -> None:
-        """One valve opens; see `Ejector`. What it hits is decided by where the items are."""
+        """Opens one valve; see `Ejector`. The places of the items decide what it hits."""
         outlet_mm = self.geometry.outlets_mm[shot.outlet]
         self._advance(self.position_mm(at_s))
         with self._lock:
@@ -403,11 +403,11 @@ class SimulatedLine:
             self._ejections[_judge_shot(hit, aimed)] += 1
 
     def load_cell(self, lane: int) -> "LoadCell":
-        """What weighs the items of a lane before they are seen."""
+        """Returns the load cell that weighs the items of a lane before they are seen."""
         return LoadCell(self, lane)
 
     def sightings(self, until_s: float) -> list[Sighting]:
-        """The photo-eyes right behind the valves; see `Confirmation`."""
+        """Returns what the photo-eyes right behind the valves saw; see `Confirmation`."""
         found: list[Sighting] = []
         with self._lock:
             while self._sightings and self._sightings[0][0] <= until_s:
@@ -415,7 +415,7 @@ class SimulatedLine:
         return found
 
     def view_truth(self, belt_mm: float, lane: int, item_mm: float, tolerance_mm: float = 25.0) -> ViewTruth | None:
-        """Truth of the view of the item at this place, taken at this belt position; None where there is none."""
+        """Returns the truth of the view of the item at this place and belt position; None where there is no item."""
         with self._lock:
             items = list(self._lanes[lane].items)
         item = min(items, key=lambda i: abs(i.item_mm - item_mm), default=None)
@@ -433,25 +433,25 @@ class SimulatedLine:
         )
 
     def items(self) -> list[SimulatedItem]:
-        """What is on the belt and has not been ejected, by lane."""
+        """Returns the items on the belt that have not been ejected, by lane."""
         with self._lock:
             return [item for lane in self._lanes for item in lane.items if not item.ejected_to]
 
     def truth(self) -> SimulatedTruth:
-        """Counters since the start."""
+        """Returns the counters since the start."""
         with self._lock:
             return SimulatedTruth(self._entered, dict(self._outcomes), dict(self._ejections), self._dropped)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadCell:
-    """See `ItemScalars`."""
+    """The load cell of one lane; see `ItemScalars`."""
 
     line: SimulatedLine
     lane: int
 
     def value_for(self, item_mm: float) -> float | None:
-        """Grams."""
+        """Returns the weight of the item at this place, grams."""
         near = [i for i in self.line.items() if i.lane == self.lane and abs(i.item_mm - item_mm) <= 30.0]
         return min(near, key=lambda i: abs(i.item_mm - item_mm)).weight_g if near else None
 

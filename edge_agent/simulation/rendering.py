@@ -1,8 +1,9 @@
-"""Pictures of apples for the simulated line, drawn once at start and pasted afterwards.
+"""Draws the pictures of apples for the simulated line, once at its start; they are pasted afterwards.
 
 Each apple is a sphere with a surface of its own (skin, lenticels, stem cavity, calyx, perhaps a defect) that is
 looked up for a ring of roll phases, so that a defect turns in and out of sight as the item rolls. The truth of
-every phase (how much of the visible disc is defect) comes from the same surface. Nothing here knows time or belts.
+every phase (how much of the visible disc is defect) comes from the same surface. This module has no
+notion of time or belts.
 """
 
 import csv
@@ -27,7 +28,7 @@ _LIGHT: Final = np.array([-0.25, -0.45, 0.86], np.float32)
 
 
 class Kind(StrEnum):
-    """What is wrong with an item."""
+    """The kinds of items: sound, or the defect."""
 
     SOUND = "sound"
     ROT = "rot"
@@ -51,7 +52,7 @@ VARIETIES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Sprite:
-    """One picture of an item: colour already multiplied by coverage, and what the belt keeps (255 - coverage)."""
+    """One picture of an item: its colour multiplied by its coverage, and the share that the belt keeps."""
 
     colour: NDArray[np.uint8]
     """uint8 (h, w, 3) BGR."""
@@ -67,9 +68,9 @@ class RollingItem:
     variety: str
     sprites: tuple[Sprite, ...]
     shares: tuple[float, ...]
-    """Per phase, share of the visible disc that is defect."""
+    """Share (0..1) of the visible disc that is defect, for each phase."""
     labels: tuple[str, ...]
-    """Per phase, what a person would say of that view: the kind, or `sound`."""
+    """Label of the view for each phase: the kind where the defect shows, else `sound`."""
     length_mm: float
     name: str
 
@@ -126,12 +127,12 @@ def _squeezed(picture: Floats, aspect: float) -> Floats:
 
 
 def _keeps(coverage: Floats) -> NDArray[np.uint8]:
-    """What the belt keeps under this coverage; one array serves all phases of an apple."""
+    """Returns the share of the belt that stays visible; one array serves all phases of an apple."""
     return np.ascontiguousarray(np.repeat(255.0 - 255.0 * coverage[:, :, None], 3, axis=2), np.uint8)
 
 
 def _disc(side: int) -> tuple[Floats, Floats]:
-    """Unit normals of a sphere seen from +z, and the coverage of its disc with a soft rim."""
+    """Returns the unit normals of a sphere seen from +z, and the coverage of its disc with a soft rim."""
     axis = (np.arange(side, dtype=np.float32) + 0.5) / side * 2.0 - 1.0
     x, y = np.meshgrid(axis, axis)
     radius = np.sqrt(x * x + y * y)
@@ -143,7 +144,7 @@ def _disc(side: int) -> tuple[Floats, Floats]:
 
 
 def _shading(normals: Floats) -> tuple[Floats, Floats]:
-    """Lambert with ambient light, and a lamp's highlight (Blinn-Phong), per pixel."""
+    """Returns the shade (Lambert with ambient light) and the highlight of the lamp (Blinn-Phong) of each pixel."""
     light = _LIGHT / np.linalg.norm(_LIGHT)
     half = light + np.array([0, 0, 1], np.float32)
     half /= np.linalg.norm(half)
@@ -154,7 +155,7 @@ def _shading(normals: Floats) -> tuple[Floats, Floats]:
 
 
 def _rotation(rng: np.random.Generator) -> Floats:
-    """A random orientation (QR of a Gaussian matrix)."""
+    """Returns a random orientation (QR decomposition of a Gaussian matrix)."""
     q, r = np.linalg.qr(rng.normal(size=(3, 3)))
     q = q * np.sign(np.diag(r))
     if np.linalg.det(q) < 0:
@@ -163,14 +164,14 @@ def _rotation(rng: np.random.Generator) -> Floats:
 
 
 def _where(points: Floats) -> tuple[Floats, Floats]:
-    """Row and column of the surface for unit vectors (h, w, 3)."""
+    """Returns row and column of the surface for unit vectors (h, w, 3)."""
     latitude = np.arccos(np.clip(points[:, :, 1], -1.0, 1.0)) / np.pi * (_ROWS - 1)
     longitude = (np.arctan2(points[:, :, 2], points[:, :, 0]) / (2.0 * np.pi) + 0.5) * (_COLUMNS - 1)
     return latitude.astype(np.float32), longitude.astype(np.float32)
 
 
 def _noise(rng: np.random.Generator, points: Floats, frequency: float, terms: int = 10) -> Floats:
-    """Smooth noise on the sphere, about -1..1: a sum of waves in random directions."""
+    """Returns smooth noise on the sphere, about -1..1: a sum of waves in random directions."""
     directions = rng.normal(size=(terms, 3)) * frequency
     offsets = rng.uniform(0, 2 * np.pi, terms)
     waves = np.sin(points @ directions.T.astype(np.float32) + offsets.astype(np.float32))
@@ -178,7 +179,7 @@ def _noise(rng: np.random.Generator, points: Floats, frequency: float, terms: in
 
 
 def _surface(rng: np.random.Generator, kind: Kind, variety: str) -> tuple[Floats, Floats]:
-    """Colour float32 (96, 192, 3) and defect float32 (96, 192) over latitude and longitude."""
+    """Returns colour float32 (96, 192, 3) and defect float32 (96, 192) over latitude and longitude."""
     latitude = np.linspace(0, np.pi, _ROWS, dtype=np.float32)[:, None]
     longitude = ((np.arange(_COLUMNS, dtype=np.float32) / (_COLUMNS - 1)) - 0.5)[None, :] * 2.0 * np.pi
     points = np.stack(
@@ -211,7 +212,7 @@ def _skin(rng: np.random.Generator, points: Floats, longitude: NDArray[np.floati
 
 
 def _ends(rng: np.random.Generator, colour: Floats, points: Floats) -> Floats:
-    """Stem cavity at the north pole, calyx at the south pole: dark and brown, yet no defect."""
+    """Draws the stem cavity at the north pole and the calyx at the south pole: dark and brown, yet no defect."""
     wobble = 0.04 * _noise(rng, points, 5.0)
     north = np.arccos(np.clip(points[:, :, 1], -1, 1)) + wobble
     south = np.pi - np.arccos(np.clip(points[:, :, 1], -1, 1)) + wobble
@@ -252,7 +253,7 @@ def _blemish(rng: np.random.Generator, colour: Floats, points: Floats, kind: Kin
 
 
 def _distance(rng: np.random.Generator, points: Floats) -> Floats:
-    """Angle from a random place that is not on a pole, radians."""
+    """Returns the angle of each point from a random place off the poles, radians."""
     place = rng.normal(size=3)
     place[1] *= 0.6
     place /= np.linalg.norm(place)
@@ -274,14 +275,14 @@ def _scab(rng: np.random.Generator, colour: Floats, points: Floats) -> tuple[Flo
 
 
 def load_photos(folder: Path, *, mm_per_px: float, limit: int = 40) -> list[RollingItem]:
-    """Rolling items from real photographs: the views of one item and axis, in frame order, are its phases.
+    """Loads rolling items from real photographs: the views of one item and axis, in frame order, are its phases.
 
     An item is defective when any view without doubt is labelled so; its kind is the commonest kind of those views.
 
     Args:
         folder: Holds `labels.csv` with path, item, axis, frame, label, kind, doubt.
-        mm_per_px: Of the camera.
-        limit: Most sequences that are loaded.
+        mm_per_px: Scale of the camera.
+        limit: Largest number of sequences that are loaded.
 
     Raises:
         InputError: `photos.no_labels`, `photos.missing_columns`, and those of reading a photograph.
@@ -332,10 +333,10 @@ def _rolling_photos(folder: Path, item: str, rows: list[dict[str, str]], kind: s
 
 
 def draw_belt(rng: np.random.Generator, size: tuple[int, int], lane_px: int) -> NDArray[np.uint8]:
-    """Dark belt twice the image's width, so that a moving window always fits; lane dividers stand still in y.
+    """Draws a dark belt of twice the image's width, so that a moving window always fits; lane dividers keep their rows.
 
     Args:
-        rng: Decides the texture.
+        rng: Source of the texture.
         size: Height and width of the image.
         lane_px: Height of a lane.
 
@@ -355,12 +356,12 @@ def draw_belt(rng: np.random.Generator, size: tuple[int, int], lane_px: int) -> 
 
 
 def draw_noise(rng: np.random.Generator, size: tuple[int, int], sigma: float) -> list[NDArray[np.uint8]]:
-    """Four frames of noise, added in turn; its mean of two sigma is part of the exposure."""
+    """Returns four frames of noise, to be added in turn; its mean of two sigma is part of the exposure."""
     return [np.clip(rng.normal(2 * sigma, sigma, (*size, 3)), 0, 255).astype(np.uint8) for _ in range(4)]
 
 
 def draw_dirt(rng: np.random.Generator, size: tuple[int, int]) -> Floats:
-    """Smudges on the lens, 0..1: they stay where they are while everything else moves."""
+    """Returns the smudges on the lens, 0..1; they keep their place while everything else moves."""
     height, width = size
     map_ = np.zeros((height, width), np.float32)
     for _ in range(9):

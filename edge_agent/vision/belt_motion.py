@@ -1,7 +1,7 @@
-"""How far did the belt run between two pictures? Silhouettes of items slid over each other, and an encoder made of it.
+"""Measures how far the belt ran between two pictures, by sliding the silhouettes of the items over each other.
 
-Only silhouettes count: an item rolls, so its skin moves otherwise than the belt, its outline does not. The belt is
-what is seen most often at each pixel, so neither a dark belt nor gaps between the items are taken for granted.
+Only silhouettes count: an item rolls, so its skin moves otherwise than the belt, while its outline moves with it. The
+belt is the colour that is seen most often at each pixel, so neither a dark belt nor gaps between items are required.
 """
 
 from collections.abc import Sequence
@@ -16,54 +16,55 @@ from edge_agent.interfaces import Image
 Floats = NDArray[np.float32]
 
 _WORK_PX: Final = 160
-"""Width at which belt and silhouettes are looked at."""
+"""Approximate width, in pixels, of the shrunk picture in which belt and silhouettes are found."""
 _ALIKE: Final = 8.0
-"""Grey levels within which two looks at a pixel show the same thing."""
+"""Two samples of a pixel within so many grey levels show the same thing."""
 _FAINT: Final = 10.0
 _CLEAR: Final = 30.0
-"""From faint to clear (grey levels of the largest channel) a pixel turns from belt to item."""
+"""Between these two differences to the belt (grey levels of the largest channel) a pixel turns from belt to item."""
 _LEARN: Final = 0.02
 MOVED_SHARE: Final = 0.004
 """Share of pixels that must change before two pictures differ by more than noise."""
-_BELT_LOOKS: Final = 32
-_OVERLAP: Final = 0.4
-"""Least share of the picture that two silhouettes must have in common."""
-_MISFIT: Final = 0.3
+BELT_LOOKS: Final = 32
+"""Pictures from which the empty belt is learnt."""
+OVERLAP: Final = 0.4
+"""Smallest share of the picture that two silhouettes must have in common."""
+MISFIT: Final = 0.3
 """Largest mismatch of a good match: 0 is equal, about 1 is unrelated."""
-_LEAST_SEEN: Final = 0.01
+LEAST_SEEN: Final = 0.01
 """Share of the picture that must be item before a shift can be read."""
 
 
 def shrink_of(width_px: int) -> int:
-    """By how much a picture of this width is shrunk before it is looked at."""
+    """Returns the factor by which a picture of this width is shrunk before silhouettes are found in it."""
     return max(1, round(width_px / _WORK_PX))
 
 
 def shrunk(image: Image, shrink: int) -> Floats:
-    """float32 (H // shrink, W // shrink, 3); each pixel is the mean of those it replaces."""
+    """Returns the picture as float32 (H // shrink, W // shrink, 3); each pixel is the mean of those it replaces."""
     size = (image.shape[1] // shrink, image.shape[0] // shrink)
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.float32)
 
 
 def largest_change(first: Floats, second: Floats) -> Floats:
-    """Distance of each pixel in its most different channel; (..., 3) becomes (...)."""
+    """Returns the distance of each pixel in its most different channel; (..., 3) becomes (...)."""
     change = np.abs(first - second)
     # Much faster than `max(axis=-1)` over three values.
     return np.asarray(np.maximum(np.maximum(change[..., 0], change[..., 1]), change[..., 2]), np.float32)
 
 
 def moved(first: Floats, second: Floats) -> bool:
-    """Whether two shrunk pictures differ by more than noise."""
+    """Returns whether two shrunk pictures differ by more than noise."""
     return float((largest_change(first, second) > _CLEAR).mean()) > MOVED_SHARE
 
 
 def learn_belt(looks: Sequence[Floats]) -> Floats:
-    """The empty belt: at each pixel the colour that came most often, float32 (h, w, 3).
+    """Returns the empty belt: at each pixel the colour that came most often, float32 (h, w, 3).
 
     Args:
         looks: Shrunk pictures of the moving belt. Items may cover a pixel most of the time, if they differ.
     """
-    stack = np.stack([looks[at] for at in np.linspace(0, len(looks) - 1, min(len(looks), _BELT_LOOKS)).astype(int)])
+    stack = np.stack([looks[at] for at in np.linspace(0, len(looks) - 1, min(len(looks), BELT_LOOKS)).astype(int)])
     best = np.full(stack.shape[1:3], -1)
     belt = stack[0].copy()
     for look in stack:
@@ -77,7 +78,7 @@ def learn_belt(looks: Sequence[Floats]) -> Floats:
 
 
 class BeltView:
-    """Tells items from belt in shrunk pictures; follows slow changes of light.
+    """Separates items from belt in shrunk pictures and follows slow changes of light.
 
     Args:
         belt: From `learn_belt`.
@@ -87,7 +88,7 @@ class BeltView:
         self.belt = belt.copy()
 
     def difference(self, small: Floats) -> Floats:
-        """Grey levels (largest channel) by which each pixel differs from the belt, float32 (h, w)."""
+        """Returns by how many grey levels (largest channel) each pixel differs from the belt, float32 (h, w)."""
         now, known = small[::2, ::2].mean(axis=2), self.belt[::2, ::2].mean(axis=2)
         near = np.abs(now - known) < _CLEAR
         # Below some pixels of belt the gain would be that of the items.
@@ -95,7 +96,7 @@ class BeltView:
         return largest_change(small, self.belt * np.float32(min(max(gain, 0.5), 2.0)))
 
     def silhouettes(self, small: Floats) -> Floats:
-        """Float32 (h, w): 1 on an item, 0 on the belt, between the two on its rim."""
+        """Returns float32 (h, w): 1 on an item, 0 on the belt, between the two on its rim."""
         difference = self.difference(small)
         soft = np.clip((difference - _FAINT) / (_CLEAR - _FAINT), 0.0, 1.0)
         soft = cv2.morphologyEx(soft, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
@@ -105,25 +106,25 @@ class BeltView:
 
 
 def mismatch(first: Floats, second: Floats, shifts: Sequence[int]) -> NDArray[np.float64]:
-    """How badly `second` fits `first` moved right by each of `shifts` columns: 0 equal, about 1 unrelated.
+    """Returns how badly `second` fits `first` moved right by each of `shifts` columns: 0 is equal, about 1 unrelated.
 
-    Infinite where the two have too little in common.
+    The value is infinite where the two have too little in common.
     """
     width = first.shape[1]
     found = np.full(len(shifts), np.inf)
     for at, shift in enumerate(shifts):
-        if width - abs(shift) < _OVERLAP * width:
+        if width - abs(shift) < OVERLAP * width:
             continue
         a = first[:, max(0, -shift) : width - max(0, shift)]
         b = second[:, max(0, shift) : width - max(0, -shift)]
         energy = float(np.vdot(a, a) + np.vdot(b, b))
-        if energy > _LEAST_SEEN * a.size:
+        if energy > LEAST_SEEN * a.size:
             found[at] = 1.0 - 2.0 * float(np.vdot(a, b)) / energy
     return found
 
 
 def best_shift(first: Floats, second: Floats, low: int, high: int) -> tuple[float, float] | None:
-    """The shift to the right between `low` and `high` columns at which `second` fits `first` best.
+    """Returns the shift to the right, between `low` and `high` columns, at which `second` fits `first` best.
 
     Returns:
         Shift (columns, with a fraction) and its mismatch; None when there is nothing to compare.
@@ -137,7 +138,7 @@ def best_shift(first: Floats, second: Floats, low: int, high: int) -> tuple[floa
 
 
 def vertex(values: NDArray[np.float64], at: int) -> float:
-    """Offset (-0.5..0.5) of the minimum from sample `at`, by the parabola through it and its neighbours."""
+    """Returns the offset (-0.5..0.5) of the minimum from sample `at`, by the parabola through it and its neighbours."""
     if not 0 < at < len(values) - 1 or not np.isfinite(values[at - 1 : at + 2]).all():
         return 0.0
     before, here, after = (float(v) for v in values[at - 1 : at + 2])

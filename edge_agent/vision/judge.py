@@ -1,7 +1,7 @@
-"""What is an item? Crop, batch, infer, fuse, decide: one bundle at work on the line.
+"""Judges items with one bundle: crops views, runs the model on a batch, fuses the views and decides.
 
-A `Judge` is one loaded bundle. Swapping bundles is swapping judges; an item belongs to the judge that took its first
-view until its verdict, so no item is judged twice or by a mixture.
+A `Judge` is one loaded bundle, and a new bundle is a new judge. An item belongs to the judge that took its first view
+until its verdict, so no item is judged twice or by a mixture of two bundles.
 """
 
 import time
@@ -24,7 +24,7 @@ from models.recipe import Verdict
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One item with its verdict and what monitoring wants to know of it."""
+    """One item with its verdict and the features that monitoring counts."""
 
     track: Track
     verdict: Verdict
@@ -36,9 +36,9 @@ class Judge:
 
     Args:
         directory: The bundle; verified again while it is read.
-        digest: Which bundle it must be; None accepts any.
-        threads: Of ONNX Runtime.
-        clock: Seconds, for timing the model.
+        digest: Digest the bundle must have; None accepts any.
+        threads: Number of threads ONNX Runtime uses.
+        clock: Clock in seconds with which the model is timed.
 
     Raises:
         BundleError: The bundle is not usable on this machine.
@@ -61,7 +61,7 @@ class Judge:
         self.classifier.warm_up()
 
     def take_view(self, locator: Locator, image: Image, track: Track, place: Detection) -> bool:
-        """Cuts a view of the item; False when the crop shows nothing."""
+        """Cuts a view of the item and returns whether the crop shows anything."""
         crop, mask = locator.mask(image, place)
         try:
             track.views.append(make_view(crop, mask, self.preprocess))
@@ -71,14 +71,14 @@ class Judge:
 
     @property
     def wants_weight(self) -> bool:
-        """Whether the graph takes a scalar per item; the first one is `weight_g`."""
+        """Whether the graph takes scalars per item; the first one is `weight_g`."""
         return self.classifier.scalars > 0
 
     def infer(self, tracks: list[Track]) -> float:
-        """Judges the newest view of each track, and its weight where the graph wants one, in one batch.
+        """Judges the newest view of each track in one batch, with its weight where the graph takes one.
 
         Returns:
-            Milliseconds the model took.
+            The time the model took, milliseconds.
 
         Raises:
             BundleError: `model.failed`, `model.not_finite`.

@@ -1,4 +1,6 @@
-"""Where are the items in a frame? A learnt belt background, a threshold, connected parts; no idea of time or identity.
+"""Finds the items of one frame by a learnt belt background, a threshold and connected parts.
+
+It has no notion of time or identity.
 
 Works on a quarter-size image, so that a 640x340 frame costs well under a millisecond; the mask of one item is refined
 at full size only when a view of it is taken. The background follows the light: a gain per frame and channel first (a
@@ -22,14 +24,14 @@ _DELTA: Final = 26.0
 """Grey levels (largest channel) by which an item stands out from the belt."""
 _LEARN: Final = 0.02
 FLOODED: Final = 0.85
-"""Share of a frame that is not belt from which on it shows no belt: black, torn, or a light that changed too much."""
+"""A frame of which a larger share is not belt shows no belt: it is black, torn, or its light changed too much."""
 _FEWEST: Final = 32
-"""Samples of belt that tell the lamp's gain."""
+"""Smallest number of belt samples from which the gain of the lamp is measured."""
 _TINTED: Final = 1.1
 _STEADY: Final = 0.05
 _FOLLOW: Final = 0.05
 _CONVEX: Final = 1.25
-"""A part whose hull is larger than it by more than this factor is no single fruit."""
+"""A part whose convex hull is more than this factor larger than the part is no single fruit."""
 _MIN_SHARE: Final = 0.04
 """Smallest item, as a share of a square as wide as the lane."""
 
@@ -40,15 +42,15 @@ class Detection:
 
     lane: int
     x_px: float
-    """Centre of its bounding box along the belt."""
+    """Column of the centre of its bounding box (along the belt)."""
     left_px: int
     right_px: int
     top_px: int
     bottom_px: int
     whole: bool
-    """False when the frame's edge cuts it."""
+    """Whether the item is wholly in the picture; False when the edge of the frame cuts it."""
     touching: bool
-    """It was cut off a neighbour it touches."""
+    """Whether it was cut off a neighbour that it touches."""
 
 
 class Locator:
@@ -63,7 +65,7 @@ class Locator:
         self._background: NDArray[np.float32] | None = None
         self._kernel = np.ones((3, 3), np.uint8)
         self.coverage = 0.0
-        """Share of the last frame that is not belt: near 1 the frame shows no belt at all (black, torn, blinded)."""
+        """Share (0..1) of the last frame that is not belt; near 1 the frame shows no belt at all."""
 
     @property
     def background(self) -> NDArray[np.float32] | None:
@@ -71,14 +73,14 @@ class Locator:
         return self._background
 
     def restore(self, background: NDArray[np.float32] | None) -> None:
-        """Goes on from a belt learnt before (a copy of `background`)."""
+        """Continues with a belt that was learnt before; the array is copied."""
         self._background = None if background is None else background.copy()
 
     def find(self, image: Image) -> list[Detection]:
-        """All items of a frame, by lane and then from right (front) to left.
+        """Returns all items of a frame, by lane and within a lane from right (front) to left.
 
         Args:
-            image: uint8 (H, W, 3) BGR of the line's geometry.
+            image: Picture, uint8 (H, W, 3) BGR, of the size of the line's geometry.
         """
         small = self._shrunk(image)
         if self._background is None:
@@ -91,7 +93,7 @@ class Locator:
         return found
 
     def _shrunk(self, image: Image) -> NDArray[np.uint8] | cv2.typing.MatLike:
-        """A quarter of the size by area; halving twice is three times as fast as once by four (OpenCV 4 and 5)."""
+        """Shrinks to a quarter by area; halving twice is three times as fast as once by four (OpenCV 4 and 5)."""
         if image.shape[0] % SHRINK or image.shape[1] % SHRINK:
             return cv2.resize(image, self._size, dst=self._small, interpolation=cv2.INTER_AREA)
         half = self._half
@@ -99,7 +101,7 @@ class Locator:
         return cv2.resize(half, self._size, dst=self._small, interpolation=cv2.INTER_AREA)
 
     def _foreground(self, small: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.uint8]:
-        """255 where there is an item; learns the belt elsewhere."""
+        """Returns 255 where there is an item, and learns the belt elsewhere."""
         background = self._background
         assert background is not None  # noqa: S101  set by the only caller
         gains = _gains(small, background)
@@ -168,11 +170,11 @@ class Locator:
         ]
 
     def mask(self, image: Image, item: Detection) -> tuple[Image, Mask]:
-        """The full-size crop around an item and its mask (one connected part, holes filled).
+        """Returns the full-size crop around an item and its mask (one connected part, holes filled).
 
         Args:
             image: The frame the item was found in.
-            item: Where it is.
+            item: Place of the item in that frame.
 
         Returns:
             uint8 (h, w, 3) view into the frame, and uint8 (h, w) mask 0/255.
@@ -192,7 +194,7 @@ class Locator:
 
 
 def _gains(small: NDArray[np.uint8] | cv2.typing.MatLike, background: NDArray[np.float32]) -> NDArray[np.float32]:
-    """How much brighter the lamp is than it was, per channel (blue, green, red); 1 where too little belt is seen."""
+    """Returns the gain of the lamp since the belt was learnt, per channel (BGR); 1 where too little belt is seen."""
     # Belt pixels are the majority or at least stay near their old value: the median ratio is the lamp's gain.
     sample, known = small[::8, ::8].astype(np.float32), background[::8, ::8]
     near = np.abs(sample[:, :, 1] - known[:, :, 1]) < _DELTA
@@ -209,24 +211,24 @@ def _gains(small: NDArray[np.uint8] | cv2.typing.MatLike, background: NDArray[np
 
 
 def _lit(background: NDArray[np.float32], gains: NDArray[np.float32]) -> cv2.typing.MatLike:
-    """The belt as this lamp shows it; a lamp that changed its colour, not only its brightness, costs a pass more."""
+    """Returns the belt under the present lamp; a change of colour, not only of brightness, costs one more pass."""
     if float(gains.max()) < _TINTED * float(gains.min()):
         return cv2.convertScaleAbs(background, alpha=float(gains[1]))
     return cv2.convertScaleAbs(background * gains)
 
 
 def _first_background(small: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.float32]:
-    """Until the belt was seen empty: the darker half of each row's pixels is belt."""
+    """Returns the belt to start with: in each row the level below which a fifth of its pixels lie."""
     rows = np.quantile(np.asarray(small, np.float32), 0.2, axis=1, keepdims=True)
     return np.ascontiguousarray(np.broadcast_to(rows, small.shape), np.float32)
 
 
 def _cuts(shape: NDArray[np.uint8], lane_height: int) -> list[int]:
-    """Columns at which a blob of touching items is cut: narrow waists between wide bellies.
+    """Returns the columns at which a blob of touching items is cut: narrow waists between wide bellies.
 
     Args:
         shape: uint8 (h, w) of one connected part, 1 inside; clearly wider than high.
-        lane_height: Of the lane, same scale; an item is about 0.55-0.8 of it long.
+        lane_height: Height of the lane at the same scale; an item is about 0.55-0.8 of it long.
     """
     height, width = shape.shape
     thickness = cv2.reduce(shape, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32F)
@@ -243,7 +245,7 @@ def _cuts(shape: NDArray[np.uint8], lane_height: int) -> list[int]:
 
 
 def _largest_filled(inside: NDArray[np.uint8] | cv2.typing.MatLike) -> Mask:
-    """The largest connected part with its holes and bites filled.
+    """Returns the largest connected part with its holes and bites filled.
 
     A dark hole in an apple belongs to the apple, and so does rot as dark as the belt at its rim: fruit is convex, so
     the hull restores what the threshold bit off. A part far from convex is no single fruit and stays as it is.

@@ -1,9 +1,9 @@
-"""Which item is which: association by lane and belt motion.
+"""Keeps the identity of items from frame to frame, by lane and belt motion.
 
 An item's belt coordinate (`item_mm`, see `edge_agent.interfaces`) stays the same while it travels, so a track needs no
 motion model: an observation belongs to the track of its lane with the nearest coordinate, within a third of an
-item. Each track is closed exactly once, and says along the way which observations are worth a view: whole items
-only, at most K, spaced evenly by travel, which is spaced by roll.
+item. Each track is closed exactly once. Views are taken of whole items only, at most K of each, spaced evenly by
+travel and thereby by roll.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,12 +19,12 @@ from edge_agent.vision.segmentation import Detection
 _SMOOTH: Final = 0.3
 _MAX_TRACKS_PER_LANE: Final = 64
 _NO_MORE_PX: Final = 1.0e9
-"""A column no item reaches: the item has all the views it will get."""
+"""A column that no item reaches; it marks an item that has all the views it will get."""
 
 
 @dataclass(slots=True)
 class Track:
-    """One item while it is in sight, and what was learnt of it."""
+    """One item while it is in sight, with the views taken of it and the model's answers."""
 
     item_id: int
     lane: int
@@ -38,30 +38,30 @@ class Track:
     next_view_px: float = 0.0
     """The next view is taken when the item's centre has passed this column."""
     viewed_s: float = 0.0
-    """Exposure of the frame its newest view was cut from."""
+    """Exposure time of the frame from which its newest view was cut."""
     views: list[NDArray[np.uint8]] = field(default_factory=list)
     probabilities: list[NDArray[np.float32]] = field(default_factory=list)
     embeddings: list[NDArray[np.float32]] = field(default_factory=list)
     features: list[NDArray[np.float32]] = field(default_factory=list)
     weight_g: float | None = None
-    """From a load cell, where there is one."""
+    """Weight measured by a load cell; None where there is none."""
     weighed_frame: int = -1
     """Number of the frame from which on the weight was known."""
     judge: object = None
-    """The judge that took the item's first view; it finishes the item, also across a swap."""
+    """The judge that took the item's first view and finishes the item, also when the bundle is swapped meanwhile."""
 
     @property
     def complete(self) -> bool:
-        """Its last view was offered: the verdict need not wait until the item has left the picture."""
+        """Whether its last view was offered, so that the verdict need not wait until the item has left the picture."""
         return self.next_view_px >= _NO_MORE_PX
 
 
 class Tracker:
-    """Tracks of one camera.
+    """The tracks of one camera.
 
     Args:
-        geometry: Of the line.
-        next_id: Gives a new item id at each call.
+        geometry: Geometry of the line.
+        next_id: Returns a new item id at each call.
     """
 
     def __init__(self, geometry: LineGeometry, next_id: Callable[[], int]) -> None:
@@ -69,12 +69,12 @@ class Tracker:
         self._next_id = next_id
         self._tracks: list[list[Track]] = [[] for _ in geometry.lanes]
         self.overflow = 0
-        """Observations that were refused because a lane held too many tracks (a flooded image)."""
+        """Number of observations refused because a lane held too many tracks (a flooded image)."""
 
     def update(
         self, found: list[Detection], frame_number: int, captured_s: float, belt_mm: float
     ) -> tuple[list[tuple[Track, Detection]], list[Track]]:
-        """Takes one frame's items.
+        """Assigns the items of one frame to tracks and closes tracks that have passed.
 
         Returns:
             Pairs (track, place) of whole items seen in this frame, and the tracks that are now closed: their last
@@ -116,7 +116,7 @@ class Tracker:
         return track
 
     def _close_passed(self, belt_mm: float) -> list[Track]:
-        """Tracks whose item can no longer be seen whole: its front has reached the image's edge."""
+        """Removes and returns the tracks whose item can no longer be seen whole: its front has reached the edge."""
         scale, width = self._geometry.mm_per_px, self._geometry.width_px
         closed: list[Track] = []
         for lane in self._tracks:
@@ -127,11 +127,11 @@ class Tracker:
         return closed
 
     def close_passed(self, belt_mm: float) -> list[Track]:
-        """Closes items that left the picture while no frame could be looked at."""
+        """Closes the items that left the picture while no frame could be used."""
         return self._close_passed(belt_mm)
 
     def close_all(self) -> list[Track]:
-        """Closes what is left (the camera ended or was lost)."""
+        """Closes all tracks that are left (the camera ended or was lost)."""
         left = [track for lane in self._tracks for track in lane]
         for lane in self._tracks:
             lane.clear()
@@ -139,30 +139,30 @@ class Tracker:
 
     @property
     def tracks(self) -> list[Track]:
-        """Items in sight, by lane, in the order they came."""
+        """The tracks in sight, by lane, in the order in which they came."""
         return [track for lane in self._tracks for track in lane]
 
     def restore(self, tracks: Iterable[Track]) -> None:
-        """Goes on from what `tracks` gave before; the tracks are taken over."""
+        """Continues with tracks that were read from `tracks` before; the objects are taken over."""
         self._tracks = [[] for _ in self._geometry.lanes]
         for track in tracks:
             self._tracks[track.lane].append(track)
 
     @property
     def open(self) -> int:
-        """Items in sight."""
+        """Number of items in sight."""
         return sum(len(lane) for lane in self._tracks)
 
 
 class ViewPicker:
-    """Decides which observations become views: at most `max_views` per item, evenly spaced by travel.
+    """Chooses the observations that become views: at most `max_views` per item, evenly spaced by travel.
 
     The stretch on which an item is whole is divided into `max_views` cells, and the first observation in each cell
     becomes a view. The one in the last cell completes the track.
 
     Args:
-        geometry: Of the line.
-        max_views: K of the bundle.
+        geometry: Geometry of the line.
+        max_views: Number of views per item (K of the bundle).
     """
 
     def __init__(self, geometry: LineGeometry, max_views: int) -> None:
@@ -170,7 +170,7 @@ class ViewPicker:
         self._max_views = max_views
 
     def wants(self, track: Track, place: Detection) -> bool:
-        """Whether this observation is worth a view; remembers that it was taken."""
+        """Returns whether this observation becomes a view, and records it as taken."""
         if len(track.views) >= self._max_views or place.x_px < track.next_view_px:
             return False
         length_px = place.right_px - place.left_px
