@@ -11,7 +11,8 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import Rollout
 from control_plane.rollouts.blast_radius import preview
-from control_plane.rollouts.records import Order, act, create_rollout, describe, get_rollout
+from control_plane.rollouts.description import describe, summarise
+from control_plane.rollouts.records import Order, act, create_rollout, get_rollout
 from control_plane.services import Services, services_of
 
 router = APIRouter(prefix="/api/v1/rollouts", tags=["rollouts"])
@@ -69,11 +70,10 @@ def preview_rollout(body: NewRollout, services: Given) -> dict[str, Any]:
 
 @router.get("")
 def list_rollouts(services: Given, limit: Limit = 50) -> list[dict[str, Any]]:
-    """Newest first, with the progress of every agent."""
-    now = utc_now()
+    """Returns the newest rollouts first, with counts and waves; `GET /rollouts/{id}` adds the agents one by one."""
     with reading(services.engine) as session:
         found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(limit)).all()
-        return [describe(session, rollout, now) for rollout in found]
+        return summarise(session, found)
 
 
 @router.get("/{rollout_id}")

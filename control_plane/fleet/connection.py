@@ -273,12 +273,13 @@ class FleetLink:
             agent.reported_at = agent.seen_at = utc_now()
             if reported.labels:
                 agent.labels = agent.labels | dict(reported.labels)
-            behind = bool(agent.desired_bundle) and reported.generation < agent.generation
+            behind = reported.generation < agent.generation
             session.add(agent)
             session.commit()
         if behind:
             # It has not heard: whatever went wrong between commit and broker is made good here.
-            self.publish_bundle(agent.desired_bundle)
+            if agent.desired_bundle:
+                self.publish_bundle(agent.desired_bundle)
             self.publish_desired(agent)
 
     def _take_response(self, agent_id: str, response: Response) -> None:
@@ -379,7 +380,7 @@ class FleetLink:
         self.publisher.store_lost()
         self.publish_trust()
         with reading(self._engine) as session:
-            agents = session.exec(select(Agent).where(col(Agent.desired_bundle) != "")).all()
+            agents = session.exec(select(Agent).where(col(Agent.generation) > 0)).all()
         self.publish_desired(*agents)
         self._control.publish(SENTINEL_TOPIC, b"1", qos=1, retain=True)
         self.counters["republished"] += 1
@@ -444,7 +445,7 @@ class FleetLink:
                 documents = [(agent, self.assignments.document(session, agent.id)) for agent in agents]
         self.publish_trust()
         for agent, document in documents:
-            if document or not agent.desired_bundle:
+            if document or not agent.generation:
                 topic = agent_topic(agent.id, Channel.DESIRED)
                 self._control.publish(topic, document, qos=1, retain=True)
 

@@ -1,7 +1,7 @@
-"""The one door through which an agent's desired state changes. Whoever wants an agent to run something calls `assign`.
+"""The one place where an agent's desired state changes: everything that gives an agent a bundle calls `assign`.
 
 It writes the database in the caller's transaction and nothing else; publishing follows the commit. The generation
-grows with every change and is above whatever the agent itself reports, so the newest wish always wins.
+grows with every change and is above the one that the agent itself reports, so the newest change always wins.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from sqlmodel import Session
 
 from control_plane.database.lookup import get_agent
 from control_plane.fleet.reports import report_of
-from models.messages import Mode, Swap
+from models.messages import Mode, SafeState, Swap
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,19 +18,21 @@ class DesiredChange:
     """What an agent shall run, and how it shall change over."""
 
     bundle: str
-    """Digest; empty = nothing is desired any more (the retained message is cleared)."""
+    """Digest; empty = a recall: the agent ends what is under way and goes on with what it has committed."""
+    safe_state: SafeState = SafeState.NONE
+    """Only with a recall: what the line does instead of judging."""
     mode: Mode = Mode.LIVE
     rollout_id: int | None = None
-    """On whose behalf; None = to go back."""
+    """The rollout that asks for it; None = the agent is sent back, or a person asked."""
     trial_items: int = 50
     trial_s: float = 60.0
     swap: Swap = Swap.BELT_GAP
     swap_within_s: float | None = None
-    """Deadline of the changeover; None = the line's own."""
+    """Deadline of the changeover in seconds; None = the line's own."""
 
 
 def assign(session: Session, agent_id: str, wish: DesiredChange) -> int:
-    """Makes this the agent's newest wish.
+    """Makes this the agent's newest desired state.
 
     Returns:
         Its generation.
@@ -44,5 +46,6 @@ def assign(session: Session, agent_id: str, wish: DesiredChange) -> int:
     agent.desired_bundle, agent.mode, agent.rollout_id = wish.bundle, str(wish.mode), wish.rollout_id
     agent.trial_items, agent.trial_s = wish.trial_items, wish.trial_s
     agent.swap, agent.swap_within_s = str(wish.swap), wish.swap_within_s
+    agent.safe_state = "" if wish.bundle else str(wish.safe_state)
     session.add(agent)
     return agent.generation

@@ -18,9 +18,9 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutState
 from control_plane.pages.rendering import environment, page
+from control_plane.rollouts.description import describe
 from control_plane.rollouts.planner import TRANSITIONS
 from control_plane.rollouts.policy import Outcome
-from control_plane.rollouts.records import describe
 from control_plane.services import Services, services_of
 
 router = APIRouter(include_in_schema=False)

@@ -1,19 +1,24 @@
-"""What a rollout would touch before it is started: lanes and items per hour, not devices.
+"""What a rollout would touch before it is started: lanes, items per hour, and the agents without a way back.
 
 The figures come from what the agents counted in the last minutes. The worst case is an upper bound: every agent that
 can be notified before any abort criterion may act, each with all the items its trial may take.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlmodel import Session, col, select
 
 from control_plane.database.tables.agents import WindowRow
+from control_plane.database.tables.rollouts import RolloutState
+from control_plane.fleet.reports import report_of
 from control_plane.rollouts.policy import RolloutPolicy
 from control_plane.rollouts.records import Order, resolve
+from control_plane.rollouts.views import AgentView, RolloutView
+from control_plane.rollouts.way_back import way_back
+from control_plane.trust.online_signer import released_digests
 from models.messages import decode_packed
 from models.windows import Window
 
@@ -22,11 +27,11 @@ RECENT_S: Final = 300.0
 
 @dataclass(frozen=True, slots=True)
 class AgentLoad:
-    """What runs through one agent."""
+    """What runs through one agent, by its last windows."""
 
     lanes: int
     items_per_s: float | None
-    """None = it sent no window in the last minutes."""
+    """None = the agent sent no window in the last minutes."""
 
 
 def blast_radius(
@@ -37,7 +42,7 @@ def blast_radius(
     trial_items: int,
     trial_s: float,
 ) -> dict[str, Any]:
-    """What each wave touches, and the worst case until an abort criterion can act.
+    """Returns what each wave touches, and the worst case until an abort criterion can act.
 
     Args:
         waves: Agent ids by wave.
@@ -49,10 +54,10 @@ def blast_radius(
     Returns:
         `waves` (agents, lanes, items_per_h, unknown: agents without figures) and `worst_case` (agents, items, reason).
     """
-    told = []
+    found = []
     for members in waves:
         known = [loads[a] for a in members]
-        told.append(
+        found.append(
             {
                 "agents": len(members),
                 "lanes": sum(load.lanes for load in known),
@@ -78,30 +83,32 @@ def blast_radius(
         else f"no criterion can act: it needs {needed} executed agents, there are {len(exposed)}"
     )
     worst = {"agents": len(exposed), "items": round(items), "stops_itself": stops, "reason": reason}
-    return {"waves": told, "worst_case": worst}
+    return {"waves": found, "worst_case": worst}
 
 
 def preview(session: Session, order: Order, now: datetime) -> dict[str, Any]:
-    """The order looked up, with its blast radius; changes nothing.
+    """Returns the order looked up, with its blast radius; changes nothing.
 
     Raises:
         InputError: See `control_plane.rollouts.records.resolve`.
     """
-    drawn = resolve(session, order)
+    drawn = resolve(session, order, now)
     rates = _items_per_s(session, list(drawn.agents), now)
-    loads = {
-        agent.id: AgentLoad(int(agent.reported.get("lanes", 0)), rates.get(agent.id)) for agent in drawn.agents.values()
-    }
+    loads = {agent.id: AgentLoad(report_of(agent).lanes, rates.get(agent.id)) for agent in drawn.agents.values()}
     count = max(drawn.waves.values(), default=0) + 1
     waves = [[a for a, wave in drawn.waves.items() if wave == number] for number in range(count)]
     radius = blast_radius(waves, loads, drawn.policy, trial_items=order.trial_items, trial_s=order.trial_s)
     for number, members in enumerate(waves):
         radius["waves"][number]["names"] = members
+    view = RolloutView(0, RolloutState.RUNNING, drawn.version.bundle, 0, drawn.policy, order.mode)
+    view = replace(view, released=released_digests(session))
+    ways = {agent.id: way_back(AgentView(agent.id, 0, report_of(agent)), view) for agent in drawn.agents.values()}
     return {
         "model": drawn.model.name,
         "version": drawn.version.number,
         "bundle": drawn.version.bundle,
         "selector": drawn.selector,
+        "without_way_back": [{"agent": a, "reason": way.missing} for a, way in ways.items() if not way.bundle],
         **radius,
     }
 

@@ -1,58 +1,73 @@
 """Carries out what the planner says: idempotent, under a lease, every second.
 
-Rules: every turn is one transaction that first proves, by the fencing number, that we still lead; a process that was
-stopped beyond its lease therefore writes nothing. The desired state is in the database before anybody hears of it.
-What was committed but not published (a crash in between) is published by the next leader when it takes over, and
-again whenever an agent reports an older generation.
+Rules: what changes a rollout is one transaction that first proves, by the fencing number, that this process still
+leads; a process that was stopped beyond its lease therefore writes nothing. The desired state is in the database
+before it is published. What was committed but not published (a crash in between) is published by the next leader when
+it takes over, and again whenever an agent reports an older generation. A rollout is planned when something changed
+that concerns it, and every ten seconds; a turn without news costs two short queries and takes no lock.
 """
 
 import logging
 import threading
 from collections.abc import Callable
-from datetime import datetime
+from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Final, Protocol
 
 from sqlalchemy import Engine
 from sqlmodel import Session, col, or_, select
+from sqlmodel.sql.expression import SelectOfScalar
 
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
 from control_plane.database.leases import holds_lease, take_lease
-from control_plane.database.lookup import get_agent
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
 from control_plane.fleet.desired_state import DesiredChange, assign
-from control_plane.rollouts.planner import (
-    MOVING,
+from control_plane.fleet.reports import report_of
+from control_plane.rollouts.changes import ReportChanges
+from control_plane.rollouts.planner import MOVING, plan
+from control_plane.rollouts.policy import DONE, Outcome
+from control_plane.rollouts.records import members_of, newcomers, view_of
+from control_plane.rollouts.views import (
+    AgentView,
     Assign,
     ChangeState,
     Conclude,
+    ConcludeReturn,
     Enrol,
     Finding,
     OpenWave,
     RecordProgress,
+    Return,
     Revert,
     Step,
-    plan,
 )
-from control_plane.rollouts.policy import DONE, Outcome
-from control_plane.rollouts.records import course_of, members_of, newcomers, parts_of
+from control_plane.trust.online_signer import released_digests
 from models.errors import SortlineError
-from models.messages import Mode, Swap
+from models.messages import Mode, SafeState, Swap
 
 log = logging.getLogger("sortline.rollout")
-_LEASE: Final = "rollouts"
+LEASE: Final = "rollouts"
+_ROWS_AT_A_TIME: Final = 500
+"""SQLite takes a limited number of variables in one statement."""
+_PLAN_AGAIN_S: Final = 10.0
+"""Time-outs, rates and maintenance windows are looked at this often without other news; a minute is their unit."""
 
 
 class Publisher(Protocol):
-    """The part of the fleet link that is needed."""
+    """The part of the fleet link that the executor needs."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether agents can be heard: while they cannot, their silence proves nothing."""
 
     def publish_bundle(self, digest: str) -> None:
         """Has the blobs of a bundle published, as far as the broker does not hold them."""
 
     def publish_desired(self, *agents: Agent) -> None:
-        """Publishes what agents shall run."""
+        """Publishes the desired states of agents."""
 
 
 class RolloutExecutor:
@@ -61,11 +76,11 @@ class RolloutExecutor:
     Args:
         engine: Database.
         fleet: Publishes chunks and desired states.
-        holder: Who we are in the lease; two processes must never share it.
-        period_s: Between two turns.
-        lease_s: Without a turn for so long, another may lead.
-        findings: What the quality gates say of a rollout now; none by default.
-        seal: Signs what changed, in the transaction that changes it.
+        holder: This process's name in the lease; two processes must never share it.
+        period_s: Seconds between two turns.
+        lease_s: After so many seconds without a turn another process may lead.
+        findings: Returns what the quality gates find in a rollout now; none by default.
+        sign_changes: Signs what changed, in the transaction that changes it.
     """
 
     def __init__(
@@ -81,11 +96,15 @@ class RolloutExecutor:
     ) -> None:
         self._engine, self._fleet, self._holder, self._findings = engine, fleet, holder, findings
         self._period_s, self._lease_s = period_s, lease_s
-        self._seal = sign_changes
+        self._sign = sign_changes
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
         self._fence: int | None = None
+        self._watched_since: datetime | None = None
+        self._changes = ReportChanges()
+        self._planned: dict[int, tuple[datetime, datetime, bool]] = {}
+        """By rollout: its `updated_at` and the time when it was planned last, and whether that gave steps."""
         self.failures = 0
         """Turns that failed, mostly because the database was away."""
 
@@ -99,7 +118,7 @@ class RolloutExecutor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends it within a second or two."""
+        """Ends the thread within a few seconds."""
         self._stop.set()
         self._wake.set()
         self._thread.join(3.0)
@@ -123,23 +142,19 @@ class RolloutExecutor:
     def step(self, now: datetime) -> int:
         """One turn for every rollout that may move; returns the number of steps taken."""
         with writing(self._engine) as session:
-            fence = take_lease(session, _LEASE, self._holder, seconds=self._lease_s, now=now)
+            fence = take_lease(session, LEASE, self._holder, seconds=self._lease_s, now=now)
             session.commit()
         taken_over, self._fence = fence != self._fence, fence
         if fence is None:
+            self._watched_since = None
             return 0
         if taken_over:
             log.info("%s leads the rollouts with fence %s", self._holder, fence)
+            self._planned.clear()
             self._publish_unheard()
-        with reading(self._engine) as session:
-            unsettled = select(RolloutAgent.rollout_id).where(col(RolloutAgent.outcome).notin_([str(o) for o in DONE]))
-            ended = col(Rollout.state).in_([RolloutState.ABORTED, RolloutState.COMPLETED])
-            query = select(Rollout.id).where(
-                or_(col(Rollout.state).in_(sorted(MOVING)), ended & col(Rollout.id).in_(unsettled))
-            )
-            ids = [found for found in session.exec(query.order_by(col(Rollout.id))) if found is not None]
+        self._watched_since = (self._watched_since or now) if self._fleet.connected else None
         taken = 0
-        for rollout_id in ids:
+        for rollout_id in self._due(now):
             try:
                 taken += self._advance(rollout_id, fence, now)
             except SortlineError:
@@ -148,45 +163,79 @@ class RolloutExecutor:
                 log.exception("rollout %s did not move", rollout_id)
         return taken
 
+    def _due(self, now: datetime) -> list[int]:
+        """Returns the rollouts that must be planned now, oldest first."""
+        with reading(self._engine) as session:
+            moving = [(r.id or 0, r.updated_at, r.mode) for r in session.exec(_moving())]
+            news = self._changes.look(session, now) if moving else False
+        known, self._planned = self._planned, {}
+        due = []
+        # What one rollout does to an agent concerns every other rollout of that agent.
+        news = news or any(steps for _, _, steps in known.values())
+        for rollout_id, updated_at, mode in moving:
+            last = known.get(rollout_id)
+            quiet = last is not None and not news and last[0] == updated_at and mode != Mode.SHADOW
+            if quiet and last is not None and timedelta(0) <= now - last[1] < timedelta(seconds=_PLAN_AGAIN_S):
+                self._planned[rollout_id] = last
+            else:
+                due.append(rollout_id)
+        return due
+
     def _advance(self, rollout_id: int, fence: int, now: datetime) -> int:
+        """Plans one rollout; only what gives steps is planned again, in the transaction that carries them out."""
+        with reading(self._engine) as session:
+            rollout = session.get(Rollout, rollout_id)
+            if rollout is None:
+                return 0
+            steps = self._plan(session, rollout, now)[0]
+            self._planned[rollout_id] = (rollout.updated_at, now, False)
+        if not steps:
+            return 0
         with writing(self._engine) as session:
-            if not holds_lease(session, _LEASE, self._holder, fence):
+            if not holds_lease(session, LEASE, self._holder, fence):
                 log.warning("fence %s is no longer ours; nothing was written", fence)
                 return 0
             rollout = session.get(Rollout, rollout_id, with_for_update=True)
             if rollout is None:
                 return 0
-            parts = {agent.id: (part, agent) for part, agent in parts_of(session, rollout_id)}
-            steps = plan(
-                course_of(rollout),
-                members_of(session, rollout, list(parts.values())),
-                now,
-                newcomers=newcomers(session, rollout, list(parts)),
-                findings=self._findings(session, rollout),
-            )
-            changed = self.carry_out(session, rollout, {k: part for k, (part, _) in parts.items()}, steps, now)
+            steps, members = self._plan(session, rollout, now)
+            changed = self.carry_out(session, rollout, members, steps, now)
             if steps:
                 rollout.updated_at = now
                 session.add(rollout)
             if changed:
-                self._seal(session, now)
+                self._sign(session, now)
             session.commit()
+            self._planned[rollout_id] = (rollout.updated_at, now, bool(steps))
         self.publish(changed)
         return len(steps)
 
+    def _plan(self, session: Session, rollout: Rollout, now: datetime) -> tuple[list[Step], list[AgentView]]:
+        members = members_of(session, rollout)
+        view = replace(view_of(rollout, released_digests(session)), watched_since=self._watched_since)
+        strangers = newcomers(session, rollout, [member.agent_id for member in members])
+        return plan(view, members, now, newcomers=strangers, findings=self._findings(session, rollout)), members
+
     def carry_out(
-        self, session: Session, rollout: Rollout, parts: dict[str, RolloutAgent], steps: list[Step], now: datetime
+        self, session: Session, rollout: Rollout, members: list[AgentView], steps: list[Step], now: datetime
     ) -> list[str]:
         """Writes the steps, in the caller's transaction; returns the agents whose desired state changed."""
         changed: list[str] = []
+        views = {member.agent_id: member for member in members}
+        parts = _parts_of(session, rollout, steps)
         for step in steps:
             match step:
                 case Assign():
-                    _assign(session, rollout, parts[step.agent_id], step.attempt, now)
+                    committed = views[step.agent_id].committed if step.agent_id in views else ""
+                    _assign(session, rollout, parts[step.agent_id], step.attempt, committed, now)
                     changed.append(step.agent_id)
                 case Revert():
-                    _return(session, rollout, parts[step.agent_id])
+                    _revert(session, rollout, parts[step.agent_id], step, now)
                     changed.append(step.agent_id)
+                case ConcludeReturn():
+                    part = parts[step.agent_id]
+                    part.returned, part.return_reason = str(step.returned), step.reason
+                    session.add(part)
                 case RecordProgress():
                     part = parts[step.agent_id]
                     part.outcome, part.tried = str(Outcome.IN_PROGRESS), step.tried
@@ -197,7 +246,7 @@ class RolloutExecutor:
                     part.outcome, part.reason, part.concluded_at = str(step.outcome), step.reason, now
                     session.add(part)
                 case Enrol():
-                    place = len(parts)
+                    place = len(views) + len(changed)
                     part = RolloutAgent(rollout_id=rollout.id or 0, agent_id=step.agent_id, wave=step.wave, place=place)
                     parts[step.agent_id] = part
                     session.add(part)
@@ -213,7 +262,7 @@ class RolloutExecutor:
         return changed
 
     def publish(self, agent_ids: list[str]) -> None:
-        """Tells the agents, as the database has it now: a slow process never publishes what is already overtaken."""
+        """Publishes desired states as the database has them now, so a slow process publishes nothing overtaken."""
         if not agent_ids:
             return
         with reading(self._engine) as session:
@@ -226,18 +275,44 @@ class RolloutExecutor:
             log.exception("publishing failed; agents that report an old generation get it again")
 
     def _publish_unheard(self) -> None:
-        """After taking the lead: whatever the one before may have written and not told."""
+        """After taking the lead, publishes what the leader before may have written and not published."""
         with reading(self._engine) as session:
             agents = session.exec(select(Agent).where(col(Agent.generation) > 0)).all()
-        self.publish([a.id for a in agents if int(a.reported.get("generation", 0)) < a.generation])
+        self.publish([agent.id for agent in agents if report_of(agent).generation < agent.generation])
 
 
-def _assign(session: Session, rollout: Rollout, part: RolloutAgent, attempt: int, now: datetime) -> None:
-    agent = get_agent(session, part.agent_id)
+def _moving() -> SelectOfScalar[Rollout]:
+    """Selects the rollouts in which something may still happen, oldest first."""
+    unsettled = select(RolloutAgent.rollout_id).where(
+        or_(
+            col(RolloutAgent.outcome).notin_([str(o) for o in DONE]),
+            col(RolloutAgent.returned) == str(Return.PENDING),
+        )
+    )
+    ended = col(Rollout.state).in_([RolloutState.ABORTED, RolloutState.COMPLETED])
+    moving = or_(col(Rollout.state).in_(sorted(MOVING)), ended & col(Rollout.id).in_(unsettled))
+    return select(Rollout).where(moving).order_by(col(Rollout.id))
+
+
+def _parts_of(session: Session, rollout: Rollout, steps: list[Step]) -> dict[str, RolloutAgent]:
+    """The rows that the steps change, by agent."""
+    wanted = [step.agent_id for step in steps if not isinstance(step, Enrol | OpenWave | ChangeState)]
+    found: dict[str, RolloutAgent] = {}
+    for start in range(0, len(wanted), _ROWS_AT_A_TIME):
+        query = select(RolloutAgent).where(
+            RolloutAgent.rollout_id == rollout.id,
+            col(RolloutAgent.agent_id).in_(wanted[start : start + _ROWS_AT_A_TIME]),
+        )
+        found |= {part.agent_id: part for part in session.exec(query)}
+    return found
+
+
+def _assign(
+    session: Session, rollout: Rollout, part: RolloutAgent, attempt: int, committed: str, now: datetime
+) -> None:
+    """Gives an agent the bundle; `committed` is what it reports to have committed, a candidate for its way back."""
     if attempt == 1:
-        # The way back leads to what judges now; a challenger in the shadow is not part of it.
-        live = agent.desired_bundle if agent.mode == Mode.LIVE else ""
-        part.previous_bundle = live or str(agent.reported.get("active", ""))
+        part.previous_bundle = committed
     wish = DesiredChange(
         bundle=rollout.bundle,
         mode=Mode(rollout.mode),
@@ -253,10 +328,14 @@ def _assign(session: Session, rollout: Rollout, part: RolloutAgent, attempt: int
     session.add(part)
 
 
-def _return(session: Session, rollout: Rollout, part: RolloutAgent) -> None:
-    """Gives an agent its former wish again; without one, nothing is desired any more."""
-    wish = DesiredChange(bundle=part.previous_bundle, trial_items=0, trial_s=rollout.trial_s)
+def _revert(session: Session, rollout: Rollout, part: RolloutAgent, step: Revert, now: datetime) -> None:
+    """Sends an agent back; it has proven the bundle before, so the trial there is over with the first item."""
+    wish = DesiredChange(
+        bundle=step.bundle, safe_state=SafeState(step.safe_state), trial_items=0, trial_s=rollout.trial_s
+    )
     part.returned_generation = assign(session, part.agent_id, wish)
+    part.return_bundle, part.return_safe_state, part.returned_at = step.bundle, str(step.safe_state), now
+    part.returned, part.return_reason = str(Return.PENDING), ""
     session.add(part)
 
 

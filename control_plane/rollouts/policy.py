@@ -2,11 +2,13 @@
 
 The JSON that CreateJob takes (`jobExecutionsRolloutConfig`, `abortConfig`, `timeoutConfig`,
 `jobExecutionsRetryConfig`, `schedulingConfig`) is accepted as it is, with the same bounds. `waveConfig` adds what
-hawkBit's rollout groups have: a success threshold that opens the next wave, and an error threshold. Unknown names are
-refused. Everything here is pure.
+hawkBit's rollout groups have: a success threshold that opens the next wave, and an error threshold. `budgetConfig`
+bounds how many agents are in change at once. `timeoutConfig` covers every state in which an agent can wait. Unknown
+names are refused. Everything here is pure.
 
 What the words mean here: a *thing* is an agent; it is *notified* when its desired state was written; it is *executed*
-when it succeeded, failed, was rejected or timed out. Retries never repeat a bundle that the agent has blocked.
+when it succeeded, failed, was rejected or timed out. An agent that leaves by rule is none of these and counts for no
+threshold. Retries never repeat a bundle that the agent has blocked.
 """
 
 from collections.abc import Mapping
@@ -29,7 +31,7 @@ class Outcome(StrEnum):
     """How far one agent is; the names of AWS IoT Jobs' executions."""
 
     QUEUED = "QUEUED"
-    """Not yet given the bundle, or given it and not yet heard to have taken it up."""
+    """It has not been given the bundle, or has not reported that it has taken it up."""
     IN_PROGRESS = "IN_PROGRESS"
     """The agent reports that it works on it."""
     SUCCEEDED = "SUCCEEDED"
@@ -39,13 +41,18 @@ class Outcome(StrEnum):
     REJECTED = "REJECTED"
     """The agent refused it before any trial: trust, self-test, or blocked before."""
     TIMED_OUT = "TIMED_OUT"
+    """It was connected and did not take the bundle up, or took it up and did not finish, within the time-out."""
     CANCELED = "CANCELED"
-    """Aborted, or overtaken by a newer wish, before it was done."""
+    """The rollout was aborted, or a newer desired state took the agent over, before it was done."""
+    REMOVED = "REMOVED"
+    """It left by rule before it took the bundle up: revoked, forgotten, excluded, or not heard from for long."""
 
 
 EXECUTED: Final = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.REJECTED, Outcome.TIMED_OUT})
 FAILURES: Final = frozenset({Outcome.FAILED, Outcome.REJECTED, Outcome.TIMED_OUT})
-DONE: Final = EXECUTED | {Outcome.CANCELED}
+LEFT: Final = frozenset({Outcome.CANCELED, Outcome.REMOVED})
+"""Outcomes that say nothing about the bundle."""
+DONE: Final = EXECUTED | LEFT
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -53,13 +60,13 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_
 
 
 class RateIncreaseCriteria(_Strict, frozen=True, kw_only=True):
-    """Exactly one of the two."""
+    """When the rate grows: after so many notified or so many succeeded agents, exactly one of the two."""
 
     number_of_notified_things: Things | None = None
     number_of_succeeded_things: Things | None = None
 
     def __post_init__(self) -> None:
-        """Refuses none and both."""
+        """Refuses none and both of the two."""
         if (self.number_of_notified_things is None) == (self.number_of_succeeded_things is None):
             raise ValueError("rateIncreaseCriteria needs numberOfNotifiedThings or numberOfSucceededThings, not both")
 
@@ -72,7 +79,7 @@ class ExponentialRate(_Strict, frozen=True, kw_only=True):
     rate_increase_criteria: RateIncreaseCriteria
 
     def __post_init__(self) -> None:
-        """One decimal, as AWS has it."""
+        """Refuses more than one decimal of the factor, as AWS does."""
         if round(self.increment_factor, 1) != self.increment_factor:
             raise ValueError("incrementFactor has at most one decimal")
 
@@ -84,7 +91,7 @@ class JobExecutionsRolloutConfig(_Strict, frozen=True, kw_only=True):
     exponential_rate: ExponentialRate | None = None
 
     def per_minute(self, notified: int, succeeded: int) -> int:
-        """The rate now: base times factor for every full criterion; law: between 1 and `maximumPerMinute`."""
+        """Returns the present rate: base times factor for every full criterion; between 1 and `maximumPerMinute`."""
         rate = self.exponential_rate
         if rate is None:
             return self.maximum_per_minute
@@ -106,12 +113,12 @@ class AbortCriteria(_Strict, frozen=True, kw_only=True):
     min_number_of_executed_things: Things
 
     def failures(self, outcomes: Mapping[str, Outcome]) -> int:
-        """How many agents count."""
+        """Returns how many agents count as failed by this criterion."""
         kinds = FAILURES if self.failure_type == "ALL" else {Outcome(self.failure_type)}
         return sum(outcome in kinds for outcome in outcomes.values())
 
     def reached(self, outcomes: Mapping[str, Outcome]) -> bool:
-        """Whether it is time to stop."""
+        """Returns whether the rollout must stop."""
         executed = sum(outcome in EXECUTED for outcome in outcomes.values())
         failed = self.failures(outcomes)
         enough = executed >= self.min_number_of_executed_things
@@ -130,10 +137,26 @@ class AbortConfig(_Strict, frozen=True, kw_only=True):
     )
 
 
-class TimeoutConfig(_Strict, frozen=True, kw_only=True):
-    """An agent that works on the bundle for longer than this counts as TIMED_OUT."""
+Minutes = Annotated[int, msgspec.Meta(ge=1, le=10_080)]
+_HOUR: Final = 60
 
-    in_progress_timeout_in_minutes: Annotated[int, msgspec.Meta(ge=1, le=10_080)]
+
+class TimeoutConfig(_Strict, frozen=True, kw_only=True):
+    """How long an agent may wait in each state, in minutes (1 to 10,080).
+
+    An hour bridges a restart, a network outage of a shift change and a broker that is being updated; a box that is
+    away for longer is off, and must not hold up the others.
+    """
+
+    in_progress_timeout_in_minutes: Minutes | None = None
+    """An agent that works on the bundle for longer counts as TIMED_OUT; None = no limit, since a belt may stand still
+    over a weekend."""
+    queued_timeout_in_minutes: Minutes = _HOUR
+    """An agent that is connected and does not take the bundle up for longer counts as TIMED_OUT."""
+    silent_timeout_in_minutes: Minutes = _HOUR
+    """An agent that is silent for longer leaves the rollout: REMOVED before it took the bundle up, TIMED_OUT after."""
+    return_timeout_in_minutes: Minutes = _HOUR
+    """An agent that was sent back and has not settled for longer is no longer waited for."""
 
 
 class RetryCriteria(_Strict, frozen=True, kw_only=True):
@@ -149,14 +172,14 @@ class JobExecutionsRetryConfig(_Strict, frozen=True, kw_only=True):
     criteria_list: Annotated[tuple[RetryCriteria, ...], msgspec.Meta(min_length=1, max_length=2)]
 
     def retries(self, outcome: Outcome) -> int:
-        """How many further attempts an agent with this outcome has."""
+        """Returns how many further attempts an agent with this outcome has."""
         if outcome not in {Outcome.FAILED, Outcome.TIMED_OUT}:
             return 0
         return max((c.number_of_retries for c in self.criteria_list if c.failure_type in {outcome, "ALL"}), default=0)
 
 
 class MaintenanceWindow(_Strict, frozen=True, kw_only=True):
-    """Begins by a cron expression (UTC), lasts so long."""
+    """A recurring time in which agents may be notified: a cron expression (UTC) and a length."""
 
     start_time: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     duration_in_minutes: Annotated[int, msgspec.Meta(ge=1, le=1430)]
@@ -168,21 +191,21 @@ class SchedulingConfig(_Strict, frozen=True, kw_only=True):
     start_time: Annotated[str, msgspec.Meta(max_length=64)] = ""
     end_time: Annotated[str, msgspec.Meta(max_length=64)] = ""
     end_behavior: Literal["STOP_ROLLOUT", "CANCEL", "FORCE_CANCEL"] = "STOP_ROLLOUT"
-    """STOP_ROLLOUT lets those that have begun finish; the other two abort, which recalls everyone unfinished."""
+    """STOP_ROLLOUT lets the agents that have begun finish; the other two abort, which recalls the unfinished ones."""
     maintenance_windows: Annotated[tuple[MaintenanceWindow, ...], msgspec.Meta(max_length=16)] = ()
 
     @property
     def starts_at(self) -> datetime | None:
-        """When it begins; None = at once."""
+        """When the rollout begins; None = at once."""
         return parse_time(self.start_time) if self.start_time else None
 
     @property
     def ends_at(self) -> datetime | None:
-        """When it ends; None = when it is done."""
+        """When the rollout ends; None = when it is done."""
         return parse_time(self.end_time) if self.end_time else None
 
     def windows(self) -> tuple[MaintenanceSlot, ...]:
-        """The recurring windows, parsed."""
+        """Returns the maintenance windows, parsed."""
         return tuple(MaintenanceSlot(parse_cron(w.start_time), w.duration_in_minutes) for w in self.maintenance_windows)
 
 
@@ -193,12 +216,12 @@ class ErrorThreshold(_Strict, frozen=True, kw_only=True):
     percentage: Percentage | None = None
 
     def __post_init__(self) -> None:
-        """Refuses none and both."""
+        """Refuses none and both of the two."""
         if (self.count is None) == (self.percentage is None):
             raise ValueError("errorThreshold needs count or percentage, not both")
 
     def reached(self, failed: int, size: int) -> bool:
-        """Whether so many of a wave of this size are too many."""
+        """Returns whether so many failures are too many for a wave of this size."""
         if self.count is not None:
             return failed >= self.count
         return bool(failed) and 100.0 * failed / size >= (self.percentage or 0.0)
@@ -215,6 +238,19 @@ class WaveConfig(_Strict, frozen=True, kw_only=True):
     error_action: Literal["PAUSE", "ABORT", "ROLLBACK"] = "PAUSE"
 
 
+class BudgetConfig(_Strict, frozen=True, kw_only=True):
+    """How many agents may be in change at once: given the bundle and not done."""
+
+    maximum_in_change: Things | None = None
+    """In the whole rollout; None = no limit."""
+    maximum_per_label: Annotated[dict[str, Things], msgspec.Meta(max_length=16)] = {}
+    """By label name, among the agents that share one value of it: `{"site": 2}` = two agents of each site."""
+
+    def keys_of(self, labels: Mapping[str, object]) -> list[tuple[str, str]]:
+        """Returns the (label, value) pairs by which an agent counts; an absent label is a value of its own."""
+        return [(name, str(labels.get(name, ""))) for name in self.maximum_per_label]
+
+
 class RolloutPolicy(_Strict, frozen=True, kw_only=True):
     """Everything that paces and stops a rollout."""
 
@@ -224,6 +260,12 @@ class RolloutPolicy(_Strict, frozen=True, kw_only=True):
     job_executions_retry_config: JobExecutionsRetryConfig | None = None
     scheduling_config: SchedulingConfig = SchedulingConfig()
     wave_config: WaveConfig = WaveConfig()
+    budget_config: BudgetConfig = BudgetConfig()
+
+    @property
+    def timeouts(self) -> TimeoutConfig:
+        """The time-outs; the defaults where none were given."""
+        return self.timeout_config or TimeoutConfig()
 
 
 def parse_policy(given: Mapping[str, Any]) -> RolloutPolicy:

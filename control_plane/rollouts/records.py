@@ -1,32 +1,30 @@
-"""Rollouts in the database: made, acted upon by people, and told. What happens next is planned elsewhere."""
+"""Rollouts in the database: they are made, people act on them, and planning reads them."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any, Final
 
+from sqlalchemy import Text, cast
 from sqlmodel import Session, col, desc, select
 
 from control_plane.database.audit import audit, same_actor
 from control_plane.database.tables.agents import Agent, WindowRow
+from control_plane.database.tables.identities import Identity, IdentityState
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
+from control_plane.fleet.reports import parse_report_text
 from control_plane.registry.versions import find_version
-from control_plane.rollouts.planner import AgentView, RolloutView, next_state, observe
-from control_plane.rollouts.policy import (
-    DONE,
-    EXECUTED,
-    RATE_PERIOD_S,
-    Outcome,
-    RolloutPolicy,
-    parse_policy,
-    policy_dict,
-)
+from control_plane.rollouts.planner import next_state
+from control_plane.rollouts.policy import DONE, Outcome, RolloutPolicy, parse_policy, policy_dict
+from control_plane.rollouts.schedule import check_schedule
 from control_plane.rollouts.selector import parse_selector
+from control_plane.rollouts.views import AgentView, Return, RolloutView
 from control_plane.rollouts.waves import Wave, divide
+from control_plane.rollouts.way_back import way_back
+from control_plane.trust.online_signer import released_digests
 from models.errors import ConflictError, InputError
-from models.messages import Mode, Swap, decode_packed
+from models.messages import Mode, Phase, SafeState, Swap, decode_packed
 from models.windows import Window
 
 _SHADOW_WINDOWS: Final = 60
@@ -34,13 +32,15 @@ _SHADOW_WINDOWS: Final = 60
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a person asks for."""
+    """What a person orders."""
 
     reference: str
     """NAME, NAME:VERSION or a bundle digest."""
     selector: str = ""
     agents: tuple[str, ...] = ()
     """Exactly these, instead of a selector."""
+    exclude: tuple[str, ...] = ()
+    """These take no part, although they are selected: a box that is known to be off, say."""
     waves: tuple[Wave, ...] = ("100%",)
     policy: dict[str, Any] = field(default_factory=dict)
     mode: Mode = Mode.LIVE
@@ -55,7 +55,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedOrder:
-    """An order with everything looked up: what would be made of it now."""
+    """An order with everything looked up, as a rollout made now would have it."""
 
     model: Model
     version: ModelVersion
@@ -66,16 +66,18 @@ class ResolvedOrder:
     """Wave by agent, in the order in which they get the bundle."""
 
 
-def resolve(session: Session, order: Order) -> ResolvedOrder:
+def resolve(session: Session, order: Order, now: datetime) -> ResolvedOrder:
     """Looks up what the order means now; changes nothing.
 
     Raises:
         InputError: `registry.unknown_version`, `rollout.no_agents`, `rollout.bad_waves`, `rollout.bad_selector`,
-            `rollout.bad_policy`, `rollout.bad_cron`, `rollout.bad_time`.
+            `rollout.bad_policy`, `rollout.bad_cron`, `rollout.bad_time`, `rollout.never_opens`.
     """
     model, version = find_version(session, order.reference)
     selector = parse_selector(order.selector)
     policy = parse_policy(order.policy)
+    schedule = policy.scheduling_config
+    check_schedule(schedule.starts_at, schedule.ends_at, schedule.windows(), now)
     if order.agents and (order.selector or order.dynamic):
         raise InputError(
             "rollout.bad_selector",
@@ -84,10 +86,13 @@ def resolve(session: Session, order: Order) -> ResolvedOrder:
             got=[order.selector, *order.agents][:5],
         )
     everyone = {agent.id: agent for agent in session.exec(select(Agent).order_by(col(Agent.id)))}
-    unknown = sorted(set(order.agents) - set(everyone))
+    unknown = sorted({*order.agents, *order.exclude} - set(everyone))
     if unknown:
         raise InputError("rollout.no_agents", "Some agents are not known.", expected="agent ids", got=unknown[:5])
-    chosen = list(dict.fromkeys(order.agents)) or [a.id for a in everyone.values() if selector.matches(a.id, a.labels)]
+    selected = list(dict.fromkeys(order.agents)) or [
+        agent.id for agent in everyone.values() if selector.matches(agent.id, agent.labels)
+    ]
+    chosen = [agent_id for agent_id in selected if agent_id not in order.exclude]
     if not chosen:
         raise InputError(
             "rollout.no_agents", "No agent matches the selector.", expected="labels of agents", got=str(selector)
@@ -99,12 +104,12 @@ def resolve(session: Session, order: Order) -> ResolvedOrder:
 
 
 def create_rollout(session: Session, order: Order, *, actor: str, now: datetime) -> Rollout:
-    """Makes a rollout; who takes part, and in which wave, is settled now.
+    """Makes a rollout; which agents take part, and in which wave, is settled now.
 
     Raises:
         InputError: See `resolve`.
     """
-    drawn = resolve(session, order)
+    drawn = resolve(session, order, now)
     starts = drawn.policy.scheduling_config.starts_at
     waiting = RolloutState.SCHEDULED if starts and starts > now else RolloutState.RUNNING
     rollout = Rollout(
@@ -118,6 +123,7 @@ def create_rollout(session: Session, order: Order, *, actor: str, now: datetime)
         mode=str(order.mode),
         min_items=order.min_items,
         dynamic=order.dynamic,
+        exclude=list(order.exclude),
         trial_items=order.trial_items,
         trial_s=order.trial_s,
         swap=str(order.swap),
@@ -141,15 +147,40 @@ def create_rollout(session: Session, order: Order, *, actor: str, now: datetime)
     return rollout
 
 
-def act(session: Session, rollout_id: int, action: str, *, actor: str, reason: str, now: datetime) -> Rollout:
-    """A person approves, pauses, resumes, finishes, aborts or rolls back; the executor carries it out.
+def act(
+    session: Session,
+    rollout_id: int,
+    action: str,
+    *,
+    actor: str,
+    reason: str,
+    now: datetime,
+    safe_state: SafeState = SafeState.NONE,
+) -> Rollout:
+    """Changes a rollout as a person asks: approve, pause, resume, finish, abort or roll back.
+
+    The executor carries it out.
+
+    Args:
+        session: Writing; the caller commits.
+        rollout_id: The rollout.
+        action: One of the actions of `planner.TRANSITIONS`.
+        actor: The person.
+        reason: The person's words.
+        now: Aware time.
+        safe_state: With `abort` and `rollback`: what agents do that have no way back; by default they are recalled
+            and go on with what they have committed.
 
     Raises:
         InputError: `rollout.unknown`.
-        ConflictError: `rollout.not_allowed`, `rollout.self_approval`.
+        ConflictError: `rollout.not_allowed`, `rollout.self_approval`, `rollout.no_way_back`.
     """
     rollout = get_rollout(session, rollout_id, lock=True)
     state = next_state(RolloutState(rollout.state), action)
+    if action in {"abort", "rollback"}:
+        rollout.safe_state = str(safe_state)
+    if action == "rollback" and not safe_state:
+        _check_way_back(session, rollout)
     if action == "approve":
         if same_actor(actor, rollout.created_by):
             raise ConflictError(
@@ -165,12 +196,59 @@ def act(session: Session, rollout_id: int, action: str, *, actor: str, reason: s
     rollout.state = state
     rollout.reason, rollout.updated_at = f"{action} by {actor}" + (f": {reason}" if reason else ""), now
     session.add(rollout)
-    audit(session, actor, f"rollout.{action}", str(rollout_id), {"reason": reason, "state": str(state)}, now)
+    details = {"reason": reason, "state": str(state)} | ({"safe_state": str(safe_state)} if safe_state else {})
+    audit(session, actor, f"rollout.{action}", str(rollout_id), details, now)
+    return rollout
+
+
+def _check_way_back(session: Session, rollout: Rollout) -> None:
+    """Refuses a rollback that would change nothing: every agent has committed the bundle and none has a way back."""
+    view = view_of(rollout, released_digests(session))
+    given = [m for m in members_of(session, rollout) if m.generation and not m.overtaken_by(view.rollout_id)]
+    stuck = [m for m in given if m.committed == rollout.bundle and m.reported.phase is Phase.COMMITTED]
+    reasons = {m.agent_id: way.missing for m in stuck if not (way := way_back(m, view)).bundle}
+    if given and len(reasons) == len(given):
+        agent_id, missing = next(iter(reasons.items()))
+        raise ConflictError(
+            "rollout.no_way_back",
+            "No agent of this rollout has a bundle to go back to. Roll out another bundle, or roll back with a "
+            "safe state (eject-all, pass-all, stop).",
+            expected="an agent with a way back, or a safe state",
+            got=f"{agent_id}: {missing}" + (f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""),
+        )
+
+
+def exclude(
+    session: Session, rollout_id: int, agent_ids: Sequence[str], *, actor: str, reason: str, now: datetime
+) -> Rollout:
+    """Takes agents out of a rollout that has not ended: they no longer hold it up, and get nothing more of it.
+
+    An agent that was given the bundle already keeps its desired state; an abort or a rollback still recalls it.
+
+    Raises:
+        InputError: `rollout.unknown`, `rollout.no_agents`.
+    """
+    rollout = get_rollout(session, rollout_id, lock=True)
+    query = select(RolloutAgent).where(
+        RolloutAgent.rollout_id == rollout_id, col(RolloutAgent.agent_id).in_(list(agent_ids))
+    )
+    parts = {part.agent_id: part for part in session.exec(query)}
+    unknown = sorted(set(agent_ids) - set(parts))
+    if unknown or not agent_ids:
+        raise InputError("rollout.no_agents", "Some agents take no part.", expected="members", got=unknown[:5])
+    for part in parts.values():
+        if part.outcome not in set(DONE):
+            part.outcome, part.concluded_at = str(Outcome.REMOVED), now
+            part.reason = f"excluded by {actor}" + (f": {reason}" if reason else "")
+            session.add(part)
+    rollout.exclude, rollout.updated_at = sorted({*rollout.exclude, *agent_ids}), now
+    session.add(rollout)
+    audit(session, actor, "rollout.exclude", str(rollout_id), {"agents": sorted(parts), "reason": reason}, now)
     return rollout
 
 
 def get_rollout(session: Session, rollout_id: int, *, lock: bool = False) -> Rollout:
-    """One rollout.
+    """Returns one rollout.
 
     Raises:
         InputError: `rollout.unknown`.
@@ -181,8 +259,13 @@ def get_rollout(session: Session, rollout_id: int, *, lock: bool = False) -> Rol
     return rollout
 
 
-def course_of(rollout: Rollout) -> RolloutView:
-    """What planning needs to know of a rollout."""
+def view_of(rollout: Rollout, released: frozenset[str] | None = None) -> RolloutView:
+    """Returns a rollout as planning sees it.
+
+    Args:
+        rollout: The row.
+        released: Digests that the release key lists; None = nothing is excluded.
+    """
     return RolloutView(
         rollout_id=rollout.id or 0,
         state=RolloutState(rollout.state),
@@ -193,31 +276,80 @@ def course_of(rollout: Rollout) -> RolloutView:
         min_items=rollout.min_items,
         dynamic=rollout.dynamic,
         cleared_wave=rollout.cleared_wave,
+        safe_state=SafeState(rollout.safe_state),
+        released=released,
     )
 
 
-def parts_of(session: Session, rollout_id: int) -> list[tuple[RolloutAgent, Agent]]:
-    """The agents of a rollout, in the order in which they get the bundle."""
+_OF_AGENT: Final = (
+    Agent.generation,
+    Agent.rollout_id,
+    Agent.seen_at,
+    Agent.labels,
+    cast(col(Agent.reported), Text),
+    Identity.state,
+)
+
+
+def members_of(session: Session, rollout: Rollout) -> list[AgentView]:
+    """Returns the agents of a rollout as planning sees them, in the order in which they get the bundle.
+
+    Reads columns instead of rows with an identity: a rollout may have thousands of agents.
+    """
+    part = RolloutAgent.__table__.c  # type: ignore[attr-defined]
     query = (
-        select(RolloutAgent, Agent)
-        .where(col(RolloutAgent.agent_id) == col(Agent.id), RolloutAgent.rollout_id == rollout_id)
+        select(*part, Agent.id.label("known"), *_OF_AGENT)  # type: ignore[call-overload,attr-defined]
+        .select_from(RolloutAgent)
+        .join(Agent, col(Agent.id) == col(RolloutAgent.agent_id), isouter=True)
+        .join(Identity, col(Identity.agent_id) == col(RolloutAgent.agent_id), isouter=True)
+        .where(RolloutAgent.rollout_id == rollout.id)
         .order_by(col(RolloutAgent.wave), col(RolloutAgent.place), col(RolloutAgent.agent_id))
     )
-    return [(part, agent) for part, agent in session.exec(query)]
+    found = [_member(row) for row in session.execute(query)]
+    if rollout.mode == Mode.SHADOW:
+        return [replace(member, compared=_compared(session, rollout, member)) for member in found]
+    return found
 
 
-def members_of(session: Session, rollout: Rollout, parts: Sequence[tuple[RolloutAgent, Agent]]) -> list[AgentView]:
-    """The agents as planning sees them."""
-    shadow = rollout.mode == Mode.SHADOW
-    return [_member(p, a, _compared(session, rollout, p) if shadow else 0) for p, a in parts]
+def _member(row: Any) -> AgentView:
+    *_, known, generation, rollout_id, seen_at, labels, reported, identity = row
+    gone = "it was forgotten" if known is None else ""
+    if identity is IdentityState.REVOKED:
+        gone = "its identity was revoked"
+    return AgentView(
+        agent_id=row.agent_id,
+        wave=row.wave,
+        reported=parse_report_text(reported),
+        labels=labels or {},
+        seen_at=seen_at,
+        gone=gone,
+        generation=row[_PART["generation"]],
+        attempt=row.attempt,
+        outcome=Outcome(row.outcome),
+        assigned_at=row.assigned_at,
+        started_at=row.started_at,
+        tried=row.tried,
+        previous_bundle=row.previous_bundle,
+        returned_generation=row.returned_generation,
+        return_bundle=row.return_bundle,
+        return_safe_state=SafeState(row.return_safe_state),
+        returned_at=row.returned_at,
+        returned=Return(row.returned),
+        desired_generation=generation or 0,
+        desired_rollout=rollout_id or 0,
+    )
 
 
-def _compared(session: Session, rollout: Rollout, part: RolloutAgent) -> int:
-    """Items that champion and challenger both judged on this agent since it was asked to, in its last windows."""
-    if part.assigned_at is None or part.outcome in set(DONE):
+_PART: Final = {name: place for place, name in enumerate(RolloutAgent.__table__.c.keys())}  # type: ignore[attr-defined]
+"""Place of each column of a member's part in a row of `members_of`: `generation` stands there twice."""
+
+
+def _compared(session: Session, rollout: Rollout, member: AgentView) -> int:
+    """Items that champion and challenger both judged since the agent was given the bundle, in its last windows."""
+    if member.assigned_at is None or member.outcome in DONE:
         return 0
     query = select(WindowRow).where(
-        WindowRow.agent_id == part.agent_id, WindowRow.received_at > part.assigned_at, WindowRow.refused == ""
+        WindowRow.agent_id == member.agent_id, WindowRow.received_at > member.assigned_at, WindowRow.refused == ""
     )
     windows = [
         decode_packed(row.payload, Window)
@@ -226,118 +358,16 @@ def _compared(session: Session, rollout: Rollout, part: RolloutAgent) -> int:
     return sum(window.shadow_compared for window in windows if window.shadow_bundle == rollout.bundle)
 
 
-def _member(part: RolloutAgent, agent: Agent, compared: int) -> AgentView:
-    return AgentView(
-        agent_id=agent.id,
-        wave=part.wave,
-        reported=agent.reported,
-        generation=part.generation,
-        attempt=part.attempt,
-        outcome=Outcome(part.outcome),
-        assigned_at=part.assigned_at,
-        started_at=part.started_at,
-        tried=part.tried,
-        previous_bundle=part.previous_bundle,
-        returned_generation=part.returned_generation,
-        compared=compared,
-        desired_generation=agent.generation,
-        desired_rollout=agent.rollout_id or 0,
-    )
-
-
 def newcomers(session: Session, rollout: Rollout, known: Sequence[str]) -> list[str]:
-    """Agents that match the selector now, are no members, and no newer rollout has taken."""
+    """Returns the agents that match the selector now, are no members, and were not taken by a newer rollout."""
     if not rollout.dynamic:
         return []
     selector = parse_selector(str(rollout.selector.get("labels", "")))
-    have = set(known)
+    have = {*known, *rollout.exclude}
     return [
         agent.id
         for agent in session.exec(select(Agent).order_by(col(Agent.id)))
         if agent.id not in have
         and selector.matches(agent.id, agent.labels)
         and (agent.rollout_id or 0) <= (rollout.id or 0)
-    ]
-
-
-def describe(session: Session, rollout: Rollout, now: datetime) -> dict[str, Any]:
-    """A rollout as API and pages tell it: every wave, every agent, rates and limits with how near they are."""
-    course = course_of(rollout)
-    agents, outcomes = [], {}
-    assigned: list[datetime] = []
-    parts = parts_of(session, rollout.id or 0)
-    for (part, agent), member in zip(parts, members_of(session, rollout, parts), strict=True):
-        outcome, reason = observe(member, course, now)
-        outcomes[agent.id] = outcome
-        if part.assigned_at:
-            assigned.append(part.assigned_at)
-        agents.append(_describe_agent(part, agent, outcome, part.reason or reason))
-    return rollout.model_dump(mode="json") | {
-        "agents": agents,
-        "counts": {str(o): n for o in Outcome if (n := sum(v is o for v in outcomes.values()))},
-        "wave_progress": _describe_waves(course, agents),
-        "rate": _describe_rate(course, assigned, outcomes, now),
-        "aborts": _describe_aborts(course.policy, outcomes),
-    }
-
-
-def _describe_agent(part: RolloutAgent, agent: Agent, outcome: Outcome, reason: str) -> dict[str, Any]:
-    reported = agent.reported
-    busy = outcome is Outcome.IN_PROGRESS
-    return {
-        "agent": agent.id,
-        "wave": part.wave,
-        "outcome": str(outcome),
-        "reason": reason,
-        "attempt": part.attempt,
-        "notified": part.generation > 0,
-        "returned": part.returned_generation > 0,
-        "online": agent.online,
-        "phase": reported.get("phase", "") if busy else "",
-        "share": reported.get("progress", 0.0) if busy else 0.0,
-        "active": reported.get("active", ""),
-        "previous_bundle": part.previous_bundle,
-        "assigned_at": part.assigned_at.isoformat() if part.assigned_at else None,
-        "concluded_at": part.concluded_at.isoformat() if part.concluded_at else None,
-        "seen_at": agent.seen_at.isoformat() if agent.seen_at else None,
-        "lanes": int(reported.get("lanes", 0)),
-    }
-
-
-def _describe_waves(course: RolloutView, agents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for number in range(max((a["wave"] for a in agents), default=0) + 1):
-        members = [a for a in agents if a["wave"] == number]
-        counts = Counter(a["outcome"] for a in members)
-        opened = number <= course.wave and course.state not in {RolloutState.AWAITING_APPROVAL, RolloutState.SCHEDULED}
-        found.append({"wave": number, "size": len(members), "open": opened, "counts": dict(counts)})
-    return found
-
-
-def _describe_rate(
-    course: RolloutView, assigned: list[datetime], outcomes: dict[str, Outcome], now: datetime
-) -> dict[str, Any]:
-    succeeded = sum(outcome is Outcome.SUCCEEDED for outcome in outcomes.values())
-    config = course.policy.job_executions_rollout_config
-    return {
-        "per_minute": config.per_minute(len(assigned), succeeded),
-        "last_minute": sum(at > now - timedelta(seconds=RATE_PERIOD_S) for at in assigned),
-        "maximum_per_minute": config.maximum_per_minute,
-        "notified": len(assigned),
-    }
-
-
-def _describe_aborts(policy: RolloutPolicy, outcomes: dict[str, Outcome]) -> list[dict[str, Any]]:
-    executed = sum(outcome in EXECUTED for outcome in outcomes.values())
-    return [
-        {
-            "failure_type": criteria.failure_type,
-            "threshold_percentage": criteria.threshold_percentage,
-            "min_executed": criteria.min_number_of_executed_things,
-            "failed": criteria.failures(outcomes),
-            "executed": executed,
-            "percentage": round(100.0 * criteria.failures(outcomes) / executed, 2) if executed else 0.0,
-            "reached": criteria.reached(outcomes),
-        }
-        for criteria in policy.abort_config.criteria_list
     ]

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
 
-from sqlalchemy import func, tuple_
+from sqlalchemy import and_, func, or_, tuple_
 from sqlmodel import Session, col, delete, desc, select
 
 from control_plane.database.tables.agents import Agent
@@ -20,7 +20,7 @@ from control_plane.trust import metadata as md
 from control_plane.trust.ceremony import RoleStatus, TrustFolder, status
 from control_plane.trust.signing import FULL_SHARE, ONLINE, fill, is_bin, sign_changes
 from models.errors import ConflictError
-from models.messages import Desired, Mode, Swap, encode
+from models.messages import Desired, Mode, SafeState, Swap, encode
 from models.signed_set import is_development, make_set, version_of
 from models.topics import TRUST_TOPIC, bin_of, bin_topic
 
@@ -32,14 +32,15 @@ _COMMON: Final = (*ONLINE, "targets")
 
 
 def desired_of(agent: Agent) -> Desired:
-    """What an agent shall run, as it hears it."""
+    """Returns an agent's desired state as the message it gets; an empty bundle is a recall."""
     return Desired(
         generation=agent.generation,
         bundle=agent.desired_bundle,
+        safe_state=SafeState("" if agent.desired_bundle else agent.safe_state),
         rollout_id=str(agent.rollout_id or ""),
         trial_items=agent.trial_items,
         trial_s=agent.trial_s,
-        mode=Mode(agent.mode),
+        mode=Mode(agent.mode) if agent.desired_bundle else Mode.LIVE,
         swap=Swap(agent.swap),
         swap_within_s=agent.swap_within_s,
     )
@@ -146,9 +147,8 @@ class OnlineSigner:
         return {path.removeprefix("bundles/"): dict(entry.custom or {}) for path, entry in listed.items()}
 
     def released_now(self, session: Session) -> frozenset[str] | None:
-        """Digests of the released bundles; None where nothing is signed. Cheap: asked for every second."""
-        targets = self._latest(session, "targets")
-        return _digests_in(targets) if targets else None
+        """Returns the digests of the released bundles; None where nothing is signed. Cheap enough for every second."""
+        return released_digests(session)
 
     # -- what online keys sign --------------------------------------------------------------------------------
 
@@ -160,7 +160,8 @@ class OnlineSigner:
         Raises:
             ConflictError: `trust.not_released`, `trust.not_initialised`.
         """
-        self.check_released(session, desired.bundle)
+        if desired.bundle:
+            self.check_released(session, desired.bundle)
         _write(session, session.get(AssignmentRow, agent_id), agent_id, desired, now)
 
     def sign_changes(self, session: Session, now: datetime, *, force: bool = False) -> bool:
@@ -194,14 +195,15 @@ class OnlineSigner:
             select(Agent, AssignmentRow)
             .outerjoin(AssignmentRow, col(AssignmentRow.agent_id) == col(Agent.id))
             .where(
-                col(Agent.desired_bundle).in_(list(self.released(session))),
+                or_(
+                    col(Agent.desired_bundle).in_(list(self.released(session))),
+                    and_(col(Agent.desired_bundle) == "", col(Agent.generation) > 0),
+                ),
                 func.coalesce(col(AssignmentRow.generation), -1) < col(Agent.generation),
             )
         )
         for agent, row in session.exec(query).all():
             _write(session, row, agent.id, desired_of(agent), now)
-        idle = select(Agent.id).where(Agent.desired_bundle == "")
-        session.exec(delete(AssignmentRow).where(col(AssignmentRow.agent_id).in_(idle)))
         session.flush()
 
     # -- what is published ------------------------------------------------------------------------------------
@@ -233,9 +235,9 @@ class OnlineSigner:
         return found
 
     def is_sealed(self, session: Session, agent: Agent) -> bool:
-        """Whether what the agent's row says is what was signed last."""
+        """Returns whether the agent's desired state is what was signed last for it."""
         row = session.get(AssignmentRow, agent.id)
-        return row is None if not agent.desired_bundle else row is not None and row.generation >= agent.generation
+        return row is None if not agent.generation else row is not None and row.generation >= agent.generation
 
     def document(self, session: Session, agent_id: str) -> bytes:
         """An agent's assignment as it was signed; empty when it has none."""
@@ -258,9 +260,7 @@ class OnlineSigner:
     # -- rows -------------------------------------------------------------------------------------------------
 
     def _latest(self, session: Session, role: str) -> bytes:
-        query = select(TrustMetadata).where(TrustMetadata.role == role).order_by(desc(TrustMetadata.version)).limit(1)
-        row = session.exec(query).first()
-        return row.data if row else b""
+        return _newest_of(session, role)
 
     def _versions(self, session: Session) -> dict[str, int]:
         query = select(TrustMetadata.role, func.max(TrustMetadata.version)).group_by(col(TrustMetadata.role))
@@ -290,6 +290,17 @@ class OnlineSigner:
             old = (col(TrustMetadata.role) == role) & (col(TrustMetadata.version) <= version - _KEPT_VERSIONS)
             session.exec(delete(TrustMetadata).where(old))
         session.flush()
+
+
+def released_digests(session: Session) -> frozenset[str] | None:
+    """Returns the digests of the bundles that the release key lists; None where nothing is signed."""
+    targets = _newest_of(session, "targets")
+    return _digests_in(targets) if targets else None
+
+
+def _newest_of(session: Session, role: str) -> bytes:
+    query = select(TrustMetadata.data).where(TrustMetadata.role == role).order_by(desc(TrustMetadata.version)).limit(1)
+    return session.exec(query).first() or b""
 
 
 def _write(session: Session, row: AssignmentRow | None, agent_id: str, desired: Desired, now: datetime) -> None:

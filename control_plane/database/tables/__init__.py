@@ -2,7 +2,7 @@
 
 `columns` (types of columns shared by all), `datasets`, `jobs`, `registry` (models and their versions), `agents` (what
 they are and what they send), `rollouts`, `blobs` (what the broker retains), `trust` (signed metadata), `identities`
-(certificates and tokens), `leases`, `audit`.
+(certificates and tokens), `leases`, `requests` (answers to requests that may be repeated), `audit`.
 """
 
 from control_plane.database.tables import (
@@ -15,6 +15,7 @@ from control_plane.database.tables import (
     jobs,
     leases,
     registry,
+    requests,
     rollouts,
     trust,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "jobs",
     "leases",
     "registry",
+    "requests",
     "rollouts",
     "trust",
 ]

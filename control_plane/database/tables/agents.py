@@ -16,6 +16,7 @@ class Agent(SQLModel, table=True):
     labels: dict[str, Any] = Field(default_factory=dict, sa_column=json_column())
     generation: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     desired_bundle: str = ""
+    """Digest; empty with a generation above 0 = a recall, with generation 0 = nothing was ever desired."""
     rollout_id: int | None = None
     mode: str = "live"
     trial_items: int = 50
@@ -23,6 +24,8 @@ class Agent(SQLModel, table=True):
     swap: str = "belt-gap"
     """When the line changes over: see `models.messages.Swap`."""
     swap_within_s: float | None = None
+    safe_state: str = ""
+    """What the line does instead of judging, with an empty `desired_bundle`: see `models.messages.SafeState`."""
     online: bool = False
     boot_id: str = ""
     seen_at: datetime | None = Field(default=None, sa_column=time_column(nullable=True))

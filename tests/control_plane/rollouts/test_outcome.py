@@ -5,10 +5,12 @@ from datetime import timedelta
 
 import pytest
 
-from control_plane.rollouts.planner import Assign, observe, plan
+from control_plane.rollouts.observation import observe
+from control_plane.rollouts.planner import plan
 from control_plane.rollouts.policy import Outcome, parse_policy
+from control_plane.rollouts.views import Assign
 from models.messages import Mode
-from tests.simulators.rollout_world import OLD, T0, A, course, given_bundle, member
+from tests.simulators.rollout_world import OLD, T0, A, given_bundle, member, report, rollout
 
 
 @pytest.mark.parametrize(
@@ -29,13 +31,13 @@ from tests.simulators.rollout_world import OLD, T0, A, course, given_bundle, mem
     ],
 )
 def test_the_outcome_is_what_the_agent_reports(facts: dict[str, object], outcome: Outcome) -> None:
-    assert observe(given_bundle(**facts), course(), T0)[0] is outcome
+    assert observe(given_bundle(**facts), rollout(), T0)[0] is outcome
 
 
 def test_a_fault_with_a_bundle_that_was_in_its_trial_is_a_failure() -> None:
     refused = given_bundle(phase="rolled-back", blocked=[A], fault={"code": "bundle.wrong_digest", "message": "x"})
-    assert observe(refused, course(), T0) == (Outcome.REJECTED, "bundle.wrong_digest: x")
-    assert observe(replace(refused, tried=True), course(), T0)[0] is Outcome.FAILED
+    assert observe(refused, rollout(), T0) == (Outcome.REJECTED, "bundle.wrong_digest: x")
+    assert observe(replace(refused, tried=True), rollout(), T0)[0] is Outcome.FAILED
 
 
 @pytest.mark.parametrize(
@@ -55,33 +57,33 @@ def test_a_challenger_has_succeeded_when_it_runs_and_items_were_compared(
     facts: dict[str, object], compared: int, outcome: Outcome
 ) -> None:
     challenger = replace(given_bundle(**facts), compared=compared)
-    assert observe(challenger, course(mode=Mode.SHADOW, min_items=5), T0)[0] is outcome
+    assert observe(challenger, rollout(mode=Mode.SHADOW, min_items=5), T0)[0] is outcome
 
 
 def test_an_agent_times_out_from_when_it_took_the_bundle_up() -> None:
     policy = parse_policy({"timeoutConfig": {"inProgressTimeoutInMinutes": 5}})
     working = given_bundle(phase="fetching")
     for minutes, outcome in ((4.9, Outcome.IN_PROGRESS), (5, Outcome.TIMED_OUT)):
-        assert observe(working, course(policy=policy), T0 + timedelta(minutes=minutes))[0] is outcome
-    offline = replace(working, reported={"generation": 1}, started_at=None)
-    assert observe(offline, course(policy=policy), T0 + timedelta(days=9))[0] is Outcome.QUEUED
+        assert observe(working, rollout(policy=policy), T0 + timedelta(minutes=minutes))[0] is outcome
+    offline = replace(working, reported=report(generation=1), started_at=None)
+    assert observe(offline, rollout(policy=policy), T0 + timedelta(days=9))[0] is Outcome.QUEUED
 
 
 def test_an_agent_that_finds_no_proof_for_long_has_rejected_the_wish() -> None:
     doubting = given_bundle(generation=2, fault={"code": "trust.not_released", "message": "unknown"})
-    assert observe(doubting, course(), T0 + timedelta(seconds=59))[0] is Outcome.QUEUED
-    found = observe(doubting, course(), T0 + timedelta(seconds=60))
+    assert observe(doubting, rollout(), T0 + timedelta(seconds=59))[0] is Outcome.QUEUED
+    found = observe(doubting, rollout(), T0 + timedelta(seconds=60))
     assert found == (Outcome.REJECTED, "trust.not_released: unknown")
     elsewhere = given_bundle(generation=2, fault={"code": "camera.gone", "message": "x"})
-    assert observe(elsewhere, course(), T0 + timedelta(days=1))[0] is Outcome.QUEUED
+    assert observe(elsewhere, rollout(), T0 + timedelta(days=1))[0] is Outcome.QUEUED
 
 
 def test_a_newer_wish_takes_an_agent_over_and_what_was_concluded_stays() -> None:
     working = replace(given_bundle(phase="fetching"), desired_generation=4)
-    assert observe(working, course(), T0)[0] is Outcome.CANCELED
+    assert observe(working, rollout(), T0)[0] is Outcome.CANCELED
     done = replace(working, outcome=Outcome.SUCCEEDED)
-    assert observe(done, course(), T0)[0] is Outcome.SUCCEEDED
+    assert observe(done, rollout(), T0)[0] is Outcome.SUCCEEDED
     waiting = member(desired_generation=7, desired_rollout=6)
-    assert observe(waiting, course(), T0)[0] is Outcome.CANCELED
-    assert observe(replace(waiting, desired_rollout=4), course(), T0)[0] is Outcome.QUEUED
-    assert Assign("a0", 1) not in plan(course(), [waiting], T0), "an older rollout must not undo a newer one"
+    assert observe(waiting, rollout(), T0)[0] is Outcome.CANCELED
+    assert observe(replace(waiting, desired_rollout=4), rollout(), T0)[0] is Outcome.QUEUED
+    assert Assign("a0", 1) not in plan(rollout(), [waiting], T0), "an older rollout must not undo a newer one"

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control_plane.database.tables.rollouts import RolloutState
-from control_plane.rollouts.planner import TRANSITIONS, Assign, ChangeState, Finding, OpenWave, Revert, next_state, plan
+from control_plane.rollouts.planner import TRANSITIONS, next_state, plan
 from control_plane.rollouts.policy import Outcome
+from control_plane.rollouts.views import Assign, ChangeState, Finding, OpenWave, Return, Revert
 from models.errors import ConflictError
 from tests.simulators.rollout_world import LENIENT, world
 
@@ -169,10 +170,13 @@ def test_a_rollback_is_over_when_every_agent_says_it_is_back() -> None:
     w.course = replace(w.course, state=RolloutState.ROLLING_BACK)
     assert {s.agent_id for s in w.turn() if isinstance(s, Revert)} == {"a0-0", "a0-1"}
     w.report("a0-0", "returns")
+    assert [(s.agent_id, s.returned) for s in w.turn()] == [("a0-0", Return.BACK)]
     assert w.turn() == []
     w.report("a0-1", "returns")
     w.turn()
+    w.turn()
     assert w.course.state is RolloutState.ROLLED_BACK
+    assert w.reasons[-1] == "2 of 2 agents report a bundle they had committed before"
 
 
 def test_a_rollback_leaves_alone_whom_a_newer_rollout_has_taken_over() -> None:
