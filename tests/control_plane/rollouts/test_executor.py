@@ -19,8 +19,9 @@ from control_plane.database.tables.audit import Audit
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import RolloutAgent, RolloutState
 from control_plane.fleet.desired_state import DesiredChange, assign
+from control_plane.rollouts.description import describe
 from control_plane.rollouts.executor import RolloutExecutor
-from control_plane.rollouts.records import act, describe
+from control_plane.rollouts.records import act
 from control_plane.services import Services
 from models.errors import ConflictError, InputError
 from models.messages import Mode, Phase, Swap, encode
@@ -130,7 +131,9 @@ def test_a_rollout_that_fails_stops_itself_and_goes_back_to_what_ran_before(
     for number in range(3):
         report_done(services, f"line-{number}", old)
     services.rollouts.step(utc_now())
+    services.rollouts.step(utc_now())
     assert state_of(services, second).state == RolloutState.ROLLED_BACK
+    assert state_of(services, second).reason == "3 of 3 agents report a bundle they had committed before"
     with pytest.raises(ConflictError):
         person(services, second, "resume")
 
