@@ -10,7 +10,8 @@ line process with the old one in memory waits to take over.
 
 Beside them: `calibration` finds the geometry of a line, `recording` keeps what replays bit by bit, `offline` runs a
 line without supervisor, `cli` is the `sortline-agent` command. On the ground floor, importable by all and light:
-`config`, `line_config`, `interfaces`, `line_protocol`, `events`.
+`config`, `line_config`, `interfaces`, `line_protocol`, `events`, `host` (the supervisor as its parts see it),
+`state_directory` (where things stand on the disk).
 
 The last good bundle runs with no network, no broker, no control plane and a wrong clock. Nothing here imports the
 control plane, scikit-learn or a database; the supervisor does not even load OpenCV or ONNX Runtime.

@@ -11,7 +11,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import paho.mqtt.client as mqtt
@@ -19,12 +18,12 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from edge_agent.config import BrokerConfig
 from edge_agent.identity.certificate import BrokerTls
-from models.chunking import CHUNK_BYTES
+from models.connection import guarded, read_secret
 from models.errors import ConfigError
 from models.messages import KEEP_ALIVE_S
+from models.topics import MAX_BLOB_BYTES
 
 log = logging.getLogger("sortline.link")
-_MAX_PAYLOAD_BYTES = CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +74,14 @@ class Link:
         if self._tls is not None:
             client.tls_set_context(self._tls.context)
         if not config.tls_cert:
-            client.username_pw_set(config.username or client_id, _password(config))
+            client.username_pw_set(config.username or client_id, read_secret(config.password_file))
         if will is not None:
             client.will_set(*will, qos=1, retain=True)
         client.max_queued_messages_set(256)
-        client.on_connect = self._guard(self._on_connect)
-        client.on_disconnect = self._guard(self._on_disconnect)
-        client.on_message = self._guard(self._on_message)
-        client.on_subscribe = self._guard(self._on_subscribe)
+        client.on_connect = guarded(self._on_connect, self.counters, log)
+        client.on_disconnect = guarded(self._on_disconnect, self.counters, log)
+        client.on_message = guarded(self._on_message, self.counters, log)
+        client.on_subscribe = guarded(self._on_subscribe, self.counters, log)
         # paho 2.2 else writes from whatever thread publishes, and two threads must not use one TLS connection at once.
         client.on_socket_register_write = lambda *_: None
         self._client = client
@@ -120,16 +119,6 @@ class Link:
         # Say goodbye properly, so that the will is not published by a planned stop.
         self._client.loop(0.1)
 
-    def _guard(self, callback: Callable[..., None]) -> Callable[..., None]:
-        def guarded(*arguments: Any) -> None:
-            try:
-                callback(*arguments)
-            except Exception:
-                self.counters["callback_failed"] += 1
-                log.exception("an MQTT callback failed")
-
-        return guarded
-
     def _on_connect(self, _client: object, _data: object, _flags: object, reason: Any, _props: object) -> None:
         if reason.is_failure:
             self.counters["refused"] += 1
@@ -149,7 +138,7 @@ class Link:
             self._offer(LinkChanged(connected=False, reason=reason))
 
     def _on_message(self, _client: object, _data: object, message: Any) -> None:
-        if len(message.payload) > _MAX_PAYLOAD_BYTES:
+        if len(message.payload) > MAX_BLOB_BYTES:
             self.counters["oversize"] += 1
             return
         self._offer(Incoming(message.topic, bytes(message.payload)))
@@ -187,17 +176,3 @@ class Link:
         """Ends subscriptions."""
         if topics and self._connected.is_set():
             self._client.unsubscribe(topics)
-
-
-def _password(config: BrokerConfig) -> str | None:
-    if not config.password_file:
-        return None
-    try:
-        return Path(config.password_file).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(
-            "broker.no_password",
-            f"{config.password_file} cannot be read; it must hold the agent's broker password.",
-            expected="a readable file",
-            got=error.strerror,
-        ) from error

@@ -32,10 +32,13 @@ from models.files import write_atomically
 from models.golden import GOLDEN, MAX_GOLDEN_VIEWS, Golden
 from models.profile import Profile, feature_names, parse_profile
 from models.recipe import Name, Recipe, parse_recipe
+from models.topics import MAX_BLOB_BYTES
+from models.versioning import version_in
 from models.view_spec import PreprocessSpec
 
-MAX_MANIFEST_BYTES: Final = CHUNK_BYTES
-"""The manifest itself travels as one chunk."""
+VERSION: Final = 2
+MAX_MANIFEST_BYTES: Final = MAX_BLOB_BYTES
+"""The manifest itself travels as one blob."""
 MAX_FILE_BYTES: Final = 256 * 1024 * 1024
 MAX_BUNDLE_BYTES: Final = 512 * 1024 * 1024
 MANIFEST: Final = "manifest.json"
@@ -72,7 +75,7 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Table of contents of a bundle (`manifest.json`, canonical JSON)."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[2] = VERSION
     kind: Literal["sortline-bundle"] = "sortline-bundle"
     name: Name
     files: tuple[FileEntry, ...]
@@ -214,20 +217,16 @@ def parse_manifest(data: bytes, *, digest: str | None = None) -> Manifest:
     return manifest
 
 
-class _Versioned(msgspec.Struct):
-    schema_version: int = 0
-
-
 def _decode_manifest(data: bytes) -> Manifest:
+    version = version_in(data, absent=0)
+    if version is not None and version != VERSION:
+        raise BundleError(
+            "bundle.wrong_version",
+            "The bundle has an unknown version.",
+            expected=VERSION,
+            got=version,
+        )
     try:
-        version = msgspec.json.decode(data, type=_Versioned).schema_version
-        if version != 2:
-            raise BundleError(
-                "bundle.wrong_version",
-                "The bundle has an unknown version.",
-                expected=2,
-                got=version,
-            )
         return msgspec.json.decode(data, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(

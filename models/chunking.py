@@ -16,8 +16,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK_BYTES: Final = 120 * 1024
-"""Most bytes of a chunk: fits the payload limit of every broker we know of (the smallest is 128 KiB)."""
+from models.topics import MAX_BLOB_BYTES
+
+CHUNK_BYTES: Final = MAX_BLOB_BYTES
+"""Most bytes of a chunk: it travels as one blob."""
 SHORTEST: Final = 40 * 1024
 _SPACING: Final = 32 * 1024
 """Mean distance of candidate places: chunks of random data have 70 KiB on average."""

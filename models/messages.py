@@ -4,14 +4,17 @@ Rules: a payload's size is checked before it is parsed; unknown fields are ignor
 refused by name; an agent subscribes to exact topics only. Control messages are JSON, batches MessagePack + zlib.
 """
 
+import time
 import zlib
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
-from models.errors import MessageError
+from models.errors import MessageError, SortlineError
 from models.topics import AGENT_ID
+from models.versioning import version_in
 
 MAX_CONTROL_BYTES: Final = 8 * 1024
 MAX_REPORTED_BYTES: Final = 16 * 1024
@@ -23,6 +26,8 @@ MAX_GAP_RANGES: Final = 500
 KEEP_ALIVE_S: Final = 12
 """A peer is gone after one and a half of these; mosquitto looks every 5 s and counts whole seconds: 24 s at most."""
 SCHEMA_VERSION: Final = 1
+CLOCK_SLACK_MS: Final = 60_000
+"""So far may the control plane's clock be ahead of an agent's: a command that claims to be newer is refused."""
 
 
 AgentId = Annotated[str, msgspec.Meta(pattern=AGENT_ID.pattern)]
@@ -335,6 +340,21 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
 T = TypeVar("T")
 
 
+def wall_ms() -> int:
+    """Milliseconds since 1970, UTC, by this machine's clock: every `at_ms`."""
+    return time.time_ns() // 1_000_000
+
+
+def fault_of(error: SortlineError, at_ms: int = 0) -> Fault:
+    """An error as it travels.
+
+    Args:
+        error: What went wrong.
+        at_ms: When; 0 = not said.
+    """
+    return Fault(code=error.code[:80], message=str(error)[:600], at_ms=at_ms)
+
+
 def encode(message: msgspec.Struct) -> bytes:
     """JSON of a control message."""
     return msgspec.json.encode(message)
@@ -389,17 +409,10 @@ def decode_packed(data: bytes, kind: type[T]) -> T:
         raise _explain(data, kind.__name__, error, msgspec.msgpack.decode) from error
 
 
-class _Versioned(msgspec.Struct):
-    schema_version: int = SCHEMA_VERSION
-
-
-def _explain(payload: bytes, name: str, error: Exception, decode_any: object) -> MessageError:
+def _explain(payload: bytes, name: str, error: Exception, decode_any: Callable[..., Any]) -> MessageError:
     """An unknown version is named as such: the sender may simply be newer than we are."""
-    try:
-        version = decode_any(payload, type=_Versioned).schema_version  # type: ignore[operator]
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        version = SCHEMA_VERSION
-    if version != SCHEMA_VERSION:
+    version = version_in(payload, absent=SCHEMA_VERSION, decode=decode_any)
+    if version is not None and version != SCHEMA_VERSION:
         return MessageError(
             "message.wrong_version",
             f"{name} has a schema version this program does not know.",

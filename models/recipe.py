@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from models.errors import BundleError, InputError
 from models.fusion import FusionSpec, fuse
+from models.versioning import version_in
 
 VERSION: Final = 2
 UNSURE: Final = "unsure"
@@ -317,25 +318,21 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     views: int
 
 
-class _Versioned(msgspec.Struct):
-    schema_version: int = VERSION
-
-
 def parse_recipe(data: bytes) -> Recipe:
     """Reads `recipe.json`.
 
     Raises:
         BundleError: `recipe.wrong_version`, `recipe.malformed`, `recipe.inconsistent`.
     """
+    version = version_in(data, absent=VERSION)
+    if version is not None and version != VERSION:
+        raise BundleError(
+            "recipe.wrong_version",
+            "The recipe has an unknown version.",
+            expected=VERSION,
+            got=version,
+        )
     try:
-        version = msgspec.json.decode(data, type=_Versioned).schema_version
-        if version != VERSION:
-            raise BundleError(
-                "recipe.wrong_version",
-                "The recipe has an unknown version.",
-                expected=VERSION,
-                got=version,
-            )
         recipe = msgspec.json.decode(data, type=Recipe)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(

@@ -8,6 +8,7 @@ from typing import Final, Literal
 import msgspec
 
 from models.errors import TrustError
+from models.versioning import version_in
 
 MAX_SET_BYTES: Final = 120 * 1024
 """Of the set, and of a bin: fits the payload limit of every broker we know of."""
@@ -87,10 +88,6 @@ class _Signed(msgspec.Struct):
     signed: _Claims
 
 
-class _Versioned(msgspec.Struct):
-    schema_version: int = 1
-
-
 def _claims(data: bytes) -> _Claims:
     try:
         return msgspec.json.decode(data, type=_Signed).signed
@@ -119,11 +116,8 @@ def check_size(data: bytes, what: str, limit: int = MAX_SET_BYTES) -> None:
 
 
 def _explain(data: bytes, error: Exception) -> TrustError:
-    try:
-        version = msgspec.json.decode(data, type=_Versioned).schema_version
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        version = 1
-    if version != 1:
+    version = version_in(data, absent=1)
+    if version is not None and version != 1:
         return TrustError(
             "trust.wrong_version", "The set has a schema version this program does not know.", expected=1, got=version
         )

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 from tuf.api.exceptions import (
@@ -56,10 +56,7 @@ from models.signed_set import (
     set_of,
     version_of,
 )
-from models.topics import assignment_path, bin_of
-
-MAX_MANIFEST_BYTES: Final = 120 * 1024
-"""As in `models.bundle`, which would bring numpy into a process that lives for half a second."""
+from models.topics import MAX_BLOB_BYTES, assignment_path, bin_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +244,7 @@ def _assignment(updater: Updater, agent_id: str, document: bytes, folder: Path) 
 
 
 def _names(target: TargetFile, digest: str) -> bool:
-    return target.hashes.get("sha256") == digest and target.length <= MAX_MANIFEST_BYTES
+    return target.hashes.get("sha256") == digest and target.length <= MAX_BLOB_BYTES
 
 
 # -- what is kept ---------------------------------------------------------------------------------------------------

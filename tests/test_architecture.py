@@ -34,7 +34,7 @@ MODELS_MAY_IMPORT = {"models", "numpy", "msgspec", "cv2", "onnxruntime", "tuf"}
 
 LAYERS: Final[dict[str, tuple[frozenset[str], ...]]] = {
     "edge_agent": (
-        frozenset({"config", "line_config", "interfaces", "line_protocol", "events"}),
+        frozenset({"config", "line_config", "interfaces", "line_protocol", "events", "host", "state_directory"}),
         frozenset({"vision", "ejection", "simulation", "health", "identity", "telemetry"}),
         frozenset({"mqtt", "trust", "sampling"}),
         frozenset({"devices", "delivery"}),
@@ -137,7 +137,6 @@ PENDING: Final = {
     "control_plane/monitoring/prometheus.py imports control_plane.services",
     "control_plane/registry/recipes.py imports control_plane.services",
     "control_plane/trust/renewal.py imports control_plane.fleet",
-    "edge_agent/supervisor/supervisor.py",
     "control_plane/cli",
     "control_plane/pages",
 }

@@ -17,12 +17,10 @@ from control_plane.fleet.reports import report_of
 from control_plane.registry.store import Store
 from models.bundle import RECIPE
 from models.errors import ConflictError, SortlineError
-from models.messages import Command, CommandKind, Response
+from models.messages import CLOCK_SLACK_MS, Command, CommandKind, Response
 from models.recipe import parse_recipe
 
 LIFE: Final = timedelta(seconds=60)
-_AHEAD_MS: Final = 60_000
-"""As `edge_agent.supervisor.lots.CLOCK_SLACK_MS`: a command further ahead is refused there."""
 
 
 def ask(
@@ -54,7 +52,7 @@ def ask(
         )
     # Two replicas' clocks differ: what is asked later must also say so. What a clock far ahead said does not count.
     now_ms, before_ms = round(now.timestamp() * 1000), int(agent.lot_asked.get("issued_at_ms", 0))
-    issued_ms = max(now_ms, before_ms + 1) if before_ms - now_ms <= _AHEAD_MS else now_ms
+    issued_ms = max(now_ms, before_ms + 1) if before_ms - now_ms <= CLOCK_SLACK_MS else now_ms
     command = Command(
         request_id=request_id,
         issued_at_ms=issued_ms,

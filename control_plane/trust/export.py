@@ -7,9 +7,9 @@ from models.bundle import blobs_of, parse_manifest
 from models.errors import ConflictError, InputError
 from models.files import write_atomically
 from models.messages import Desired, decode
+from models.offline_export import BIN, DESIRED, SET
 from models.topics import blob_topic
 
-SET, BIN, DESIRED = "tuf.json", "tuf-bin.json", "desired.json"
 _TRIES = 10
 
 

@@ -19,32 +19,19 @@ from edge_agent.delivery.lifecycle import ChallengerState, Trigger, advance_chal
 from edge_agent.delivery.selftest_process import SelfTestDone, start_selftest
 from edge_agent.delivery.state_file import StateFile
 from edge_agent.delivery.transfer import Transfer
+from edge_agent.host import Host
 from edge_agent.line_protocol import ShadowChanged, ShadowFailed
-from models.errors import BundleError, ConflictError, SortlineError
-from models.messages import Desired, Fault, Mode, ShadowPhase
+from edge_agent.state_directory import StateDirectory
+from models.errors import BundleError, ConflictError
+from models.messages import Desired, Fault, Mode, ShadowPhase, fault_of
 
 log = logging.getLogger("sortline.challenger")
 _PROVEN_S: Final = 60.0
 """A line that lived so long with its challenger did not die of it."""
 
 
-class Host(Protocol):
-    """What the challenger needs from the supervisor."""
-
-    def event(self, code: str, message: str, **facts: str) -> None:
-        """Stores an event."""
-
-    def report_error(self, error: SortlineError) -> None:
-        """Makes an error the reported fault."""
-
-    def set_fault(self, fault: Fault) -> None:
-        """Makes this the reported fault."""
-
-    def report(self) -> None:
-        """Tells the control plane how things are."""
-
-    def enqueue(self, event: object) -> bool:
-        """Hands an event to the loop, from any thread."""
+class ShadowLine(Protocol):
+    """The part of the line that a challenger needs."""
 
     @property
     def line_ready(self) -> bool:
@@ -63,6 +50,7 @@ class Challenger:
         config: Of delivery and self-test.
         transfer: Fetches bundles; shared with the updater, which is idle while it is used from here.
         host: The supervisor.
+        line: The line it judges on.
         clock: Monotonic seconds.
     """
 
@@ -73,9 +61,11 @@ class Challenger:
         config: DeliveryConfig,
         transfer: Transfer,
         host: Host,
+        line: ShadowLine,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._root, self._config, self._transfer, self._host, self._clock = root, config, transfer, host, clock
+        self._directory, self._config, self._transfer = StateDirectory(root), config, transfer
+        self._host, self._line, self._clock = host, line, clock
         self._file = file
         self.state = file.load() or ChallengerState()
         self.running = ""
@@ -125,8 +115,8 @@ class Challenger:
         self._end_running()
 
     def _end_running(self) -> None:
-        if (self.running or self._asked) and self._host.line_ready:
-            self._host.load_shadow("")
+        if (self.running or self._asked) and self._line.line_ready:
+            self._line.load_shadow("")
         self.running, self._asked = "", False
 
     # -- what happens -----------------------------------------------------------------------------------------
@@ -162,14 +152,14 @@ class Challenger:
             error = self._transfer.take(topic, payload)
         except BundleError as found:
             self._transfer.drop()
-            self._fail(Fault(code=found.code, message=str(found)[:600]))
+            self._fail(fault_of(found))
             return
         if error is not None:
             self._host.report_error(error)
 
     def _start_selftest(self) -> None:
         self._testing = self.state.digest
-        start_selftest(self._root / "slots" / self._testing, self._testing, self._config, self._host.enqueue)
+        start_selftest(self._directory.slot(self._testing), self._testing, self._config, self._host.enqueue)
 
     def tested(self, done: SelfTestDone) -> bool:
         """A self-test ended; returns whether it was the challenger's."""
@@ -190,7 +180,7 @@ class Challenger:
         if self.running:
             if state.tries and now - self._since_s > _PROVEN_S:
                 self._save(advance_challenger(state, Trigger.TRIAL_PASSED))
-        elif not self._asked and self._host.line_ready:
+        elif not self._asked and self._line.line_ready:
             if state.tries >= self._config.max_tries:
                 message = f"The line died {state.tries} times soon after it took the challenger."
                 self._fail(Fault(code="shadow.line_died", message=message))
@@ -198,7 +188,7 @@ class Challenger:
             # The try is counted before the line loads: a line that dies of it cannot forget that.
             self._save(advance_challenger(state, Trigger.TRIAL_STARTED))
             self._asked = True
-            self._host.load_shadow(state.digest)
+            self._line.load_shadow(state.digest)
 
     def changed(self, message: ShadowChanged) -> None:
         """The line has this challenger now, or none."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from edge_agent.state_directory import StateDirectory
 from models.bundle import MANIFEST, MAX_MANIFEST_BYTES, Chunk, FileEntry, Manifest, parse_manifest, sha256
 from models.errors import BundleError, CapacityError
 from models.files import sync_directory, sync_file, write_atomically
@@ -44,8 +45,8 @@ class Fetch:
     def __init__(self, root: Path, digest: str, *, window: int, reserve_bytes: int, clock: Callable[[], float]) -> None:
         self.digest = digest
         self._root, self._window, self._reserve, self._clock = root, window, reserve_bytes, clock
-        self._parts = root / "fetch"
-        self._slots = root / "slots"
+        directory = StateDirectory(root)
+        self._parts, self._slots = directory.fetch, directory.slots
         self._parts.mkdir(parents=True, exist_ok=True)
         self._slots.mkdir(parents=True, exist_ok=True)
         self._manifest: Manifest | None = None
@@ -308,7 +309,7 @@ def collect_garbage(root: Path, keep: set[str]) -> list[str]:
         keep: Digests of active, previous and target bundle.
     """
     removed: list[str] = []
-    slots = root / "slots"
+    slots = StateDirectory(root).slots
     for slot in sorted(slots.iterdir()) if slots.is_dir() else []:
         if slot.name not in keep:
             shutil.rmtree(slot, ignore_errors=True)
@@ -318,7 +319,7 @@ def collect_garbage(root: Path, keep: set[str]) -> list[str]:
 
 def discard_parts(root: Path) -> None:
     """Forgets a fetch that will not be continued."""
-    shutil.rmtree(root / "fetch", ignore_errors=True)
+    shutil.rmtree(StateDirectory(root).fetch, ignore_errors=True)
 
 
 def _places(entry: FileEntry) -> Iterator[tuple[Chunk, int]]:

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from edge_agent.mqtt import Incoming
+from edge_agent.state_directory import StateDirectory
 from models.chunking import CHUNK_BYTES
 from models.errors import CapacityError, InputError, SortlineError
 from models.files import sync_directory
 from models.messages import MAX_CONTROL_BYTES, Desired, decode
+from models.offline_export import BIN, DESIRED, SET
 from models.signed_set import MAX_SET_BYTES
 from models.topics import BLOBS
 
 log = logging.getLogger("sortline.importing")
-SET, BIN, DESIRED, STAGED = "tuf.json", "tuf-bin.json", "desired.json", "import"
 _MAX_FILES: Final = 20_000
 
 
@@ -63,7 +64,8 @@ def stage_import(source: Path, state_dir: Path) -> Desired:
     blobs = sorted(path for path in (source / BLOBS).rglob("*") if not path.is_dir())
     if not blobs or len(blobs) > _MAX_FILES:
         raise _no_export(source, f"1 to {_MAX_FILES} blobs", len(blobs))
-    building, staged = state_dir / f".{STAGED}.partial", state_dir / STAGED
+    directory = StateDirectory(state_dir)
+    building, staged = directory.building, directory.staged
     shutil.rmtree(building, ignore_errors=True)
     try:
         for name, data in files.items():
@@ -87,7 +89,8 @@ class StagedImport:
     """
 
     def __init__(self, state_dir: Path) -> None:
-        self._state_dir, self._folder = state_dir, state_dir / STAGED
+        self._directory = StateDirectory(state_dir)
+        self._folder = self._directory.staged
         self._seen = 0
         self._bundle = ""
 
@@ -98,7 +101,7 @@ class StagedImport:
 
     def news(self) -> Export | None:
         """What a folder says that was not looked at yet; one whose bundle is in a slot is removed."""
-        if self._bundle and (self._state_dir / "slots" / self._bundle).is_dir():
+        if self._bundle and self._directory.slot(self._bundle).is_dir():
             shutil.rmtree(self._folder, ignore_errors=True)
             self._bundle = ""
         try:

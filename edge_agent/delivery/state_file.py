@@ -14,13 +14,12 @@ from typing import Final, Generic, TypeVar
 import msgspec
 
 from edge_agent.delivery.lifecycle import ChallengerState, SlotState
+from edge_agent.state_directory import StateDirectory
 from models.bundle import sha256
 from models.errors import InputError
 from models.files import write_atomically
 
 T = TypeVar("T", bound=msgspec.Struct)
-CHAMPION_FILE: Final = "state.json"
-CHALLENGER_FILE: Final = "challenger.json"
 _MAX_BYTES: Final = 64 * 1024
 
 
@@ -141,11 +140,12 @@ class StateFile(Generic[T]):
 
 def champion_file(root: Path, on_quarantine: Callable[[Path, str], None] = lambda *_: None) -> StateFile[SlotState]:
     """`state.json` of a state directory: which bundle judges, and what becomes of the next."""
-    return StateFile(root / CHAMPION_FILE, SlotState, framing=Framing.OBJECT, backup=True, on_quarantine=on_quarantine)
+    path = StateDirectory(root).champion
+    return StateFile(path, SlotState, framing=Framing.OBJECT, backup=True, on_quarantine=on_quarantine)
 
 
 def challenger_file(
     root: Path, on_quarantine: Callable[[Path, str], None] = lambda *_: None
 ) -> StateFile[ChallengerState]:
     """`challenger.json` of a state directory. A lost one is no harm: the retained desired state brings it back."""
-    return StateFile(root / CHALLENGER_FILE, ChallengerState, on_quarantine=on_quarantine)
+    return StateFile(StateDirectory(root).challenger, ChallengerState, on_quarantine=on_quarantine)

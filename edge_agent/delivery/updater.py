@@ -18,42 +18,26 @@ from edge_agent.delivery.lifecycle import SlotState, Trigger, advance
 from edge_agent.delivery.selftest_process import SelfTestDone, start_selftest
 from edge_agent.delivery.state_file import StateFile
 from edge_agent.delivery.transfer import Transfer
+from edge_agent.host import Host
 from edge_agent.line_protocol import Beat, LoadFailed, ModelFailed
+from edge_agent.state_directory import StateDirectory
 from models.bundle import read_bundle
-from models.errors import BundleError, ConflictError, SortlineError
+from models.errors import BundleError, ConflictError
 from models.messages import Desired, Fault, Mode, Phase, Swap
 
 log = logging.getLogger("sortline.updating")
 _SHORTEST_TRIAL_S: Final = 1.0
 
 
-class Host(Protocol):
-    """What the life cycle needs from the supervisor."""
-
-    fault: Fault | None
-    """What is wrong now, as it is reported."""
-
-    def event(self, code: str, message: str, **facts: str) -> None:
-        """Stores an event."""
-
-    def report_error(self, error: SortlineError) -> None:
-        """Makes an error the reported fault."""
-
-    def set_fault(self, fault: Fault) -> None:
-        """Makes this the reported fault."""
-
-    def report(self) -> None:
-        """Tells the control plane how things are."""
-
-    def load_judging(self) -> None:
-        """Makes the line use `Updater.judging`."""
-
-    def enqueue(self, event: object) -> bool:
-        """Hands an event to the loop, from any thread."""
+class LineSwitch(Protocol):
+    """The part of the line that a trial needs."""
 
     @property
     def covered(self) -> bool:
         """Whether a standby can take over from a bundle on trial, or none is wanted."""
+
+    def load_judging(self) -> None:
+        """Makes the line use `Updater.judging`."""
 
 
 class Updater:
@@ -65,12 +49,20 @@ class Updater:
         file: Where the state is kept.
         transfer: Fetches bundles.
         host: The supervisor.
+        line: The line that judges.
     """
 
     def __init__(
-        self, root: Path, config: DeliveryConfig, file: StateFile[SlotState], transfer: Transfer, host: Host
+        self,
+        root: Path,
+        config: DeliveryConfig,
+        file: StateFile[SlotState],
+        transfer: Transfer,
+        host: Host,
+        line: LineSwitch,
     ) -> None:
-        self._root, self._config, self._file, self._host = root, config, file, host
+        self._directory, self._config, self._file = StateDirectory(root), config, file
+        self._host, self._line = host, line
         self.transfer = transfer
         self.state = file.load() or SlotState()
         self._testing = False
@@ -89,7 +81,7 @@ class Updater:
 
     def slot(self, digest: str) -> Path:
         """Where this bundle is."""
-        return self._root / "slots" / digest
+        return self._directory.slot(digest)
 
     @property
     def judging(self) -> str:
@@ -221,7 +213,7 @@ class Updater:
         self._overtaken = False
         self._no_try()
         if was_tried:
-            self._host.load_judging()
+            self._line.load_judging()
 
     # -- what happens -----------------------------------------------------------------------------------------
 
@@ -303,7 +295,7 @@ class Updater:
 
     def _wait_for_standby(self, elapsed_s: float) -> None:
         self._waited_s = (self._waited_s or 0.0) + elapsed_s
-        covered = self._host.covered
+        covered = self._line.covered
         if not covered and self._waited_s < self._config.standby_wait_s:
             return
         if not covered:
@@ -315,7 +307,7 @@ class Updater:
         self._save(advance(self.state, Trigger.TRIAL_STARTED))
         self._no_try()
         self._trial_running_s = 0.0
-        self._host.load_judging()
+        self._line.load_judging()
 
     def _roll_back(self, fault: Fault) -> None:
         known, self._failed = self._failed, fault
@@ -324,11 +316,11 @@ class Updater:
             self._save(advance(self.state, Trigger.TRIAL_FAILED), fault)
         except OSError:
             if known is None:
-                self._host.load_judging()  # the old bundle judges; after a power cut it would be tried again
+                self._line.load_judging()  # the old bundle judges; after a power cut it would be tried again
             raise
         self._no_try()
         log.warning("rolled back: %s", fault.message)
-        self._host.load_judging()
+        self._line.load_judging()
         self._host.event(fault.code, fault.message, bundle=failed)
 
     def _tick_trial(self, elapsed_s: float, beat: Beat | None) -> None:
@@ -337,7 +329,7 @@ class Updater:
         if beat.items_on_bundle >= self.state.trial_items:
             self._save(advance(self.state, Trigger.TRIAL_PASSED))
             self._host.event("bundle.committed", "", bundle=self.state.active, items=str(beat.items_on_bundle))
-            collect_garbage(self._root, {self.state.active, self.state.previous})
+            collect_garbage(self._directory.root, {self.state.active, self.state.previous})
             return
         if beat.belt_running:
             self._trial_running_s += elapsed_s
@@ -374,4 +366,4 @@ class Updater:
         elif isinstance(message, ModelFailed):
             # A model that was good enough broke on one input: load it again rather than stop judging.
             self._host.set_fault(message.fault)
-            self._host.load_judging()
+            self._line.load_judging()

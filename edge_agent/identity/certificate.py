@@ -21,6 +21,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from edge_agent.config import AgentConfig, BrokerConfig
+from edge_agent.state_directory import StateDirectory
 from models.errors import ConfigError
 from models.identity import Enrolled
 from models.messages import AgentId
@@ -65,7 +66,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def identity_folder(config: AgentConfig) -> Path:
     """Where this agent's identity is."""
-    return Path(config.identity.folder or Path(config.state_dir) / "identity").resolve()
+    return Path(config.identity.folder or StateDirectory(Path(config.state_dir)).identity).resolve()
 
 
 def read_facts(folder: Path) -> Facts | None:

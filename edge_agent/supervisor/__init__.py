@@ -1,5 +1,7 @@
 """The supervisor process: everything of the agent that is not the line.
 
-`supervisor` is its event loop; `line_process` is one running line process, `line_keeper` starts, watches and replaces
-them; `lots` keeps which lot and variety runs; `service_notice` reports to systemd.
+`supervisor` is its event loop and wires the rest; `journal` keeps events, the reported fault and the counters; `report`
+builds what the agent reports about itself; `line_control` is all that is asked of the line, `line_keeper` starts,
+watches and replaces the line processes, `line_process` is one of them; `lots` keeps which lot and variety runs;
+`service_notice` reports to systemd.
 """

@@ -11,7 +11,6 @@ It does not know what a trial is: it is told what the line judges with and what 
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Final, Protocol
 
 from edge_agent.config import Standby
 from edge_agent.delivery.lifecycle import SlotState
+from edge_agent.host import Host
 from edge_agent.line_protocol import Go
 from models.errors import SortlineError
 from models.messages import Phase, Swap
@@ -81,8 +81,8 @@ class Process(Protocol):
         """Asks it to end, then makes it."""
 
 
-class Host(Protocol):
-    """What keeping needs from the supervisor."""
+class Starter(Protocol):
+    """Starts line processes."""
 
     @property
     def present(self) -> Go:
@@ -90,9 +90,6 @@ class Host(Protocol):
 
     def start_process(self, digest: str, *, standby: bool) -> Process:
         """Starts a line process, or a standby, with this bundle (empty = none)."""
-
-    def event(self, code: str, message: str, **facts: str) -> None:
-        """Stores an event."""
 
 
 @dataclass(slots=True)
@@ -118,14 +115,14 @@ class LineKeeper:
     """The line process of one agent, and its standby.
 
     Args:
-        host: The supervisor.
-        counters: Gets `line_starts`, `line_stalled` and the same of `standby`; `standby_died`, `standby_failed`,
-            `standby_takeovers`.
+        host: The supervisor; its counters get `line_starts`, `line_stalled` and the same of `standby`;
+            `standby_died`, `standby_failed`, `standby_takeovers`.
+        starter: Starts the processes.
         clock: Monotonic seconds.
     """
 
-    def __init__(self, host: Host, counters: Counter[str], clock: Callable[[], float] = time.monotonic) -> None:
-        self._host, self._counters, self._clock = host, counters, clock
+    def __init__(self, host: Host, starter: Starter, clock: Callable[[], float] = time.monotonic) -> None:
+        self._host, self._starter, self._counters, self._clock = host, starter, host.counters, clock
         self._line = _Place("line", _LINE_PAUSE_S)
         self._standby = _Place("standby", _STANDBY_PAUSE_S)
         self._up = False
@@ -180,7 +177,7 @@ class LineKeeper:
                 log.warning("no standby can be started: %s", error)
 
     def _start(self, place: _Place, digest: str) -> None:
-        place.process = self._host.start_process(digest, standby=place is self._standby)
+        place.process = self._starter.start_process(digest, standby=place is self._standby)
         self._counters[f"{place.name}_starts"] += 1
 
     def _end_silent(self, place: _Place, now_s: float) -> None:
@@ -218,7 +215,7 @@ class LineKeeper:
         if spare is None or not standby or not self.covered(standby):
             return False
         try:
-            spare.go(self._host.present)
+            spare.go(self._starter.present)
         except SortlineError as error:
             log.warning("the standby does not take over: %s", error)
             spare.kill()

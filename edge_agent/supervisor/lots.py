@@ -14,16 +14,19 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
 from edge_agent.delivery.state_file import StateFile, champion_file
+from edge_agent.host import Host
 from edge_agent.line_protocol import Beat
+from edge_agent.state_directory import StateDirectory
 from models.bundle import RECIPE
 from models.errors import BundleError, InputError, MessageError
 from models.files import write_atomically
 from models.messages import (
+    CLOCK_SLACK_MS,
     Command,
     Counter,
     Fault,
@@ -33,14 +36,13 @@ from models.messages import (
     Response,
     RunningLot,
     decode,
+    fault_of,
+    wall_ms,
 )
 from models.recipe import parse_recipe
 
 log = logging.getLogger("sortline.lots")
 T = TypeVar("T", bound=msgspec.Struct)
-STATE, WISH, TAKEN = "lot.json", "lot-wish.json", "lot-wish.taken"
-CLOCK_SLACK_MS: Final = 60_000
-"""So far may the control plane's clock be ahead of ours."""
 MAX_LIFE_MS: Final = 600_000
 """A command that wants to be valid for longer is none."""
 TERMS: Final = {
@@ -144,26 +146,7 @@ def with_lot(state: LotState, word: Command | LotRequest, source: LotSource, now
 
 def lot_file(root: Path, on_quarantine: Callable[[Path, str], None] = lambda *_: None) -> StateFile[LotState]:
     """`lot.json` of a state directory."""
-    return StateFile(root / STATE, LotState, code="lot.unreadable", on_quarantine=on_quarantine)
-
-
-class Host(Protocol):
-    """What is needed from the supervisor."""
-
-    counters: Any
-    """Counts by name."""
-
-    def event(self, code: str, message: str, **facts: str) -> None:
-        """Stores an event."""
-
-    def set_lot(self, lot: str, variety: str) -> None:
-        """Tells the line."""
-
-    def respond(self, response: Response) -> None:
-        """Answers the control plane."""
-
-    def report(self) -> None:
-        """Tells the control plane how things are."""
+    return StateFile(StateDirectory(root).lot, LotState, code="lot.unreadable", on_quarantine=on_quarantine)
 
 
 class Lots:
@@ -173,6 +156,8 @@ class Lots:
         root: The agent's state directory; keeps `lot.json`.
         configured: Lot and variety of the start configuration.
         host: The supervisor.
+        set_lot: Makes the line begin another lot.
+        respond: Answers a command.
         commands: Whether the control plane may say which lot runs.
         wall_ms: Milliseconds since 1970 by this machine's clock.
         clock: Monotonic seconds.
@@ -184,13 +169,17 @@ class Lots:
         configured: tuple[str, str],
         host: Host,
         *,
+        set_lot: Callable[[str, str], None],
+        respond: Callable[[Response], None],
         commands: bool = True,
-        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        wall_ms: Callable[[], int] = wall_ms,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock, self._obeyed_s = clock, -math.inf
         self._file = lot_file(root, self._quarantined)
-        self._wish, self._taken = root / WISH, root / TAKEN
+        directory = StateDirectory(root)
+        self._wish, self._taken = directory.lot_request, directory.lot_taken
+        self._set_lot, self._respond = set_lot, respond
         self._host, self._commands, self._wall_ms = host, commands, wall_ms
         self.state = self._load(configured)
 
@@ -228,7 +217,7 @@ class Lots:
         self._save(state)
         if (state.lot, state.variety) == (before.lot, before.variety):
             return
-        self._host.set_lot(state.lot, state.variety)
+        self._set_lot(state.lot, state.variety)
         facts = {"lot": state.lot, "variety": state.variety, "source": state.source, "request": request_id}
         self._host.event("lot.changed", "", **facts)
 
@@ -254,7 +243,7 @@ class Lots:
             if state is not self.state and self._clock() - self._obeyed_s < PAUSE_S:
                 raise MessageError("command.too_soon", "Another command was obeyed just now: say it again.")
         except MessageError as error:
-            self._answer(command, Fault(code=error.code, message=str(error)[:600], at_ms=self._wall_ms()))
+            self._answer(command, fault_of(error, self._wall_ms()))
             raise
         if state is not self.state:
             self._begin(state, command.request_id)
@@ -263,7 +252,7 @@ class Lots:
         self._host.report()
 
     def _answer(self, command: Command, fault: Fault | None) -> None:
-        self._host.respond(Response(request_id=command.request_id, at_ms=self._wall_ms(), fault=fault))
+        self._respond(Response(request_id=command.request_id, at_ms=self._wall_ms(), fault=fault))
 
     # -- the operator's way -----------------------------------------------------------------------------------
 
@@ -333,7 +322,7 @@ def submit_lot_request(root: Path, lot: str, variety: str, request_id: str) -> N
             expected="up to 64 characters of one line",
             got=f"{lot!r}, {variety!r}"[:200],
         ) from error
-    write_atomically(root / WISH, data)
+    write_atomically(StateDirectory(root).lot_request, data)
 
 
 def wait_until_applied(root: Path, request_id: str, *, timeout_s: float) -> bool:
@@ -359,7 +348,7 @@ def known_lot(root: Path) -> dict[str, str]:
     try:
         champion = champion_file(root).read()
         active = champion.active if champion else ""
-        recipe = parse_recipe((root / "slots" / active / RECIPE).read_bytes())
+        recipe = parse_recipe((StateDirectory(root).slot(active) / RECIPE).read_bytes())
     except (OSError, BundleError, InputError):
         return facts | {"terms": "no bundle judges"}
     return facts | {"terms": TERMS[recipe.terms_source(state.variety, state.lot)]}

@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import sqlite3
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from typing import Final
 
 import msgspec
 
+from edge_agent.state_directory import StateDirectory
 from models.errors import CapacityError
-from models.messages import MAX_BATCH_BYTES, MAX_GAP_RANGES, Gap, GapRange, Record, RecordKind
+from models.messages import MAX_BATCH_BYTES, MAX_GAP_RANGES, Gap, GapRange, Record, RecordKind, wall_ms
 
 log = logging.getLogger("sortline.spool")
 _SCHEMA: Final = """
@@ -73,10 +73,10 @@ class Spool:
         *,
         max_bytes: int,
         ballast_bytes: int,
-        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        wall_ms: Callable[[], int] = wall_ms,
     ) -> None:
-        self._path = directory / "spool.sqlite"
-        self._ballast = directory / "ballast"
+        places = StateDirectory(directory)
+        self._path, self._ballast = places.spool, places.ballast
         self._boot_id, self._seq = boot_id, 0
         self._max_bytes, self._ballast_bytes, self._wall_ms = max_bytes, ballast_bytes, wall_ms
         self._unwritten: list[tuple[RecordKind, int]] = []

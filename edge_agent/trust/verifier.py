@@ -14,18 +14,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
 from edge_agent.config import TrustConfig
 from edge_agent.events import deliver_surely
+from edge_agent.host import Host
+from edge_agent.state_directory import StateDirectory
+from edge_agent.trust.question import Answer, Question
 from models.bundle import sha256
-from models.errors import MessageError, SortlineError, TrustError
+from models.errors import MessageError, TrustError
 from models.messages import MAX_CONTROL_BYTES, Desired, Fault, decode
 from models.signed_set import MAX_SET_BYTES
 
@@ -38,21 +40,6 @@ _PARTS: Final = 3
 _SPACING_S: Final = 0.5
 _CLOCK_ALARM_S: Final = 300
 _LONGEST_RETRY_S: Final = 600.0
-
-
-class Host(Protocol):
-    """What the gate needs from the supervisor."""
-
-    counters: Counter[str]
-
-    def enqueue(self, event: object) -> bool:
-        """Hands an event to the loop, from any thread."""
-
-    def event(self, code: str, message: str, **facts: str) -> None:
-        """Stores an event."""
-
-    def report_error(self, error: SortlineError) -> None:
-        """Makes an error the reported fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +202,7 @@ class AssignmentVerifier:
 
 def places(root: Path, config: TrustConfig) -> tuple[Path, Path]:
     """The trust folder and the trust anchor of an agent."""
-    folder = Path(config.folder) if config.folder else root / "trust"
+    folder = Path(config.folder) if config.folder else StateDirectory(root).trust
     return folder, Path(config.root) if config.root else folder / "root.json"
 
 
@@ -227,7 +214,7 @@ def _check_size(payload: bytes) -> None:
 
 
 def _question(offered: bytes, own_bin: bytes, document: bytes) -> bytes:
-    return msgspec.msgpack.encode({"offered": offered, "bin": own_bin, "document": document})
+    return msgspec.msgpack.encode(Question(offered=offered, bin=own_bin, document=document))
 
 
 def verify_now(
@@ -256,21 +243,12 @@ def _ask(command: list[str], body: bytes, pair: tuple[str, str], timeout_s: floa
     except (subprocess.TimeoutExpired, OSError) as error:
         return _crashed(pair, str(error)[:300])
     try:
-        found = msgspec.json.decode(done.stdout, type=_Answer)
+        found = msgspec.json.decode(done.stdout, type=Answer)
     except msgspec.MsgspecError:
         return _crashed(pair, f"exit status {done.returncode}: {done.stderr[-300:].decode(errors='replace')}")
     if found.fault is None and found.desired is None:
         return _crashed(pair, "it answered nothing")
     return Verified(pair, found.desired, found.fault, found.facts, found.quarantined)
-
-
-class _Answer(msgspec.Struct, frozen=True):
-    """As `edge_agent.trust.verify.Answer`, which must not be imported here: it brings the libraries along."""
-
-    desired: Desired | None = None
-    fault: Fault | None = None
-    facts: dict[str, str] = {}
-    quarantined: str = ""
 
 
 def _crashed(pair: tuple[str, str], how: str) -> Verified:

@@ -12,13 +12,13 @@ import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 
+from edge_agent.trust.question import Answer, Question
 from models.errors import SortlineError, TrustError
 from models.files import write_atomically
-from models.messages import MAX_CONTROL_BYTES, Desired, Fault
+from models.messages import fault_of
 from models.signed_set import MAX_SET_BYTES, MAX_TRUSTED_BYTES, parse_set
 from models.trust import Outcome, verify
 
@@ -26,24 +26,6 @@ TRUSTED = "trusted.json"
 MAX_ROOT_BYTES = 64 * 1024
 _CPU_S = 20
 _MEMORY_BYTES = 768 * 1024 * 1024
-
-
-class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """What came over the network or from a stick."""
-
-    offered: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_SET_BYTES)]
-    bin: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_SET_BYTES)] = b""
-    document: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_CONTROL_BYTES)] | None = None
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be done about it."""
-
-    desired: Desired | None = None
-    fault: Fault | None = None
-    facts: dict[str, str] = {}
-    quarantined: str = ""
-    """Where a broken memory of trust was set aside."""
 
 
 def answer(question: Question, *, folder: Path, root: Path, agent_id: str, now: datetime) -> Answer:
@@ -101,7 +83,7 @@ def _answer(outcome: Outcome, quarantined: str) -> Answer:
 
 
 def _refused(error: SortlineError) -> Answer:
-    return Answer(fault=Fault(code=error.code, message=str(error)[:600]))
+    return Answer(fault=fault_of(error))
 
 
 def _memory(path: Path) -> tuple[bytes, str]:

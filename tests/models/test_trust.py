@@ -14,7 +14,7 @@ from tuf.api.metadata import Metadata, SuccinctRoles
 
 from control_plane.trust import ceremony
 from control_plane.trust import metadata as md
-from models import bundle, trust
+from models import bundle, topics
 from models.bundle import Manifest, sha256
 from models.errors import TrustError
 from models.signed_set import ASSIGN, MAX_SET_BYTES, MAX_TRUSTED_BYTES, ROLES, make_set, parse_set, version_of
@@ -594,7 +594,7 @@ def test_keys_are_encrypted_private_and_never_overwritten(repository: Repository
 
 
 def test_both_modules_mean_the_same_manifest() -> None:
-    assert trust.MAX_MANIFEST_BYTES == bundle.MAX_MANIFEST_BYTES
+    assert bundle.MAX_MANIFEST_BYTES == topics.MAX_BLOB_BYTES
 
 
 def test_metadata_of_one_role_is_not_taken_for_another(repository: Repository, device: Device) -> None:

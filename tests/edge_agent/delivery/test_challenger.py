@@ -1,5 +1,6 @@
 """A challenger comes, is tested, judges in the shadow, and goes; the champion notices nothing."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,11 @@ class Wire:
 class Site:
     """The supervisor's part, remembered; and the state file read back as after a power cut at every load."""
 
+    fault: Fault | None = None
+
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.counters: Counter[str] = Counter()
         self.line_ready = True
         self.loads: list[str] = []
         self.events: list[str] = []
@@ -83,6 +87,7 @@ class Bench:
             challenger_file(self.root),
             DeliveryConfig(),
             self.wire,  # type: ignore[arg-type]
+            self.site,
             self.site,
             lambda: self.now_s,
         )

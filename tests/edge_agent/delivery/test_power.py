@@ -33,6 +33,7 @@ class Host:
     covered = True
 
     def __init__(self) -> None:
+        self.counters: Counter[str] = Counter()
         self.loads: list[str] = []
         self.codes: list[str] = []
         self.reports: list[str] = []
@@ -66,9 +67,8 @@ class Agent:
         self.quarantined: list[str] = []
         config = DeliveryConfig(reserve_bytes=0)
         transfer = Transfer(root, "line-1", config, self.broker, Counter(), lambda: 0.0)
-        self.updater = Updater(
-            root, config, champion_file(root, lambda _path, why: self.quarantined.append(why)), transfer, self.host
-        )
+        file = champion_file(root, lambda _path, why: self.quarantined.append(why))
+        self.updater = Updater(root, config, file, transfer, self.host, self.host)
         self.host.updater = self.updater
 
     def run(self, digest: str, generation: int = 2) -> None:

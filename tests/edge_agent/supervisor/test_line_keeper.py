@@ -59,7 +59,7 @@ class Bench:
         self.counters: Counter[str] = Counter()
         self.processes: list[Process] = []
         self.events: list[tuple[str, dict[str, str]]] = []
-        self.keeper = LineKeeper(self, self.counters, lambda: self.now_s)
+        self.keeper = LineKeeper(self, self, lambda: self.now_s)
 
     def start_process(self, digest: str, *, standby: bool) -> Process:
         self.processes.append(Process(len(self.processes), digest, self.now_s, standby=standby))

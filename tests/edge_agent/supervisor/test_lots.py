@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -12,13 +13,10 @@ from hypothesis import strategies as st
 
 from edge_agent.cli.commands import main
 from edge_agent.line_protocol import Beat
+from edge_agent.state_directory import StateDirectory
 from edge_agent.supervisor.lots import (
-    CLOCK_SLACK_MS,
     MAX_LIFE_MS,
     PAUSE_S,
-    STATE,
-    TAKEN,
-    WISH,
     Lots,
     LotState,
     accept,
@@ -26,7 +24,7 @@ from edge_agent.supervisor.lots import (
     submit_lot_request,
 )
 from models.errors import InputError, MessageError
-from models.messages import Command, CommandKind, Live, LotSource, Response, encode
+from models.messages import CLOCK_SLACK_MS, Command, CommandKind, Live, LotSource, Response, encode
 from tests.simulators.power import Recorder, states
 
 NOW = 1_790_000_000_000
@@ -47,7 +45,7 @@ class Host:
     """A supervisor without processes; what the line hears must be on the disk by then."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self.places = root, StateDirectory(root)
         self.counters: Counter[str] = Counter()
         self.lots: list[tuple[str, str]] = []
         self.answers: list[Response] = []
@@ -86,10 +84,25 @@ def clock() -> Clock:
     return Clock()
 
 
+def lots_of(
+    host: Host, configured: tuple[str, str], wall_ms: Clock, clock: Callable[[], float], **options: bool
+) -> Lots:
+    return Lots(
+        host.root,
+        configured,
+        host,
+        set_lot=lambda lot, variety: host.set_lot(lot, variety),  # noqa: PLW0108  a test replaces it later
+        respond=host.respond,
+        wall_ms=wall_ms,
+        clock=clock,
+        **options,
+    )
+
+
 def opened(host: Host, clock: Clock, configured: tuple[str, str] = ("", ""), **options: bool) -> Lots:
     """The lots of a host, where commands come as seldom as they may."""
     steps = count()
-    return Lots(host.root, configured, host, wall_ms=clock, clock=lambda: next(steps) * PAUSE_S, **options)
+    return lots_of(host, configured, clock, lambda: next(steps) * PAUSE_S, **options)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -163,7 +176,7 @@ def test_the_command_that_was_issued_last_wins_in_whatever_order_they_come(
 
 def test_a_flood_of_commands_is_no_flood_of_writes_and_windows(host: Host, clock: Clock) -> None:
     now_s = [100.0]
-    lots = Lots(host.root, ("", ""), host, wall_ms=clock, clock=lambda: now_s[0])
+    lots = lots_of(host, ("", ""), clock, lambda: now_s[0])
     lots.command(encode(command(1)))
     now_s[0] += PAUSE_S / 2
     with pytest.raises(MessageError) as caught:
@@ -241,7 +254,7 @@ def test_the_operators_word_counts_with_any_clock_and_commands_go_on_counting(ho
     clock.ms = NOW + 9
     lots.command(encode(command(2, issued=NOW + 9)))
     assert (lots.state.lot, lots.state.source) == ("lot-2", LotSource.CONTROL_PLANE)
-    assert not any((host.root / name).exists() for name in (WISH, TAKEN))
+    assert not any(path.exists() for path in (host.places.lot_request, host.places.lot_taken))
 
 
 def test_a_word_that_is_said_while_another_is_read_is_not_lost(host: Host, clock: Clock) -> None:
@@ -263,19 +276,19 @@ def test_a_word_that_is_said_while_another_is_read_is_not_lost(host: Host, clock
 def test_a_word_that_comes_back_after_a_power_cut_is_not_obeyed_twice(host: Host, clock: Clock) -> None:
     lots = opened(host, clock)
     submit_lot_request(host.root, "B-7", "gala", "e" * 32)
-    said = (host.root / WISH).read_bytes()
+    said = host.places.lot_request.read_bytes()
     lots.tick()
     lots.command(encode(command(2)))
-    (host.root / TAKEN).write_bytes(said)
+    host.places.lot_taken.write_bytes(said)
     opened(host, clock).tick()
     assert lot_file(host.root).read().lot == "lot-2"
-    assert not (host.root / TAKEN).exists()
+    assert not host.places.lot_taken.exists()
 
 
 @pytest.mark.parametrize("rubbish", [b"", b"\xff", b"x" * 20_000, msgspec.json.encode({"lot": "A", "variety": "b"})])
 def test_a_broken_wish_is_named_once_and_thrown_away(host: Host, clock: Clock, rubbish: bytes) -> None:
     lots = opened(host, clock)
-    (host.root / WISH).write_bytes(rubbish)
+    host.places.lot_request.write_bytes(rubbish)
     for _ in range(3):
         lots.tick()
     assert (host.events, host.counters["refused_lot.unreadable"], host.lots) == (["lot.unreadable"], 1, [])
@@ -332,7 +345,7 @@ def test_the_configuration_counts_until_somebody_speaks_and_again_when_it_was_ch
 @pytest.mark.parametrize("harm", [lambda d: d[:-9], lambda d: d.replace(b"lot-1", b"lot-7"), lambda _: b"\xff"])
 def test_a_broken_file_is_set_aside_and_the_configuration_counts(host: Host, clock: Clock, harm) -> None:
     opened(host, clock, ("A", "")).command(encode(command(1)))
-    path = host.root / STATE
+    path = host.places.lot
     path.write_bytes(harm(path.read_bytes()))
     lots = opened(host, clock, ("A", ""))
     assert (lots.state.lot, host.events[-1]) == ("A", "state.quarantined")

@@ -1,0 +1,163 @@
+"""What the supervisor asks of its line: which bundle judges, which challenger runs beside it, which lot is sorted.
+
+A line that does not read is no reason to wait: what cannot be sent is logged, and the line that starts next begins with
+what holds then.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from edge_agent.config import AgentConfig
+from edge_agent.delivery.lifecycle import SlotState
+from edge_agent.delivery.updater import Updater
+from edge_agent.host import Host
+from edge_agent.line_protocol import Beat, Go, Ready, Tuned
+from edge_agent.state_directory import StateDirectory
+from edge_agent.supervisor.line_keeper import LineKeeper, standby_for
+from edge_agent.supervisor.line_process import LineProcess
+from edge_agent.supervisor.lots import LotState
+from models.errors import SortlineError
+from models.messages import Phase
+
+log = logging.getLogger("sortline.supervisor")
+
+
+class LineControl:
+    """The line of one agent.
+
+    Args:
+        config: The agent's configuration.
+        directory: Its state directory.
+        boot_id: Of this start of the supervisor.
+        host: The supervisor.
+        updater: Says which bundle judges; it is made after this object, hence a function.
+        lot: The lot that runs.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        directory: StateDirectory,
+        boot_id: str,
+        host: Host,
+        *,
+        updater: Callable[[], Updater],
+        lot: Callable[[], LotState],
+    ) -> None:
+        self._config, self._directory, self._boot_id, self._host = config, directory, boot_id, host
+        self._updater, self._lot = updater, lot
+        self.keeper = LineKeeper(host, self)
+        self.beat: Beat | None = None
+        """The line's last sign of life; None = it does not run."""
+        self.lanes, self.camera = 0, ""
+        self.tuned: dict[str, str] = {}
+        """How many threads the line's libraries use, and what was measured for it."""
+        self.lifetime_items = 0
+        """Items this line has judged since it was installed."""
+
+    # -- the process ------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """One turn: starts and replaces line and standby."""
+        self.keeper.tick(self._updater().judging, self.standby)
+
+    @property
+    def standby(self) -> str:
+        """Digest of the bundle that a standby must hold; empty = none is wanted."""
+        return standby_for(self._config.standby, self._state)
+
+    @property
+    def _state(self) -> SlotState:
+        return self._updater().state
+
+    @property
+    def present(self) -> Go:
+        """What a standby goes on from."""
+        lot = self._lot()
+        return Go(lifetime_items=self.lifetime_items, lot=lot.lot, variety=lot.variety)
+
+    def start_process(self, digest: str, *, standby: bool) -> LineProcess:
+        """Starts a line process, or a standby, with this bundle (empty = none)."""
+        line = self._config.line
+        if not line.threads:
+            # What one line measured holds for those after it.
+            onnx, opencv = (int(self.tuned.get(f"{library}_threads", 0)) for library in ("onnx", "opencv"))
+            opencv = line.opencv_threads or opencv
+            if onnx and opencv:
+                line = msgspec.structs.replace(line, threads=onnx, opencv_threads=opencv)
+        lot = self._lot()
+        config = msgspec.structs.replace(
+            line,
+            bundle=str(self._directory.slot(digest)) if digest else "",
+            digest=digest,
+            lot=lot.lot,
+            variety=lot.variety,
+            lifetime_items=self.lifetime_items,
+            boot_id=self._boot_id,
+            owner=str(self._directory.lock_file),
+        )
+        return LineProcess(config, self._host.enqueue, standby=standby)
+
+    def came_up(self, ready: Ready) -> None:
+        """The line says that it works."""
+        self.lanes, self.camera = ready.lanes, ready.camera
+        self.keeper.came_up()
+
+    def was_tuned(self, message: Tuned) -> None:
+        """The line has measured how many threads serve it best."""
+        self.tuned |= message.facts
+
+    def gone(self, process: object) -> bool:
+        """A process was reaped; returns whether it was the line."""
+        if not self.keeper.gone(process, self.standby):
+            return False
+        self.beat = None
+        return True
+
+    # -- what is asked ----------------------------------------------------------------------------------------
+
+    @property
+    def covered(self) -> bool:
+        """Whether a standby can take over from a bundle on trial, or none is wanted."""
+        return self.keeper.covered(self.standby)
+
+    @property
+    def line_ready(self) -> bool:
+        """Whether a line process works."""
+        return self.keeper.ready
+
+    def load_judging(self) -> None:
+        """Makes the line use `Updater.judging`: by a swap while it runs, else at its next start."""
+        updater, digest = self._updater(), self._updater().judging
+        state, slot = updater.state, self._directory.slot(digest)
+        if state.phase is Phase.TRIAL and digest == state.active:
+            self.keeper.load(digest, slot, swap=updater.swap, swap_within_s=state.swap_within_s)
+        else:
+            # The way back waits for no lot.
+            self.keeper.load(digest, slot)
+
+    def load_shadow(self, digest: str) -> None:
+        """Asks the line to take this challenger, or none (empty)."""
+        samples = self._config.line.samples or str(self._directory.shadow_samples)
+        slot = self._directory.slot(digest) if digest else None
+        self._send("challenger", lambda line: line.load_shadow(digest, slot, samples))
+
+    def set_lot(self, lot: str, variety: str) -> None:
+        """Asks the line to begin another lot; one that does not listen is replaced by one that starts with it."""
+        self._updater().lot_began()
+        if not self._send("lot", lambda line: line.set_lot(lot, variety)) and self.keeper.line is not None:
+            self.keeper.line.kill()
+
+    def _send(self, what: str, send: Callable[[Any], None]) -> bool:
+        line = self.keeper.line
+        if line is None:
+            return False
+        try:
+            send(line)
+        except SortlineError as error:
+            log.warning("%s not sent: %s", what, error)
+            return False
+        return True
