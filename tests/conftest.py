@@ -16,14 +16,20 @@ settings.register_profile("sortline", deadline=None, suppress_health_check=[Heal
 settings.load_profile("sortline")
 
 
+ASKED_FOR = ("slow", "mosquitto", "postgresql")
+"""Tests with these markers run in `.ci/run`. The last two are the same tests as on the embedded broker and on SQLite,
+once more on the counterpart of production."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests run only when a marker expression asks for them."""
+    """Tests that take long, or that repeat others on another program, run only when a marker expression asks for them."""
     if config.getoption("-m"):
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in ASKED_FOR)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        kept = set(items) - set(left_out)
+        items[:] = [item for item in items if item in kept]
 
 
 @pytest.hookimpl(wrapper=True)
