@@ -22,7 +22,7 @@ once more on the counterpart of production."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that take long, or that repeat others on another program, run only when a marker expression asks for them."""
+    """Tests that take long, or repeat others on another program, run only when a marker expression asks for them."""
     if config.getoption("-m"):
         return
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in ASKED_FOR)]
