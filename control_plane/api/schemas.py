@@ -34,16 +34,16 @@ class NewDataset(Strict):
 
 
 class NewTrainingRun(Strict):
-    """Train a model from a data set."""
+    """A training run on a data set. The bounds of the options are checked in `jobs.requests`, for every door alike."""
 
-    dataset: str = Field(description="Name of the data set.")
-    name: str = Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the model.")
-    seed: int = 1
-    effort: Literal["quick", "standard"] = "standard"
-    folds: int = Field(default=5, ge=2, le=50)
+    dataset: str = Field(max_length=64, description="Name of the data set.")
+    name: str = Field(max_length=200, description="Name of the model: letters, digits, `.`, `_`, `-`; at most 64.")
+    seed: int = Field(default=1, description="0 to 4294967295.")
+    effort: str = Field(default="standard", max_length=32, description="`quick` or `standard`.")
+    folds: int = Field(default=5, description="Parts of the cross-validation, 2 to 50.")
     good_class: str = Field(default="", max_length=64, description="Empty = sound, good or ok.")
-    abstain_budget: float = Field(default=0.0, ge=0.0, le=1.0, description="Most items the line may be unsure of.")
-    precision: Literal["float32", "int8"] = "float32"
+    abstain_budget: float = Field(default=0.0, description="Largest share of items the line may be unsure of, 0 to 1.")
+    precision: str = Field(default="float32", max_length=32, description="`float32` or `int8`.")
     actor: str = Actor
 
 

@@ -11,6 +11,7 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.jobs import JobKind
 from control_plane.jobs.queue import cancel, get_job, list_jobs, submit
+from control_plane.jobs.requests import check_import, check_training
 from control_plane.services import Services, services_of
 
 router = APIRouter(prefix="/api/v1")
@@ -21,9 +22,11 @@ Limit = Annotated[int, Query(ge=1, le=500)]
 @router.post("/training-runs", status_code=202, tags=["training"])
 def create_training_run(body: NewTrainingRun, services: Given, actor: Acting) -> dict[str, Any]:
     """Queues a training run; a worker process takes it. Follow it at `/training-runs/{id}`."""
+    settings = check_training(body.model_dump(exclude={"dataset", "actor"}))
     with writing(services.engine) as session:
         dataset = find_dataset(session, body.dataset)
-        params = body.model_dump() | {"root": dataset.root, "dataset_id": dataset.id, "actor": actor}
+        origin = {"dataset": body.dataset, "root": dataset.root, "dataset_id": dataset.id, "actor": actor}
+        params = settings | origin
         job = submit(session, JobKind.TRAIN, params, actor=actor, now=utc_now())
         session.commit()
         return job.model_dump(mode="json")
@@ -61,7 +64,8 @@ def cancel_job(job_id: int, _body: Act, services: Given, actor: Acting) -> dict[
 @router.post("/imports", status_code=202, tags=["models"])
 def import_model(body: NewImport, services: Given, actor: Acting) -> dict[str, Any]:
     """Queues the import of an ONNX model that lies on the server's machine."""
-    params = body.model_dump() | {"name": body.settings.get("name", ""), "actor": actor}
+    settings = check_import(body.path, body.settings)
+    params = {"path": body.path, "settings": settings, "name": settings["name"], "actor": actor}
     with writing(services.engine) as session:
         job = submit(session, JobKind.IMPORT_ONNX, params, actor=actor, now=utc_now())
         session.commit()

@@ -8,6 +8,10 @@ One file per noun: `serve` (control plane, worker, demo), `train` (and import), 
 terminal.
 """
 
+import errno
+import os
+import sys
+
 import typer
 
 from control_plane.cli.agents import agents, export
@@ -24,7 +28,7 @@ from control_plane.cli.recipes import recipes
 from control_plane.cli.rollouts import rollouts
 from control_plane.cli.serve import demo, serve, worker
 from control_plane.cli.train import import_onnx, train
-from models.errors import ConfigError, ConflictError, SortlineError, UnavailableError
+from models.errors import CapacityError, ConfigError, ConflictError, InputError, SortlineError, UnavailableError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,12 +69,33 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(error)
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) is gone; the interpreter must not try to flush into it when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _complain(_of_the_system(error))
     except Exception as error:
         show = getattr(error, "show", None)
         if show is None:
             raise
         show()  # a usage error of the command line itself
         return 2
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def _of_the_system(error: OSError) -> SortlineError:
+    """Returns an error of the operating system as one of ours: which file, and what is the matter with it."""
+    where = f"{error.filename}" if error.filename else "A file"
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return CapacityError("disk.full", f"{where} cannot be written: the disk is full.", got=reason)
+    if error.errno in _DENIED:
+        return InputError("file.denied", f"{where} cannot be read or written.", expected="permission", got=reason)
+    return InputError("file.unusable", f"{where} cannot be used.", got=reason)
 
 
 _EXIT = ((ConfigError, 2), (UnavailableError, 4), (ConflictError, 3))

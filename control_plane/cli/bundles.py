@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from control_plane.cli.output import AsJson, note, say
+from control_plane.cli.output import AsJson, new_directory, new_file, note, say
 
 bundles = typer.Typer(no_args_is_help=True, help="Bundles on disk.")
 Directory = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
@@ -55,6 +55,7 @@ def bundle_pack(directory: Directory, archive: Archive) -> None:
     from models.bundle import pack, read_bundle  # noqa: PLC0415
     from models.files import write_atomically  # noqa: PLC0415
 
+    new_file(archive)
     digest = read_bundle(directory).digest
     write_atomically(archive, pack(directory))
     note(f"{digest} is packed in {archive}")
@@ -65,4 +66,5 @@ def bundle_unpack(archive: Archive, directory: Directory) -> None:
     """Unpack and verify a tar."""
     from models.bundle import unpack  # noqa: PLC0415
 
+    new_directory(directory)
     note(f"{unpack(archive.read_bytes(), directory).digest} is unpacked in {directory}")

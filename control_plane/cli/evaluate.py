@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from control_plane.cli.output import AsJson, counted, progress_bar, say, table_of
+from control_plane.cli.output import AsJson, counted, new_directory, progress_bar, say, table_of
 from control_plane.cli.train import GoodClass, metrics_table
 
 
@@ -45,6 +45,7 @@ def quantise(
 
     Example: `sortline quantise --bundle apples-bundle --data other-photos --output apples-int8`
     """
+    new_directory(output)
     from control_plane.data.photo_folder import load_dataset  # noqa: PLC0415
     from control_plane.training import quantise as logic  # noqa: PLC0415
     from models.bundle import read_bundle  # noqa: PLC0415

@@ -8,7 +8,9 @@ import functools
 import getpass
 import inspect
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from models.errors import BundleError, InputError
 from models.text import visible
 
 _PIPED_COLUMNS: Final = 240
@@ -125,6 +128,59 @@ def progress_bar() -> Progress:
         transient=False,
         disable=not sys.stderr.isatty(),
     )
+
+
+# -- what is checked before the first long step -----------------------------------------------------------------------
+
+
+def new_directory(path: Path) -> Path:
+    """Returns the path of a directory that a command will make, after trying that it can.
+
+    Raises:
+        BundleError: `bundle.exists`.
+        InputError: `output.not_writable`, with the reason of the operating system.
+    """
+    if _exists(path):
+        raise BundleError("bundle.exists", f"{path} is already there.", expected="a new directory", got=path)
+    return _writable(path)
+
+
+def new_file(path: Path) -> Path:
+    """Returns the path of a file that a command will write, after trying that it can.
+
+    Raises:
+        InputError: `output.not_writable`, with the reason of the operating system.
+    """
+    if _exists(path) and path.is_dir():
+        raise InputError("output.not_writable", f"{path} is a directory.", expected="a file", got="a directory")
+    return _writable(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists() or path.is_symlink()
+    except (OSError, ValueError) as error:
+        raise _not_writable(path, error) from error
+
+
+def _writable(path: Path) -> Path:
+    """Writes and removes a file in the nearest folder above that exists: a full or read-only place fails now."""
+    folder = path.absolute().parent
+    while not _exists(folder):
+        folder = folder.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".sortline-") as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except (OSError, ValueError) as error:
+        raise _not_writable(path, error) from error
+    return path
+
+
+def _not_writable(path: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return InputError("output.not_writable", f"{path} cannot be written.", expected="a place to write", got=reason)
 
 
 # -- options that several commands have -------------------------------------------------------------------------------

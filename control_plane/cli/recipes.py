@@ -12,7 +12,19 @@ from urllib.parse import quote, urlencode
 import typer
 from rich.table import Table
 
-from control_plane.cli.output import Actor, AsJson, Server, acting, counted, note, say, table_of, with_options
+from control_plane.cli.output import (
+    Actor,
+    AsJson,
+    Server,
+    acting,
+    counted,
+    new_directory,
+    new_file,
+    note,
+    say,
+    table_of,
+    with_options,
+)
 from control_plane.client import Client
 from models.errors import InputError
 
@@ -182,6 +194,8 @@ def recipe_tune(
     Example: `sortline recipe tune apples --price sound=0.35 --escape-cost 2 --defect-share 0.08 --plot cost.svg`
     """
     change = terms.change()
+    if plot is not None:
+        new_file(plot)
     if bundle is None and data is not None:
         raise InputError("recipe.bad_option", "--data goes with --bundle.", expected="--bundle DIR", got="a version")
     if bundle is None:
@@ -230,7 +244,7 @@ def recipe_set(
     if bundle is not None:
         if output is None:
             raise InputError("recipe.bad_option", "--bundle needs --output.", expected="--output DIR", got="nothing")
-        _show(_rewritten(bundle, output, change, terms.variety, terms.lot, reason), as_json=as_json)
+        _show(_rewritten(bundle, new_directory(output), change, terms.variety, terms.lot, reason), as_json=as_json)
         return
     client = Client(server)
     made = client.post(_path(reference), change | {"reason": reason, "actor": acting(actor)})

@@ -7,9 +7,21 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from control_plane.cli.output import Actor, AsJson, Server, acting, progress_bar, say, table_of, with_options
+from control_plane.cli.output import (
+    Actor,
+    AsJson,
+    Server,
+    acting,
+    counted,
+    new_directory,
+    progress_bar,
+    say,
+    table_of,
+    with_options,
+)
 from control_plane.client import Client
-from models.errors import ConflictError
+from control_plane.jobs.requests import check_import, check_training
+from models.errors import ConflictError, InputError
 
 GoodClass = Annotated[
     str,
@@ -76,24 +88,25 @@ def train(
 
     Example: `sortline train --data photos --name apples --output apples-bundle`
     """
+    settings = check_training(options.settings())
     if output is not None:
-        summary = _train_alone(data, output, options)
+        summary = _train_alone(data, new_directory(output), settings)
     else:
         client, name = Client(server), options.name
         client.post("/api/v1/datasets", {"name": name, "root": str(data.resolve()), "actor": acting(actor)})
-        body = options.settings() | {"dataset": name, "actor": acting(actor)}
+        body = settings | {"dataset": name, "actor": acting(actor)}
         summary = follow(client, client.post("/api/v1/training-runs", body)["id"])
     say(summary, as_json=as_json, table=metrics_table)
 
 
-def _train_alone(data: Path, output: Path, options: TrainOptions) -> dict[str, Any]:
+def _train_alone(data: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     from control_plane.training import pipeline  # noqa: PLC0415
 
     with progress_bar() as bar:
         task = bar.add_task("starting", total=1.0)
         trained = pipeline.train(
             data,
-            pipeline.TrainSettings(**options.settings()),
+            pipeline.TrainSettings(**settings),
             output,
             progress=lambda stage, share: bar.update(task, description=stage, completed=share),
         )
@@ -127,7 +140,24 @@ def metrics_table(summary: dict[str, Any]) -> list[Table | str]:
                 interval = f"{low:.3f} to {high:.3f}" if low is not None else value.get("reason", "")
                 rows.append([level, metric.replace("_", " "), f"{value['value']:.3f}", interval])
     table = table_of(["level", "metric", "value", "95 % interval over items"], rows)
-    return [table, f"bundle {summary.get('bundle', '')}"]
+    return [table, f"bundle {summary.get('bundle', '')}", *_remarks(summary)]
+
+
+def _remarks(summary: dict[str, Any]) -> list[str]:
+    """Returns what a person must know about the photographs: warnings, and what was left out, by reason."""
+    found = {**summary, **summary.get("dataset", {})} if isinstance(summary.get("dataset"), dict) else summary
+    lines = [f"warning: {text}" for text in found.get("warnings", [])]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in found.get("skipped", {}).items():
+        reasons.setdefault(str(reason), []).append(str(name))
+    for reason, names in reasons.items():
+        few = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+        lines.append(f"left out: {counted(len(names), 'file')}, {reason}: {few}")
+    return lines
+
+
+_NAMED = 3
+"""Files that are named for each reason; `--json` names all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +205,24 @@ class ImportOptions:
             "layout": layout,
             "channels": channels or "rgb",
             "scale": self.scale,
-            "mean": [float(v) for v in self.mean.split(",")],
-            "std": [float(v) for v in self.std.split(",")],
+            "mean": _numbers(self.mean, "mean"),
+            "std": _numbers(self.std, "std"),
             "logits": self.logits,
             "unseen": self.unseen,
             "data": str(data.resolve()),
         }
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            "import.bad_settings",
+            f"The option `{option}` is not usable.",
+            expected="three numbers separated by commas, such as 0.485,0.456,0.406",
+            got=text[:80],
+        ) from error
 
 
 @with_options
@@ -199,12 +241,13 @@ def import_onnx(
 
     Example: `sortline import-onnx net.onnx --name apples --classes sound,defect --data photos --output apples-bundle`
     """
-    settings = options.settings(data)
+    settings = check_import(model, options.settings(data))
     if output is None:
         client = Client(server)
         body = {"path": str(model.resolve()), "settings": settings, "actor": acting(actor)}
-        say(follow(client, client.post("/api/v1/imports", body)["id"]), as_json=as_json)
+        say(follow(client, client.post("/api/v1/imports", body)["id"]), as_json=as_json, table=metrics_table)
         return
+    new_directory(output)
     from control_plane.training import onnx_import as importing  # noqa: PLC0415
 
     bundle = importing.import_onnx(model, importing.ImportSettings(**settings), output)

@@ -27,6 +27,7 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.datasets import Dataset
 from control_plane.database.tables.jobs import JobKind, JobState
 from control_plane.jobs.queue import Claim, claim, finish, heartbeat
+from control_plane.jobs.requests import TrainRequest, check_import, check_training
 from control_plane.registry.store import Store
 from control_plane.registry.versions import register
 from models.errors import SortlineError
@@ -179,19 +180,12 @@ def _work(held: Claim, scratch: Path, say: Say) -> dict[str, Any]:
     if held.kind is JobKind.TRAIN:
         from control_plane.training.pipeline import TrainSettings, train  # noqa: PLC0415
 
-        settings = TrainSettings(
-            name=params["name"],
-            seed=int(params.get("seed", 1)),
-            effort=params.get("effort", "standard"),
-            folds=int(params.get("folds", 5)),
-            good_class=params.get("good_class", ""),
-            abstain_budget=float(params.get("abstain_budget", 0.0)),
-            precision=params.get("precision", "float32"),
-        )
+        asked = {name: params[name] for name in TrainRequest.__struct_fields__ if name in params}
+        settings = TrainSettings(**check_training(asked))
         return train(Path(params["root"]), settings, scratch / "bundle", progress=say).summary()
     from control_plane.training.onnx_import import ImportSettings, import_onnx  # noqa: PLC0415
 
-    settings_ = ImportSettings(**params["settings"])
+    settings_ = ImportSettings(**check_import(params["path"], params["settings"]))
     say("importing", 0.1)
     bundle = import_onnx(Path(params["path"]), settings_, scratch / "bundle")
     return {"bundle": bundle.digest}
