@@ -10,6 +10,9 @@ import httpx2
 from models.errors import ConflictError, InputError, UnavailableError
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+_ATTEMPTS = 3
+_PAUSE_S = 1.0
+"""Before a request whose answer was lost is sent again."""
 
 
 class Client:
@@ -47,14 +50,7 @@ class Client:
         return self._call("POST", path, json=body, content=content, headers=headers)
 
     def _call(self, method: str, path: str, **options: Any) -> Any:
-        try:
-            response = self._http.request(method, path, **{k: v for k, v in options.items() if v is not None})
-        except httpx2.HTTPError as error:
-            raise UnavailableError(
-                "server.unreachable",
-                f"No control plane answers at {self.url}; start one (`sortline serve`) or name it (--server).",
-                got=error,
-            ) from error
+        response = self._send(method, path, {k: v for k, v in options.items() if v is not None})
         if response.is_success:
             return response.json() if "json" in response.headers.get("content-type", "") else response.content
         body = response.json() if "json" in response.headers.get("content-type", "") else {}
@@ -65,6 +61,30 @@ class Client:
             expected=body.get("expected"),
             got=body.get("got"),
         )
+
+    def _send(self, method: str, path: str, options: dict[str, Any]) -> httpx2.Response:
+        """Sends a request; one with a key again when its answer was lost, since it is carried out once."""
+        attempts = _ATTEMPTS if options.get("headers") else 1
+        for attempt in range(1, attempts + 1):
+            try:
+                return self._http.request(method, path, **options)
+            except httpx2.ConnectError as error:
+                if attempt == 1:
+                    raise UnavailableError(
+                        "server.unreachable",
+                        f"No control plane answers at {self.url}; start one (`sortline serve`) or name it (--server).",
+                        got=error,
+                    ) from error
+                lost: httpx2.HTTPError = error
+            except httpx2.HTTPError as error:
+                lost = error
+            if attempt < attempts:
+                time.sleep(_PAUSE_S)
+        raise UnavailableError(
+            "server.answer_lost",
+            f"The answer of {self.url} was lost; the request may have been carried out. Look before you repeat it.",
+            got=lost,
+        ) from lost
 
     def follow_lot(self, agent_id: str, request_id: str, *, timeout_s: float = 20.0) -> dict[str, Any]:
         """Waits for the answer to a command; returns what was asked last as it stands then."""

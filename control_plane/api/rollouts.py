@@ -1,22 +1,31 @@
-"""Routes of rollouts. They write what a person wants; the executor carries it out."""
+"""Routes of rollouts. They write what a person asks for; the executor carries it out."""
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Header, Query
 from sqlmodel import desc, select
 
 from control_plane.api.actor import Acting, approving
-from control_plane.api.schemas import Act, NewRollout
+from control_plane.api.schemas import Act, Exclude, NewRollout
 from control_plane.database.engine import reading, writing
+from control_plane.database.idempotency import MAX_KEY, carry_out_once
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import Rollout
 from control_plane.rollouts.blast_radius import preview
 from control_plane.rollouts.description import describe, summarise
-from control_plane.rollouts.records import Order, act, create_rollout, get_rollout
+from control_plane.rollouts.records import Order, act, create_rollout, exclude, get_rollout
 from control_plane.services import Services, services_of
 
 router = APIRouter(prefix="/api/v1/rollouts", tags=["rollouts"])
 Given = Annotated[Services, Depends(services_of)]
+Key = Annotated[
+    str,
+    Header(
+        alias="Idempotency-Key",
+        max_length=MAX_KEY,
+        description="Names this request: it is carried out once, however often it comes.",
+    ),
+]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 _POLICY = (
     "jobExecutionsRolloutConfig",
@@ -25,15 +34,17 @@ _POLICY = (
     "jobExecutionsRetryConfig",
     "schedulingConfig",
     "waveConfig",
+    "budgetConfig",
 )
 
 
 def order_of(body: NewRollout) -> Order:
-    """The request as the rollouts take it."""
+    """Returns the request as an order."""
     return Order(
         reference=body.model,
         selector=body.selector,
         agents=tuple(body.agents),
+        exclude=tuple(body.exclude),
         waves=tuple(body.waves),
         policy={name: value for name in _POLICY if (value := getattr(body, name)) is not None},
         mode=body.mode,
@@ -48,15 +59,23 @@ def order_of(body: NewRollout) -> Order:
 
 
 @router.post("", status_code=201)
-def new_rollout(body: NewRollout, services: Given, actor: Acting) -> dict[str, Any]:
-    """Starts a rollout to the agents that match now; with a start time it waits, with `needs_approval` too."""
+def new_rollout(body: NewRollout, services: Given, actor: Acting, key: Key = "") -> dict[str, Any]:
+    """Starts a rollout to the agents that match now; with a start time it waits, with `needs_approval` too.
+
+    With an `Idempotency-Key` a repeated request makes no second rollout: it is answered with the first one.
+    """
     now = utc_now()
-    with writing(services.engine) as session:
+
+    def create() -> dict[str, Any]:
         rollout = create_rollout(session, order_of(body), actor=actor, now=now)
         services.fleet.assignments.check_released(session, rollout.bundle)
         services.fleet.publisher.check_room(rollout.bundle)
+        return {"rollout": rollout.id}
+
+    with writing(services.engine) as session:
+        made = carry_out_once(session, key, ["rollouts", body.model_dump(mode="json"), actor], now, create)
         session.commit()
-        facts = describe(session, rollout, now)
+        facts = describe(session, get_rollout(session, made["rollout"]), now)
     services.rollouts.wake()
     return facts
 
@@ -83,6 +102,18 @@ def show_rollout(rollout_id: int, services: Given) -> dict[str, Any]:
         return describe(session, get_rollout(session, rollout_id), utc_now())
 
 
+@router.post("/{rollout_id}/exclude")
+def exclude_agents(rollout_id: int, body: Exclude, services: Given, actor: Acting) -> dict[str, Any]:
+    """Takes agents out of a rollout: they no longer hold it up, and get nothing more of it."""
+    now = utc_now()
+    with writing(services.engine) as session:
+        rollout = exclude(session, rollout_id, body.agents, actor=actor, reason=body.reason, now=now)
+        session.commit()
+        facts = describe(session, rollout, now)
+    services.rollouts.wake()
+    return facts
+
+
 @router.post("/{rollout_id}/{action}")
 def act_on_rollout(
     rollout_id: int,
@@ -90,19 +121,35 @@ def act_on_rollout(
     body: Act,
     services: Given,
     actor: Acting,
+    key: Key = "",
 ) -> dict[str, Any]:
     """A person acts; what the state does not allow is refused with what it does allow.
 
-    `approve` needs another person than the one who made it. `pause` gives the bundle to nobody further. `resume` goes
-    on, also past the threshold at which the rollout paused itself. `finish` ends it where it is. `abort` recalls every
-    agent that is not done. `rollback` sends everybody back to what they ran before.
+    `approve` needs another person than the one who made it. `pause` gives the bundle to no further agent. `resume`
+    goes on, also past the threshold at which the rollout paused itself. `finish` ends it where it is. `abort` recalls
+    every agent that is not done. `rollback` sends every agent back to what it had committed before; the answer lists
+    the agents that have no way back, which `safe_state` puts into a safe state.
     """
     if action == "approve":
         approving(actor)
     now = utc_now()
     with writing(services.engine) as session:
-        rollout = act(session, rollout_id, action, actor=actor, reason=body.reason, now=now)
+
+        def change() -> dict[str, Any]:
+            act(
+                session,
+                rollout_id,
+                action,
+                actor=actor,
+                reason=body.reason,
+                now=now,
+                safe_state=body.safe_state,
+            )
+            return {"rollout": rollout_id}
+
+        asked = ["rollouts", rollout_id, action, body.model_dump(mode="json"), actor]
+        carry_out_once(session, key, asked, now, change)
         session.commit()
-        facts = describe(session, rollout, now)
+        facts = describe(session, get_rollout(session, rollout_id), now)
     services.rollouts.wake()
     return facts

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.messages import Mode, Swap
+from models.messages import Mode, SafeState, Swap
 
 
 class Strict(BaseModel):
@@ -118,6 +118,9 @@ class NewRollout(Strict):
         description="Cumulative sizes (numbers or percent), or lists of agents.",
         examples=[[["line-7"], 3, "50%", "100%"]],
     )
+    exclude: list[str] = Field(
+        default_factory=list, max_length=5000, description="These take no part, although they are selected."
+    )
     mode: Mode = Field(default=Mode.LIVE, description="What the bundle does on the line.")
     min_items: int = Field(
         default=1, ge=0, le=1_000_000, description="Items judged before an agent counts as SUCCEEDED."
@@ -140,12 +143,29 @@ class NewRollout(Strict):
     waveConfig: dict[str, Any] | None = Field(  # noqa: N815
         default=None, description="Success and error thresholds of each wave.", examples=[_WAVE]
     )
+    budgetConfig: dict[str, Any] | None = Field(  # noqa: N815
+        default=None,
+        description="How many agents may be in change at once, in all and per value of a label.",
+        examples=[{"maximumInChange": 20, "maximumPerLabel": {"site": 2}}],
+    )
     actor: str = Actor
 
 
 class Act(Strict):
     """Who acts, and why; kept with the rollout and in the audit trail."""
 
+    reason: str = Field(default="", max_length=500)
+    safe_state: SafeState = Field(
+        default=SafeState.NONE,
+        description="With abort and rollback: what agents without a way back do; empty = what they have committed.",
+    )
+    actor: str = Actor
+
+
+class Exclude(Strict):
+    """Agents that leave a rollout."""
+
+    agents: list[str] = Field(min_length=1, max_length=5000)
     reason: str = Field(default="", max_length=500)
     actor: str = Actor
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from control_plane.cli.output import Actor, AsJson, Server, acting, counted, say, show, table_of, with_options
 from control_plane.client import Client
 from models.errors import InputError
-from models.messages import Mode
+from models.messages import Mode, SafeState
 
 rollouts = typer.Typer(
     no_args_is_help=True,
@@ -280,12 +280,27 @@ def _radius(found: dict[str, Any]) -> list[Table | str]:
     return [
         table_of(["wave", "agents", "lanes", "items/h", "who"], rows),
         f"{found['model']}:{found['version']} · {case}; {worst['reason']}",
+        *_stuck(found),
     ]
+
+
+def _stuck(found: dict[str, Any]) -> list[str]:
+    """Returns a line about the agents without a way back; none where all have one."""
+    stuck = found["without_way_back"]
+    named = "; ".join(f"{a['agent']} ({a['reason']})" for a in stuck[:4]) + ("; ..." if len(stuck) > 4 else "")
+    return [f"{counted(len(stuck), 'agent')} without a way back: {named}"] if stuck else []
 
 
 def _progress(found: dict[str, Any]) -> list[Table | str]:
     rows = [
-        [a["agent"], a["wave"] + 1, a["outcome"], a["phase"] or None, a["active"][:10] or None, a["reason"] or None]
+        [
+            a["agent"],
+            a["wave"] + 1,
+            a["returned_outcome"] or a["outcome"],
+            a["phase"] or None,
+            a["active"][:10] or None,
+            a["return_reason"] or a["reason"] or None,
+        ]
         for a in found["agents"]
     ]
     reason = f" ({found['reason']})" if found["reason"] else ""
@@ -295,6 +310,8 @@ def _progress(found: dict[str, Any]) -> list[Table | str]:
         f"rollout {found['id']} {found['model']}:{found['version']} is {found['state']}{reason}",
         f"{rate['last_minute']} of at most {counted(rate['per_minute'], 'agent')} got it in the last minute",
         *(_abort(criterion) for criterion in found["aborts"]),
+        *([f"waits for {found['waiting']['for']}, since {found['waiting']['since']}"] if found["waiting"] else []),
+        *_stuck(found),
     ]
 
 
@@ -350,12 +367,60 @@ def _add_action(name: str, text: str) -> None:
     rollouts.command(name, help=text)(command)
 
 
+SafeStateOption = Annotated[
+    SafeState, typer.Option("--safe-state", help="What agents without a way back do: eject-all, pass-all or stop.")
+]
+Sure = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask when agents have no way back.")]
+
+
+def _add_return(name: str, text: str) -> None:
+    def command(
+        rollout_id: RolloutId,
+        safe_state: SafeStateOption = SafeState.NONE,
+        reason: Reason = "",
+        yes: Sure = False,
+        actor: Actor = "",
+        server: Server = "",
+        as_json: AsJson = False,
+    ) -> None:
+        client = Client(server)
+        stuck = _stuck(client.get(f"/api/v1/rollouts/{rollout_id}"))
+        if stuck:
+            does = f"they will {safe_state}" if safe_state else "they go on with what they have committed"
+            show(*stuck, does, stderr=True)
+            if sys.stdin.isatty() and sys.stderr.isatty() and not yes:
+                typer.confirm("Go on?", abort=True, err=True)
+        body = {"reason": reason, "actor": acting(actor), "safe_state": str(safe_state)}
+        found = client.post(f"/api/v1/rollouts/{rollout_id}/{name}", body, key=secrets.token_hex(16))
+        say(found, as_json=as_json, table=_progress)
+
+    rollouts.command(name, help=text)(command)
+
+
+@rollouts.command("exclude")
+def exclude(
+    rollout_id: RolloutId,
+    agent: Annotated[list[str], typer.Argument(help="Agents that leave it.")],
+    reason: Reason = "",
+    actor: Actor = "",
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """Take agents out of a rollout: they no longer hold it up, and get nothing more of it."""
+    body = {"agents": agent, "reason": reason, "actor": acting(actor)}
+    say(Client(server).post(f"/api/v1/rollouts/{rollout_id}/exclude", body), as_json=as_json, table=_progress)
+
+
 for _name, _text in (
     ("approve", "Let a rollout begin that another person has made with --needs-approval."),
     ("pause", "Give the bundle to no further agent; agents that have it go on."),
     ("resume", "Go on, also past the threshold at which the rollout paused itself."),
     ("finish", "End it where it is: no further agent gets the bundle, agents that have begun may go on."),
-    ("abort", "Stop it and recall every agent that is not done; agents that have committed keep the bundle."),
-    ("rollback", "Send every agent back to what it ran before; possible also after the rollout has completed."),
 ):
     _add_action(_name, _text)
+
+for _name, _text in (
+    ("abort", "Stop it and recall every agent that is not done; agents that have committed keep the bundle."),
+    ("rollback", "Send every agent back to the bundle it had committed before; possible also after it has completed."),
+):
+    _add_return(_name, _text)

@@ -35,6 +35,7 @@ _LOOK: Final = {
     Outcome.IN_PROGRESS: ("busy", "", "working on it"),
     Outcome.QUEUED: ("wait", "", "waiting"),
     Outcome.CANCELED: ("gone", "", "cancelled"),
+    Outcome.REMOVED: ("gone", "L", "left by rule"),
     Outcome.TIMED_OUT: ("late", "T", "timed out"),
     Outcome.REJECTED: ("refused", "R", "rejected"),
     Outcome.FAILED: ("broken", "F", "failed"),

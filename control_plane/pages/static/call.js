@@ -17,14 +17,18 @@ const read = async (answer) => {
 
 const get = async (path) => read(await fetch(`${prefix}/api/v1${path}`));
 
-const send = async (path, body) => {
+const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+
+// A request whose answer was lost is sent once more under the same key: the server carries it out once.
+const send = async (path, body, key = newKey(), again = path.startsWith("/rollouts")) => {
   const token = remembered("sortline-token", sessionStorage);
-  const headers = { "content-type": "application/json", ...(token ? { authorization: `Bearer ${token}` } : {}) };
+  const headers = { "content-type": "application/json", "idempotency-key": key, ...(token ? { authorization: `Bearer ${token}` } : {}) };
   const options = { method: "POST", headers, body: JSON.stringify({ actor: actor.value.trim() || "page", ...body }) };
-  const answer = await fetch(`${prefix}/api/v1${path}`, options);
+  const answer = await fetch(`${prefix}/api/v1${path}`, options).catch((error) => { if (!again) throw error; return null; });
+  if (answer === null) return send(path, body, key, false);
   if (answer.status === 401) {
     const given = window.prompt("Changes need the token of this control plane:");
-    if (given) { remember("sortline-token", given.trim(), sessionStorage); return send(path, body); }
+    if (given) { remember("sortline-token", given.trim(), sessionStorage); return send(path, body, key, again); }
   }
   return read(answer);
 };

@@ -23,6 +23,8 @@ const replace = (changed) => {
     fresh.querySelector("details").open = old.querySelector("details").open;
     const [before, after] = [old.querySelector(".reason"), fresh.querySelector(".reason")];
     if (before && after) after.value = before.value;
+    const [chosen, choice] = [old.querySelector(".safe"), fresh.querySelector(".safe")];
+    if (chosen && choice) choice.value = chosen.value;
     const focused = before && before === document.activeElement;
     old.replaceWith(fresh);
     if (focused) after?.focus();
@@ -43,9 +45,14 @@ cards.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-act]");
   if (!button) return;
   const card = button.closest("[data-rollout]");
+  const ends = ["abort", "rollback"].includes(button.dataset.act);
+  const safe = ends ? card.querySelector(".safe")?.value ?? "" : "";
+  const stuck = card.querySelector("[data-stuck]");
+  if (ends && stuck && !window.confirm(`${stuck.textContent.trim()}. ${safe ? `These agents will ${safe.replace("-", " ")}.` : "These agents go on with what they have committed."} Go on?`)) return;
   button.disabled = true;
   const reason = card.querySelector(".reason").value.trim();
-  const done = await attempt(() => send(`/rollouts/${card.dataset.rollout}/${button.dataset.act}`, { reason }));
+  const body = { reason, ...(safe ? { safe_state: safe } : {}) };
+  const done = await attempt(() => send(`/rollouts/${card.dataset.rollout}/${button.dataset.act}`, body));
   button.disabled = false;
   if (done) card.querySelector(".reason").value = "";
 });
@@ -81,7 +88,11 @@ const showRadius = (found) => {
   const worst = document.createElement("p");
   worst.className = found.worst_case.stops_itself ? "worst" : "worst warn";
   worst.textContent = `Worst case: ${found.worst_case.items.toLocaleString("en")} items judged on trial by ${found.worst_case.agents} agents; ${found.worst_case.reason}.`;
-  radius.replaceChildren(table, worst);
+  const stuck = document.createElement("p");
+  stuck.className = "worst warn";
+  stuck.hidden = !found.without_way_back.length;
+  stuck.textContent = `No way back: ${found.without_way_back.slice(0, 4).map((a) => `${a.agent} (${a.reason})`).join("; ")}${found.without_way_back.length > 4 ? `; and ${found.without_way_back.length - 4} more` : ""}.`;
+  radius.replaceChildren(table, worst, stuck);
   radius.hidden = start.hidden = false;
 };
 
