@@ -302,13 +302,13 @@ class Direct:
     def __init__(self, services: Services) -> None:
         self.services, self.batches = services, 0
         self.acks: list[Ack] = []
-        services.fleet._bulk = self  # type: ignore[assignment]  # noqa: SLF001  what it acknowledges comes here
+        services.connection.bulk = self  # type: ignore[assignment]  # what it acknowledges comes here
 
     def publish(self, topic: str, payload: bytes, **_: object) -> bool:
         if topic.endswith("/ack"):
             self.acks.append(decode(payload, Ack))
         else:
-            self.services.fleet.take(topic, payload)
+            self.services.ingest.take(topic, payload)
             self.batches += 1
         return True
 
@@ -341,7 +341,7 @@ def partition(figures: Figures, scratch: Path, records: int) -> None:
         if not fresh and not database.execute("SELECT 1 FROM record WHERE seq = ?", (records,)).fetchone():
             fresh = time.perf_counter() - started
     drained, used_s = time.perf_counter() - started, time.process_time() - busy
-    stored = services.fleet.counters["stored"]
+    stored = services.counters["stored"]
     figures.table(
         "A day without connection",
         [
@@ -352,7 +352,7 @@ def partition(figures: Figures, scratch: Path, records: int) -> None:
             ("drained, spool and database in one process", records / used_s, "records per second of processor"),
             ("what came up meanwhile, late by", fresh, "s"),
             ("missing", records + 1 - stored, "records"),
-            ("duplicates", services.fleet.counters["duplicates"], "records"),
+            ("duplicates", services.counters["duplicates"], "records"),
         ],
         {
             "on disk, a day of it": ("<=", 256.0),
@@ -379,9 +379,9 @@ def rollout(figures: Figures, scratch: Path, count: int, kind: str) -> None:
     """From the order to 95 % of the agents reporting the bundle committed."""
     with broker(kind, scratch) as (port, _):
         services = make_services(scratch / f"rollout-{kind}", port=port)
-        services.fleet.start()
+        services.start_fleet()
         # A new broker is found empty once, and filled: what is ordered before that is published again.
-        until(lambda: services.fleet.counters["republished"] > 0, 30.0)
+        until(lambda: services.counters["republished"] > 0, 30.0)
         services.rollouts.start()
         directory = scratch / f"rollout-bundle-{kind}"
         write_bundle(directory, "rolled", tiny_files(padding=1_000_000))
@@ -401,7 +401,7 @@ def rollout(figures: Figures, scratch: Path, count: int, kind: str) -> None:
                 on_agents = time.perf_counter() - started
                 until(lambda: committed(services, bundle) >= 0.95 * count, 240.0)
                 reported = time.perf_counter() - started
-                sent = services.fleet.counters["bundle_bytes_published"]
+                sent = services.counters["bundle_bytes_published"]
                 fleet.do(lambda agent: agent.cut(0.0))
                 cut = time.perf_counter()
                 until(lambda: fleet.connected() < count, 10.0)
@@ -409,7 +409,7 @@ def rollout(figures: Figures, scratch: Path, count: int, kind: str) -> None:
                 back = time.perf_counter() - cut
         finally:
             services.rollouts.stop()
-            services.fleet.stop()
+            services.stop_fleet()
             services.engine.dispose()
     size = sum(path.stat().st_size for path in directory.iterdir())
     figures.table(

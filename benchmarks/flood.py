@@ -314,18 +314,18 @@ def came_back(figures: Figures, scratch: Path, kind: str, *, count: int, watch_s
         time.sleep(2.0)
         calm_s = time.monotonic()
         time.sleep(watch_s)
-        lost_s, before = time.monotonic(), services.fleet.counters["received_reported"]
+        lost_s, before = time.monotonic(), services.counters["received_reported"]
         broker.send_signal(signal.SIGKILL)
         broker.wait()
         wait(lambda: fleet.connected == 0, 30.0)
         stack.enter_context(started(command, port))
         again_s = time.monotonic()
-        wait(lambda: fleet.connected == count and services.fleet.connected, 120.0)
+        wait(lambda: fleet.connected == count and services.connection.connected, 120.0)
         back_s = time.monotonic()
         # What they report after their return is taken in for a while longer.
         time.sleep(watch_s)
         end_s = time.monotonic()
-        reports = services.fleet.counters["received_reported"] - before
+        reports = services.counters["received_reported"] - before
     services.engine.dispose()
     calm, storm = served.between(calm_s, lost_s), served.between(lost_s, end_s)
     figures.table(

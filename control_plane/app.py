@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from hmac import compare_digest
@@ -48,14 +49,14 @@ def create_app(services: Services) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         if services.config.broker.enabled:
-            services.fleet.start()
+            services.start_fleet()
             services.rollouts.start()
         services.renewal.start()
         yield
         services.renewal.stop()
         if services.config.broker.enabled:
             services.rollouts.stop()
-            services.fleet.stop()
+            services.stop_fleet()
         services.engine.dispose()
 
     app = FastAPI(
@@ -143,14 +144,14 @@ def _add_probes(app: FastAPI) -> None:
     @app.get("/healthz", tags=["system"])
     def healthz(services: Given) -> dict[str, str]:
         """The process lives; and with what kind of keys it signs."""
-        return {"status": "ok", "trust": services.fleet.assignments.kind}
+        return {"status": "ok", "trust": services.signer.kind}
 
     @app.get("/readyz", tags=["system"])
     def readyz(services: Given, response: Response) -> dict[str, Any]:
         """Database, migrations, broker and disk; 503 when one of them is not good."""
         checks = {
             "database": _check_database(services),
-            "broker": "ok" if services.fleet.connected or not services.config.broker.enabled else "not connected",
+            "broker": "ok" if services.connection.connected or not services.config.broker.enabled else "not connected",
             "disk": "ok" if shutil.disk_usage(services.config.root).free > _MIN_FREE_BYTES else "nearly full",
         }
         ready = all(value == "ok" for value in checks.values())
@@ -160,12 +161,30 @@ def _add_probes(app: FastAPI) -> None:
     @app.get("/metrics", tags=["system"], response_class=Response)
     def metrics(services: Given) -> Response:
         """Prometheus."""
-        return Response(metrics_export.render(services), media_type="text/plain; version=0.0.4")
+        return Response(
+            metrics_export.render(services.board, services.signer, services.counters, _gauges(services)),
+            media_type="text/plain; version=0.0.4",
+        )
 
     @app.get("/version", tags=["system"])
     def show_version() -> dict[str, str]:
         """Of this program."""
         return {"version": version("sortline")}
+
+
+def _gauges(services: Services) -> dict[str, tuple[str, float]]:
+    """Gauges of this process: name -> what it says, and its value."""
+    backlog = services.intake.backlog()
+    return {
+        "sortline_broker_connected": ("Both connections to the broker stand", float(services.connection.connected)),
+        "sortline_ingest_waiting_messages": ("Messages of agents that are not stored yet", float(backlog.waiting)),
+        "sortline_ingest_delay_seconds": ("Age of the oldest message that is not stored yet", backlog.oldest_s),
+        "sortline_ingest_shed_batches": (
+            "Batches left to their agents for later, last minute",
+            float(backlog.shed_lately),
+        ),
+        "sortline_uptime_seconds": ("Since this process started", time.monotonic() - services.started_s),
+    }
 
 
 def _check_database(services: Services) -> str:

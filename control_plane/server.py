@@ -72,7 +72,7 @@ def _device_listener(config: ControlPlaneConfig, services: Services) -> DeviceLi
     listener = listen(config.identity.host, config.identity.port, code="server.port_in_use")
     host, port = listener.getsockname()[:2]
     log.info("agents enrol at https://%s:%s", host, port)
-    counters = services.fleet.counters
+    counters = services.counters
 
     def tell(name: str) -> None:
         counters[name] += 1

@@ -1,9 +1,13 @@
-"""What the routes share: configuration, database, store, fleet. Made once per process, handed to the application."""
+"""The composition root: makes every part of the control plane once and hands each what it needs.
+
+Routes, pages and the application get `Services`; nothing below this module imports it.
+"""
 
 import os
 import secrets
 import socket
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +17,11 @@ from sqlalchemy import Engine
 from control_plane.config import ControlPlaneConfig
 from control_plane.database.engine import open_database, reading
 from control_plane.database.tables.columns import utc_now
-from control_plane.fleet.connection import FleetLink
+from control_plane.fleet.blobs import Publisher
+from control_plane.fleet.connection import BrokerConnection
+from control_plane.fleet.ingest import Ingest
+from control_plane.fleet.intake import Intake, LiveFigures
+from control_plane.fleet.outbox import Outbox
 from control_plane.identity.authority import INDEX, SITE, Authority
 from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.mosquitto import update_profile
@@ -33,7 +41,16 @@ class Services:
     config: ControlPlaneConfig
     engine: Engine
     store: Store
-    fleet: FleetLink
+    signer: OnlineSigner
+    counters: Counter[str]
+    """What happened on the fleet's side, by name; `/metrics` exports them."""
+    live: LiveFigures
+    intake: Intake
+    connection: BrokerConnection
+    blobs: Publisher
+    outbox: Outbox
+    ingest: Ingest
+    board: FleetBoard
     rollouts: RolloutExecutor
     renewal: Renewal
     token: str = ""
@@ -41,45 +58,70 @@ class Services:
     """None where the site has no certificate authority."""
     site_files: SiteFiles | None = None
     started_s: float = field(default_factory=time.monotonic)
-    statuses: FleetBoard = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.statuses = FleetBoard(self.engine, self.store, self.fleet)
+    def start_fleet(self) -> None:
+        """Connects to the broker and starts what takes in and gives out."""
+        self.connection.start()
+        self.ingest.start()
+        self.outbox.start()
+        self.blobs.start()
+
+    def stop_fleet(self) -> None:
+        """Ends it within some seconds."""
+        self.blobs.stop()
+        self.ingest.stop()
+        self.outbox.stop()
+        self.connection.stop()
 
 
 def open_services(config: ControlPlaneConfig) -> Services:
     """Opens database, store, trust and fleet; connects nothing yet."""
     engine = open_database(config.database_url, wait_s=config.database_wait_s)
     store = Store(config.root / "store")
-    assignments = OnlineSigner(TrustFolder(config.trust_folder))
+    signer = OnlineSigner(TrustFolder(config.trust_folder))
     # Replicas are told apart by a random part: process ids repeat in containers.
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    enrolment, site_files = _open_identity(config, engine, assignments)
+    enrolment, site_files = _open_identity(config, engine, signer)
     certificates = config.certificates_folder if config.broker.tls else None
-    fleet = FleetLink(
-        config.broker,
-        engine,
-        store,
-        assignments,
-        client_id=f"control-plane-{name[-40:]}",
-        certificates=certificates,
+    counters: Counter[str] = Counter()
+    live = LiveFigures(counters)
+    intake = Intake(live, counters)
+    connection = BrokerConnection(
+        config.broker, intake.put, counters, client_id=f"control-plane-{name[-40:]}", certificates=certificates
     )
+    blobs = Publisher(config.broker, engine, store, connection.bulk, counters)
+    outbox = Outbox(engine, signer, blobs, connection, counters, follow_live=lambda: live.watched)
     rollouts = RolloutExecutor(
         engine,
-        fleet,
+        outbox,
         name,
         period_s=config.rollouts.period_s,
         lease_s=config.rollouts.lease_s,
-        sign_changes=assignments.sign_changes,
+        sign_changes=signer.sign_changes,
     )
-    renewal = Renewal(engine, assignments, fleet.publish_trust, fleet.counters, name)
     return Services(
-        config, engine, store, fleet, rollouts, renewal, token=config.token, enrolment=enrolment, site_files=site_files
+        config,
+        engine,
+        store,
+        signer,
+        counters,
+        live,
+        intake,
+        connection,
+        blobs,
+        outbox,
+        ingest=Ingest(engine, intake, outbox, blobs.requested, counters),
+        board=FleetBoard(engine, store, live, signer.released_now),
+        rollouts=rollouts,
+        renewal=Renewal(engine, signer, outbox.publish_trust, counters, name),
+        token=config.token,
+        enrolment=enrolment,
+        site_files=site_files,
     )
 
 
 def _open_identity(
-    config: ControlPlaneConfig, engine: Engine, assignments: OnlineSigner
+    config: ControlPlaneConfig, engine: Engine, signer: OnlineSigner
 ) -> tuple[Enrolment | None, SiteFiles | None]:
     """Enrolment over the site's authority, where there is one; brings its files up to date."""
     if not (config.identity_folder / INDEX).exists():
@@ -89,7 +131,7 @@ def _open_identity(
     def trust_root() -> str:
         """For a box that enrols: the anchor of what it believes later; empty where nothing is signed."""
         with reading(engine) as session:
-            return assignments.part(session, "root").decode()
+            return signer.part(session, "root").decode()
 
     enrolment = Enrolment(
         engine,

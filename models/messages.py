@@ -384,6 +384,15 @@ def decode_batch(payload: bytes) -> Batch:
     Raises:
         MessageError: `message.oversize`, `message.malformed`, `message.wrong_version`.
     """
+    return decode_packed(unpack_batch(payload), Batch)
+
+
+def unpack_batch(payload: bytes) -> bytes:
+    """Returns the MessagePack of a batch; inflates no more than the limit whatever the payload claims.
+
+    Raises:
+        MessageError: `message.oversize`, `message.malformed`.
+    """
     _check_size(len(payload), MAX_BATCH_BYTES, "Batch")
     inflater = zlib.decompressobj()
     try:
@@ -394,7 +403,7 @@ def decode_batch(payload: bytes) -> Batch:
         _check_size(MAX_BATCH_UNPACKED_BYTES + 1, MAX_BATCH_UNPACKED_BYTES, "unpacked Batch")
     if not inflater.eof:
         raise MessageError("message.malformed", "A batch is truncated.", expected="a whole zlib stream", got="a part")
-    return decode_packed(data, Batch)
+    return data
 
 
 def decode_packed(data: bytes, kind: type[T]) -> T:

@@ -49,7 +49,8 @@ LAYERS: Final[dict[str, tuple[frozenset[str], ...]]] = {
         frozenset({"trust", "identity", "evaluation"}),
         frozenset({"registry", "training"}),
         frozenset({"fleet", "jobs"}),
-        frozenset({"rollouts", "monitoring"}),
+        frozenset({"monitoring"}),
+        frozenset({"rollouts"}),  # its gates and the blast radius read windows
         frozenset({"services"}),
         frozenset({"api", "pages"}),
         frozenset({"app"}),
@@ -132,12 +133,7 @@ _PER_SUBJECT: Final = (
 """Here a file bears the name of its subject, as in the room that holds the subject's rules."""
 
 
-PENDING: Final = {
-    "control_plane/monitoring/prometheus.py imports control_plane.services",
-    "control_plane/registry/recipes.py imports control_plane.services",
-    "control_plane/trust/renewal.py imports control_plane.fleet",
-    "control_plane/pages",
-}
+PENDING: Final[set[str]] = set()
 """What still breaks a rule below and is on its way out; nothing may be added."""
 
 

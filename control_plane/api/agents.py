@@ -3,7 +3,6 @@
 import secrets
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import APIRouter, Depends, Query
 from sqlmodel import desc, select
 
@@ -14,7 +13,9 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.lookup import get_agent, unknown_agent
 from control_plane.database.tables.agents import Agent, EventRow
 from control_plane.database.tables.columns import utc_now
+from control_plane.fleet.labels import check_assigned, effective
 from control_plane.fleet.lot_commands import ask, lot_status, terms_of
+from control_plane.fleet.reports import report_of
 from control_plane.monitoring.status import ORDER
 from control_plane.services import Services, services_of
 
@@ -26,30 +27,33 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 @router.get("/agents")
 def list_agents(services: Given) -> list[dict[str, Any]]:
     """All agents, worst state first, with the figures of their windows of the last five minutes."""
-    found = sorted(services.statuses.all(), key=lambda status: (ORDER[status.state], status.id))
-    return [msgspec.to_builtins(status) for status in found]
+    services.live.watch()
+    found = sorted(services.board.all(), key=lambda status: (ORDER[status.state], status.id))
+    return [status.as_dict() for status in found]
 
 
 @router.get("/agents/{agent_id}")
 def show_agent(agent_id: str, services: Given) -> dict[str, Any]:
     """One agent: status, and what it reported last."""
-    status = services.statuses.one(agent_id)
+    services.live.watch()
+    status = services.board.one(agent_id)
     if status is None:
         raise unknown_agent(agent_id)
     with reading(services.engine) as session:
         agent = session.get(Agent, agent_id)
         reported = agent.reported if agent else {}
-    return dict(msgspec.to_builtins(status)) | {"reported": reported}
+    return status.as_dict() | {"reported": reported}
 
 
 @router.put("/agents/{agent_id}/labels")
 def label_agent(agent_id: str, body: NewLabels, services: Given, actor: Acting) -> dict[str, Any]:
-    """Replaces an agent's labels; rollouts select by them."""
+    """Replaces the labels that people assigned; each holds over one of the same name that the agent reports."""
+    labels = check_assigned(body.labels)
     with writing(services.engine) as session:
         agent = get_agent(session, agent_id)
-        agent.labels = dict(body.labels)
+        agent.labels_assigned, agent.labels = labels, effective(report_of(agent).labels, labels)
         session.add(agent)
-        audit(session, actor, "agent.labels", agent_id, dict(body.labels), utc_now())
+        audit(session, actor, "agent.labels", agent_id, labels, utc_now())
         session.commit()
         return agent.model_dump(mode="json")
 
@@ -61,7 +65,7 @@ def set_lot(agent_id: str, body: NewLot, services: Given, actor: Acting) -> dict
     `terms` says whose terms of the recipe hold for it: of this `lot`, of its `variety`, or of the `recipe`, which knows
     neither; empty = the bundle is not known here.
     """
-    services.fleet.check_connected()
+    services.connection.check_connected()
     now, request_id = utc_now(), secrets.token_hex(16)
     with writing(services.engine) as session:
         command = ask(
@@ -77,7 +81,7 @@ def set_lot(agent_id: str, body: NewLot, services: Given, actor: Acting) -> dict
         session.commit()
         agent = session.get_one(Agent, agent_id)
         asked, terms = lot_status(agent.lot_asked, now), terms_of(services.store, agent, body.lot, body.variety)
-    services.fleet.command(agent_id, command)
+    services.outbox.command(agent_id, command)
     return asked | {"agent": agent_id, "terms": terms}
 
 

@@ -30,7 +30,7 @@ Given = Annotated[Services, Depends(services_of)]
 @router.get("")
 def show_recipe(reference: str, services: Given, variety: str = "", lot: str = "") -> dict[str, Any]:
     """Grades, terms in force for a variety and lot, thresholds that follow, and their cost on held-out items."""
-    name, version, recipe, held = registered(services, reference)
+    name, version, recipe, held = registered(services.engine, services.store, reference)
     found = described(recipe, held, variety=variety, lot=lot)
     return {"version": name, "bundle": version.bundle} | found
 
@@ -43,7 +43,7 @@ def _change(body: RecipeChange) -> Change:
 @router.post("/preview")
 def preview_recipe(reference: str, body: RecipeChange, services: Given) -> dict[str, Any]:
     """What a change would do, without making it: the same answer as for the recipe itself."""
-    name, version, recipe, held = registered(services, reference)
+    name, version, recipe, held = registered(services.engine, services.store, reference)
     change = _change(body)
     found = described(changed(recipe, change, held), held, variety=change.variety or "", lot=change.lot or "")
     return {"version": name, "bundle": version.bundle} | found
@@ -52,7 +52,7 @@ def preview_recipe(reference: str, body: RecipeChange, services: Given) -> dict[
 @router.post("", status_code=201)
 def change_recipe(reference: str, body: NewRecipe, services: Given, actor: Acting) -> dict[str, Any]:
     """Makes a new version: the same bundle with another recipe, to be rolled out like any model."""
-    name, version, recipe, held = registered(services, reference)
+    name, version, recipe, held = registered(services.engine, services.store, reference)
     change, now = _change(body), utc_now()
     wanted = changed(recipe, change, held)
     with tempfile.TemporaryDirectory(dir=services.config.root) as scratch:

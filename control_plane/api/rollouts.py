@@ -68,8 +68,8 @@ def new_rollout(body: NewRollout, services: Given, actor: Acting, key: Key = "")
 
     def create() -> dict[str, Any]:
         rollout = create_rollout(session, order_of(body), actor=actor, now=now)
-        services.fleet.assignments.check_released(session, rollout.bundle)
-        services.fleet.publisher.check_room(rollout.bundle)
+        services.signer.check_released(session, rollout.bundle)
+        services.blobs.check_room(rollout.bundle)
         return {"rollout": rollout.id}
 
     with writing(services.engine) as session:

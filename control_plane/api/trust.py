@@ -20,7 +20,7 @@ Given = Annotated[Services, Depends(services_of)]
 @router.get("/trust")
 def show_trust(services: Given) -> dict[str, Any]:
     """Roles with keys, versions and expiry, how full what travels is, and the released bundles."""
-    found = services.fleet.assignments
+    found = services.signer
     with reading(services.engine) as session:
         roles = found.status(session, utc_now())
         return {
@@ -36,14 +36,14 @@ def show_trust(services: Given) -> dict[str, Any]:
 def get_set(services: Given) -> Response:
     """The signed metadata that all agents get, as they get it."""
     with reading(services.engine) as session:
-        return _bytes(services.fleet.assignments.current_set(session), "signed metadata")
+        return _bytes(services.signer.current_set(session), "signed metadata")
 
 
 @router.post("/trust/set")
 async def take_set(request: Request, services: Given, actor: Acting) -> dict[str, Any]:
     """Takes in roots and targets that offline keys signed; other parts are ignored. All or nothing."""
     given = parse_set(await request.body())
-    found, now, taken = services.fleet.assignments, utc_now(), []
+    found, now, taken = services.signer, utc_now(), []
     with writing(services.engine) as session:
         for root in map(bytes, given.roots):
             if version_of(root) > version_of(found.part(session, "root")):
@@ -57,7 +57,7 @@ async def take_set(request: Request, services: Given, actor: Acting) -> dict[str
             audit(session, actor, "trust.take", ", ".join(taken), {"taken": taken}, now)
         found.sign_changes(session, now)
         session.commit()
-    services.fleet.publish_trust()
+    services.outbox.publish_trust()
     return {"taken": taken}
 
 
@@ -65,14 +65,14 @@ async def take_set(request: Request, services: Given, actor: Acting) -> dict[str
 def get_assignment(agent_id: str, services: Given) -> Response:
     """What one agent shall run, exactly as it was signed."""
     with reading(services.engine) as session:
-        return _bytes(services.fleet.assignments.document(session, agent_id), "assignment of this agent")
+        return _bytes(services.signer.document(session, agent_id), "assignment of this agent")
 
 
 @router.get("/agents/{agent_id}/bin", response_class=Response)
 def get_bin(agent_id: str, services: Given) -> Response:
     """The signed list of assignments that this agent's is in, as the agent gets it."""
     with reading(services.engine) as session:
-        return _bytes(services.fleet.assignments.bin(session, agent_id), "assignment of this agent")
+        return _bytes(services.signer.bin(session, agent_id), "assignment of this agent")
 
 
 @router.get("/blobs/{digest}", response_class=Response)

@@ -1,6 +1,9 @@
 """The control plane's side of MQTT.
 
-`connection` speaks to the broker, stores what agents send and acknowledges it after the commit; `reports` reads what an
-agent reported last as one type; `desired_state` is the one door through which an agent's desired state changes; `blobs`
-publishes bundle chunks as retained messages; `lot_commands` issues a change of lot and records the response.
+`connection` speaks to the broker; `intake` holds what arrived until it is stored; `ingest` stores it and acknowledges
+after the commit; `spooled` turns spooled records into rows, `window_payload` says how a window lies in the database;
+`outbox` gives out what agents shall know: acknowledgements, signed metadata, desired states, commands; `blobs`
+publishes bundle chunks as retained messages; `desired_state` is the one door through which an agent's desired state
+changes; `reports` reads what an agent reported last as one type; `labels` says which labels hold; `twins` notices two
+boxes under one identity; `lot_commands` issues a change of lot and records the response.
 """

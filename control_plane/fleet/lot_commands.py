@@ -13,7 +13,7 @@ from sqlmodel import Session
 from control_plane.database.audit import audit
 from control_plane.database.lookup import get_agent
 from control_plane.database.tables.agents import Agent
-from control_plane.fleet.reports import report_of
+from control_plane.fleet.reports import age_s, connection_of, report_of
 from control_plane.registry.store import Store
 from models.bundle import RECIPE
 from models.errors import ConflictError, SortlineError
@@ -43,12 +43,13 @@ def ask(
         ConflictError: `agent.not_connected`: nobody would hear it now, and later it might be wrong.
     """
     agent = get_agent(session, agent_id, lock=True)
-    if not agent.online:
+    connection = connection_of(age_s(agent.seen_at, now), online=agent.online)
+    if connection not in {"live", "late"}:
         raise ConflictError(
             "agent.not_connected",
             "The agent is not connected, and a lot is for now: name it at the line (`sortline-agent lot`).",
             expected="a connected agent",
-            got="offline",
+            got=connection,
         )
     # Two replicas' clocks differ: what is asked later must also say so. What a clock far ahead said does not count.
     now_ms, before_ms = round(now.timestamp() * 1000), int(agent.lot_asked.get("issued_at_ms", 0))

@@ -1,53 +1,89 @@
 """How every agent is, from the database and the last live figures, cheap enough to be asked once a second.
 
-The windows of the last minutes are the costly part: 200 agents have 6,000 of them. Their keys are read at every look,
-payloads only of agents whose set of windows changed since the last one. What is remembered is a cache: another
-replica, or this one after a restart, finds the same.
+A look reads the light columns of every agent, the report of those that sent one, and the windows that were stored
+since the last look; sums of windows are kept, not added up again. What is remembered is a cache: another replica, or
+this one after a restart, finds the same.
 """
 
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final
 
-from sqlalchemy import Engine, tuple_
+from sqlalchemy import Engine
 from sqlmodel import Session, col, select
 
 from control_plane.database.engine import reading
-from control_plane.database.tables.agents import Agent, EventRow, WindowRow
+from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.registry import Model, ModelVersion
-from control_plane.fleet.connection import FleetLink
+from control_plane.fleet.intake import LiveFigures
 from control_plane.fleet.lot_commands import lot_status
-from control_plane.monitoring.status import AgentStatus, agent_status, merged_window
+from control_plane.fleet.reports import NO_REPORT, parse_report
+from control_plane.fleet.twins import twins_of
+from control_plane.monitoring.figures import (
+    NO_DRIFT,
+    NO_FIGURES,
+    Drift,
+    Figures,
+    completeness_of,
+    drift_of,
+    figures_of,
+)
+from control_plane.monitoring.sorting import Sorting, sorting_of
+from control_plane.monitoring.status import AgentStatus, Facts, agent_status
+from control_plane.monitoring.windows import RECENT_S, Key, RollingSum, StoredWindow, arrived
 from control_plane.registry.store import Store
-from models.bundle import PROFILE
+from models.bundle import PROFILE, RECIPE
 from models.errors import SortlineError
-from models.messages import Live, decode_packed
+from models.messages import Reported
 from models.profile import Profile, parse_profile
-from models.windows import Window
+from models.recipe import parse_recipe
 
-_LIVE_S: Final = 5.0
-RECENT_S: Final = 300.0
-"""Windows of so many seconds make the figures of an agent."""
-_AT_ONCE: Final = 200
-"""Payloads fetched by one statement: SQLite takes no more than some thousand parameters."""
-
-Key = tuple[str, int]
-"""Boot and number of a record."""
+_RECENT: Final = timedelta(seconds=RECENT_S)
+_IDS_AT_ONCE: Final = 500
+_LIGHT: Final = (
+    "id",
+    "labels",
+    "labels_assigned",
+    "online",
+    "seen_at",
+    "stored_at",
+    "window_at",
+    "reported_at",
+    "desired_bundle",
+    "mode",
+    "generation",
+    "lot_asked",
+    "twins",
+)
+"""Columns that are read of every agent at every look; the report is read when it is another one."""
 
 
 @dataclass(slots=True)
-class _Recent:
-    """What one agent sent in the last minutes, oldest first."""
+class _Remembered:
+    """What is kept of one agent between two looks."""
 
-    windows: list[Key] = field(default_factory=list)
-    events: list[Key] = field(default_factory=list)
-    last_at: datetime | None = None
+    reported: Reported = NO_REPORT
+    reported_at: datetime | None = None
+    read: bool = False
+    """Whether the report was read at all."""
+    stored_at: datetime | None = None
+    """Of the newest record that was read."""
+    windows: deque[StoredWindow] = field(default_factory=deque)
+    """The usable ones of the last minutes, whatever bundle judged."""
+    keys: dict[Key, datetime] = field(default_factory=dict)
+    """Of all records of the last minutes, also those that are used for no figure."""
+    bundle: str = ""
+    """Whose windows are summed."""
+    sums: RollingSum = field(default_factory=RollingSum)
+    figures: Figures = NO_FIGURES
+    drift: Drift = NO_DRIFT
+    completeness: float | None = None
 
 
 class FleetBoard:
@@ -55,31 +91,38 @@ class FleetBoard:
 
     Args:
         engine: Database.
-        store: Where the profiles of bundles are.
-        fleet: Has the live figures and says what is released.
+        store: Where profiles and recipes of bundles are.
+        live: The last live figures.
+        released: Returns the bundles a release key lists; None where nothing is signed.
     """
 
-    def __init__(self, engine: Engine, store: Store, fleet: FleetLink) -> None:
-        self._engine, self._store, self._fleet = engine, store, fleet
-        self._merged: dict[str, tuple[str, tuple[Key, ...], Window | None]] = {}
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        live: LiveFigures,
+        released: Callable[[Session], frozenset[str] | None],
+    ) -> None:
+        self._engine, self._store, self._live, self._released = engine, store, live, released
+        self._agents: dict[str, _Remembered] = {}
         self._lock = threading.Lock()
-        self._board: tuple[float, list[AgentStatus]] = (-1e9, [])
+        self._last: tuple[float, list[AgentStatus]] = (-1e9, [])
 
-    def board(self, max_age_s: float) -> list[AgentStatus]:
-        """Every agent as of at most so long ago: many who look at once cost one look."""
+    def snapshot(self, max_age_s: float) -> list[AgentStatus]:
+        """Returns every agent as of at most so long ago: many who look at once cost one look."""
         oldest_s = time.monotonic() - max_age_s
         with self._lock:
-            # Whoever waited for a look that began late enough shares it, however long it took.
-            if self._board[0] < oldest_s:
-                self._board = (time.monotonic(), self._look(None))
-            return self._board[1]
+            # A look that began late enough is shared by all that waited for it, however long it took.
+            if self._last[0] < oldest_s:
+                self._last = (time.monotonic(), self._look(None))
+            return self._last[1]
 
     def all(self) -> list[AgentStatus]:
-        """Every agent, as of now."""
-        return self.board(0.0)
+        """Returns every agent as of now."""
+        return self.snapshot(0.0)
 
     def one(self, agent_id: str) -> AgentStatus | None:
-        """One agent, as of now; None when there is none of this name."""
+        """Returns one agent as of now; None when there is none of this name."""
         with self._lock:
             return next(iter(self._look(agent_id)), None)
 
@@ -88,116 +131,141 @@ class FleetBoard:
         # `at_ms` less an age must be the same moment in every look, or rows in which nothing happened change.
         now = now.replace(microsecond=now.microsecond // 1000 * 1000)
         with reading(self._engine) as session:
-            query = select(Agent).order_by(col(Agent.id))
-            agents = session.exec(query if only is None else query.where(col(Agent.id) == only)).all()
-            recent = _recent(session, now - timedelta(seconds=RECENT_S), only)
-            windows = {agent.id: self._window(session, agent, recent[agent.id].windows) for agent in agents}
-            names = _names(session, {_active(agent) for agent in agents})
-            released = self._fleet.assignments.released_now(session)
-        if only is None:
-            self._merged = {agent.id: self._merged[agent.id] for agent in agents}
+            rows = _rows(session, only)
+            if only is None:
+                self._agents = {agent_id: self._agents.get(agent_id, _Remembered()) for agent_id in rows}
+            agents = {agent_id: self._agents.setdefault(agent_id, _Remembered()) for agent_id in rows}
+            _read_reports(session, rows, agents)
+            self._read_records(session, rows, agents, now)
+            names = _names(session, {known.reported.active for known in agents.values()} - {""})
+            released = self._released(session)
         return [
-            self._status(agent, windows[agent.id], recent[agent.id], names.get(_active(agent), ""), released, now)
-            for agent in agents
+            self._status(row, agents[agent_id], names.get(agents[agent_id].reported.active, ""), released, now)
+            for agent_id, row in rows.items()
         ]
 
-    def _window(self, session: Session, agent: Agent, keys: list[Key]) -> Window | None:
-        """The recent windows of the active bundle as one."""
-        active, wanted = _active(agent), tuple(keys)
-        known = self._merged.get(agent.id)
-        if known is None or known[:2] != (active, wanted):
-            windows = [decode_packed(payload, Window) for payload in _payloads(session, agent.id, keys)]
-            known = self._merged[agent.id] = (active, wanted, merged_window(windows, active))
-        return known[2]
+    def _read_records(
+        self, session: Session, rows: Mapping[str, Any], agents: Mapping[str, _Remembered], now: datetime
+    ) -> None:
+        """Reads what was stored since the last look, and lets go of what is too old."""
+        horizon = now - _RECENT
+        watermarks = {
+            agent_id: max(known.stored_at or horizon, horizon)
+            for agent_id, known in agents.items()
+            if (at := rows[agent_id].stored_at) is not None and at != known.stored_at and at > horizon
+        }
+        changed: set[str] = set()
+        if watermarks:
+            windows, events = arrived(session, watermarks)
+            for stored in windows:
+                known, key = agents[stored.agent_id], (stored.boot_id, stored.seq)
+                if key in known.keys or stored.received_at <= horizon:
+                    continue
+                known.keys[key] = stored.received_at
+                changed.add(stored.agent_id)
+                if stored.window is not None:
+                    known.windows.append(stored)
+                    if stored.bundle == known.bundle:
+                        known.sums.add(stored.received_at, stored.window)
+            for agent_id, key, at in events:
+                if at > horizon and key not in agents[agent_id].keys:
+                    agents[agent_id].keys[key] = at
+                    changed.add(agent_id)
+            for agent_id in watermarks:
+                agents[agent_id].stored_at = rows[agent_id].stored_at
+        for agent_id, known in agents.items():
+            if self._keep_recent(known, horizon) or agent_id in changed:
+                self._work_out(known)
+
+    def _keep_recent(self, known: _Remembered, horizon: datetime) -> bool:
+        """Lets go of records older than the horizon; returns whether the figures are others now."""
+        other = known.bundle != known.reported.active
+        while known.windows and known.windows[0].received_at <= horizon:
+            known.windows.popleft()
+        if other:
+            known.bundle, known.sums = known.reported.active, RollingSum()
+            for stored in known.windows:
+                if stored.bundle == known.bundle and stored.window is not None:
+                    known.sums.add(stored.received_at, stored.window)
+        expired = known.sums.expire(horizon)
+        if known.keys and min(known.keys.values()) <= horizon:
+            known.keys = {key: at for key, at in known.keys.items() if at > horizon}
+            expired = True
+        return other or expired
+
+    def _work_out(self, known: _Remembered) -> None:
+        total = known.sums.total()
+        known.figures = figures_of(total, self.sorting(known.bundle))
+        known.drift = drift_of(total, self._profile(known.bundle))
+        known.completeness = completeness_of(list(known.keys))
 
     def _status(
-        self,
-        agent: Agent,
-        window: Window | None,
-        recent: _Recent,
-        model: str,
-        released: frozenset[str] | None,
-        now: datetime,
+        self, row: Any, known: _Remembered, model: str, released: frozenset[str] | None, now: datetime
     ) -> AgentStatus:
-        active = _active(agent)
-        at_s, live = self._fleet.live.get(agent.id, (0.0, None))
-        fresh: Live | None = live if live is not None and time.monotonic() - at_s < _LIVE_S else None
         return agent_status(
-            agent_id=agent.id,
-            labels=agent.labels,
-            online=agent.online,
-            seen_at=agent.seen_at,
-            reported=agent.reported,
-            reported_at=agent.reported_at,
-            desired_bundle=agent.desired_bundle,
-            generation=agent.generation,
-            lot_asked=lot_status(agent.lot_asked, now),
-            window=window,
-            last_window_at=recent.last_at,
-            # Windows and events share one sequence: a gap in it is a record that is missing.
-            sequence=recent.windows + recent.events,
-            profile=self._profile(active) if active else None,
-            live=fresh,
-            model=model,
-            released=released,
-            now=now,
+            Facts(
+                agent_id=row.id,
+                now=now,
+                reported=known.reported,
+                reported_at=row.reported_at,
+                labels=row.labels,
+                labels_assigned=row.labels_assigned,
+                online=row.online,
+                seen_at=row.seen_at,
+                window_at=row.window_at,
+                desired_bundle=row.desired_bundle,
+                mode=row.mode,
+                generation=row.generation,
+                lot_asked=lot_status(row.lot_asked, now),
+                twins=twins_of(row.twins, now),
+                figures=known.figures,
+                drift=known.drift,
+                completeness=known.completeness,
+                live=self._live.of(row.id),
+                model=model,
+                released=released,
+            )
         )
 
-    def _profile(self, digest: str) -> Profile | None:
+    def sorting(self, bundle: str) -> Sorting | None:
+        """Returns what the names of this bundle's recipe mean; None for a bundle that was never pushed here."""
         try:
-            return _profile(self._store, digest)
+            return _sorting(self._store, bundle) if bundle else None
+        except SortlineError:
+            return None
+
+    def _profile(self, bundle: str) -> Profile | None:
+        try:
+            return _profile(self._store, bundle) if bundle else None
         except SortlineError:
             return None
 
 
-def _active(agent: Agent) -> str:
-    return str(agent.reported.get("active", ""))
+def _rows(session: Session, only: str | None) -> dict[str, Any]:
+    columns = [getattr(Agent, name) for name in _LIGHT]
+    query = select(*columns).order_by(col(Agent.id))
+    if only is not None:
+        query = query.where(col(Agent.id) == only)
+    return {row.id: row for row in session.connection().execute(query)}
 
 
-def _recent(session: Session, since: datetime, only: str | None) -> defaultdict[str, _Recent]:
-    """Keys of the windows that can be used, keys of all the rest, per agent."""
-    found: defaultdict[str, _Recent] = defaultdict(_Recent)
-    windows = select(WindowRow.agent_id, WindowRow.boot_id, WindowRow.seq, WindowRow.received_at)
-    good = windows.where(WindowRow.refused == "").order_by(
-        col(WindowRow.agent_id), col(WindowRow.received_at), col(WindowRow.seq)
-    )
-    for agent_id, boot_id, seq, received_at in session.exec(_of(good, WindowRow, since, only)):
-        found[agent_id].windows.append((boot_id, seq))
-        found[agent_id].last_at = received_at
-    events = select(EventRow.agent_id, EventRow.boot_id, EventRow.seq, EventRow.received_at)
-    for query in (
-        _of(windows.where(WindowRow.refused != ""), WindowRow, since, only),
-        _of(events, EventRow, since, only),
-    ):
-        for agent_id, boot_id, seq, _ in session.exec(query):
-            found[agent_id].events.append((boot_id, seq))
-    return found
+def _read_reports(session: Session, rows: Mapping[str, Any], agents: Mapping[str, _Remembered]) -> None:
+    """Reads the reports that came since the last look."""
+    new = [i for i, row in rows.items() if not agents[i].read or row.reported_at != agents[i].reported_at]
+    for start in range(0, len(new), _IDS_AT_ONCE):
+        query = select(Agent.id, Agent.reported, Agent.reported_at)
+        part = session.connection().execute(query.where(col(Agent.id).in_(new[start : start + _IDS_AT_ONCE])))
+        for agent_id, reported, reported_at in part:
+            known = agents[agent_id]
+            known.reported, known.reported_at, known.read = parse_report(reported), reported_at, True
 
 
-def _of(query: Any, table: type[WindowRow] | type[EventRow], since: datetime, only: str | None) -> Any:
-    recent = query.where(col(table.received_at) > since)
-    return recent if only is None else recent.where(table.agent_id == only)
-
-
-def _payloads(session: Session, agent_id: str, keys: list[Key]) -> Iterable[bytes]:
-    """Payloads of these windows in this order."""
-    for start in range(0, len(keys), _AT_ONCE):
-        part = keys[start : start + _AT_ONCE]
-        rows = session.exec(
-            select(WindowRow.boot_id, WindowRow.seq, WindowRow.payload).where(
-                WindowRow.agent_id == agent_id, tuple_(col(WindowRow.boot_id), col(WindowRow.seq)).in_(part)
-            )
-        )
-        found = {(boot_id, seq): payload for boot_id, seq, payload in rows}
-        yield from (found[key] for key in part if key in found)
-
-
-def _names(session: Session, bundles: set[str]) -> dict[str, str]:
-    """Bundle -> `model:number`, where it is registered."""
+def _names(session: Session, bundles: Iterable[str]) -> dict[str, str]:
+    """Returns `model:number` by bundle, where it is registered."""
     registered = session.exec(
         select(ModelVersion.bundle, Model.name, ModelVersion.number)
         .join(Model, col(Model.id) == col(ModelVersion.model_id))
-        .where(col(ModelVersion.bundle).in_(bundles))
+        .where(col(ModelVersion.bundle).in_(list(bundles)))
     )
     return {bundle: f"{name}:{number}" for bundle, name, number in registered}
 
@@ -205,3 +273,8 @@ def _names(session: Session, bundles: set[str]) -> dict[str, str]:
 @lru_cache(maxsize=64)
 def _profile(store: Store, digest: str) -> Profile:
     return parse_profile(store.part(digest, PROFILE))
+
+
+@lru_cache(maxsize=64)
+def _sorting(store: Store, digest: str) -> Sorting:
+    return sorting_of(parse_recipe(store.part(digest, RECIPE)))

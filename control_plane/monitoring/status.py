@@ -1,34 +1,27 @@
-"""From windows to figures with an age. Pure functions: what they need comes in, also the time.
+"""How one agent is, in parts, and the one derived state. Pure functions: what they need comes in, also the time.
 
 Four independent axes (connection, health, model in sync, drift) and one derived worst state in the words of NAMUR
-NE 107. Nothing is called good without a fresh heartbeat, and every figure says how old it is.
+NE 107. Nothing is called good without a fresh sign of life, and every figure says how old it is: an age grows, it
+never turns into "never".
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
 import msgspec
-import numpy as np
 
-from models.errors import MessageError
-from models.messages import KEEP_ALIVE_S, Live, Phase
-from models.profile import Profile, stability_index
-from models.recipe import UNSURE
-from models.windows import Window, merge
+from control_plane.fleet.reports import NO_REPORT, age_s, connection_of
+from control_plane.monitoring.figures import LATENCY_BUDGET_MS, NO_DRIFT, NO_FIGURES, Drift, Figures, flat
+from models.messages import Live, Mode, Phase, Reported, ShadowPhase
 
-LATE_S: Final = 2.0 * KEEP_ALIVE_S
-SILENT_S: Final = 3.0 * KEEP_ALIVE_S
-DRIFT_LIMIT: Final = 0.25
-"""Noise-corrected stability index from which a feature is shown as drifting. An effect size for the eye: lots differ
-from each other by as much, so it does not change an agent's state until false alarms are controlled."""
-DRIFT_MIN_ITEMS: Final = 200
-LATENCY_BUDGET_MS: Final = 50.0
 SLOW_SHARE: Final = 0.02
 """Share of verdicts beyond the budget from which a line is out of specification. About one item in a hundred loses its
 last view (it touches another) and is judged when it leaves the picture, some 0.1 s later: p99 would alarm by chance."""
+_SPOOL_RECORDS: Final = 50
+"""Records that wait on the agent: about four minutes of windows and events without acknowledgement."""
 
 
 class State(StrEnum):
@@ -52,292 +45,223 @@ ORDER: Final = {
 }
 
 
-class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One agent as people and programs see it."""
+class Link(msgspec.Struct, frozen=True, kw_only=True):
+    """Connection, and the age of what was received."""
 
-    id: str
-    at_ms: int
-    """When this was so, milliseconds since 1970: ages are of then."""
-    labels: dict[str, Any]
-    state: State
-    reason: str
-    """Why it is in this state; empty when good."""
     connection: str
     """live, late, silent, offline, never."""
-    health: str
-    """good, or the code of what is wrong."""
-    in_sync: bool
-    """Runs what it shall run."""
-    released: bool
-    """What it runs is released; a withdrawn bundle goes on judging until the agent gets another."""
-    drift: str
-    """calm, drifting, learning (too few items), unknown."""
+    seen_age_s: float | None
+    """Of the last message that was not a retained one; None = there was none."""
+    reported_age_s: float | None
+    window_age_s: float | None
+
+
+class Runs(msgspec.Struct, frozen=True, kw_only=True):
+    """Which bundle the agent runs, and which it shall run."""
+
     phase: str
     progress: float
     active: str
     model: str
     """Name and number of the active bundle where it is registered, such as `apples:3`."""
     desired: str
+    mode: str
+    """live, or shadow: the desired bundle judges beside the active one and moves nothing."""
     generation: int
+    in_sync: bool
+    """Runs what it shall run, as champion or as challenger."""
+    released: bool
+    """What it runs is released; a withdrawn bundle goes on judging until the agent gets another."""
+    shadow: str
+    """Digest of the challenger; empty = there is none."""
+    shadow_phase: str
+
+
+class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One agent as people and programs see it."""
+
+    id: str
+    at_ms: int
+    """When this was so, milliseconds since 1970: ages are of then."""
+    state: State
+    reason: str
+    """Why it is in this state; empty when good."""
+    health: str
+    """good, or the code of what is wrong."""
+    labels: dict[str, Any]
+    """Those that hold: a person's label over the reported one of the same name."""
+    labels_reported: dict[str, str]
+    labels_assigned: dict[str, Any]
+    twins: list[dict[str, str]]
+    """Two boxes that speak under this identity in turn: `boot_id` and `box` of each; empty = one box."""
     fault: dict[str, Any] | None
     lot: dict[str, Any]
     """Which lot it reports to run: `models.messages.RunningLot`, and `age_s`."""
     lot_asked: dict[str, Any]
     """Which was named to it last, and `state`: waiting, accepted, refused, unanswered; see `fleet.lot_commands`."""
-    seen_age_s: float | None
-    reported_age_s: float | None
-    window_age_s: float | None
-    items: int
-    """In the windows that were merged."""
-    items_per_s: float
-    views: int
-    p50_ms: float | None
-    p99_ms: float | None
-    classes: dict[str, int]
-    outlets: dict[str, int]
-    grades: dict[str, int]
-    """As the recipe graded them, `unsure` among them."""
-    unsure_share: float | None
-    """Items on which the line abstained / items."""
-    ejections: dict[str, int]
-    shots: dict[str, int]
-    """What became of the shots; see `models.windows.Window`."""
-    ejectors: dict[str, int]
-    """`lane/outlet/what`: fired, and with a photo-eye confirmed, missed, double, unexpected."""
-    lead_ms: dict[str, float]
-    """Learnt lead per ejector."""
-    jitter_p99_ms: float | None
-    camera: dict[str, int]
-    """Faults named, and what went by while the camera was blind."""
-    truth: dict[str, int]
-    escape_rate: float | None
-    """Where the truth is known: defective items that were let through / defective items."""
-    false_reject_rate: float | None
-    frames_dropped: int
-    items_unjudged: int
-    verdicts_late: int
-    drift_value: float | None
-    drift_feature: str
-    drift_by_feature: dict[str, float]
     spool_records: int
     rss_mb: float
-    live: dict[str, Any] | None
     completeness: float | None
-    """Windows received / windows the agent numbered."""
+    """Records received / records the agent numbered, in the last minutes."""
+    link: Link
+    runs: Runs
+    figures: Figures
+    drift: Drift
+    live: Live | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all fields of all parts in one flat table, as the API shows them."""
+        found = flat(self)
+        for part in ("link", "runs", "figures", "drift"):
+            found |= found.pop(part)
+        return found
 
 
-def merged_window(windows: Sequence[Window], bundle: str) -> Window | None:
-    """All windows of one bundle as one; None when there is none."""
-    whole: Window | None = None
-    for window in windows:
-        if window.bundle != bundle:
-            continue
-        try:
-            whole = window if whole is None else merge(whole, window)
-        except MessageError:
-            continue
-    return whole
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of one agent: its row, and what was made of its windows."""
+
+    agent_id: str
+    now: datetime
+    reported: Reported = NO_REPORT
+    reported_at: datetime | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+    labels_assigned: dict[str, Any] = field(default_factory=dict)
+    online: bool = False
+    seen_at: datetime | None = None
+    window_at: datetime | None = None
+    desired_bundle: str = ""
+    mode: str = Mode.LIVE
+    generation: int = 0
+    lot_asked: dict[str, Any] = field(default_factory=dict)
+    twins: list[dict[str, str]] = field(default_factory=list)
+    figures: Figures = NO_FIGURES
+    drift: Drift = NO_DRIFT
+    completeness: float | None = None
+    live: Live | None = None
+    model: str = ""
+    released: frozenset[str] | None = None
+    """The bundles a release key lists; None where nothing is signed."""
 
 
-def drift_of(window: Window | None, profile: Profile | None) -> dict[str, float]:
-    """Stability index per monitored feature; empty when nothing can be said."""
-    if window is None or profile is None or window.items == 0:
-        return {}
-    counts = window.feature_counts()
-    reference = profile.count_array()
-    if counts.shape != reference.shape:
-        return {}
-    values = stability_index(reference, counts)
-    return {
-        name: round(float(value), 4)
-        for name, value in zip(profile.features, values, strict=True)
-        if math.isfinite(value)
-    }
-
-
-def rates(truth: dict[str, int], *, good: str = "sound") -> tuple[float | None, float | None]:
-    """(escape rate, false-reject rate) from `kind>outlet` counts; None where there is no such item."""
-    bad = escaped = fine = wasted = 0
-    for key, count in truth.items():
-        kind, _, outlet = key.partition(">")
-        if kind == good:
-            fine, wasted = fine + count, wasted + (count if outlet != "pass" else 0)
-        else:
-            bad, escaped = bad + count, escaped + (count if outlet == "pass" else 0)
-    return (escaped / bad if bad else None, wasted / fine if fine else None)
-
-
-def completeness_of(sequence: Sequence[tuple[str, int]]) -> float | None:
-    """Share of (boot, seq) numbers that arrived between the lowest and the highest of each boot."""
-    expected = received = 0
-    for boot in {b for b, _ in sequence}:
-        numbers = [n for b, n in sequence if b == boot]
-        expected, received = expected + max(numbers) - min(numbers) + 1, received + len(numbers)
-    return received / expected if expected else None
-
-
-def age_s(at: datetime | None, now: datetime) -> float | None:
-    """Seconds since then, not negative."""
-    return None if at is None else max(0.0, (now - at).total_seconds())
-
-
-def connection_of(seen_s: float | None, *, online: bool) -> str:
-    """What can be said of the connection by the age of the last sign of life."""
-    if seen_s is None:
-        return "never"
-    if not online or seen_s > SILENT_S * 4:
-        return "offline"
-    if seen_s > SILENT_S:
-        return "silent"
-    return "late" if seen_s > LATE_S else "live"
-
-
-def judge_state(
-    *, connection: str, reported: dict[str, Any], in_sync: bool, released: bool, slow: float, late: int
-) -> tuple[State, str]:
-    """The worst of connection, health and sync, and why. Drift is shown beside it: see `DRIFT_LIMIT`."""
-    fault = reported.get("fault") or {}
-    phase = reported.get("phase", Phase.IDLE)
-    rules: list[tuple[State, bool, str]] = [
-        (State.OFFLINE, connection in {"offline", "never", "silent"}, f"no sign of life ({connection})"),
-        (State.FAILURE, bool(reported.get("camera_fault")), str(reported.get("camera_fault"))),
-        (State.FAILURE, not reported.get("line_running"), "the line process does not run"),
-    ]
-    checks = (
-        (phase == Phase.ROLLED_BACK, f"rolled back: {fault.get('code', 'unknown')}"),
-        (not reported.get("active"), "no bundle: items pass unjudged"),
-        (not released, "its bundle is not released: give it another"),
-        (phase in {Phase.FETCHING, Phase.VERIFIED, Phase.SELF_TEST, Phase.TRIAL}, f"updating: {phase}"),
-        (bool(fault), str(fault.get("code", ""))),
-        (not in_sync, "does not run what it shall run"),
+def agent_status(facts: Facts) -> AgentStatus:
+    """Returns the status of one agent."""
+    reported, now = facts.reported, facts.now
+    seen_s = age_s(facts.seen_at, now)
+    link = Link(
+        connection=connection_of(seen_s, online=facts.online),
+        seen_age_s=seen_s,
+        reported_age_s=age_s(facts.reported_at, now),
+        window_age_s=age_s(facts.window_at, now),
     )
-    rules += [(State.CHECK, wrong, reason) for wrong, reason in checks]
-    rules += [
-        (State.OUT_OF_SPEC, slow > SLOW_SHARE, f"{slow:.1%} of verdicts take longer than {LATENCY_BUDGET_MS:g} ms"),
-        (State.OUT_OF_SPEC, late > 0, "late verdicts"),
-        (State.MAINTENANCE, connection == "late", "heartbeat is late"),
-        (State.MAINTENANCE, reported.get("spool_records", 0) > 50, "spool is filling"),
-    ]
-    return next(((state, reason) for state, wrong, reason in rules if wrong), (State.GOOD, ""))
-
-
-def agent_status(
-    *,
-    agent_id: str,
-    labels: dict[str, Any],
-    online: bool,
-    seen_at: datetime | None,
-    reported: dict[str, Any],
-    reported_at: datetime | None,
-    desired_bundle: str,
-    generation: int,
-    window: Window | None,
-    last_window_at: datetime | None,
-    sequence: Sequence[tuple[str, int]],
-    profile: Profile | None,
-    live: Live | None,
-    model: str = "",
-    lot_asked: dict[str, Any] | None = None,
-    released: frozenset[str] | None = None,
-    now: datetime,
-) -> AgentStatus:
-    """Everything about one agent.
-
-    Args (the rest are the fields of its row):
-        window: The recent windows of its active bundle as one (`merged_window`).
-        sequence: Keys (boot, number) of the records that came recently.
-        released: The bundles a release key lists; None where nothing is signed.
-    """
-    active = str(reported.get("active", ""))
-    drift = drift_of(window, profile)
-    feature = max(drift, key=lambda name: drift[name], default="")
-    enough = window is not None and window.items >= DRIFT_MIN_ITEMS
-    drifting = enough and bool(drift) and drift[feature] > DRIFT_LIMIT
-    seen = age_s(seen_at, now)
-    connection = connection_of(seen, online=online)
-    in_sync = not desired_bundle or (active == desired_bundle and int(reported.get("generation", 0)) >= generation)
-    allowed = released is None or not active or active in released
-    p99 = _quantile(window, 0.99)
-    state, reason = judge_state(
-        connection=connection,
-        reported=reported,
-        in_sync=in_sync,
-        released=allowed,
-        slow=window.latency_ms.share_above(LATENCY_BUDGET_MS) if window else 0.0,
-        late=window.verdicts_late if window else 0,
-    )
-    escape, waste = rates(window.truth) if window else (None, None)
-    seconds = (window.duration_ms / 1000.0) if window else 0.0
+    runs = _runs(facts)
+    state, reason = next(_wrong(facts, link, runs), (State.GOOD, ""))
+    fault = reported.fault
     return AgentStatus(
-        id=agent_id,
+        id=facts.agent_id,
         at_ms=round(now.timestamp() * 1000),
-        labels=labels,
         state=state,
         reason=reason,
-        connection=connection,
-        health=str((reported.get("fault") or {}).get("code", "")) or reported.get("camera_fault") or "good",
-        in_sync=in_sync,
-        released=allowed,
-        drift="unknown" if not drift else ("learning" if not enough else ("drifting" if drifting else "calm")),
-        phase=str(reported.get("phase", "")),
-        progress=float(reported.get("progress", 0.0)),
-        active=active,
-        model=model,
-        desired=desired_bundle,
-        generation=generation,
-        fault=reported.get("fault"),
-        lot=_lot(reported, reported_at, now),
-        lot_asked=lot_asked or {},
-        seen_age_s=seen,
-        reported_age_s=age_s(reported_at, now),
-        window_age_s=age_s(last_window_at, now),
-        items=window.items if window else 0,
-        items_per_s=round(window.items / seconds, 2) if window and seconds else 0.0,
-        views=window.views if window else 0,
-        p50_ms=_quantile(window, 0.5),
-        p99_ms=p99,
-        classes=window.classes if window else {},
-        outlets=window.outlets if window else {},
-        grades=window.grades if window else {},
-        unsure_share=round(window.grades.get(UNSURE, 0) / window.items, 5) if window and window.items else None,
-        ejections=window.ejections if window else {},
-        shots=window.shots if window else {},
-        ejectors=window.ejectors if window else {},
-        lead_ms=window.lead_ms if window else {},
-        jitter_p99_ms=_jitter(window),
-        camera=window.camera if window else {},
-        truth=window.truth if window else {},
-        escape_rate=escape,
-        false_reject_rate=waste,
-        frames_dropped=window.frames_dropped if window else 0,
-        items_unjudged=window.items_unjudged if window else 0,
-        verdicts_late=window.verdicts_late if window else 0,
-        drift_value=drift[feature] if feature else None,
-        drift_feature=feature,
-        drift_by_feature=drift,
-        spool_records=int(reported.get("spool_records", 0)),
-        rss_mb=float(reported.get("rss_mb", 0.0)),
-        live=msgspec.to_builtins(live) if live else None,
-        completeness=completeness_of(sequence),
+        health=fault.code if fault else (reported.camera_fault or "good"),
+        labels=facts.labels,
+        labels_reported=reported.labels,
+        labels_assigned=facts.labels_assigned,
+        twins=facts.twins,
+        fault=msgspec.to_builtins(fault) if fault else None,
+        lot=_lot(reported, facts.reported_at, now),
+        lot_asked=facts.lot_asked,
+        spool_records=reported.spool_records,
+        rss_mb=reported.rss_mb,
+        completeness=facts.completeness,
+        link=link,
+        runs=runs,
+        figures=facts.figures,
+        drift=facts.drift,
+        live=facts.live if link.connection == "live" else None,
     )
 
 
-def _lot(reported: dict[str, Any], reported_at: datetime | None, now: datetime) -> dict[str, Any]:
+def _runs(facts: Facts) -> Runs:
+    reported = facts.reported
+    heard = reported.generation >= facts.generation
+    if facts.mode == Mode.SHADOW:
+        # The champion stays: in sync is an agent whose challenger is the desired one and has not failed.
+        failed = reported.shadow_phase is ShadowPhase.FAILED
+        in_sync = heard and reported.shadow == facts.desired_bundle and not failed
+    else:
+        in_sync = heard and reported.active == facts.desired_bundle
+    return Runs(
+        phase=str(reported.phase) if reported is not NO_REPORT else "",
+        progress=reported.progress,
+        active=reported.active,
+        model=facts.model,
+        desired=facts.desired_bundle,
+        mode=facts.mode,
+        generation=facts.generation,
+        in_sync=in_sync if facts.desired_bundle else heard,
+        released=facts.released is None or not reported.active or reported.active in facts.released,
+        shadow=reported.shadow if reported.shadow_phase is not ShadowPhase.IDLE else "",
+        shadow_phase=str(reported.shadow_phase),
+    )
+
+
+_UPDATING: Final = {Phase.FETCHING, Phase.VERIFIED, Phase.SELF_TEST, Phase.TRIAL}
+
+
+def _wrong(facts: Facts, link: Link, runs: Runs) -> Iterator[tuple[State, str]]:
+    """Yields what is wrong, the most important first. Drift is shown beside it: see `DRIFT_LIMIT`."""
+    rules = (*_failures(facts, link), *_checks(facts, runs), *_degraded(facts, link))
+    return ((state, reason) for state, wrong, reason in rules if wrong)
+
+
+_Rule = tuple[State, bool, str]
+
+
+def _failures(facts: Facts, link: Link) -> list[_Rule]:
+    reported = facts.reported
+    boots = " and ".join(f"{t['boot_id'][:8]} ({t['box']})" if t["box"] else t["boot_id"][:8] for t in facts.twins)
+    lost = link.connection in {"offline", "never", "silent"}
+    return [
+        (State.FAILURE, bool(facts.twins), f"identity.twins: two boxes use this identity in turn, boots {boots}"),
+        (State.OFFLINE, lost, f"no sign of life ({link.connection})"),
+        (State.FAILURE, bool(reported.camera_fault), reported.camera_fault),
+        (State.FAILURE, not reported.line_running, "the line process does not run"),
+    ]
+
+
+def _checks(facts: Facts, runs: Runs) -> list[_Rule]:
+    reported = facts.reported
+    fault = reported.fault.code if reported.fault else ""
+    shadow = runs.mode == Mode.SHADOW
+    failed = shadow and runs.shadow_phase == ShadowPhase.FAILED
+    rules = [
+        (reported.phase is Phase.ROLLED_BACK, f"rolled back: {fault or 'unknown'}"),
+        (not reported.active, "no bundle: items pass unjudged"),
+        (not runs.released, "its bundle is not released: give it another"),
+        (reported.phase in _UPDATING, f"updating: {reported.phase}"),
+        (bool(fault), fault),
+        (failed, "the challenger failed"),
+        # A challenger on its way, or beside the champion, is no fault of the line.
+        (not runs.in_sync and not shadow, "does not run what it shall run"),
+    ]
+    return [(State.CHECK, wrong, reason) for wrong, reason in rules]
+
+
+def _degraded(facts: Facts, link: Link) -> list[_Rule]:
+    slow = facts.figures.slow_share
+    return [
+        (State.OUT_OF_SPEC, slow > SLOW_SHARE, f"{slow:.1%} of verdicts take longer than {LATENCY_BUDGET_MS:g} ms"),
+        (State.OUT_OF_SPEC, facts.figures.verdicts_late > 0, "late verdicts"),
+        (State.MAINTENANCE, link.connection == "late", "heartbeat is late"),
+        (State.MAINTENANCE, facts.reported.spool_records > _SPOOL_RECORDS, "spool is filling"),
+    ]
+
+
+def _lot(reported: Reported, reported_at: datetime | None, now: datetime) -> dict[str, Any]:
     """The age is the agent's own, however wrong its clock, and what has passed here since it said so."""
-    lot: dict[str, Any] = reported.get("lot") or {}
-    if not lot:
+    if reported is NO_REPORT:
         return {}
-    told_s, since_ms = age_s(reported_at, now), int(lot.get("since_ms", 0))
-    ran_s = max(0.0, (int(reported.get("at_ms", 0)) - since_ms) / 1000.0)
-    return {**lot, "age_s": ran_s + told_s if since_ms and told_s is not None else None}
-
-
-def _jitter(window: Window | None) -> float | None:
-    return round(window.jitter_ms.quantile(0.99), 3) if window and window.jitter_ms.count else None
-
-
-def _quantile(window: Window | None, q: float) -> float | None:
-    if window is None or window.latency_ms.count == 0:
-        return None
-    value = window.latency_ms.quantile(q)
-    return round(float(np.round(value, 2)), 2)
+    lot: dict[str, Any] = msgspec.to_builtins(reported.lot)
+    told_s, since_ms = age_s(reported_at, now), reported.lot.since_ms
+    ran_s = max(0.0, (reported.at_ms - since_ms) / 1000.0)
+    return lot | {"age_s": ran_s + told_s if since_ms and told_s is not None else None}

@@ -139,8 +139,10 @@ def _axis(scale: Scale) -> Markup:
 
 def _times(scale: Scale) -> Markup:
     places = [scale.first + (scale.last - scale.first) * share for share in (0.0, 0.25, 0.5, 0.75)]
+    # Over midnight a time alone would be of any day.
+    form = "%H:%M:%S" if scale.first.date() == scale.last.date() else "%d %b %H:%M"
     return Markup("").join(
-        Markup('<text x="{:.1f}" y="{}">{}</text>').format(scale.x(at), _HEIGHT - 6, f"{at:%H:%M:%S}") for at in places
+        Markup('<text x="{:.1f}" y="{}">{}</text>').format(scale.x(at), _HEIGHT - 6, at.strftime(form)) for at in places
     )
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from sqlalchemy import Engine
 
 from control_plane.database.engine import reading
 from control_plane.database.tables.registry import ModelVersion
 from control_plane.evaluation.operating_point import HeldOut, cost_report, held_out_of, tuned
+from control_plane.registry.store import Store
 from control_plane.registry.versions import find_version
-from control_plane.services import Services
 from models.bundle import LINEAGE, PARTS, RECIPE, Bundle, read_bundle, write_bundle
 from models.errors import BundleError, InputError
 from models.recipe import Grade, Name, Recipe, Terms, layered, parse_recipe
@@ -175,10 +176,10 @@ class Registered(NamedTuple):
     held: HeldOut | None
 
 
-def registered(services: Services, reference: str) -> Registered:
+def registered(engine: Engine, store: Store, reference: str) -> Registered:
     """Name, version, recipe and held-out items of what is registered under this reference."""
-    with reading(services.engine) as session:
+    with reading(engine) as session:
         model, version = find_version(session, reference)
-    recipe = parse_recipe(services.store.part(version.bundle, RECIPE))
-    lineage = msgspec.json.decode(services.store.part(version.bundle, LINEAGE), type=dict[str, Any])
+    recipe = parse_recipe(store.part(version.bundle, RECIPE))
+    lineage = msgspec.json.decode(store.part(version.bundle, LINEAGE), type=dict[str, Any])
     return Registered(f"{model.name}:{version.number}", version, recipe, held_out_in(lineage, recipe))

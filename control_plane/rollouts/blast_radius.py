@@ -6,23 +6,19 @@ can be notified before any abort criterion may act, each with all the items its 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
-from typing import Any, Final
+from datetime import datetime
+from typing import Any
 
-from sqlmodel import Session, col, select
+from sqlmodel import Session
 
-from control_plane.database.tables.agents import WindowRow
 from control_plane.database.tables.rollouts import RolloutState
 from control_plane.fleet.reports import report_of
+from control_plane.monitoring.windows import items_per_s
 from control_plane.rollouts.policy import RolloutPolicy
 from control_plane.rollouts.records import Order, resolve
 from control_plane.rollouts.views import AgentView, RolloutView
 from control_plane.rollouts.way_back import way_back
 from control_plane.trust.online_signer import released_digests
-from models.messages import decode_packed
-from models.windows import Window
-
-RECENT_S: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +89,7 @@ def preview(session: Session, order: Order, now: datetime) -> dict[str, Any]:
         InputError: See `control_plane.rollouts.records.resolve`.
     """
     drawn = resolve(session, order, now)
-    rates = _items_per_s(session, list(drawn.agents), now)
+    rates = items_per_s(session, list(drawn.agents), now)
     loads = {agent.id: AgentLoad(report_of(agent).lanes, rates.get(agent.id)) for agent in drawn.agents.values()}
     count = max(drawn.waves.values(), default=0) + 1
     waves = [[a for a, wave in drawn.waves.items() if wave == number] for number in range(count)]
@@ -111,20 +107,3 @@ def preview(session: Session, order: Order, now: datetime) -> dict[str, Any]:
         "without_way_back": [{"agent": a, "reason": way.missing} for a, way in ways.items() if not way.bundle],
         **radius,
     }
-
-
-def _items_per_s(session: Session, agents: Sequence[str], now: datetime) -> dict[str, float]:
-    rows = session.exec(
-        select(WindowRow).where(
-            col(WindowRow.agent_id).in_(agents),
-            WindowRow.received_at > now - timedelta(seconds=RECENT_S),
-            WindowRow.refused == "",
-        )
-    )
-    items: dict[str, int] = {}
-    milliseconds: dict[str, int] = {}
-    for row in rows:
-        items[row.agent_id] = items.get(row.agent_id, 0) + row.items
-        length = decode_packed(row.payload, Window).duration_ms
-        milliseconds[row.agent_id] = milliseconds.get(row.agent_id, 0) + length
-    return {agent: 1000.0 * items[agent] / ms for agent, ms in milliseconds.items() if ms > 0}

@@ -6,14 +6,15 @@ from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Text, cast
-from sqlmodel import Session, col, desc, select
+from sqlmodel import Session, col, select
 
 from control_plane.database.audit import audit, same_actor
-from control_plane.database.tables.agents import Agent, WindowRow
+from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.identities import Identity, IdentityState
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutAgent, RolloutState
 from control_plane.fleet.reports import parse_report_text
+from control_plane.monitoring.windows import items_compared
 from control_plane.registry.versions import find_version
 from control_plane.rollouts.planner import next_state
 from control_plane.rollouts.policy import DONE, Outcome, RolloutPolicy, parse_policy, policy_dict
@@ -24,10 +25,7 @@ from control_plane.rollouts.waves import Wave, divide
 from control_plane.rollouts.way_back import way_back
 from control_plane.trust.online_signer import released_digests
 from models.errors import ConflictError, InputError
-from models.messages import Mode, Phase, SafeState, Swap, decode_packed
-from models.windows import Window
-
-_SHADOW_WINDOWS: Final = 60
+from models.messages import Mode, Phase, SafeState, Swap
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,14 +346,7 @@ def _compared(session: Session, rollout: Rollout, member: AgentView) -> int:
     """Items that champion and challenger both judged since the agent was given the bundle, in its last windows."""
     if member.assigned_at is None or member.outcome in DONE:
         return 0
-    query = select(WindowRow).where(
-        WindowRow.agent_id == member.agent_id, WindowRow.received_at > member.assigned_at, WindowRow.refused == ""
-    )
-    windows = [
-        decode_packed(row.payload, Window)
-        for row in session.exec(query.order_by(desc(WindowRow.received_at)).limit(_SHADOW_WINDOWS))
-    ]
-    return sum(window.shadow_compared for window in windows if window.shadow_bundle == rollout.bundle)
+    return items_compared(session, member.agent_id, rollout.bundle, member.assigned_at)
 
 
 def newcomers(session: Session, rollout: Rollout, known: Sequence[str]) -> list[str]:

@@ -128,7 +128,7 @@ def control_plane(root: Path, broker: int) -> Iterator[tuple[Services, str]]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_until(lambda: server.started and services.fleet.connected, 20, "the control plane")
+        wait_until(lambda: server.started and services.connection.connected, 20, "the control plane")
         yield services, f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
@@ -161,17 +161,17 @@ def test_the_command_names_a_lot_and_hears_what_the_agent_says(
         for allowed in ("true", "false"):
             environment = os.environ | {"SORTLINE_AGENT__LOT_COMMANDS": allowed}
             with running(start, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL):
-                wait_until(lambda: (found := services.statuses.one("line-1")) and found.lot, 30, "the agent")
+                wait_until(lambda: (found := services.board.one("line-1")) and found.lot, 30, "the agent")
                 if allowed == "true":
                     assert main([*named, "--json"]) == 0
                     answer = json.loads(capsys.readouterr().out)
                     assert (answer["state"], answer["lot"], answer["actor"]) == ("accepted", "B-1182", "ida")
-                    wait_until(lambda: services.statuses.one("line-1").lot["begun"], 30, "the lot to begin")
+                    wait_until(lambda: services.board.one("line-1").lot["begun"], 30, "the lot to begin")
                 else:
-                    wait_until(lambda: services.statuses.one("line-1").connection == "live", 30, "its second life")
+                    wait_until(lambda: services.board.one("line-1").link.connection == "live", 30, "its second life")
                     assert main(named) == 3
                     assert "command.not_allowed" in capsys.readouterr().err
-                    assert services.statuses.one("line-1").lot["lot"] == "B-1182"
-            wait_until(lambda: services.statuses.one("line-1").connection == "offline", 20, "its end")
+                    assert services.board.one("line-1").lot["lot"] == "B-1182"
+            wait_until(lambda: services.board.one("line-1").link.connection == "offline", 20, "its end")
         assert main(named) == 3
         assert "agent.not_connected" in capsys.readouterr().err

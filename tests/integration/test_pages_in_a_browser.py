@@ -45,9 +45,9 @@ class Site(NamedTuple):
 
 def say(services: Services, agent: str, **facts: object) -> None:
     values = {"active": "a" * 64, "phase": Phase.COMMITTED, "labels": {"site": "north", "line": "1"}}
-    services.fleet.take(agent_topic(agent, Channel.PRESENCE), encode(Presence(online=True, boot_id=BOOT)))
-    services.fleet.take(agent_topic(agent, Channel.REPORTED), encode(reported(**(values | facts))))
-    services.fleet.take(agent_topic(agent, Channel.LIVE), encode(Live(boot_id=BOOT, at_ms=1, items_per_s=17.5)))
+    services.ingest.take(agent_topic(agent, Channel.PRESENCE), encode(Presence(online=True, boot_id=BOOT)))
+    services.ingest.take(agent_topic(agent, Channel.REPORTED), encode(reported(**(values | facts))))
+    services.intake.put(agent_topic(agent, Channel.LIVE), encode(Live(boot_id=BOOT, at_ms=1, items_per_s=17.5)))
 
 
 def released(services: Services, folder: Path, bias: float = 0.0) -> str:
@@ -80,7 +80,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     services = make_services(tmp_path / "plane")
     runs = released(services, tmp_path / "runs", bias=0.1)
     say(services, "line-1", active=runs)
-    services.fleet.take(agent_topic("line-1", Channel.BATCH), batch(window(bundle=runs), window(8, bundle=runs)))
+    services.ingest.take(agent_topic("line-1", Channel.BATCH), batch(window(bundle=runs), window(8, bundle=runs)))
     with serving(services) as found:
         yield found
 
@@ -159,7 +159,7 @@ def test_every_page_opens_without_an_error(site: Site, page: Page, path: str) ->
 def test_a_lot_is_named_on_the_page_of_an_agent(page: Page, tmp_path: Path) -> None:
     with embedded_broker(tmp_path) as broker, serving(make_services(tmp_path / "plane", port=broker)) as site:
         services, url, _ = site
-        wait_until(lambda: services.fleet.connected, 20, "the connection")
+        wait_until(lambda: services.connection.connected, 20, "the connection")
         say(services, "line-1", lot=RunningLot(lot="A-1", source=LotSource.OPERATOR, begun=True, terms="recipe"))
         answers: list[Fault | None] = [Fault(code="command.from_future", message="The clock is behind."), None]
         heard: list[Command] = []
@@ -183,7 +183,7 @@ def test_a_lot_is_named_on_the_page_of_an_agent(page: Page, tmp_path: Path) -> N
             page.on("pageerror", lambda error: problems.append(str(error)))
             page.goto(f"{url}/agents/line-1", wait_until="load")
             facts = page.locator("dl.facts").inner_text()
-            assert "A-1 · said by the operator at the line" in facts
+            assert "A-1 · set by the operator at the line" in facts
             assert "no terms for this lot" in facts
             page.fill("#actor", "maria")
             for name, value in (("lot", "B-<b>2</b>"), ("variety", "gala"), ("reason", "truck 7")):
@@ -197,7 +197,7 @@ def test_a_lot_is_named_on_the_page_of_an_agent(page: Page, tmp_path: Path) -> N
             agent.disconnect()
             agent.loop_stop()
         assert [(c.lot, c.variety) for c in heard] == [("B-<b>2</b>", "gala")] * 2
-        asked = services.statuses.one("line-1").lot_asked
+        asked = services.board.one("line-1").lot_asked
         assert (asked["actor"], asked["reason"], asked["state"]) == ("maria", "truck 7", "accepted")
         assert problems == []
 

@@ -32,12 +32,12 @@ def port(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
 @pytest.fixture
 def plane(port: int, tmp_path: Path) -> Iterator[Services]:
     services = make_services(tmp_path / "plane", port=port)
-    services.fleet.start()
-    wait_until(lambda: services.fleet.connected, 10, "the control plane's connections")
+    services.start_fleet()
+    wait_until(lambda: services.connection.connected, 10, "the control plane's connections")
     services.rollouts.start()
     yield services
     services.rollouts.stop()
-    services.fleet.stop()
+    services.stop_fleet()
     services.engine.dispose()
 
 

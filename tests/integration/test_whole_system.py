@@ -407,16 +407,16 @@ def test_a_broker_that_loses_its_store_is_filled_again(tmp_path: Path) -> None:
         session.add(Agent(id="line-1", generation=4, desired_bundle=digest))
         session.commit()
     release(services, digest)
-    services.fleet.start()
+    services.start_fleet()
     try:
         for life in (1, 2):
             with running(command, stdout=subprocess.DEVNULL):
-                wait_until(lambda: services.fleet.connected, 25, "the connection")
-                wait_until(lambda life=life: services.fleet.counters["republished"] >= life, 15, "the republication")
+                wait_until(lambda: services.connection.connected, 25, "the connection")
+                wait_until(lambda life=life: services.counters["republished"] >= life, 15, "the republication")
                 with Plane(port, Repository(tmp_path / f"keys-{life}")) as watcher:
                     _hears_desired(watcher)
     finally:
-        services.fleet.stop()
+        services.stop_fleet()
         services.engine.dispose()
 
 

@@ -44,7 +44,7 @@ def make_services(
         )
     services = open_services(config)
     with writing(services.engine) as session:
-        services.fleet.assignments.take_folder(session, utc_now())
+        services.signer.take_folder(session, utc_now())
         session.commit()
     return services
 
@@ -67,7 +67,7 @@ def withdraw(services: Services, digest: str) -> str:
 def _change_released(services: Services, digest: str, change: Callable[[bytes, bytes, Signer], bytes]) -> str:
     folder = TrustFolder(services.config.trust_folder)
     key = load_key(folder.path / "development" / "release.pem", None)
-    assignments = services.fleet.assignments
+    assignments = services.signer
     with writing(services.engine) as session:
         targets, root = (assignments.part(session, role) for role in ("targets", "root"))
         assignments.take_targets(session, change(targets, root, key), utc_now())

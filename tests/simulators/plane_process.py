@@ -17,12 +17,12 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     services = make_services(given.root, port=given.port)
-    services.fleet.start()
+    services.start_fleet()
     services.rollouts.start()
     while not stop.wait(1.0):
         pass
     services.rollouts.stop()
-    services.fleet.stop()
+    services.stop_fleet()
     services.engine.dispose()
     return 0
 

@@ -1,11 +1,13 @@
-// Live fleet table: the server renders every row; this module replaces the rows that changed.
-// One EventSource, no polling. When the stream is silent the page says so and ages keep growing: nothing stays green.
+// Live fleet table: the server renders every cell; this module replaces the parts of rows that changed.
+// When the stream is silent the page says so and ages keep growing: nothing stays green.
 const body = document.getElementById("rows");
 const search = document.getElementById("find");
 const banner = document.getElementById("stale");
-const prefix = document.body.dataset.root;
+const behind = document.getElementById("behind");
+const { follow } = window.sortlineStream;
 const tiles = [...document.querySelectorAll(".tile")];
 let lastEvent = Date.now();
+let version = body.dataset.version;
 let offset = 0; // server clock minus this browser's, so that ages are the server's
 let wanted = new URLSearchParams(location.search).get("state") || "";
 
@@ -34,21 +36,67 @@ const count = () => {
   }
 };
 
-const replace = (rows) => {
-  for (const { id, html } of rows) {
-    const holder = document.createElement("tbody");
-    holder.innerHTML = html; // rendered and escaped by the server's own template
-    const fresh = holder.firstElementChild;
-    const old = body.querySelector(`tr[data-agent="${CSS.escape(id)}"]`);
-    const focused = old && old.contains(document.activeElement);
-    if (old) old.replaceWith(fresh); else body.append(fresh);
-    if (focused) fresh.querySelector("a")?.focus();
-  }
+const cellsOf = (html) => {
+  const holder = document.createElement("tbody");
+  holder.innerHTML = `<tr>${html}</tr>`; // rendered and escaped by the server's own template
+  return [...holder.firstElementChild.cells];
+};
+const WHO = 6; // cells from the state to the model; then items per second, five of figures, window, seen
+const RATE = 6;
+const FIGURES = 7;
+const TIMES = 12;
+
+const make = (id) => {
+  const row = body.insertRow();
+  row.dataset.agent = id;
+  for (let k = 0; k < TIMES + 2; k += 1) row.insertCell();
+  for (const k of [RATE, TIMES, TIMES + 1]) row.cells[k].className = "n";
+  return row;
+};
+
+const rowOf = new Map([...body.rows].filter((row) => row.dataset.agent).map((row) => [row.dataset.agent, row]));
+const put = (row, first, html) => cellsOf(html).forEach((cell, k) => {
+  const old = row.cells[first + k];
+  if (old.innerHTML === cell.innerHTML && old.title === cell.title) return;
+  const focused = old.contains(document.activeElement);
+  old.replaceWith(cell);
+  if (focused) cell.querySelector("a")?.focus();
+});
+
+const apply = ({ rows, gone, all }) => {
   document.getElementById("none")?.remove();
-  const sorted = [...body.rows].sort((a, b) => (a.dataset.order < b.dataset.order ? -1 : a.dataset.order > b.dataset.order ? 1 : 0));
-  if (sorted.some((row, i) => row !== body.rows[i])) body.append(...sorted);
-  count();
-  filter();
+  document.getElementById("more")?.remove();
+  const present = new Set(rows.map((part) => part.id));
+  const leaving = all ? [...rowOf.keys()].filter((id) => !present.has(id)) : gone;
+  for (const id of leaving) { rowOf.get(id)?.remove(); rowOf.delete(id); }
+  let moved = leaving.length > 0;
+  for (const part of rows) {
+    const row = rowOf.get(part.id) || make(part.id);
+    rowOf.set(part.id, row);
+    if (part.who !== undefined) {
+      moved = moved || row.dataset.order !== part.order || row.dataset.state !== part.state;
+      row.dataset.order = part.order;
+      row.dataset.state = part.state;
+      put(row, 0, part.who);
+    }
+    if (part.rate !== undefined) row.cells[RATE].textContent = part.rate;
+    if (part.figures !== undefined) put(row, FIGURES, part.figures);
+    if (part.times !== undefined) part.times.forEach((at, k) => { row.cells[TIMES + k].dataset.at = at; });
+  }
+  if (moved) {
+    const sorted = [...rowOf.values()].sort((a, b) => (a.dataset.order < b.dataset.order ? -1 : a.dataset.order > b.dataset.order ? 1 : 0));
+    if (sorted.some((row, k) => row !== body.rows[k])) body.append(...sorted);
+    document.getElementById("total").textContent = rowOf.size;
+    count();
+    filter();
+  }
+};
+
+const say = ({ waiting, delay_s: delay, shed }) => {
+  behind.hidden = waiting === undefined;
+  if (behind.hidden) return;
+  const left = shed ? ` ${shed} batches were left to their agents, which keep them and send them again.` : "";
+  behind.textContent = `The control plane is behind: ${waiting} messages wait to be stored, the oldest for ${age(delay)}.${left}`;
 };
 
 const tick = () => {
@@ -60,9 +108,14 @@ const tick = () => {
   document.getElementById("stale-age").textContent = age((now - lastEvent) / 1000);
 };
 
-const source = new EventSource(`${prefix}/events`);
-source.addEventListener("rows", (event) => { lastEvent = Date.now(); replace(JSON.parse(event.data)); tick(); });
-source.addEventListener("tick", (event) => { lastEvent = Date.now(); offset = Number(event.data) - lastEvent; });
+follow("/events", ["rows", "tick"], (name, data, id) => {
+  lastEvent = Date.now();
+  const found = JSON.parse(data);
+  if (name === "rows") { apply(found); version = id; } else { offset = found.now - lastEvent; say(found); }
+  if (name === "rows") tick();
+}, () => version);
+// A tab that was hidden heard nothing on purpose.
+document.addEventListener("visibilitychange", () => { if (!document.hidden) lastEvent = Date.now(); });
 
 search.addEventListener("input", filter);
 for (const tile of tiles) tile.addEventListener("click", () => {

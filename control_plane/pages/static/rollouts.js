@@ -1,6 +1,6 @@
 // Live cards of rollouts: the server renders every card; this module replaces those that changed, and calls the API.
 // Opened details and a reason that is being typed survive a replacement. A silent stream is said, never hidden.
-const { prefix, send, attempt } = window.sortline;
+const { send, attempt } = window.sortline;
 const cards = document.getElementById("cards");
 const banner = document.getElementById("stale");
 let lastEvent = Date.now();
@@ -110,8 +110,10 @@ form.addEventListener("submit", async (event) => {
   if (made) { radius.hidden = start.hidden = true; document.getElementById("new").open = false; }
 });
 
-const source = new EventSource(`${prefix}/rollouts/events`);
-source.addEventListener("cards", (event) => { lastEvent = Date.now(); replace(JSON.parse(event.data)); tick(); });
-source.addEventListener("tick", (event) => { lastEvent = Date.now(); offset = Number(event.data) - lastEvent; });
+window.sortlineStream.follow("/rollouts/events", ["cards", "tick"], (name, data) => {
+  lastEvent = Date.now();
+  if (name === "cards") { replace(JSON.parse(data)); tick(); } else { offset = Number(data) - lastEvent; }
+});
+document.addEventListener("visibilitychange", () => { if (!document.hidden) lastEvent = Date.now(); });
 tick();
 setInterval(tick, 1000);

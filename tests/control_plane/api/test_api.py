@@ -12,7 +12,6 @@ from control_plane.config import ControlPlaneConfig, ServerConfig, load_control_
 from control_plane.database.engine import reading
 from control_plane.database.tables.columns import utc_now
 from control_plane.pages import charts
-from control_plane.pages.live import Feed
 from control_plane.services import Services
 from models.bundle import pack, read_bundle
 from models.errors import ConfigError
@@ -50,7 +49,6 @@ def fill(services: Services, client: TestClient, root: Path) -> str:
     messages = [
         (Channel.PRESENCE, encode(Presence(online=True, boot_id=BOOT))),
         (Channel.REPORTED, encode(reported(**facts))),
-        (Channel.LIVE, encode(Live(boot_id=BOOT, at_ms=1, items_per_s=17.5, classes={"sound": 9}))),
         (
             Channel.BATCH,
             batch(
@@ -62,7 +60,9 @@ def fill(services: Services, client: TestClient, root: Path) -> str:
         ),
     ]
     for channel, payload in messages:
-        services.fleet.take(agent_topic("line-1", channel), payload)
+        services.ingest.take(agent_topic("line-1", channel), payload)
+    live = Live(boot_id=BOOT, at_ms=1, items_per_s=17.5, classes={"sound": 9})
+    services.intake.put(agent_topic("line-1", Channel.LIVE), encode(live))
     return bundle.digest
 
 
@@ -149,7 +149,7 @@ def test_probes_and_metrics(client: TestClient, services: Services, tmp_path: Pa
     assert ready.status_code == 200
     assert ready.json()["checks"]["database"] == "ok"
     with reading(services.engine) as session:
-        services.fleet.assignments.look(session, utc_now())
+        services.signer.look(session, utc_now())
     text = client.get("/metrics").text
     assert re.search(r'^sortline_trust_fill_ratio\{part="set"\} 0\.0\d', text, re.MULTILINE)
     assert 'sortline_agent_state{agent="line-1",sortline_agent_state="good"} 1.0' in text
@@ -169,18 +169,6 @@ def test_an_agent_that_runs_a_withdrawn_bundle_is_not_good(
     assert (found["state"], found["released"]) == ("check", False)
     assert "not released" in found["reason"]
     assert "not released" in client.get("/").text
-
-
-def test_only_rows_that_changed_are_sent_again(client: TestClient, services: Services, tmp_path: Path) -> None:
-    digest = fill(services, client, tmp_path / "b")
-    feed = Feed(services, "", max_age_s=-1.0)
-    before = feed.rows()
-    assert feed.rows() is not before, "it was looked at again"
-    assert feed.rows() == before, "and nothing had happened"
-    services.fleet.take(agent_topic("line-1", Channel.REPORTED), encode(reported(active=digest, phase=Phase.TRIAL)))
-    assert feed.rows() != before
-    shared = Feed(services, "", max_age_s=60.0)
-    assert shared.rows() is shared.rows()
 
 
 @pytest.mark.parametrize("path", ["/", "/agents/line-1", "/models", "/models/tiny", "/rollouts", "/training", "/docs"])
@@ -224,7 +212,7 @@ def test_an_agents_page_shows_its_ejectors_and_what_its_camera_missed(
         lead_ms={"0/reject": 33.9},
         camera={"camera.frozen": 1, "blind_mm": 2290},
     )
-    services.fleet.take(agent_topic("line-1", Channel.BATCH), batch(seen, first=2))
+    services.ingest.take(agent_topic("line-1", Channel.BATCH), batch(seen, first=2))
     wait_until(lambda: client.get("/api/v1/agents/line-1").json().get("shots"), 10, "the window")
     status = client.get("/api/v1/agents/line-1").json()
     assert (status["lead_ms"], status["camera"]["camera.frozen"]) == ({"0/reject": 33.9}, 1)

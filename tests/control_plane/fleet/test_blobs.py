@@ -147,7 +147,7 @@ def test_the_budget_refuses_before_the_first_byte_and_counts_no_garbage(services
 
 def test_a_rollout_that_does_not_fit_is_refused_when_it_is_asked_for(services: Services, tmp_path: Path) -> None:
     release(services, push(services, tmp_path / "a", wish="line-1"))
-    services.fleet.publisher._config = msgspec.structs.replace(services.config.broker, retained_max_bytes=100_000)
+    services.blobs._config = msgspec.structs.replace(services.config.broker, retained_max_bytes=100_000)
     with make_client(services) as client:
         answer = client.post("/api/v1/rollouts", json={"model": "tiny", "waves": ["100%"]})
         assert answer.status_code == 507

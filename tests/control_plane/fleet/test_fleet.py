@@ -4,7 +4,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 from sqlalchemy.exc import OperationalError
 from sqlmodel import select
@@ -18,17 +17,13 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.jobs import JobKind, JobState
 from control_plane.database.tables.registry import Stage
 from control_plane.database.tables.rollouts import Rollout
-from control_plane.fleet.connection import _newest_reports
 from control_plane.jobs.queue import cancel, claim, finish, get_job, heartbeat, submit
-from control_plane.monitoring.status import State, agent_status, completeness_of, connection_of, merged_window, rates
 from control_plane.registry.versions import find_version, register, set_stage
 from control_plane.rollouts.records import Order, create_rollout
 from control_plane.services import Services
 from models.bundle import read_bundle
 from models.errors import ConflictError, InputError, MessageError, UnavailableError
-from models.histogram import Histogram
-from models.messages import Batch, Event, Live, Phase, Presence, Record, RecordKind, Reported, encode, encode_batch
-from models.profile import FeatureCounter
+from models.messages import Batch, Event, Phase, Presence, Record, RecordKind, Reported, encode, encode_batch
 from models.topics import Channel, agent_topic
 from models.windows import Window
 from tests.simulators.plane import release
@@ -61,7 +56,7 @@ def batch(*payloads: object, first: int = 0) -> bytes:
 
 
 def say(services: Services, channel: Channel, payload: bytes, agent: str = "line-1") -> None:
-    services.fleet.take(agent_topic(agent, channel), payload)
+    services.ingest.take(agent_topic(agent, channel), payload)
 
 
 def reported(**changes: object) -> Reported:
@@ -80,21 +75,23 @@ def test_the_migration_makes_the_tables_of_this_program(services: Services) -> N
 def test_a_broker_that_lost_its_store_gets_everything_also_when_the_database_was_away(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link, tried = services.fleet, []
+    outbox, connection, tried = services.outbox, services.connection, []
 
     def republish() -> None:
         tried.append(1)
         if len(tried) == 1:
             raise OperationalError("select", {}, Exception("the database is away"))
-        link._stopping.set()
 
-    monkeypatch.setattr(link, "republish", republish)
-    monkeypatch.setattr(link._stopping, "wait", lambda _s: False)
-    monkeypatch.setattr(link._sentinel_seen, "wait", lambda _s: False)
-    link._republish_due.set()
-    link._publish_after_connects()
+    monkeypatch.setattr(outbox, "republish", republish)
+    monkeypatch.setattr(outbox._stopping, "wait", lambda _s: False)
+    monkeypatch.setattr(connection.sentinel_seen, "wait", lambda _s: False)
+    connection.connected_again.set()
+    outbox._after_connect()
+    assert connection.connected_again.is_set()
+    outbox._after_connect()
     assert len(tried) == 2
-    assert link.counters["republish_failed"] == 1
+    assert services.counters["republish_failed"] == 1
+    assert not connection.connected_again.is_set()
 
 
 def test_a_batch_is_stored_once_however_often_it_comes(services: Services) -> None:
@@ -104,7 +101,7 @@ def test_a_batch_is_stored_once_however_often_it_comes(services: Services) -> No
     with reading(services.engine) as session:
         assert [row.items for row in session.exec(select(WindowRow).order_by(WindowRow.seq))] == [10, 3]
         assert [row.code for row in session.exec(select(EventRow))] == ["x.y"]
-    assert services.fleet.counters["duplicates"] == 6
+    assert services.counters["duplicates"] == 6
 
 
 def test_a_record_that_is_no_good_is_kept_as_refused_and_does_not_block(services: Services) -> None:
@@ -113,7 +110,7 @@ def test_a_record_that_is_no_good_is_kept_as_refused_and_does_not_block(services
         rows = session.exec(select(WindowRow).order_by(WindowRow.seq)).all()
         assert [(row.items, row.refused) for row in rows] == [(4, "window.inconsistent"), (7, "")]
         assert session.exec(select(EventRow)).one().code == "message.malformed"
-    assert services.statuses.all()[0].completeness == 1.0
+    assert services.board.all()[0].completeness == 1.0
 
 
 @pytest.mark.parametrize(
@@ -121,7 +118,6 @@ def test_a_record_that_is_no_good_is_kept_as_refused_and_does_not_block(services
     [
         ("sortline/v1/agents/line-1/batch", b"rubbish"),
         ("sortline/v1/agents/line-1/reported", b"{}"),
-        ("sortline/v1/agents/line-1/live", b"[1]"),
         ("sortline/v1/agents/line-1/presence", b"x" * 10_000),
         ("sortline/v1/agents/line-1/response", b"{}"),
         ("sortline/v1/agents/line-1/desired", b"{}"),
@@ -131,14 +127,7 @@ def test_a_record_that_is_no_good_is_kept_as_refused_and_does_not_block(services
 )
 def test_hostile_messages_are_refused_by_name(services: Services, topic: str, payload: bytes) -> None:
     with pytest.raises(MessageError):
-        services.fleet.take(topic, payload)
-
-
-def test_of_many_reports_that_wait_the_last_of_each_agent_is_taken_and_nothing_else_is_left_out() -> None:
-    a, b = agent_topic("line-1", Channel.REPORTED), agent_topic("line-2", Channel.REPORTED)
-    batches = agent_topic("line-1", Channel.BATCH)
-    waiting = [(a, b"1"), (batches, b"x"), (b, b"2"), (a, b"3"), (batches, b"y"), (a, b"4")]
-    assert _newest_reports(waiting) == [(batches, b"x"), (b, b"2"), (batches, b"y"), (a, b"4")]
+        services.ingest.take(topic, payload)
 
 
 def test_the_will_of_an_older_boot_does_not_put_an_agent_offline(services: Services) -> None:
@@ -271,98 +260,3 @@ def start_rollout(services: Services, **changes: object) -> int:
 def state_of(services: Services, rollout_id: int) -> Rollout:
     with reading(services.engine) as session:
         return session.get(Rollout, rollout_id)
-
-
-def status(**changes: object):
-    now = utc_now()
-    values = {
-        "agent_id": "line-1",
-        "labels": {},
-        "online": True,
-        "seen_at": now - timedelta(seconds=3),
-        "reported": msgspec.to_builtins(reported(active=A, phase=Phase.COMMITTED, generation=2)),
-        "reported_at": now,
-        "desired_bundle": A,
-        "generation": 2,
-        "window": window(),
-        "last_window_at": now,
-        "sequence": [(BOOT, 1)],
-        "profile": None,
-        "live": None,
-        "now": now,
-    }
-    return agent_status(**(values | changes))
-
-
-def test_nothing_is_good_without_a_fresh_sign_of_life() -> None:
-    assert status().state is State.GOOD
-    old = utc_now() - timedelta(seconds=60)
-    assert status(seen_at=old).state is State.OFFLINE
-    assert status(seen_at=None).state is State.OFFLINE
-    assert status(online=False).state is State.OFFLINE
-    assert status(seen_at=utc_now() - timedelta(seconds=35)).state is State.MAINTENANCE
-    assert connection_of(None, online=True) == "never"
-
-
-@pytest.mark.parametrize(
-    ("facts", "state"),
-    [
-        ({"camera_fault": "camera.frozen"}, State.FAILURE),
-        ({"line_running": False}, State.FAILURE),
-        ({"phase": "rolled-back"}, State.CHECK),
-        ({"phase": "trial"}, State.CHECK),
-        ({"active": B}, State.CHECK),
-        ({"active": ""}, State.CHECK),
-        ({"spool_records": 100}, State.MAINTENANCE),
-    ],
-)
-def test_the_worst_axis_decides(facts: dict[str, object], state: State) -> None:
-    base = msgspec.to_builtins(reported(active=A, phase=Phase.COMMITTED, generation=2))
-    found = status(reported=base | facts)
-    assert found.state is state
-    assert found.reason
-
-
-@pytest.mark.parametrize(("slow", "state"), [(15, State.GOOD), (25, State.OUT_OF_SPEC)])
-def test_a_few_items_that_lose_their_last_view_are_no_alarm(slow: int, state: State) -> None:
-    latency = Histogram()
-    latency.add(5.0, 1000 - slow)
-    latency.add(105.0, slow)
-    found = status(window=window(latency_ms=latency))
-    assert (found.state, found.p99_ms > 50.0) == (state, True)
-    assert ("2.5%" in found.reason) is (state is State.OUT_OF_SPEC)
-
-
-def test_drift_is_shown_with_enough_items_and_is_no_alarm_by_itself(tmp_path: Path) -> None:
-    profile = tiny_bundle(tmp_path / "b").profile
-    rng = np.random.default_rng(3)
-
-    def drifted(items: int, shift: float) -> Window:
-        counter = FeatureCounter(profile)
-        for row in rng.normal(shift, 1.0, (items, len(profile.features))).astype(np.float32):
-            counter.add(row)
-        features, nulls = counter.take()
-        return window(items, features=features, nulls=nulls)
-
-    calm = status(profile=profile, window=drifted(400, 0.0))
-    assert (calm.state, calm.drift) == (State.GOOD, "calm")
-    moved = status(profile=profile, window=merged_window([drifted(200, 1.0), drifted(200, 1.0)], A))
-    assert (moved.state, moved.drift, moved.items) == (State.GOOD, "drifting", 400)
-    assert moved.drift_value > 0.25
-    assert status(profile=profile, window=drifted(50, 1.0)).drift == "learning"
-
-
-def test_rates_and_completeness_say_nothing_when_nothing_is_known() -> None:
-    assert rates({}) == (None, None)
-    assert rates({"sound>pass": 9, "sound>reject": 1, "rot>pass": 1, "rot>reject": 3}) == (0.25, 0.1)
-    assert completeness_of([]) is None
-    assert completeness_of([(BOOT, 1), (BOOT, 4), ("x", 0)]) == pytest.approx(3 / 5)
-
-
-def test_live_figures_are_shown_while_they_are_fresh(services: Services) -> None:
-    say(services, Channel.REPORTED, encode(reported(active=A, phase=Phase.COMMITTED)))
-    say(services, Channel.LIVE, encode(Live(boot_id=BOOT, at_ms=1, items_per_s=17.0)))
-    assert services.statuses.all()[0].live["items_per_s"] == 17.0
-    at_s, live = services.fleet.live["line-1"]
-    services.fleet.live["line-1"] = (at_s - 60.0, live)
-    assert services.statuses.all()[0].live is None

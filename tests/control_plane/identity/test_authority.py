@@ -305,11 +305,11 @@ def test_what_a_revoked_agent_still_sends_is_not_taken_in(tmp_path: Path) -> Non
     site = make_site(tmp_path, url=str(services.engine.url))
     site.enrol("line-1")
     presence = encode(Presence(online=True, boot_id=BOOT))
-    services.fleet.take(agent_topic("line-1", Channel.PRESENCE), presence)
+    services.ingest.take(agent_topic("line-1", Channel.PRESENCE), presence)
     site.enrolment.revoke("line-1", reason="stolen", actor="anna", now=site.now)
     for channel, payload in ((Channel.PRESENCE, presence), (Channel.BATCH, batch(window()))):
         with pytest.raises(MessageError) as caught:
-            services.fleet.take(agent_topic("line-1", channel), payload)
+            services.ingest.take(agent_topic("line-1", channel), payload)
         assert code_of(caught) == "identity.revoked"
     with reading(services.engine) as session:
         agent = session.get(Agent, "line-1")

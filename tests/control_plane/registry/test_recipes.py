@@ -102,7 +102,7 @@ def test_a_change_becomes_a_version_with_its_reason_author_and_origin(client: Te
     assert shown["recipe"]["unsure_outlet"] == "recheck"
     assert shown["recipe"]["replaces"] == client.get("/api/v1/versions/apples:1").json()["bundle"]
     assert shown["thresholds"]["defect"]["unsure"][0] < shown["thresholds"]["defect"]["threshold"]
-    services.fleet.take(agent_topic("line-1", Channel.REPORTED), encode(reported()))
+    services.ingest.take(agent_topic("line-1", Channel.REPORTED), encode(reported()))
     refused = client.post("/api/v1/rollouts", json={"model": "apples:2"})
     assert refused.json()["code"] == "trust.not_released", "a change of recipe is signed like a model"
     release(services, version["bundle"])
@@ -225,10 +225,10 @@ def test_the_command_shows_tunes_and_sets(bundle: Path, tmp_path: Path, capsys: 
 
 
 def test_the_share_of_unsure_items_is_told_per_agent(client: TestClient, services: Services) -> None:
-    services.fleet.take(agent_topic("line-1", Channel.PRESENCE), encode(Presence(online=True, boot_id=BOOT)))
-    services.fleet.take(agent_topic("line-1", Channel.REPORTED), encode(reported(active=A)))
+    services.ingest.take(agent_topic("line-1", Channel.PRESENCE), encode(Presence(online=True, boot_id=BOOT)))
+    services.ingest.take(agent_topic("line-1", Channel.REPORTED), encode(reported(active=A)))
     payload = batch(window(40, grades={"sound": 37, "unsure": 3}), window(60, grades={"sound": 60}))
-    services.fleet.take(agent_topic("line-1", Channel.BATCH), payload)
+    services.ingest.take(agent_topic("line-1", Channel.BATCH), payload)
     status = client.get("/api/v1/agents/line-1").json()
     assert status["grades"] == {"sound": 97, "unsure": 3}
     assert status["unsure_share"] == pytest.approx(0.03)

@@ -154,7 +154,7 @@ def test_an_offline_agent_comes_back_to_the_newest_wish_only(services: Services,
         register_tiny(services, tmp_path / str(number), bias=float(number))
     fleet_of(services, 1)
     published: list[tuple[int, str]] = []
-    services.fleet.publish_desired = lambda *agents: published.extend((a.generation, a.desired_bundle) for a in agents)
+    services.outbox.publish_desired = lambda *agents: published.extend((a.generation, a.desired_bundle) for a in agents)
     rollouts = [start_rollout(services, reference=f"tiny:{n}", waves=("100%",)) for n in (1, 2, 3)]
     # Whatever the order in which they move, the newest rollout wins and stays.
     for _ in range(4):
@@ -243,7 +243,7 @@ def test_the_wish_carries_mode_and_changeover_to_the_agent(plane: Services, tmp_
     register_tiny(plane, tmp_path / "1")
     fleet_of(plane, 1)
     sent: list[bytes] = []
-    plane.fleet._control.publish = lambda _topic, payload, **_: sent.append(payload)
+    plane.connection.control.publish = lambda _topic, payload, **_: sent.append(payload)
     start_rollout(plane, swap=Swap.LOT_CHANGE, swap_within_s=900.0, waves=("100%",))
     plane.rollouts.step(utc_now())
     assert b'"swap":"lot-change","swap_within_s":900.0' in sent[-1]
@@ -274,8 +274,8 @@ def test_a_leader_that_slept_beyond_its_lease_writes_nothing(services: Services,
     fleet_of(services, 2)
     rollout_id = start_rollout(services, waves=("100%",))
     now = utc_now()
-    sleeper = RolloutExecutor(services.engine, services.fleet, "sleeper")
-    waker = RolloutExecutor(services.engine, services.fleet, "waker")
+    sleeper = RolloutExecutor(services.engine, services.outbox, "sleeper")
+    waker = RolloutExecutor(services.engine, services.outbox, "waker")
     # It takes the lease, then sleeps between its lease and its turn while the other takes over and works.
     original = sleeper._advance
     late: list[int] = []
@@ -300,12 +300,12 @@ def test_what_a_dead_leader_committed_but_did_not_tell_is_told_by_the_next(plane
     bundle = register_tiny(plane, tmp_path / "1")
     fleet_of(plane, 2)
     start_rollout(plane, waves=("100%",))
-    dying = RolloutExecutor(plane.engine, plane.fleet, "dying")
+    dying = RolloutExecutor(plane.engine, plane.outbox, "dying")
     dying.publish = lambda _agents: None
     dying.step(utc_now())
     told_to: list[str] = []
-    plane.fleet.publish_desired = lambda *agents: told_to.extend(f"{a.id} {a.desired_bundle[:4]}" for a in agents)
-    following = RolloutExecutor(plane.engine, plane.fleet, "following")
+    plane.outbox.publish_desired = lambda *agents: told_to.extend(f"{a.id} {a.desired_bundle[:4]}" for a in agents)
+    following = RolloutExecutor(plane.engine, plane.outbox, "following")
     following.step(utc_now() + timedelta(seconds=10.0 + 1))
     assert sorted(told_to) == [f"line-0 {bundle[:4]}", f"line-1 {bundle[:4]}"]
 

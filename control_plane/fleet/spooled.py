@@ -1,0 +1,160 @@
+"""Turns spooled records into rows. Whatever a record holds, it becomes a row: a bad one is kept as refused.
+
+A record that made no row would never be acknowledged, so its agent would send it, and everything after it, again and
+again. Rules: a record is never refused for its neighbour's sake; text that the database cannot hold is made fit for
+it; counts contradicting each other are kept with the code of the refusal and used for nothing.
+"""
+
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, NamedTuple
+
+import msgspec
+
+from control_plane.database.tables.agents import EventRow, WindowRow
+from control_plane.fleet.window_payload import pack_window
+from models.errors import MessageError
+from models.messages import (
+    MAX_BATCH_RECORDS,
+    BootId,
+    Counter,
+    Event,
+    Gap,
+    Record,
+    RecordKind,
+    decode_packed,
+    unpack_batch,
+)
+from models.messages import Batch as _Batch
+from models.windows import Window
+
+MAX_FACTS: Final = 64
+MAX_FACT_CHARACTERS: Final = 600
+_LATEST_MS: Final = 4_102_444_800_000
+"""The year 2100: a clock further ahead cannot be stored everywhere."""
+
+
+class Row(NamedTuple):
+    """One row to store."""
+
+    table: type[WindowRow] | type[EventRow]
+    boot_id: str
+    seq: int
+    values: dict[str, Any]
+    refused: str
+    """Error code of a record that is kept and not used; empty = it is good."""
+
+
+class _Keyed(msgspec.Struct):
+    boot_id: BootId
+    seq: Counter
+
+
+class _Loose(msgspec.Struct):
+    records: Annotated[tuple[msgspec.Raw, ...], msgspec.Meta(max_length=MAX_BATCH_RECORDS)]
+
+
+def rows_of(payload: bytes) -> list[Row]:
+    """Returns a row for every record of a batch that names its boot and number.
+
+    Raises:
+        MessageError: The batch itself is no batch: `message.oversize`, `message.malformed`, `message.wrong_version`.
+    """
+    data = unpack_batch(payload)
+    try:
+        return [_row_of(record) for record in decode_packed(data, _Batch).records]
+    except MessageError as error:
+        if error.code != "message.malformed":
+            raise
+        return _rows_one_by_one(data, error)
+
+
+def _rows_one_by_one(data: bytes, error: MessageError) -> list[Row]:
+    """Some record is malformed: each is read by itself."""
+    try:
+        loose = msgspec.msgpack.decode(data, type=_Loose)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise error from None
+    rows = []
+    for raw in loose.records:
+        try:
+            rows.append(_row_of(decode_packed(bytes(raw), Record)))
+        except MessageError as bad:
+            key = _key_of(bytes(raw))
+            if key is not None:
+                rows.append(refused_row(key.boot_id, key.seq, bad.code, str(bad)))
+    if not rows:
+        raise error
+    return rows
+
+
+def _key_of(raw: bytes) -> _Keyed | None:
+    try:
+        return msgspec.msgpack.decode(raw, type=_Keyed)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def refused_row(boot_id: str, seq: int, code: str, message: str) -> Row:
+    """Returns an event that says why the record of this key is not used."""
+    return Row(EventRow, boot_id, seq, _event(time.time_ns() // 1_000_000, code, message[:600], {}), code)
+
+
+def _row_of(record: Record) -> Row:
+    try:
+        match record.kind:
+            case RecordKind.EVENT:
+                event = decode_packed(record.payload, Event)
+                values = _event(event.at_ms, event.code, event.message, event.facts)
+                return Row(EventRow, record.boot_id, record.seq, values, "")
+            case RecordKind.GAP:
+                return Row(EventRow, record.boot_id, record.seq, _gap(decode_packed(record.payload, Gap)), "")
+        window = decode_packed(record.payload, Window)
+    except MessageError as error:
+        return refused_row(record.boot_id, record.seq, error.code, str(error))
+    refused = ""
+    try:
+        window.check()
+    except MessageError as error:
+        refused = error.code
+    values = {
+        "started_at": _time(window.started_ms),
+        "bundle": storable(window.bundle),
+        "items": window.items,
+        "refused": refused,
+        "payload": pack_window(record.payload),
+    }
+    return Row(WindowRow, record.boot_id, record.seq, values, refused)
+
+
+def _gap(gap: Gap) -> dict[str, Any]:
+    facts = {"boot_id": gap.boot_id, "ranges": ",".join(f"{r.first}-{r.last}" for r in gap.ranges)}
+    facts |= {f"{kind}s": str(count) for kind, count in gap.records.items()}
+    return _event(gap.at_ms, "spool.gap", "Records were dropped for lack of room.", facts, longest=16_000)
+
+
+def _event(
+    at_ms: int, code: str, message: str, facts: dict[str, str], *, longest: int = MAX_FACT_CHARACTERS
+) -> dict[str, Any]:
+    kept = dict(_first(facts.items(), MAX_FACTS))
+    return {
+        "at": _time(at_ms),
+        "code": storable(code),
+        "message": storable(message),
+        "facts": {storable(key[:80]): storable(value[:longest]) for key, value in kept.items()},
+    }
+
+
+def _first(pairs: Iterable[tuple[str, str]], most: int) -> Iterable[tuple[str, str]]:
+    return (pair for _, pair in zip(range(most), pairs, strict=False))
+
+
+def storable(text: str) -> str:
+    """Returns the text with NUL shown as U+2400: PostgreSQL holds no NUL in text."""
+    return text.replace("\x00", "\u2400")
+
+
+def _time(at_ms: int) -> datetime:
+    """An agent's clock may be wrong, but not so wrong that its time cannot be stored."""
+    return datetime.fromtimestamp(min(max(at_ms, 0), _LATEST_MS) / 1000.0, UTC)
