@@ -154,6 +154,11 @@ class Outbox:
 
     # -- called by others -------------------------------------------------------------------------------------
 
+    @property
+    def connected(self) -> bool:
+        """Whether both connections to the broker stand."""
+        return self._connection.connected
+
     def acknowledge(self, agent_id: str, ack: Ack) -> None:
         """Says that these records are committed. A lost acknowledgement brings the batch again, and changes nothing."""
         self._connection.bulk.publish(agent_topic(agent_id, Channel.ACK), encode(ack), qos=1)

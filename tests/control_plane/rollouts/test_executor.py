@@ -170,6 +170,7 @@ def test_an_offline_agent_comes_back_to_the_newest_wish_only(services: Services,
     # It reports the old world; it is told the newest wish again, nothing else.
     published.clear()
     say(services, Channel.REPORTED, encode(reported(generation=0)), "line-0")
+    services.outbox._publish_behind()
     assert published == [(generation, bundle)]
 
 
