@@ -30,8 +30,10 @@ from control_plane.api import (
 )
 from control_plane.api.errors import status_of
 from control_plane.api.schemas import ErrorBody
-from control_plane.database.engine import check_alive
+from control_plane.database.engine import check_alive, reading
+from control_plane.database.leases import leases_ahead
 from control_plane.database.migrate import migration_state
+from control_plane.database.tables.columns import utc_now
 from control_plane.monitoring import prometheus as metrics_export
 from control_plane.pages import mount_pages, unavailable_page
 from control_plane.services import Services, services_of
@@ -148,9 +150,10 @@ def _add_probes(app: FastAPI) -> None:
 
     @app.get("/readyz", tags=["system"])
     def readyz(services: Given, response: Response) -> dict[str, Any]:
-        """Database, migrations, broker and disk; 503 when one of them is not good."""
+        """Database, migrations, leases, broker and disk; 503 when one of them is not good."""
         checks = {
             "database": _check_database(services),
+            "leases": _check_leases(services),
             "broker": "ok" if services.connection.connected or not services.config.broker.enabled else "not connected",
             "disk": "ok" if shutil.disk_usage(services.config.root).free > _MIN_FREE_BYTES else "nearly full",
         }
@@ -194,3 +197,13 @@ def _check_database(services: Services) -> str:
     except SortlineError as error:
         return str(error)
     return "ok" if current == needed else f"tables are at {current}, this program needs {needed}"
+
+
+def _check_leases(services: Services) -> str:
+    """Names the leases that no clock of today could have given: one was set back, or a replica's is ahead."""
+    try:
+        with reading(services.engine) as session:
+            ahead = leases_ahead(session, utc_now())
+    except (SQLAlchemyError, SortlineError):
+        return "the database does not answer"
+    return f"void, for they run too far ahead; look at the clocks: {', '.join(ahead)}" if ahead else "ok"

@@ -15,6 +15,7 @@ from fastapi import Request
 from sqlalchemy import Engine
 
 from control_plane.config import ControlPlaneConfig
+from control_plane.database.audit_check import AuditCheck
 from control_plane.database.engine import open_database, reading
 from control_plane.database.tables.columns import utc_now
 from control_plane.fleet.blobs import Publisher
@@ -58,6 +59,10 @@ class Services:
     """None where the site has no certificate authority."""
     site_files: SiteFiles | None = None
     started_s: float = field(default_factory=time.monotonic)
+    audit: AuditCheck = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.audit = AuditCheck(self.engine)
 
     def start_fleet(self) -> None:
         """Connects to the broker and starts what takes in and gives out."""

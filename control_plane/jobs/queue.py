@@ -14,6 +14,7 @@ from sqlmodel import Session, col, desc, select
 
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
+from control_plane.database.leases import CLOCK_SLACK
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.jobs import Job, JobKind, JobState
 from models.errors import ConflictError, InputError
@@ -44,7 +45,10 @@ def submit(session: Session, kind: JobKind, params: dict[str, Any], *, actor: st
 def claim(engine: Engine, worker: str, *, lease_s: float, max_attempts: int, now: datetime) -> Claim | None:
     """Takes the oldest job that waits, or one whose worker is gone; None when there is nothing to do."""
     with writing(engine) as session:
-        stale = (col(Job.state) == JobState.RUNNING) & (col(Job.lease_until) < now)
+        # A lease further ahead than one can be given is void: the clock was set back since.
+        longest = now + timedelta(seconds=lease_s) + CLOCK_SLACK
+        until = col(Job.lease_until)
+        stale = (col(Job.state) == JobState.RUNNING) & ((until < now) | (until > longest))
         query = select(Job).where((col(Job.state) == JobState.QUEUED) | stale).order_by(col(Job.id)).limit(1)
         if engine.dialect.name == "postgresql":
             query = query.with_for_update(skip_locked=True)

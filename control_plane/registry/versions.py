@@ -4,6 +4,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import ColumnElement, func
 from sqlmodel import Session, col, desc, select
 
 from control_plane.database.audit import audit
@@ -26,6 +27,8 @@ def register(
 ) -> ModelVersion:
     """Keeps a bundle and gives it the next number under its name; the same bundle again is the same version.
 
+    A name that differs from a known one by upper and lower case alone is that model's name.
+
     `origin` says where it comes from, beyond what the bundle itself knows; it stands in the version's lineage. The
     held-out items stay in the bundle: a list of versions must not carry thousands of probabilities.
 
@@ -33,7 +36,7 @@ def register(
         BundleError: The bundle is not whole.
     """
     bundle = store.put_bundle(directory)
-    model = session.exec(select(Model).where(Model.name == bundle.manifest.name)).first()
+    model = session.exec(select(Model).where(_named(bundle.manifest.name))).first()
     if model is None:
         model = Model(name=bundle.manifest.name, created_at=now)
         session.add(model)
@@ -60,6 +63,11 @@ def register(
     return version
 
 
+def _named(name: str) -> ColumnElement[bool]:
+    """Whether a model has this name; upper and lower case make no two models."""
+    return func.lower(col(Model.name)) == name.lower()
+
+
 def find_version(session: Session, reference: str) -> tuple[Model, ModelVersion]:
     """The version that `NAME`, `NAME:NUMBER` or a bundle digest names; a bare name means the newest.
 
@@ -71,7 +79,7 @@ def find_version(session: Session, reference: str) -> tuple[Model, ModelVersion]
     if len(reference) == 64 and not number:
         query = query.where(ModelVersion.bundle == reference)
     else:
-        query = query.where(Model.name == name)
+        query = query.where(_named(name))
         if number:
             if not number.isdigit():
                 raise _unknown(reference)
