@@ -29,7 +29,7 @@ from control_plane.database.tables.identities import Identity, IdentityState
 from control_plane.fleet.intake import Intake, Message
 from control_plane.fleet.labels import bounded, effective
 from control_plane.fleet.lot_commands import record_response
-from control_plane.fleet.spooled import Row, refused_row, rows_of, storable
+from control_plane.fleet.spooled import Row, refused_row, rows_of, storable, time_of
 from control_plane.fleet.twins import TwinWatch
 from models.errors import MessageError
 from models.messages import MAX_REPORTED_BYTES, Ack, Presence, Reported, Request, Response, decode
@@ -37,6 +37,8 @@ from models.topics import Channel, parse_agent_topic
 
 log = logging.getLogger("sortline.fleet")
 _AWAY: Final = (OperationalError, InterfaceError, PoolTimeout)
+_NUL: Final = b"u0000"
+"""A report whose JSON holds no such escape has no NUL in any text."""
 _GATHER_S: Final = 0.2
 """Between two transactions: what arrives meanwhile shares the next one, and an acknowledgement is late by as much."""
 _IDLE_S: Final = 0.5
@@ -298,8 +300,14 @@ class Ingest:
             return
         labels = bounded(reported.labels)
         self._counters["labels_refused"] += len(reported.labels) - len(labels)
-        values = {"reported": _storable(msgspec.to_builtins(reported)), "labels": effective(labels, agent.assigned)}
-        work.agents[message.agent_id] |= values | ({} if message.retained else {"reported_at": message.at})
+        values = msgspec.to_builtins(reported)
+        # The broker had kept a retained one: it was made when the agent says, and certainly not later than now.
+        made_at = min(message.at, time_of(reported.at_ms)) if message.retained else message.at
+        work.agents[message.agent_id] |= {
+            "reported": _storable(values) if _NUL in message.payload else values,
+            "reported_at": made_at,
+            "labels": effective(labels, agent.assigned),
+        }
         work.reports[message.agent_id] = (reported, message.at)
 
     def _read_batch(self, message: Message, rows: list[Row], work: _Round, now: datetime) -> None:

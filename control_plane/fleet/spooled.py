@@ -119,7 +119,7 @@ def _row_of(record: Record) -> Row:
     except MessageError as error:
         refused = error.code
     values = {
-        "started_at": _time(window.started_ms),
+        "started_at": time_of(window.started_ms),
         "bundle": storable(window.bundle),
         "items": window.items,
         "refused": refused,
@@ -139,7 +139,7 @@ def _event(
 ) -> dict[str, Any]:
     kept = dict(_first(facts.items(), MAX_FACTS))
     return {
-        "at": _time(at_ms),
+        "at": time_of(at_ms),
         "code": storable(code),
         "message": storable(message),
         "facts": {storable(key[:80]): storable(value[:longest]) for key, value in kept.items()},
@@ -155,6 +155,6 @@ def storable(text: str) -> str:
     return text.replace("\x00", "\u2400")
 
 
-def _time(at_ms: int) -> datetime:
-    """An agent's clock may be wrong, but not so wrong that its time cannot be stored."""
+def time_of(at_ms: int) -> datetime:
+    """Returns a time of an agent's clock: it may be wrong, but not so wrong that it cannot be stored."""
     return datetime.fromtimestamp(min(max(at_ms, 0), _LATEST_MS) / 1000.0, UTC)

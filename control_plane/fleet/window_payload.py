@@ -50,8 +50,11 @@ def unpack_window(stored: bytes) -> bytes:
         return stored
     inflater = zlib.decompressobj(zdict=_DICTIONARY)
     try:
-        return inflater.decompress(stored, _MAX_BYTES)
+        data, problem = inflater.decompress(stored, _MAX_BYTES), ""
     except zlib.error as error:
+        data, problem = b"", str(error)
+    if problem or not inflater.eof:
         raise MessageError(
-            "message.malformed", "A stored window is damaged.", expected="zlib with the dictionary", got=str(error)
-        ) from error
+            "message.malformed", "A stored window is damaged.", expected="a whole zlib stream", got=problem or "a part"
+        )
+    return data

@@ -5,6 +5,7 @@ since the last look; sums of windows are kept, not added up again. What is remem
 this one after a restart, finds the same.
 """
 
+import json
 import threading
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, Text, cast
 from sqlmodel import Session, col, select
 
 from control_plane.database.engine import reading
@@ -35,7 +36,7 @@ from control_plane.monitoring.figures import (
     figures_of,
 )
 from control_plane.monitoring.sorting import Sorting, sorting_of
-from control_plane.monitoring.status import AgentStatus, Facts, agent_status
+from control_plane.monitoring.status import AgentStatus, Facts, agent_status, grown_older, link_of
 from control_plane.monitoring.windows import RECENT_S, Key, RollingSum, StoredWindow, arrived
 from control_plane.registry.store import Store
 from models.bundle import PROFILE, RECIPE
@@ -46,10 +47,9 @@ from models.recipe import parse_recipe
 
 _RECENT: Final = timedelta(seconds=RECENT_S)
 _IDS_AT_ONCE: Final = 500
+_DOCUMENTS: Final = ("labels", "labels_assigned", "lot_asked", "twins")
 _LIGHT: Final = (
     "id",
-    "labels",
-    "labels_assigned",
     "online",
     "seen_at",
     "stored_at",
@@ -58,8 +58,6 @@ _LIGHT: Final = (
     "desired_bundle",
     "mode",
     "generation",
-    "lot_asked",
-    "twins",
 )
 """Columns that are read of every agent at every look; the report is read when it is another one."""
 
@@ -84,6 +82,12 @@ class _Remembered:
     figures: Figures = NO_FIGURES
     drift: Drift = NO_DRIFT
     completeness: float | None = None
+    texts: tuple[str, ...] = ()
+    """The JSON columns as text, and what they say: they are decoded again when they are others."""
+    documents: tuple[Any, ...] = ({}, {}, {}, {})
+    status_of: tuple[Any, ...] = ()
+    """What the last status was made of, times aside."""
+    status: AgentStatus | None = None
 
 
 class FleetBoard:
@@ -202,30 +206,45 @@ class FleetBoard:
     def _status(
         self, row: Any, known: _Remembered, model: str, released: frozenset[str] | None, now: datetime
     ) -> AgentStatus:
-        return agent_status(
+        texts = tuple(getattr(row, name) for name in _DOCUMENTS)
+        if texts != known.texts:
+            known.texts, known.documents = texts, tuple(json.loads(text) for text in texts)
+        labels, assigned, lot_asked, twins = known.documents
+        ages = {"online": row.online, "seen_at": row.seen_at, "reported_at": row.reported_at}
+        link, live = link_of(now, **ages, window_at=row.window_at), self._live.of(row.id)
+        made_of = (
+            *(link.connection, row.reported_at, id(known.reported), id(known.figures), id(known.drift)),
+            *(known.completeness, row.desired_bundle, row.mode, row.generation, texts, model),
+            released is None or known.reported.active in released,
+        )
+        # A lot that was asked for and two boxes under one identity end with time.
+        if known.status is not None and made_of == known.status_of and not lot_asked and not twins:
+            known.status = grown_older(known.status, link, live, now)
+            return known.status
+        known.status_of = made_of
+        known.status = agent_status(
             Facts(
                 agent_id=row.id,
                 now=now,
                 reported=known.reported,
-                reported_at=row.reported_at,
-                labels=row.labels,
-                labels_assigned=row.labels_assigned,
-                online=row.online,
-                seen_at=row.seen_at,
+                labels=labels,
+                labels_assigned=assigned,
+                **ages,
                 window_at=row.window_at,
                 desired_bundle=row.desired_bundle,
                 mode=row.mode,
                 generation=row.generation,
-                lot_asked=lot_status(row.lot_asked, now),
-                twins=twins_of(row.twins, now),
+                lot_asked=lot_status(lot_asked, now),
+                twins=twins_of(twins, now),
                 figures=known.figures,
                 drift=known.drift,
                 completeness=known.completeness,
-                live=self._live.of(row.id),
+                live=live,
                 model=model,
                 released=released,
             )
         )
+        return known.status
 
     def sorting(self, bundle: str) -> Sorting | None:
         """Returns what the names of this bundle's recipe mean; None for a bundle that was never pushed here."""
@@ -243,6 +262,7 @@ class FleetBoard:
 
 def _rows(session: Session, only: str | None) -> dict[str, Any]:
     columns = [getattr(Agent, name) for name in _LIGHT]
+    columns += [cast(getattr(Agent, name), Text).label(name) for name in _DOCUMENTS]
     query = select(*columns).order_by(col(Agent.id))
     if only is not None:
         query = query.where(col(Agent.id) == only)

@@ -144,15 +144,46 @@ class Facts:
     """The bundles a release key lists; None where nothing is signed."""
 
 
+def link_of(
+    now: datetime,
+    *,
+    online: bool,
+    seen_at: datetime | None,
+    reported_at: datetime | None,
+    window_at: datetime | None,
+) -> Link:
+    """Returns the connection and the ages as of now."""
+    seen_s = age_s(seen_at, now)
+    return Link(
+        connection=connection_of(seen_s, online=online),
+        seen_age_s=seen_s,
+        reported_age_s=age_s(reported_at, now),
+        window_age_s=age_s(window_at, now),
+    )
+
+
+def grown_older(status: AgentStatus, link: Link, live: Live | None, now: datetime) -> AgentStatus:
+    """Returns a status in which only time went by: the same connection, report, figures and orders as before.
+
+    Law: it equals `agent_status` of the same facts at that time.
+    """
+    at_ms = round(now.timestamp() * 1000)
+    lot = status.lot
+    if lot.get("age_s") is not None:
+        lot = lot | {"age_s": lot["age_s"] + (link.reported_age_s or 0.0) - (status.link.reported_age_s or 0.0)}
+    shown = live if link.connection == "live" else None
+    return msgspec.structs.replace(status, at_ms=at_ms, link=link, lot=lot, live=shown)
+
+
 def agent_status(facts: Facts) -> AgentStatus:
     """Returns the status of one agent."""
     reported, now = facts.reported, facts.now
-    seen_s = age_s(facts.seen_at, now)
-    link = Link(
-        connection=connection_of(seen_s, online=facts.online),
-        seen_age_s=seen_s,
-        reported_age_s=age_s(facts.reported_at, now),
-        window_age_s=age_s(facts.window_at, now),
+    link = link_of(
+        now,
+        online=facts.online,
+        seen_at=facts.seen_at,
+        reported_at=facts.reported_at,
+        window_at=facts.window_at,
     )
     runs = _runs(facts)
     state, reason = next(_wrong(facts, link, runs), (State.GOOD, ""))
