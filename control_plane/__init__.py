@@ -6,9 +6,9 @@ their bytes by content. `rollouts` plans, purely, which agent gets which bundle 
 publishes chunks and desired states, takes in what agents report, and acknowledges a record only after the database
 has it. `monitoring` turns windows into figures with an age. `trust` signs what may run, `identity` says who is who.
 `services` puts all of it together; `api` is the REST interface, `pages` shows the same to people, `app` serves both,
-`server` is the process (its ports are bound by `listening`, its log lines are written by `logs`), `cli` the
-`sortline` command with its `client`, `demo` the whole loop on one machine; `config` is read once. `broker` is the
-embedded MQTT broker, a process of its own.
+`server` is the process (its ports are bound by `listening`, its log lines are written by `logs`, what it lets in is
+decided by `guard`), `cli` the `sortline` command with its `client`, `demo` the whole loop on one machine; `config` is
+read once. `broker` is the embedded MQTT broker, a process of its own.
 
 Everything that must outlive a process is in the `database` or the registry's store.
 """

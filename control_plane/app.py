@@ -1,19 +1,20 @@
 """Makes the application: routes, guards, and the one place where our errors become HTTP."""
 
+import errno
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from hmac import compare_digest
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from control_plane.api import (
@@ -34,12 +35,13 @@ from control_plane.database.engine import check_alive, reading
 from control_plane.database.leases import leases_ahead
 from control_plane.database.migrate import migration_state
 from control_plane.database.tables.columns import utc_now
+from control_plane.guard import Guard, TooLarge
 from control_plane.monitoring import prometheus as metrics_export
 from control_plane.pages import mount_pages, unavailable_page
+from control_plane.pages.login import login_page
 from control_plane.services import Services, services_of
-from models.errors import ConflictError, InputError, SortlineError, UnavailableError
+from models.errors import CapacityError, InputError, SortlineError, UnavailableError
 
-_CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 log = logging.getLogger("sortline.api")
 _MIN_FREE_BYTES = 200 * 1024 * 1024
 Given = Annotated[Services, Depends(services_of)]
@@ -66,14 +68,14 @@ def create_app(services: Services) -> FastAPI:
         version=version("sortline"),
         summary="Data sets, training, models, rollouts and the fleet of visual sorting lines.",
         lifespan=lifespan,
-        root_path=services.config.server.root_path,
         responses={422: {"model": ErrorBody}, 409: {"model": ErrorBody}},
         docs_url=None,
         redoc_url=None,
     )
     app.state.services = services
     _guard(app, services)
-    _map_errors(app)
+    _map_refusals(app)
+    _map_failures(app)
     for subject in (datasets, training, models, recipes, agents, windows, audit, identities, rollouts, trust):
         app.include_router(subject.router)
     _add_probes(app)
@@ -82,71 +84,105 @@ def create_app(services: Services) -> FastAPI:
 
 
 def _guard(app: FastAPI, services: Services) -> None:
-    """Who may change anything: the right host name, the same origin, the token where there is one."""
-
-    async def check(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.method in _CHANGES:
-            problem = _refusal(request, services)
-            if problem is not None:
-                return _answer(problem[0], problem[1].as_dict())
-        response = await call_next(request)
-        response.headers["x-content-type-options"] = "nosniff"
-        return response
-
-    app.middleware("http")(check)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*services.config.server.allowed_hosts])
+    config = services.config.server
+    app.add_middleware(Guard, config=config, tokens=services.tokens, stopping=services.stopping, login_page=login_page)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*config.hosts])
 
 
-def _refusal(request: Request, services: Services) -> tuple[int, SortlineError] | None:
-    origin, host = request.headers.get("origin"), request.headers.get("host", "")
-    if origin is not None and origin.partition("://")[2] != host:
-        return 403, ConflictError("api.foreign_origin", "Another site must not act here.", expected=host, got=origin)
-    size = request.headers.get("content-length", "0")
-    if not size.isdigit() or int(size) > services.config.server.max_body_bytes:
-        return 413, InputError(
-            "api.oversize", "The request is too large.", expected=services.config.server.max_body_bytes, got=size
-        )
-    if services.token:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not compare_digest(given.encode(), services.token.encode()):
-            return 401, ConflictError("api.no_token", "Changes need the token.", expected="Authorization: Bearer ...")
-    return None
+_RETRY_S: Final = "5"
+"""What a refused caller is asked to wait for, in seconds: the wait for a database lock, and a start of the broker."""
 
 
-def _map_errors(app: FastAPI) -> None:
+def _map_refusals(app: FastAPI) -> None:
+    """Maps what the caller must mend."""
+
     @app.exception_handler(SortlineError)
-    async def ours(_request: Request, error: SortlineError) -> JSONResponse:
-        return _answer(status_of(error), error.as_dict())
-
-    @app.exception_handler(OperationalError)
-    @app.exception_handler(InterfaceError)
-    @app.exception_handler(PoolTimeout)
-    async def database_away(request: Request, error: SQLAlchemyError) -> Response:
-        """Locked, slow or gone: the caller tries again, and nothing was done."""
-        log.warning("%s %s refused, the database is away: %s", request.method, request.url.path, error)
-        problem = UnavailableError("database.unavailable", "The database does not answer; try again.")
-        answer = unavailable_page(request) or _answer(503, problem.as_dict())
-        answer.headers["retry-after"] = "5"
-        return answer
+    async def ours(request: Request, error: SortlineError) -> JSONResponse:
+        status = status_of(error)
+        if status == 404 and not request.path_params:
+            status = 422  # what a body names and nobody knows is a mistake of the body: the route is there
+        return _answer(status, error.as_dict())
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return _answer(
-            422, {"code": "api.malformed", "message": f"{where}: {first['msg']}", "got": repr(first["input"])[:200]}
-        )
+        got = ascii(first.get("input"))[:200]
+        if first["loc"][0] == "path":
+            return _answer(404, {"code": "api.unknown_path", "message": f"There is nothing here: {where}.", "got": got})
+        return _answer(422, {"code": "api.malformed", "message": f"{where}: {first['msg']}", "got": got})
+
+    @app.exception_handler(OverflowError)
+    @app.exception_handler(DataError)
+    async def too_large(_request: Request, error: Exception) -> JSONResponse:
+        """A value that no column can hold came through a query."""
+        return _answer(422, InputError("api.malformed", "A value is out of range.", got=str(error)[:200]).as_dict())
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error, TooLarge):
+            return _answer(413, error.error().as_dict())
+        code, message = _HTTP.get(error.status_code, ("api.malformed", str(error.detail)))
+        body = {"code": code, "message": message, "got": f"{request.method} {request.url.path}"[:200]}
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def _map_failures(app: FastAPI) -> None:
+    """Maps what the operator must mend: the database, the disk, the program."""
+
+    @app.exception_handler(OperationalError)
+    @app.exception_handler(InterfaceError)
+    @app.exception_handler(PoolTimeout)
+    async def database_away(request: Request, error: SQLAlchemyError) -> Response:
+        """Locked, slow, full or gone: the caller tries again, and nothing was done."""
+        if "disk is full" in str(error) or "No space left" in str(error):
+            return _full(request, error)
+        log.warning("%s %s refused, the database is away: %s", request.method, request.url.path, error)
+        problem = UnavailableError("database.unavailable", "The database does not answer; try again.")
+        page = unavailable_page(request)
+        if page is None:
+            return _answer(503, problem.as_dict())
+        page.headers["retry-after"] = _RETRY_S
+        return page
+
+    @app.exception_handler(OSError)
+    async def system(request: Request, error: OSError) -> JSONResponse:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return _full(request, error)
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return _answer(500, UnavailableError("server.failed", "The server failed; its log says why.").as_dict())
+
+    @app.exception_handler(Exception)
+    async def failed(_request: Request, _error: Exception) -> JSONResponse:
+        """A defect of ours: the traceback stands in the log."""
+        return _answer(500, UnavailableError("server.failed", "The server failed; its log says why.").as_dict())
+
+
+_HTTP: Final = {
+    404: ("api.unknown_path", "There is nothing here."),
+    405: ("api.wrong_method", "This is not how this is done here; the header Allow names the methods."),
+}
+
+
+def _full(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s refused, the disk is full: %s", request.method, request.url.path, error)
+    problem = CapacityError("disk.full", "The disk of the control plane is full; nothing was changed.")
+    return _answer(507, problem.as_dict())
 
 
 def _answer(status: int, body: dict[str, Any]) -> JSONResponse:
-    return JSONResponse(body, status_code=status)
+    headers = {"retry-after": _RETRY_S} if status == 503 else {}
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
 def _add_probes(app: FastAPI) -> None:
     @app.get("/healthz", tags=["system"])
-    def healthz(services: Given) -> dict[str, str]:
-        """The process lives; and with what kind of keys it signs."""
-        return {"status": "ok", "trust": services.signer.kind}
+    async def healthz(request: Request) -> dict[str, str]:
+        """The process lives; and with what kind of keys it signs.
+
+        Answers on the event loop: it must not wait for a thread while others wait for the database.
+        """
+        return {"status": "ok", "trust": services_of(request).signer.kind}
 
     @app.get("/readyz", tags=["system"])
     def readyz(services: Given, response: Response) -> dict[str, Any]:

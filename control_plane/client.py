@@ -9,7 +9,15 @@ import httpx2
 
 from models.errors import ConflictError, InputError, UnavailableError
 
-DEFAULT_URL = "http://127.0.0.1:8080"
+_PORT_SETTING = "SORTLINE__SERVER__PORT"
+
+
+def default_url() -> str:
+    """Returns `SORTLINE_URL`, else this machine at the port that the environment configures, else at 8080."""
+    port = os.environ.get(_PORT_SETTING, "")
+    return os.environ.get("SORTLINE_URL") or f"http://127.0.0.1:{port if port.isdecimal() and port != '0' else 8080}"
+
+
 _ATTEMPTS = 3
 _PAUSE_S = 1.0
 """Before a request whose answer was lost is sent again."""
@@ -19,12 +27,12 @@ class Client:
     """Calls a control plane.
 
     Args:
-        url: Of the server; empty = `SORTLINE_URL`, else this machine.
-        token: For changes; empty = `SORTLINE_TOKEN`.
+        url: Address of the server; empty = `default_url()`.
+        token: Token or read token; empty = `SORTLINE_TOKEN`.
     """
 
     def __init__(self, url: str = "", token: str = "") -> None:
-        self.url = (url or os.environ.get("SORTLINE_URL", DEFAULT_URL)).rstrip("/")
+        self.url = (url or default_url()).rstrip("/")
         token = token or os.environ.get("SORTLINE_TOKEN", "")
         headers = {"authorization": f"Bearer {token}"} if token else {}
         # A command calls once or twice and nobody closes the client: no connection stays open behind an answer.

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -14,6 +15,7 @@ PREFIX = "SORTLINE"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _PLAIN_PORT: Final = 1883
 _TLS_PORT: Final = 8883
+_MIN_TOKEN: Final = 16
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
@@ -22,13 +24,53 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     host: str = "127.0.0.1"
     port: Port = 8080
+    public_url: str = ""
+    """Address under which browsers reach the server, such as `https://plant.example/sortline`, where a reverse proxy
+    stands before it: its host is allowed, its origin may act, its path is the prefix of every link. Empty = none."""
     root_path: str = ""
-    """Prefix behind a reverse proxy."""
+    """Prefix behind a reverse proxy; empty = the path of `public_url`."""
     token_file: str = ""
-    """Holds the token that changes must carry (`Authorization: Bearer ...`). Needed beyond this machine."""
+    """File with the token that changes and reading need (`Authorization: Bearer ...`), 16 characters or more. A server
+    that listens beyond this machine must have one. Empty = no token is asked for."""
+    read_token_file: str = ""
+    """File with a token that allows reading alone, for dashboards and Prometheus. Empty = reading needs the token."""
     allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]", "testserver")
     """Names under which the server may be called; guards against DNS rebinding."""
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 600 * 1024 * 1024
+    """Largest upload of a bundle, in bytes; other bodies end at 4 MiB."""
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of every link, without a slash at its end."""
+        return (self.root_path or urlsplit(self.public_url).path).rstrip("/")
+
+    @property
+    def public_origin(self) -> str:
+        """Scheme, host and port of `public_url` as a browser writes them in `Origin`; empty without one."""
+        parts = urlsplit(self.public_url)
+        return f"{parts.scheme}://{parts.netloc}".lower() if parts.netloc else ""
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names under which the server may be called."""
+        host = urlsplit(self.public_url).hostname
+        return (*self.allowed_hosts, *((f"[{host}]" if ":" in host else host,) if host else ()))
+
+    def check(self) -> None:
+        """Checks what no type says.
+
+        Raises:
+            ConfigError: `server.bad_public_url`.
+        """
+        parts = urlsplit(self.public_url)
+        plain = not (parts.query or parts.fragment or parts.username)
+        if self.public_url and not (parts.scheme in {"http", "https"} and parts.hostname and plain):
+            raise ConfigError(
+                "server.bad_public_url",
+                "server.public_url is no address of a server.",
+                expected="such as https://plant.example/sortline",
+                got=self.public_url,
+            )
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -144,33 +186,48 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         return self.database or f"sqlite:///{self.root / 'sortline.sqlite'}"
 
     @property
-    def read_token(self) -> str:
-        """Placeholder."""
-        return ""
-
-    @property
     def token(self) -> str:
         """The API token; empty when none is asked for.
 
         Raises:
             ConfigError: `server.no_token` when the server would be open to the network without one.
         """
-        if not self.server.token_file:
-            if self.server.host not in LOOPBACK:
-                raise ConfigError(
-                    "server.no_token",
-                    "Beyond this machine the API needs a token: set server.token_file.",
-                    expected="server.token_file, or host 127.0.0.1",
-                    got=self.server.host,
-                )
-            return ""
-        try:
-            token = Path(self.server.token_file).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise ConfigError("server.no_token", f"{self.server.token_file} cannot be read.", got=error) from error
-        if len(token) < 16:
-            raise ConfigError("server.no_token", "The token is too short.", expected=">= 16 characters", got=len(token))
-        return token
+        if self.server.token_file:
+            return _read_token(self.server.token_file)
+        if self.server.host not in LOOPBACK:
+            raise ConfigError(
+                "server.no_token",
+                "Beyond this machine the API needs a token: set server.token_file.",
+                expected="server.token_file, or host 127.0.0.1",
+                got=self.server.host,
+            )
+        if self.server.read_token_file:
+            raise ConfigError(
+                "server.no_token",
+                "A read token without a token protects nothing: set server.token_file.",
+                expected="server.token_file",
+                got="server.read_token_file alone",
+            )
+        return ""
+
+    @property
+    def read_token(self) -> str:
+        """The token that allows reading alone; empty when there is none.
+
+        Raises:
+            ConfigError: `server.no_token`.
+        """
+        return _read_token(self.server.read_token_file) if self.server.read_token_file else ""
+
+
+def _read_token(file: str) -> str:
+    try:
+        token = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError("server.no_token", f"{file} cannot be read.", got=error) from error
+    if len(token) < _MIN_TOKEN:
+        raise ConfigError("server.no_token", f"The token in {file} is too short.", expected=">= 16 characters")
+    return token
 
 
 def load_in(path: Path | None, data_dir: str | None) -> ControlPlaneConfig:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -21,6 +22,19 @@ from control_plane.logs import configure_logging
 from control_plane.services import Services, open_services
 
 log = logging.getLogger("sortline.server")
+
+
+class _Server(uvicorn.Server):
+    """Lets open streams know that it stops, before it waits for them to end."""
+
+    def __init__(self, config: uvicorn.Config, stopping: threading.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Is called with the signal that stops the server."""
+        self._stopping.set()
+        super().handle_exit(sig, frame)
 
 
 def serve(config: ControlPlaneConfig) -> int:
@@ -46,7 +60,7 @@ def serve(config: ControlPlaneConfig) -> int:
         proxy_headers=False,
         server_header=False,
     )
-    server = uvicorn.Server(settings)
+    server = _Server(settings, services.stopping)
     # After its own shutdown uvicorn raises the signal again; by default that would end us before the workers are ended.
     signal.signal(signal.SIGTERM, lambda *_: None)
     if devices is not None:

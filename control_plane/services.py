@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 from fastapi import Request
 from sqlalchemy import Engine
@@ -23,6 +24,7 @@ from control_plane.fleet.connection import BrokerConnection
 from control_plane.fleet.ingest import Ingest
 from control_plane.fleet.intake import Intake, LiveFigures
 from control_plane.fleet.outbox import Outbox
+from control_plane.guard import Tokens
 from control_plane.identity.authority import INDEX, SITE, Authority
 from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.mosquitto import update_profile
@@ -54,7 +56,9 @@ class Services:
     board: FleetBoard
     rollouts: RolloutExecutor
     renewal: Renewal
-    token: str = ""
+    tokens: Tokens = field(default_factory=Tokens)
+    stopping: Event = field(default_factory=Event)
+    """Is set when the server stops: open streams end."""
     enrolment: Enrolment | None = None
     """None where the site has no certificate authority."""
     site_files: SiteFiles | None = None
@@ -81,6 +85,7 @@ class Services:
 
 def open_services(config: ControlPlaneConfig) -> Services:
     """Opens database, store, trust and fleet; connects nothing yet."""
+    config.server.check()
     engine = open_database(config.database_url, wait_s=config.database_wait_s)
     store = Store(config.root / "store")
     signer = OnlineSigner(TrustFolder(config.trust_folder))
@@ -119,7 +124,7 @@ def open_services(config: ControlPlaneConfig) -> Services:
         board=FleetBoard(engine, store, live, signer.released_now),
         rollouts=rollouts,
         renewal=Renewal(engine, signer, outbox.publish_trust, counters, name),
-        token=config.token,
+        tokens=Tokens(config.token, config.read_token),
         enrolment=enrolment,
         site_files=site_files,
     )

@@ -45,7 +45,7 @@ LAYERS: Final[dict[str, tuple[frozenset[str], ...]]] = {
         frozenset({"__main__"}),
     ),
     "control_plane": (
-        frozenset({"config", "client", "listening", "logs", "database", "data", "broker"}),
+        frozenset({"config", "client", "listening", "logs", "guard", "database", "data", "broker"}),
         frozenset({"trust", "identity", "evaluation"}),
         frozenset({"registry", "training"}),
         frozenset({"fleet", "jobs"}),

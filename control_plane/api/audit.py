@@ -12,17 +12,13 @@ from control_plane.services import Services, services_of
 router = APIRouter(prefix="/api/v1", tags=["audit"])
 Given = Annotated[Services, Depends(services_of)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
-Before = Annotated[int | None, Query(ge=1, description="Only entries older than this id: `next` of the page before.")]
+Before = Annotated[
+    int | None, Query(ge=1, le=2**63 - 1, description="Only entries older than this id: `next` of the page before.")
+]
 
 
 @router.get("/audit")
-def list_audit(
-    services: Given,
-    limit: Limit = 100,
-    before: Annotated[
-        int | None, Query(ge=1, description="Only entries older than this id: `next` of the page before.")
-    ] = None,
-) -> dict[str, Any]:
+def list_audit(services: Given, limit: Limit = 100, before: Before = None) -> dict[str, Any]:
     """Newest entries first, page by page down to the oldest, and whether the chain of hashes is whole.
 
     `checked_through` is the newest entry whose chain was checked since the server started; `broken_entry` the first

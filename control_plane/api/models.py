@@ -2,8 +2,10 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
+import anyio
+import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
 
 from control_plane.api.actor import Acting
@@ -13,8 +15,7 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.registry import Stage
 from control_plane.registry.versions import find_version, models_with_versions, register, set_stage
 from control_plane.services import Services, services_of
-from models.bundle import CARD, MAX_BUNDLE_BYTES, pack, unpack
-from models.errors import InputError
+from models.bundle import CARD, pack, unpack
 
 router = APIRouter(prefix="/api/v1", tags=["models"])
 Given = Annotated[Services, Depends(services_of)]
@@ -64,14 +65,26 @@ def download_bundle(reference: str, services: Given) -> Response:
 @router.post("/versions", status_code=201)
 async def upload_bundle(request: Request, services: Given, actor: Acting) -> dict[str, Any]:
     """Takes a bundle (the body is its tar) into the registry, after verifying all of it."""
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BUNDLE_BYTES + 1024 * 1024:
-            raise InputError("bundle.oversize", "The archive is too large.", expected=MAX_BUNDLE_BYTES, got="more")
-    with tempfile.TemporaryDirectory(dir=services.config.root) as scratch:
-        unpack(bytes(data), Path(scratch) / "bundle")
-        with writing(services.engine) as session:
-            version = register(session, services.store, Path(scratch) / "bundle", actor=actor, now=utc_now())
-            session.commit()
-            return version.model_dump(mode="json", exclude={"lineage"})
+    scratch = tempfile.TemporaryDirectory(dir=services.config.root, prefix="upload-")
+    try:
+        # What arrives goes to the disk and not into memory, and no byte of it is handled on the event loop.
+        archive = Path(scratch.name) / "bundle.tar"
+        async with await anyio.open_file(archive, "wb") as file:
+            async for part in request.stream():
+                await file.write(part)
+        return await anyio.to_thread.run_sync(_register, services, archive, actor, limiter=_unpacking)
+    finally:
+        await anyio.to_thread.run_sync(scratch.cleanup)
+
+
+_unpacking: Final = anyio.CapacityLimiter(1)
+"""A bundle is unpacked in memory: one upload at a time, the others wait."""
+
+
+def _register(services: Services, archive: Path, actor: str) -> dict[str, Any]:
+    directory = archive.with_name("bundle")
+    unpack(archive.read_bytes(), directory)
+    with writing(services.engine) as session:
+        version = register(session, services.store, directory, actor=actor, now=utc_now())
+        session.commit()
+        return version.model_dump(mode="json", exclude={"lineage"})

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Query
+from fastapi import APIRouter, Depends, Header, Path, Query
 from sqlmodel import desc, select
 
 from control_plane.api.actor import Acting, approving
@@ -27,6 +27,7 @@ Key = Annotated[
     ),
 ]
 Limit = Annotated[int, Query(ge=1, le=1000)]
+RolloutId = Annotated[int, Path(ge=1, le=2**31 - 1)]
 _POLICY = (
     "jobExecutionsRolloutConfig",
     "abortConfig",
@@ -96,14 +97,14 @@ def list_rollouts(services: Given, limit: Limit = 50) -> list[dict[str, Any]]:
 
 
 @router.get("/{rollout_id}")
-def show_rollout(rollout_id: int, services: Given) -> dict[str, Any]:
+def show_rollout(rollout_id: RolloutId, services: Given) -> dict[str, Any]:
     """One rollout: state and reason, waves, agents, rate, and how near the abort criteria are."""
     with reading(services.engine) as session:
         return describe(session, get_rollout(session, rollout_id), utc_now())
 
 
 @router.post("/{rollout_id}/exclude")
-def exclude_agents(rollout_id: int, body: Exclude, services: Given, actor: Acting) -> dict[str, Any]:
+def exclude_agents(rollout_id: RolloutId, body: Exclude, services: Given, actor: Acting) -> dict[str, Any]:
     """Takes agents out of a rollout: they no longer hold it up, and get nothing more of it."""
     now = utc_now()
     with writing(services.engine) as session:
@@ -116,7 +117,7 @@ def exclude_agents(rollout_id: int, body: Exclude, services: Given, actor: Actin
 
 @router.post("/{rollout_id}/{action}")
 def act_on_rollout(
-    rollout_id: int,
+    rollout_id: RolloutId,
     action: Literal["approve", "pause", "resume", "finish", "abort", "rollback"],
     body: Act,
     services: Given,

@@ -1,16 +1,50 @@
 """What goes into the API; what comes out is described by the tables and these."""
 
-from typing import Any, Literal
+from math import isfinite
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.messages import Mode, SafeState, Swap
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused: a misspelt option must not be ignored."""
+    """Unknown fields are refused: a misspelt option must not be ignored. So is what no table can hold."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def storable(cls, values: Any) -> Any:
+        """Refuses NUL characters, lone surrogates, endless numbers and integers beyond 2**53, at any depth."""
+        _check_storable(values, depth=0)
+        return values
+
+
+_MAX_INTEGER: Final = 2**53
+"""Integers up to here are the same in JSON of every client, and fit every column."""
+_MAX_DEPTH: Final = 32
+
+
+def _check_storable(value: Any, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(value, str):
+        if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("text holds a NUL character or half a character")
+    elif isinstance(value, float):
+        if not isfinite(value):
+            raise ValueError("a number is not finite")
+    elif isinstance(value, int):
+        if abs(value) > _MAX_INTEGER:
+            raise ValueError("an integer is larger than 2**53")
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _check_storable(key, depth + 1)
+            _check_storable(entry, depth + 1)
+    elif isinstance(value, list):
+        for entry in value:
+            _check_storable(entry, depth + 1)
 
 
 class ErrorBody(BaseModel):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Path, Query
 
 from control_plane.api.actor import Acting
 from control_plane.api.schemas import Act, NewImport, NewTrainingRun
@@ -17,6 +17,7 @@ from control_plane.services import Services, services_of
 router = APIRouter(prefix="/api/v1")
 Given = Annotated[Services, Depends(services_of)]
 Limit = Annotated[int, Query(ge=1, le=500)]
+JobId = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
 
 @router.post("/training-runs", status_code=202, tags=["training"])
@@ -41,19 +42,19 @@ def list_training_runs(services: Given, limit: Limit = 50) -> list[dict[str, Any
 
 
 @router.get("/training-runs/{job_id}", tags=["training"])
-def show_training_run(job_id: int, services: Given) -> dict[str, Any]:
+def show_training_run(job_id: JobId, services: Given) -> dict[str, Any]:
     """One run with its log."""
     return get_job(services.engine, job_id).model_dump(mode="json")
 
 
 @router.get("/jobs/{job_id}", tags=["jobs"])
-def show_job(job_id: int, services: Given) -> dict[str, Any]:
+def show_job(job_id: JobId, services: Given) -> dict[str, Any]:
     """One job with its log."""
     return get_job(services.engine, job_id).model_dump(mode="json")
 
 
 @router.post("/jobs/{job_id}/cancel", tags=["jobs"])
-def cancel_job(job_id: int, _body: Act, services: Given, actor: Acting) -> dict[str, Any]:
+def cancel_job(job_id: JobId, _body: Act, services: Given, actor: Acting) -> dict[str, Any]:
     """Asks a job to end; it does within seconds."""
     with writing(services.engine) as session:
         job = cancel(session, job_id, actor=actor, now=utc_now())

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
 from control_plane.api.actor import Acting
 from control_plane.database.audit import audit
@@ -42,7 +43,11 @@ def get_set(services: Given) -> Response:
 @router.post("/trust/set")
 async def take_set(request: Request, services: Given, actor: Acting) -> dict[str, Any]:
     """Takes in roots and targets that offline keys signed; other parts are ignored. All or nothing."""
-    given = parse_set(await request.body())
+    return await run_in_threadpool(_take, services, await request.body(), actor)
+
+
+def _take(services: Services, data: bytes, actor: str) -> dict[str, Any]:
+    given = parse_set(data)
     found, now, taken = services.signer, utc_now(), []
     with writing(services.engine) as session:
         for root in map(bytes, given.roots):

@@ -25,6 +25,7 @@ def make_services(
     token_file: str = "",
     wait_s: float = 5.0,
     identity: Path | None = None,
+    server: ServerConfig | None = None,
 ) -> Services:
     """Everything of a control plane; with the folder of an authority it speaks mutual TLS to its broker."""
     config = ControlPlaneConfig(
@@ -33,7 +34,7 @@ def make_services(
         database_wait_s=wait_s,
         broker=BrokerConfig(enabled=bool(port), port=port or 1883, tls=identity is not None),
         identity=IdentityConfig(folder=str(identity or "")),
-        server=ServerConfig(token_file=token_file),
+        server=server or ServerConfig(token_file=token_file),
     )
     config.root.mkdir(parents=True, exist_ok=True)
     migrate(config.database_url)

@@ -94,11 +94,11 @@ def test_a_bundle_goes_in_and_comes_out_the_same(client: TestClient, services: S
         ("GET", "/api/v1/rollouts/9", None, 404, "rollout.unknown"),
         ("GET", "/api/v1/versions/none", None, 404, "registry.unknown_version"),
         ("GET", "/api/v1/jobs/9", None, 404, "job.unknown"),
-        ("POST", "/api/v1/rollouts", {"model": "none"}, 404, "registry.unknown_version"),
+        ("POST", "/api/v1/rollouts", {"model": "none"}, 422, "registry.unknown_version"),
         ("POST", "/api/v1/rollouts", {"model": "x", "wvaes": [1]}, 422, "api.malformed"),
         ("POST", "/api/v1/datasets", {"name": "../x", "root": "/"}, 422, "api.malformed"),
         ("POST", "/api/v1/datasets", {"name": "x", "root": "/none"}, 422, "dataset.missing"),
-        ("POST", "/api/v1/training-runs", {"dataset": "x", "name": "y"}, 404, "dataset.unknown"),
+        ("POST", "/api/v1/training-runs", {"dataset": "x", "name": "y"}, 422, "dataset.unknown"),
         ("POST", "/api/v1/jobs/3/cancel", {}, 404, "job.unknown"),
         ("GET", "/api/v1/windows?limit=0", None, 422, "api.malformed"),
     ],
@@ -119,7 +119,7 @@ def test_other_sites_and_other_names_cannot_act_here(client: TestClient, tmp_pat
     assert client.post("/api/v1/datasets", json=body, headers={"content-length": "9" * 12}).status_code == 413
 
 
-def test_with_a_token_changes_need_it_and_reading_does_not(tmp_path: Path) -> None:
+def test_with_a_token_changes_and_reading_need_it(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("0123456789abcdef-token\n")
     services = make_services(tmp_path / "plane", token_file=str(path))
@@ -129,7 +129,8 @@ def test_with_a_token_changes_need_it_and_reading_does_not(tmp_path: Path) -> No
         assert client.post("/api/v1/datasets", json=body, headers={"authorization": "Bearer wrong"}).status_code == 401
         right = {"authorization": "Bearer 0123456789abcdef-token"}
         assert client.post("/api/v1/datasets", json=body, headers=right).status_code == 201
-        assert client.get("/api/v1/datasets").status_code == 200
+        assert client.get("/api/v1/datasets").status_code == 401
+        assert client.get("/api/v1/datasets", headers=right).status_code == 200
 
 
 def test_the_network_is_not_served_without_a_token() -> None:
