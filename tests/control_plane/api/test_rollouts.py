@@ -46,7 +46,7 @@ def test_a_repeated_request_makes_no_second_rollout(client: TestClient, services
     other = client.post("/api/v1/rollouts", json=order | {"dynamic": True}, headers={"Idempotency-Key": "k1"})
     assert (other.status_code, other.json()["code"]) == (409, "api.key_reused")
     refused = client.post("/api/v1/rollouts", json=order | {"model": "no"}, headers={"Idempotency-Key": "k2"})
-    assert refused.status_code == 404
+    assert refused.status_code == 422
     assert client.post("/api/v1/rollouts", json=order, headers={"Idempotency-Key": "k2"}).status_code == 201
     assert count(services) == 2
 
