@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -18,7 +19,7 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutState
 from control_plane.pages.rendering import environment, page
-from control_plane.rollouts.description import describe
+from control_plane.rollouts.description import describe, outline
 from control_plane.rollouts.planner import TRANSITIONS
 from control_plane.rollouts.policy import Outcome
 from control_plane.services import Services, services_of
@@ -28,7 +29,10 @@ _TICK_S: Final = 1.0
 _SHOWN: Final = 30
 _ENDED: Final = frozenset({RolloutState.COMPLETED, RolloutState.ABORTED, RolloutState.ROLLED_BACK})
 _CHIPS: Final = 36
-"""A wave of more agents than this shows marks without names, except where something went wrong."""
+"""A wave of more agents than this shows single marks only where something went wrong; the bar shows the rest."""
+_ROWS: Final = 200
+"""So many agents are listed in a card; the API has all of them."""
+_WRONG: Final = frozenset({Outcome.FAILED, Outcome.REJECTED, Outcome.TIMED_OUT})
 # Best first; the class gives the colour, the letter and the word say the same without it.
 _LOOK: Final = {
     Outcome.SUCCEEDED: ("ok", "", "runs it"),
@@ -84,35 +88,75 @@ environment.globals.update(wave_bar=wave_bar, limit_bar=limit_bar, at_ms=_millis
 def _card(facts: dict[str, Any]) -> dict[str, Any]:
     """What a card shows beside the facts of the API."""
     state = RolloutState(facts["state"])
+    by_wave: dict[int, list[dict[str, Any]]] = {}
+    for agent in facts["agents"]:
+        by_wave.setdefault(agent["wave"], []).append(agent)
     allowed = [action for action in _ACTIONS if (state, action) in TRANSITIONS]
     return {
         "r": facts,
         "buttons": [(action, _ACTIONS[action]) for action in allowed],
         "waves": [
-            wave | {"members": [a for a in facts["agents"] if a["wave"] == wave["wave"]]}
+            wave
+            | {
+                "members": [
+                    a for a in by_wave.get(wave["wave"], ()) if wave["size"] <= _CHIPS or a["outcome"] in _WRONG
+                ]
+            }
             for wave in facts["wave_progress"]
         ],
+        "total": sum(wave["size"] for wave in facts["wave_progress"]),
+        "rows": sorted(facts["agents"], key=lambda a: a["outcome"] not in _WRONG)[:_ROWS],
         "by_outcome": {str(o): look for o, look in _LOOK.items()},
     }
 
 
-_Kept = dict[int, tuple[datetime, str]]
+def _marked(agents: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """The agents of a wave that get a mark of their own."""
+    return agents if size <= _CHIPS else [agent for agent in agents if agent["outcome"] in _WRONG]
 
 
-def _cards(services: Services, root: str, kept: _Kept) -> dict[int, str]:
-    """The newest rollouts as HTML, newest first; what has ended is rendered again only when it was written to."""
-    template, now = environment.get_template("_rollout.html"), utc_now()
-    cards: dict[int, str] = {}
-    with reading(services.engine) as session:
-        for r in session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(_SHOWN)):
-            key = r.id or 0
-            before = kept.get(key)
-            if before is not None and before[0] == r.updated_at and r.state in _ENDED:
-                cards[key] = before[1]
-                continue
-            cards[key] = template.render(root=root, **_card(describe(session, r, now))).strip()
-            kept[key] = (r.updated_at, cards[key])
-    return cards
+class RolloutCards:
+    """The newest rollouts as HTML, rendered once for all who look: once a second while they move, else when changed.
+
+    Args:
+        services: Of the application.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._lock = threading.Lock()
+        self._kept: dict[tuple[str, int], tuple[datetime, float, str]] = {}
+        """By prefix and rollout: its `updated_at`, when it was rendered (monotonic), and the card."""
+
+    def render(self, root: str) -> dict[int, str]:
+        """Returns the cards by rollout, newest first, for pages under this prefix."""
+        with self._lock, reading(self._services.engine) as session:
+            found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(_SHOWN)).all()
+            stale = [r for r in found if not self._fresh(root, r)]
+            ended = [r for r in stale if r.state in _ENDED]
+            facts = {f["id"]: f for f in outline(session, ended)} if ended else {}
+            facts |= {r.id: describe(session, r, utc_now()) for r in stale if r.state not in _ENDED}
+            template = environment.get_template("_rollout.html")
+            for r in stale:
+                html = template.render(root=root, **_card(facts[r.id])).strip()
+                self._kept[root, r.id or 0] = (r.updated_at, time.monotonic(), html)
+            shown = {(root, r.id or 0) for r in found}
+            self._kept = {key: kept for key, kept in self._kept.items() if key[0] != root or key in shown}
+            return {r.id or 0: self._kept[root, r.id or 0][2] for r in found}
+
+    def _fresh(self, root: str, rollout: Rollout) -> bool:
+        updated_at, rendered_s, _ = self._kept.get((root, rollout.id or 0), (None, 0.0, ""))
+        young = rollout.state in _ENDED or time.monotonic() - rendered_s < _TICK_S / 2.0
+        return updated_at == rollout.updated_at and young
+
+
+def _cards_of(request: Request) -> RolloutCards:
+    """The cards of this application, made at the first look."""
+    state = request.app.state
+    if not hasattr(state, "rollout_cards"):
+        state.rollout_cards = RolloutCards(services_of(request))
+    found: RolloutCards = state.rollout_cards
+    return found
 
 
 @router.get("/rollouts", response_class=HTMLResponse)
@@ -122,7 +166,7 @@ def rollouts(request: Request) -> HTMLResponse:
     with reading(services.engine) as session:
         names = {model.id: model.name for model in session.exec(select(Model))}
         versions = session.exec(select(ModelVersion).order_by(desc(ModelVersion.id)).limit(50)).all()
-    cards = _cards(services, request.scope.get("root_path", ""), {})
+    cards = _cards_of(request).render(request.scope.get("root_path", ""))
     return page(request, "rollouts.html", "Rollouts", cards=cards, names=names, versions=versions)
 
 
@@ -134,11 +178,10 @@ def events(request: Request) -> StreamingResponse:
 
 
 async def _stream(request: Request) -> AsyncIterator[str]:
-    services, root = services_of(request), request.scope.get("root_path", "")
+    cards_of, root = _cards_of(request), request.scope.get("root_path", "")
     sent: dict[int, str] | None = None
-    kept: _Kept = {}
     while not await request.is_disconnected():
-        cards = await anyio.to_thread.run_sync(_cards, services, root, kept)
+        cards = await anyio.to_thread.run_sync(cards_of.render, root)
         changed = [{"id": k, "html": html} for k, html in cards.items() if sent is None or sent.get(k) != html]
         sent = cards
         if changed:

@@ -22,7 +22,7 @@ from control_plane.rollouts.schedule import check_schedule
 from control_plane.rollouts.selector import parse_selector
 from control_plane.rollouts.views import AgentView, Return, RolloutView
 from control_plane.rollouts.waves import Wave, divide
-from control_plane.rollouts.way_back import way_back
+from control_plane.rollouts.way_back import tally, way_back
 from control_plane.trust.online_signer import released_digests
 from models.errors import ConflictError, InputError
 from models.messages import Mode, Phase, SafeState, Swap
@@ -194,9 +194,23 @@ def act(
     rollout.state = state
     rollout.reason, rollout.updated_at = f"{action} by {actor}" + (f": {reason}" if reason else ""), now
     session.add(rollout)
+    if state is RolloutState.ROLLED_BACK:
+        _end_returns(session, rollout, actor)
     details = {"reason": reason, "state": str(state)} | ({"safe_state": str(safe_state)} if safe_state else {})
     audit(session, actor, f"rollout.{action}", str(rollout_id), details, now)
     return rollout
+
+
+def _end_returns(session: Session, rollout: Rollout, actor: str) -> None:
+    """A person ends a rollback: agents that have not settled are no longer waited for, and that is said of them."""
+    query = select(RolloutAgent).where(
+        RolloutAgent.rollout_id == rollout.id, RolloutAgent.returned == str(Return.PENDING)
+    )
+    for part in session.exec(query):
+        part.returned, part.return_reason = str(Return.TIMED_OUT), f"{actor} ended the rollback before it had settled"
+        session.add(part)
+    session.flush()
+    rollout.reason += f"; {tally(members_of(session, rollout), view_of(rollout))}"
 
 
 def _check_way_back(session: Session, rollout: Rollout) -> None:

@@ -1,6 +1,6 @@
 // Live cards of rollouts: the server renders every card; this module replaces those that changed, and calls the API.
 // Opened details and a reason that is being typed survive a replacement. A silent stream is said, never hidden.
-const { send, attempt } = window.sortline;
+const { get, send, attempt } = window.sortline;
 const cards = document.getElementById("cards");
 const banner = document.getElementById("stale");
 let lastEvent = Date.now();
@@ -47,12 +47,14 @@ cards.addEventListener("click", async (event) => {
   const card = button.closest("[data-rollout]");
   const ends = ["abort", "rollback"].includes(button.dataset.act);
   const safe = ends ? card.querySelector(".safe")?.value ?? "" : "";
-  const stuck = card.querySelector("[data-stuck]");
-  if (ends && stuck && !window.confirm(`${stuck.textContent.trim()}. ${safe ? `These agents will ${safe.replace("-", " ")}.` : "These agents go on with what they have committed."} Go on?`)) return;
+  const path = `/rollouts/${card.dataset.rollout}`;
+  const facts = ends ? await attempt(() => get(path)) : null;
+  const stuck = facts?.without_way_back.slice(0, 3).map((agent) => `${agent.agent} (${agent.reason})`).join("; ");
+  if (stuck && !window.confirm(`No way back for ${facts.without_way_back.length}: ${stuck}. ${safe ? `These agents will ${safe.replace("-", " ")}.` : "These agents go on with what they have committed."} Go on?`)) return;
   button.disabled = true;
   const reason = card.querySelector(".reason").value.trim();
   const body = { reason, ...(safe ? { safe_state: safe } : {}) };
-  const done = await attempt(() => send(`/rollouts/${card.dataset.rollout}/${button.dataset.act}`, body));
+  const done = await attempt(() => send(`${path}/${button.dataset.act}`, body));
   button.disabled = false;
   if (done) card.querySelector(".reason").value = "";
 });

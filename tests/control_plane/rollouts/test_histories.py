@@ -166,7 +166,7 @@ def machine(database: Path, bundles: dict[str, Path]) -> type[RuleBasedStateMach
                 if part.returned in {Return.NO_WAY_BACK, Return.REFUSED, Return.TIMED_OUT}:
                     assert part.return_reason
             for rollout, _, _ in self.history.parts():
-                said = re.match(r"(\d+) of (\d+) agents report a bundle", rollout.reason)
+                said = re.search(r"(\d+) of (\d+) agents report a bundle", rollout.reason)
                 if said:
                     assert int(said[1]) == counted[rollout.id].get(Return.BACK, 0)
 
