@@ -10,6 +10,17 @@ Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 
 
 Action = Literal["pass", "eject-all", "stop-line"]
+Orientation = Literal[
+    "none",
+    "rotate-90",
+    "rotate-180",
+    "rotate-270",
+    "mirror",
+    "mirror-rotate-90",
+    "mirror-rotate-180",
+    "mirror-rotate-270",
+]
+"""How a picture is changed: mirrored left to right first, then turned clockwise by so many degrees."""
 
 
 class FailSafeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,8 +74,9 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     belt_mm_s: Positive = 1000.0
     """Nominal belt speed where there is no encoder."""
     encoder: str = ""
-    """Where belt pulses come from (`modbus://...`, `mqtt://...`, see `devices.drivers.encoder`); empty = nominal
-    speed, or the simulation's own encoder."""
+    """Source of the belt position: belt pulses (`modbus://...`, `mqtt://...`, see `devices.drivers.encoder`), `image` =
+    measured from the pictures, `nominal` = belt_mm_s at all times. Empty = `image` for a real camera, and the simulated
+    line's own encoder for a simulated one."""
     ejector: str = ""
     """Ejector (`modbus://...`, `mqtt://...`, `gpio://...`); see `devices.drivers.ejectors`; needs an encoder."""
     belt: str = ""
@@ -76,7 +88,15 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     lanes: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
     """Number of lanes; equal strips of the image from top to bottom, unless `lane_rows` gives their rows."""
     lane_rows: tuple[tuple[int, int], ...] = ()
-    """Explicit rows (top, bottom) of each lane, pixels."""
+    """Rows (top, bottom) of each lane in the oriented picture, pixels, from top to bottom; empty = equal strips."""
+    width_px: Annotated[int, msgspec.Meta(ge=0, le=16_384)] = 0
+    """Width of the oriented picture. A frame of another size is refused. 0 = the width of the first frame."""
+    height_px: Annotated[int, msgspec.Meta(ge=0, le=16_384)] = 0
+    """Height of the oriented picture; given together with `width_px`."""
+    orientation: Orientation = "none"
+    """How the pictures of a real camera are changed so that items travel from left to right; `calibrate` finds it."""
+    depth_bits: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
+    """Bits that carry the pictures of a folder of 16-bit files (9 to 16); 0 = read from the pictures."""
     mm_per_px: Positive = 0.625
     outlets_mm: dict[str, Positive] = msgspec.field(default_factory=lambda: {"reject": 700.0})
     """Distance of each outlet from column 0 of the image; an outlet that is not listed needs no ejection."""

@@ -1,11 +1,13 @@
-"""Learns the geometry of a line from its camera: scale, lanes, direction and speed; writes it for the configuration.
+"""Measures the geometry of a line from its camera (scale, lanes, direction, speed) and writes it for the configuration.
 
 The scale comes from a checkerboard on the belt or from items of known mean size; everything else from items that
-pass. What cannot be learnt well is refused with what was expected and what came: a wrong geometry sorts wrongly
-for as long as nobody looks.
+pass. What cannot be measured well is refused with what was expected and what came, because a wrong geometry sorts
+wrongly until a person notices. At the end the line's own locator and tracker run over the recording with the geometry
+that was found, so that the number of items is the one that `run` will find.
 """
 
 import datetime as dt
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -17,10 +19,14 @@ import numpy as np
 from edge_agent.calibration.lanes import Lanes, find_lanes
 from edge_agent.calibration.overlay import Sketch, draw
 from edge_agent.calibration.scale import PixelScale, scale_from_board, scale_from_items
-from edge_agent.calibration.survey import Opener, Progress, Survey, frames_of, survey
+from edge_agent.calibration.survey import Opener, Progress, Survey, frames_of, survey, turned
+from edge_agent.devices.cameras import is_live
 from edge_agent.devices.hardware import open_hardware
-from edge_agent.interfaces import Image
-from edge_agent.line_config import LineConfig
+from edge_agent.devices.image_encoder import LEARNING_FRAMES, ImageEncoder, belt_of
+from edge_agent.devices.orientation import composed
+from edge_agent.interfaces import Image, Lane, LineGeometry
+from edge_agent.line_config import FailSafeConfig, LineConfig, Orientation
+from edge_agent.vision.follower import ItemFollower
 from models.errors import InputError
 from models.files import write_atomically
 
@@ -28,14 +34,10 @@ _STANDS_PX: Final = 0.5
 _UNSTEADY: Final = 0.1
 _WIDE_INTERVAL: Final = 0.02
 _BOARD_EVERY: Final = 5
-_RIGHT_TO_LEFT: Final = (
-    "Items travel from right to left, and the line needs them from left to right: mirror the picture in the camera's"
-    " settings (the rows of the lanes stay), or turn the camera by 180 degrees and calibrate again."
-)
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """What was learnt of one camera."""
+    """The measures of one camera."""
 
     date: str
     camera: str
@@ -43,13 +45,14 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     height_px: int
     frames: int
     items: int
+    """Number of items that the line follows in these frames; of a live camera, the number of items measured."""
     mm_per_px: float
     mm_per_px_low: float
     mm_per_px_high: float
     """95 % interval of the median (items), or the extremes of the pictures (checkerboard)."""
     scale_from: str
     scale_seen: int
-    """Items or pictures of the board that were measured."""
+    """Number of items, or of pictures of the board, that were measured."""
     residual_px: float
     anisotropy: float
     lane_rows: tuple[tuple[int, int], ...]
@@ -57,21 +60,23 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     lane_items: tuple[int, ...]
     stray_items: int
     direction: str
-    """`left-right` or `right-left`."""
+    """Travel in the picture as configured before: `left-right`, `right-left`, `top-bottom` or `bottom-top`."""
+    orientation: Orientation
+    """The orientation under which items travel from left to right; all other measures are taken in it."""
     px_per_frame: float
     belt_mm_s: float
     speed_spread: float
-    """Half the width of the middle 80 % of the items' speeds, as a share."""
+    """Half the width of the middle 80 % of the speeds while the belt ran, as a share."""
     outlets_mm: dict[str, float]
     notes: tuple[str, ...] = ()
-    """What a person should know before the geometry is used."""
+    """Notes for the person who uses the geometry."""
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known before: the size of the board or of the items, and perhaps the number of lanes."""
+    """Facts known beforehand: the size of the board or of the items, and perhaps the number of lanes."""
 
     pattern: tuple[int, int] | None = None
-    """Inner corners of the checkerboard."""
+    """Number of inner corners of the checkerboard (columns, rows)."""
     square_mm: float = 0.0
     item_mm: float = 0.0
     """Mean diameter of the items."""
@@ -79,8 +84,23 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def camera_opener(config: LineConfig) -> Opener:
-    """Opens the camera of a configuration: recordings from their start and unpaced, a simulation in virtual time."""
-    unpaced = msgspec.structs.replace(config, paced=False, loop=False)
+    """Returns an opener of the camera of a configuration: unpaced recordings, and simulations in virtual time.
+
+    A picture size that is configured already is not required, as it is one of the measures.
+    """
+    unpaced = msgspec.structs.replace(
+        config,
+        paced=False,
+        loop=False,
+        encoder="nominal",
+        ejector="",
+        belt="",
+        weights=(),
+        fail_safe=FailSafeConfig(),
+        width_px=0,
+        height_px=0,
+        lane_rows=(),
+    )
     return lambda: open_hardware(unpaced, virtual=True).source
 
 
@@ -97,16 +117,16 @@ def calibrate(
     """Watches the line and measures it.
 
     Args:
-        config: Of the line; its outlets are kept.
-        target: What is known before.
-        date: Of the calibration, ISO 8601.
-        frames: Most frames that are watched.
+        config: Configuration of the line; its outlets are kept.
+        target: Facts known beforehand.
+        date: Date of the calibration, ISO 8601.
+        frames: Largest number of frames that are watched.
         opener: Opens the camera, if it is another than the configuration's.
-        board_opener: Shows the checkerboard, if it is in another recording than the items.
+        board_opener: Opens the recording of the checkerboard, if it is another than that of the items.
         progress: Called with (frames so far, frames wanted).
 
     Returns:
-        What was learnt, and a picture that shows it.
+        The measures, and a picture that shows them.
 
     Raises:
         InputError: `calibration.*`.
@@ -116,10 +136,12 @@ def calibrate(
     opener = opener or camera_opener(config)
     scale = None
     if target.pattern is not None:
-        # A board lies still: neighbouring frames tell nothing new.
+        # A board lies still, so that neighbouring frames show nothing new.
         looks = islice(frames_of(board_opener or opener, frames), 0, None, _BOARD_EVERY if board_opener is None else 1)
         scale = scale_from_board(looks, target.pattern, target.square_mm)
     seen = survey(opener, frames=frames, progress=progress)
+    if scale is not None and seen.turn in {"rotate-90", "rotate-270"}:
+        scale = scale.across()
     if abs(seen.px_per_frame) < _STANDS_PX:
         raise InputError(
             "calibration.belt_stands",
@@ -131,6 +153,8 @@ def calibrate(
     if scale is None:
         scale = scale_from_items([i.length for i in seen.items if len(i.lengths) > 1], target.item_mm)
     found = _result(config, date, seen, lanes, scale)
+    if not is_live(config.camera):
+        found = msgspec.structs.replace(found, items=_followed(found, turned(opener, seen.turn), frames))
     return found, draw(seen.picture, _sketch(found, seen, lanes))
 
 
@@ -171,7 +195,8 @@ def _result(config: LineConfig, date: str, seen: Survey, lanes: Lanes, scale: Pi
         lane_centres=tuple(round(centre, 1) for centre in lanes.centres),
         lane_items=lanes.items,
         stray_items=lanes.stray,
-        direction="left-right" if seen.px_per_frame > 0.0 else "right-left",
+        direction=seen.direction,
+        orientation=composed(config.orientation, seen.turn),
         px_per_frame=round(abs(seen.px_per_frame), 3),
         belt_mm_s=round(abs(seen.px_per_s) * scale.mm_per_px, 1),
         speed_spread=round(seen.spread, 4),
@@ -180,10 +205,19 @@ def _result(config: LineConfig, date: str, seen: Survey, lanes: Lanes, scale: Pi
     )
 
 
+def _followed(found: Calibration, opener: Opener, limit: int) -> int:
+    """Returns how many items the line follows in the recording with this geometry and the belt from the picture."""
+    lanes = tuple(Lane(top, bottom) for top, bottom in found.lane_rows)
+    follower = ItemFollower(LineGeometry(found.width_px, found.height_px, found.mm_per_px, lanes), 1)
+    belt = belt_of(frame.image for frame in frames_of(opener, LEARNING_FRAMES))
+    encoder = ImageEncoder(found.mm_per_px, nominal_mm_s=found.belt_mm_s, belt=belt)
+    for frame in frames_of(opener, limit):
+        follower.take(replace(frame, belt_mm=encoder.feed(frame)))
+    return follower.items
+
+
 def _notes(seen: Survey, lanes: Lanes, scale: PixelScale) -> list[str]:
     notes = []
-    if seen.px_per_frame < 0.0:
-        notes.append(_RIGHT_TO_LEFT)
     if seen.spread > _UNSTEADY:
         notes.append(f"The belt's speed changed by {seen.spread:.0%}; belt_mm_s is the middle. Use an encoder.")
     interval = (scale.high - scale.low) / scale.mm_per_px
@@ -205,8 +239,7 @@ def _sketch(found: Calibration, seen: Survey, lanes: Lanes) -> Sketch:
         mm_per_px=found.mm_per_px,
         lanes=lanes.rows,
         blobs=seen.blobs,
-        right_to_left=found.direction == "right-left",
-        title=f"{found.mm_per_px:.4f} mm/px ({found.scale_from}, {how})   {found.direction},"
+        title=f"{found.mm_per_px:.4f} mm/px ({found.scale_from}, {how})   turn {found.orientation},"
         f" {found.px_per_frame:.1f} px/frame, {found.belt_mm_s:.0f} mm/s",
         subtitle=f"{found.items} items in {found.frames} frames, {len(found.lane_rows)} lanes,"
         f" {found.width_px} x {found.height_px} px, {found.date}",
@@ -215,12 +248,12 @@ def _sketch(found: Calibration, seen: Survey, lanes: Lanes) -> Sketch:
 
 
 def geometry_toml(found: Calibration) -> str:
-    """The `[line]` section that the agent's configuration takes; what it has no field for stands as comment."""
+    """Returns the `[line]` section for the agent's configuration; measures without a key there stand as comments."""
     about = [
         f"Geometry of {found.camera}, calibrated {found.date} from {found.frames} frames with {found.items} items.",
         (
-            f"Picture {found.width_px} x {found.height_px} px; items travel {found.direction},"
-            f" {found.px_per_frame:g} px per frame, spread {found.speed_spread:.1%}."
+            f"Items travel {found.direction} in the camera's picture, {found.px_per_frame:g} px per frame,"
+            f" spread {found.speed_spread:.1%}; the keys below hold for the picture after its orientation."
         ),
         (
             f"Scale from {found.scale_seen} {'items' if found.scale_from == 'items' else 'pictures of a checkerboard'}:"
@@ -239,6 +272,9 @@ def geometry_toml(found: Calibration) -> str:
         f"belt_mm_s = {found.belt_mm_s!r}",
         f"lanes = {len(found.lane_rows)}",
         f"lane_rows = [{rows}]",
+        f"width_px = {found.width_px}",
+        f"height_px = {found.height_px}",
+        f'orientation = "{found.orientation}"',
         "",
         "# Kept from the configuration: the distance of each outlet from column 0 is measured by hand.",
         "[line.outlets_mm]",
@@ -248,7 +284,7 @@ def geometry_toml(found: Calibration) -> str:
 
 
 def _key(name: str) -> str:
-    """A quoted TOML key; JSON's escapes are TOML's."""
+    """Returns a quoted TOML key; the escapes of JSON are valid in TOML."""
     return msgspec.json.encode(name).decode()
 
 
@@ -260,7 +296,7 @@ def write_calibration(found: Calibration, picture: Image, geometry: Path, overla
     """
     ok, data = cv2.imencode(".png", picture)
     files: list[tuple[Path, bytes]] = [(overlay, np.asarray(data).tobytes())] if overlay is not None and ok else []
-    # The geometry comes last: where it is new, its picture is there.
+    # The geometry comes last, so that its picture exists whenever it is new.
     files.append((geometry, geometry_toml(found).encode()))
     for path, content in files:
         try:

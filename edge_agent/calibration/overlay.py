@@ -34,7 +34,6 @@ class Sketch:
     mm_per_px: float
     lanes: Sequence[Lane]
     blobs: Sequence[Blob]
-    right_to_left: bool
     title: str
     subtitle: str
     outlets_mm: Mapping[str, float]
@@ -105,10 +104,7 @@ def _headline(width: int, sketch: Sketch) -> Image:
     strip = np.full((_HEAD_PX, width, 3), _PAPER, np.uint8)
     cv2.putText(strip, sketch.title, (12, 26), _FONT, 0.6, _INK, 1, cv2.LINE_AA)
     cv2.putText(strip, sketch.subtitle, (12, 51), _FONT, 0.5, _FAINT, 1, cv2.LINE_AA)
-    tail, tip = (width - 170, 32), (width - 24, 32)
-    if sketch.right_to_left:
-        tail, tip = tip, tail
-    cv2.arrowedLine(strip, tail, tip, _ARROW, 4, cv2.LINE_AA, tipLength=0.16)
+    cv2.arrowedLine(strip, (width - 170, 32), (width - 24, 32), _ARROW, 4, cv2.LINE_AA, tipLength=0.16)
     return strip
 
 

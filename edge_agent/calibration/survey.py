@@ -1,8 +1,9 @@
-"""What a camera shows of a line nobody has measured yet: belt, items, their sizes, and how they move.
+"""Surveys a line that has not been measured yet: belt, items, their sizes, and how they move.
 
-Works in pixels alone: no lanes, no scale and no speed is known. It looks twice: once at shrunk pictures for the
-belt and the direction of travel, once more for every item at full size. A recording or simulation starts again for
-the second look, a live camera goes on.
+It works in pixels alone: no lanes, no scale and no speed is known. It looks twice: once at shrunk pictures for the
+belt and the direction of travel, once more for every item at full size, in pictures that are turned so that items
+travel from left to right. A recording or simulation starts again for the second look, a live camera goes on. The image
+encoder of the line follows the belt, so that jerky pictures, lost frames and stops do not change the measures.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +14,14 @@ import cv2
 import numpy as np
 
 from edge_agent.devices.frames import frames
+from edge_agent.devices.image_encoder import ImageEncoder
+from edge_agent.devices.orientation import TURN_FOR, OrientedCamera
 from edge_agent.interfaces import Frame, FrameSource, Image
+from edge_agent.line_config import Orientation
 from edge_agent.vision.belt_motion import (
     MOVED_SHARE,
     BeltView,
     Floats,
-    best_shift,
     largest_change,
     learn_belt,
     mismatch,
@@ -35,17 +38,25 @@ _FIRST_LOOK: Final = 240
 _PAIRS: Final = 32
 _LEAST_FRAMES: Final = 12
 _LEAST_TRAVELLED: Final = 3
+_STANDS_PX: Final = 0.5
+"""A belt that moves by less per frame stands."""
 _RIM: Final = 0.15
-"""Share of an item's contrast to the belt at which its rim is drawn at full size."""
+"""Share of the contrast between item and belt at which the rim of the item is placed at full size."""
 _LEAST_RIM: Final = 9.0
-"""In grey levels (largest channel, slightly smoothed): above noise."""
+"""Smallest contrast of a rim, in grey levels (largest channel, slightly smoothed), above noise."""
+_WINDOW_S: Final = 1.0
+"""The speed of the belt is read over so long, which spans several pictures of a jerky source."""
+_RUNS: Final = 0.5
+"""A window in which the belt ran at less than this share of its highest speed is a ramp or a stop."""
+_GONE_S: Final = 0.1
+"""An item that was not seen for so long, and at least two frames, has left."""
 _SILENT_S: Final = 10.0
 """A camera without a frame for so long is silent."""
 
 
 @dataclass(slots=True)
 class SeenItem:
-    """One item as it was followed through the picture; full-size pixels."""
+    """One item as it was followed through the picture, in full-size pixels."""
 
     first: int
     last: int
@@ -55,7 +66,7 @@ class SeenItem:
     first_x: float
     last_x: float
     due_x: float
-    """Where it should be in the present frame."""
+    """Column at which it should be in the present frame."""
     y: float
     lengths: list[float] = field(default_factory=list)
     """Extent along the belt in each frame it was whole."""
@@ -64,12 +75,12 @@ class SeenItem:
 
     @property
     def length(self) -> float:
-        """Its typical extent along the belt."""
+        """Median extent along the belt."""
         return float(np.median(self.lengths))
 
     @property
     def width(self) -> float:
-        """Its typical extent across the belt."""
+        """Median extent across the belt."""
         return float(np.median(self.widths))
 
 
@@ -85,7 +96,7 @@ class Blob:
 
 @dataclass(slots=True)
 class Survey:
-    """What was seen. Speeds are signed: positive towards growing columns."""
+    """The survey of a line, in pictures that were turned so that items travel from left to right."""
 
     width_px: int
     height_px: int
@@ -95,10 +106,14 @@ class Survey:
     px_per_frame: float
     px_per_s: float
     spread: float
-    """Half the distance between the 10th and 90th percentile of the items' speeds, as a share of the speed."""
+    """Half the distance between the 10th and 90th percentile of the speed while the belt ran, as a share of it."""
     picture: Image
     blobs: list[Blob]
-    """The frame with most items, and where they are in it."""
+    """The items of `picture`, the frame with most of them."""
+    direction: str
+    """Travel in the camera's own picture: `left-right`, `right-left`, `top-bottom` or `bottom-top`."""
+    turn: Orientation
+    """The turn that was applied to the pictures."""
 
 
 def frames_of(opener: Opener, limit: int) -> Iterator[Frame]:
@@ -109,33 +124,26 @@ def frames_of(opener: Opener, limit: int) -> Iterator[Frame]:
     """
     source = opener()
     try:
-        yield from frames(source, limit=limit, silent_s=_SILENT_S)
+        yield from frames(source, limit=limit, patience_s=_SILENT_S)
     finally:
         source.close()
 
 
 def survey(opener: Opener, *, frames: int, progress: Progress = lambda _done, _all: None) -> Survey:
-    """Looks at the line.
+    """Surveys the line.
 
     Args:
-        opener: Opens the camera; called twice.
-        frames: Most frames that are read at the second look.
+        opener: Opens the camera; called two or three times.
+        frames: Largest number of frames that are read at the second look.
         progress: Called with (frames so far, frames wanted).
 
     Raises:
         CameraError: The camera is not there or fails.
         InputError: `calibration.too_few_frames`, `calibration.belt_stands`, `calibration.no_items`,
-            `calibration.vertical_travel`, `calibration.too_few_items`.
+            `calibration.too_few_items`.
     """
     looked = min(_FIRST_LOOK, frames)
-    numbers: list[int] = []
-    looks: list[Floats] = []
-    shape: tuple[int, ...] = (0, 0)
-    for frame in frames_of(opener, looked):
-        shape = frame.image.shape
-        looks.append(shrunk(frame.image, shrink_of(shape[1])))
-        numbers.append(frame.number)
-        progress(len(looks), looked + frames)
+    looks, numbers, period_s, shrink = _look(opener, looked, lambda done: progress(done, looked + frames))
     if len(looks) < _LEAST_FRAMES:
         raise InputError(
             "calibration.too_few_frames",
@@ -144,17 +152,43 @@ def survey(opener: Opener, *, frames: int, progress: Progress = lambda _done, _a
             got=len(looks),
         )
     belt = _belt(looks)
-    step = _direction(looks, belt, numbers)
-    follower = _Follower(belt, shape[1], step)
+    direction, step = _direction(looks, belt, numbers, shrink)
+    turn = TURN_FOR[direction]
+    if turn != "none":
+        opener = turned(opener, turn)
+        belt = _belt(_look(opener, looked, lambda _done: None)[0])
+    follower = _Follower(belt, step / period_s)
     for done, frame in enumerate(frames_of(opener, frames), start=looked + 1):
         follower.take(frame)
         progress(done, looked + frames)
     progress(looked + frames, looked + frames)
-    return follower.result(shape[1], shape[0])
+    return follower.result(direction, turn, period_s)
+
+
+def turned(opener: Opener, turn: Orientation) -> Opener:
+    """Returns an opener of the same camera with its pictures turned."""
+    return opener if turn == "none" else lambda: OrientedCamera(opener(), turn)
+
+
+def _look(opener: Opener, limit: int, progress: Callable[[int], None]) -> tuple[list[Floats], list[int], float, int]:
+    """Returns shrunk pictures, their frame numbers, the median period (seconds), and the factor of shrinking."""
+    looks: list[Floats] = []
+    numbers: list[int] = []
+    times: list[float] = []
+    shrink = 1
+    for frame in frames_of(opener, limit):
+        shrink = shrink_of(frame.image.shape[1])
+        looks.append(shrunk(frame.image, shrink))
+        numbers.append(frame.number)
+        times.append(frame.captured_s)
+        progress(len(looks))
+    steps = np.diff(times)
+    period_s = float(np.median(steps[steps > 0.0])) if (steps > 0.0).any() else 1.0
+    return looks, numbers, period_s, shrink
 
 
 def _belt(looks: list[Floats]) -> Floats:
-    """The empty belt, from pictures that differ; a belt that stands, or carries nothing, is named."""
+    """Returns the empty belt, from pictures that differ; refuses a belt that stands or carries nothing."""
     lively = [looks[0]]
     for look in looks[1:]:
         if moved(lively[-1], look):
@@ -181,8 +215,8 @@ def _no_items(frames: int, items: int) -> InputError:
     )
 
 
-def _direction(looks: list[Floats], belt: Floats, numbers: list[int]) -> float:
-    """Shift per frame along the rows, shrunk columns.
+def _direction(looks: list[Floats], belt: Floats, numbers: list[int], shrink: int) -> tuple[str, float]:
+    """Returns the direction of travel, and the distance per frame in full-size pixels.
 
     The curves of many pairs are added: chance fits of one item with the next fall out, the true shift stays.
     """
@@ -201,18 +235,12 @@ def _direction(looks: list[Floats], belt: Floats, numbers: list[int]) -> float:
     if not np.isfinite(fit_along) and not np.isfinite(fit_across):
         raise _no_items(len(masks), 0)
     if fit_across < fit_along and abs(across) > 0.5:
-        raise InputError(
-            "calibration.vertical_travel",
-            "Items travel up or down in the picture; turn the camera by 90 degrees, or the recording"
-            " (ffmpeg -vf transpose=1), so that they travel from left to right.",
-            expected="travel along the rows",
-            got=f"{across:+.1f} rows against {along:+.1f} columns per frame, in shrunk pixels",
-        )
-    return along
+        return ("top-bottom" if across > 0.0 else "bottom-top"), abs(across) * shrink
+    return ("right-left" if along < 0.0 else "left-right"), abs(along) * shrink
 
 
 def _common_shift(pairs: list[tuple[Floats, Floats]]) -> tuple[float, float]:
-    """The shift that fits all pairs best on the whole, and its mean mismatch."""
+    """Returns the shift that fits all pairs best on the whole, and its mean mismatch."""
     reach = int(0.6 * pairs[0][0].shape[1])
     shifts = range(-reach, reach + 1)
     curves = np.stack([mismatch(first, second, shifts) for first, second in pairs])
@@ -227,9 +255,13 @@ def _common_shift(pairs: list[tuple[Floats, Floats]]) -> tuple[float, float]:
 class _Follower:
     """Finds the items of each frame at full size and follows them."""
 
-    def __init__(self, belt: Floats, width_px: int, step: float) -> None:
-        self._view, self._shrink, self._step = BeltView(belt), shrink_of(width_px), step
-        self._last: tuple[Floats, int] | None = None
+    def __init__(self, belt: Floats, px_per_s: float) -> None:
+        self._view, self._shrink = BeltView(belt), 1
+        # One millimetre per pixel: the encoder measures pixels.
+        self._encoder = ImageEncoder(1.0, nominal_mm_s=px_per_s, belt=belt)
+        self._path: list[tuple[float, float]] = []
+        """Time and position of the belt at each frame, seconds and pixels."""
+        self._size = (0, 0)
         self._open: list[SeenItem] = []
         self._closed: list[SeenItem] = []
         self._areas: list[int] = []
@@ -237,27 +269,18 @@ class _Follower:
         self._best: tuple[Image | None, list[Blob]] = (None, [])
 
     def take(self, frame: Frame) -> None:
+        self._size = (frame.image.shape[1], frame.image.shape[0])
+        self._shrink = shrink_of(self._size[0])
         small = shrunk(frame.image, self._shrink)
         difference, mask = self._view.difference(small), self._view.silhouettes(small)
-        moved_px = self._moved_px(mask, frame.number)
+        position_px = self._encoder.feed(frame)
+        moved_px = position_px - self._path[-1][1] if self._path else 0.0
+        self._path.append((frame.captured_s, position_px))
         blobs = self._blobs(frame.image, mask, difference)
         if self._best[0] is None or len(blobs) > len(self._best[1]):
             self._best = (frame.image.copy(), blobs)
         self._follow(blobs, frame, moved_px)
         self._frames += 1
-
-    def _moved_px(self, mask: Floats, number: int) -> float:
-        """How far the belt ran since the last frame, full-size pixels: read near what is usual, else assumed."""
-        passed = 1 if self._last is None else max(1, number - self._last[1])
-        shift = self._step * passed
-        if self._last is not None:
-            reach = 3.0 + 0.3 * abs(shift)
-            # A belt that slows down or stops is read as well.
-            low, high = min(shift - reach, -2.0), max(shift + reach, 2.0)
-            match = best_shift(self._last[0], mask, int(low), int(np.ceil(high)))
-            shift = match[0] if match is not None and match[1] < 0.3 else shift
-        self._last = (mask, number)
-        return shift * self._shrink
 
     def _blobs(self, image: Image, mask: Floats, difference: Floats) -> list[Blob]:
         solid = ((mask > 0.5) | (difference > 26.0)).astype(np.uint8)
@@ -278,7 +301,7 @@ class _Follower:
         return found
 
     def _refined(self, image: Image, left: int, top: int, wide: int, tall: int) -> Blob | None:
-        """The same item at full size."""
+        """Returns the same item measured at full size."""
         shrink, margin = self._shrink, 2
         rows = slice(max(top - margin, 0), min(top + tall + margin, self._view.belt.shape[0]))
         columns = slice(max(left - margin, 0), min(left + wide + margin, self._view.belt.shape[1]))
@@ -297,7 +320,7 @@ class _Follower:
         return Blob(x0 + x + length / 2.0, y0 + y + width / 2.0, float(length), float(width))
 
     def _follow(self, blobs: list[Blob], frame: Frame, moved_px: float) -> None:
-        """Each blob belongs to the item that should be there now, or is a new one."""
+        """Assigns each blob to the item that should be at its place now, or to a new one."""
         for item in self._open:
             item.due_x += moved_px
         free = list(self._open)
@@ -313,56 +336,63 @@ class _Follower:
             near.y += (blob.y - near.y) / (len(near.lengths) + 1)
             near.lengths.append(blob.length)
             near.widths.append(blob.width)
-        for item in [i for i in self._open if frame.number - i.last > 2]:
+        for item in [i for i in self._open if frame.number - i.last > 2 and frame.captured_s - i.last_s > _GONE_S]:
             self._open.remove(item)
             self._closed.append(item)
 
-    def result(self, width_px: int, height_px: int) -> Survey:
+    def result(self, direction: str, turn: Orientation, period_s: float) -> Survey:
         everything = self._closed + [i for i in self._open if i.lengths]
         if not everything or self._best[0] is None:
             raise _no_items(self._frames, 0)
         items = _of_one_kind(everything)
-        px_per_frame, px_per_s, spread = _speed(items)
+        travelled = sum(item.last > item.first and abs(item.last_x - item.first_x) > item.length for item in items)
+        px_per_s, spread = _speed(self._path)
+        if travelled < _LEAST_TRAVELLED and px_per_s * period_s > _STANDS_PX:
+            raise InputError(
+                "calibration.too_few_items",
+                "Too few single items could be followed; let them run with gaps between, or record longer.",
+                expected=f">= {_LEAST_TRAVELLED}",
+                got=travelled,
+            )
         return Survey(
-            width_px,
-            height_px,
+            self._size[0],
+            self._size[1],
             self._frames,
             self._view.belt,
             items,
-            px_per_frame,
+            px_per_s * period_s,
             px_per_s,
             spread,
             self._best[0],
             self._best[1],
+            direction,
+            turn,
         )
 
 
 def _of_one_kind(items: list[SeenItem]) -> list[SeenItem]:
-    """Without specks, leaves and hands: within a factor of the usual size."""
+    """Returns the items within a factor of the usual size, without specks, leaves and hands."""
     usual = float(np.median([item.length for item in items]))
     return [item for item in items if 0.5 * usual < item.length < 1.8 * usual]
 
 
-def _speed(items: list[SeenItem]) -> tuple[float, float, float]:
-    """Pixels per frame and per second over each item's whole way, and their spread.
+def _speed(path: list[tuple[float, float]]) -> tuple[float, float]:
+    """Returns the speed of the belt while it ran, pixels per second, and its spread as a share.
 
-    The middle of all items counts: a stop of the belt in between touches only those in sight.
+    The belt's position is read over windows of a second. Ramps and stops are left out, the middle of the rest counts.
 
-    Raises:
-        InputError: `calibration.too_few_items`.
+    Args:
+        path: Time and position of the belt at each frame, seconds and pixels.
     """
-    travelled = [item for item in items if item.last > item.first and item.last_s > item.first_s]
-    if len(travelled) < _LEAST_TRAVELLED:
-        raise InputError(
-            "calibration.too_few_items",
-            "Too few single items could be followed; let them run with gaps between, or record longer.",
-            expected=f">= {_LEAST_TRAVELLED}",
-            got=len(travelled),
-        )
-    ways = np.array([item.last_x - item.first_x for item in travelled])
-    per_frame = ways / np.array([item.last - item.first for item in travelled])
-    per_s = ways / np.array([item.last_s - item.first_s for item in travelled])
-    middle = float(np.median(per_s))
-    low, high = np.quantile(per_s, (0.1, 0.9))
-    spread = float(high - low) / 2.0 / abs(middle) if middle else 0.0
-    return float(np.median(per_frame)), middle, spread
+    times, places = np.array(path).T
+    window_s = min(_WINDOW_S, max((times[-1] - times[0]) / 2.0, 1.0e-6))
+    ends = np.searchsorted(times, times + window_s)
+    starts = np.flatnonzero(ends < len(times))
+    passed_s = times[ends[starts]] - times[starts]
+    speeds = (places[ends[starts]] - places[starts]) / np.maximum(passed_s, 1.0e-6)
+    if not len(speeds):
+        return 0.0, 0.0
+    running = speeds[speeds >= _RUNS * np.quantile(speeds, 0.9)]
+    middle = float(np.median(running))
+    low, high = np.quantile(running, (0.1, 0.9))
+    return middle, float(high - low) / 2.0 / abs(middle) if middle else 0.0

@@ -5,6 +5,7 @@ Exit status: 0 ok, 1 failed, 2 wrong usage or configuration, 4 something is not 
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -460,7 +461,21 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of the command; returns the exit status."""
+    """Entry of the command; returns the exit status.
+
+    Called without arguments, as the program is, it ends the process where a camera's driver holds a thread.
+    """
+    status = _answered(argv)
+    live_camera = sys.modules.get("edge_agent.devices.live_camera")
+    if argv is None and live_camera is not None and live_camera.left_behind():
+        # The thread would return into an interpreter that is being torn down, and abort the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _answered(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _COMMANDS[arguments.command](arguments)

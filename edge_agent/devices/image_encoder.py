@@ -1,10 +1,13 @@
 """A belt position measured from the picture, for lines without an encoder."""
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
-from edge_agent.interfaces import Frame, FrameSource
+from edge_agent.interfaces import Frame, FrameSource, Image
 from edge_agent.vision.belt_motion import (
     BELT_LOOKS,
     LEAST_SEEN,
@@ -12,18 +15,35 @@ from edge_agent.vision.belt_motion import (
     OVERLAP,
     BeltView,
     Floats,
-    best_shift,
     learn_belt,
+    mismatch,
     moved,
     shrink_of,
     shrunk,
+    vertex,
 )
 from models.errors import CameraError, InputError
+
+LEARNING_FRAMES: Final = 240
+"""First frames of a recording from which the empty belt is learnt ahead."""
+_FIRST_LOOKS: Final = 8
+"""Pictures from which the belt is learnt at first; it is learnt again from twice as many until there are enough."""
+_BACK: Final = 6
+"""Columns by which a picture may move back: a camera in the hand trembles, a belt does not run back."""
+_SURPRISE: Final = 0.12
+"""Mismatch that an unexpected shift may cost more than an expected one before it is preferred."""
+_STEP_S: Final = 0.5
+"""A mean speed is taken over at least so long; pictures that come in jerks change six times a second or more."""
+_STANDS_S: Final = 0.5
+"""A belt in jerky pictures that shows no movement for so long stands."""
+_JERKS: Final = 3
+"""So many starts within two seconds, each after a standstill shorter than `_STANDS_S`, are jerky pictures."""
+_JERKY_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Motion:
-    """What is known of the belt at one moment; replaced as a whole, so that any thread may read it."""
+    """The state of the belt at one moment; replaced as a whole, so that any thread may read it."""
 
     at_s: float
     position_mm: float
@@ -31,36 +51,25 @@ class _Motion:
 
 
 class ImageEncoder:
-    """Belt position from the pictures of a line without encoder; feed it every frame, in order.
+    """Measures the belt position from the pictures of a line without encoder; takes every frame, in order.
 
-    Each picture is slid over a reference picture (not over the last one: errors then add up per reference, not per
-    frame) near where the speed predicts it, and over the last one when it is not found there. While there is
-    nothing to see it runs on at its last speed, for `hold_s` at most, and counts that.
+    The silhouettes of the items are slid over those of the last picture, over every shift at once; expected shifts
+    (none, the last speed, the mean speed since the last movement) are preferred where several fit. The shift is then
+    refined on a reference picture, so that errors add up per reference, not per frame. The position is that of the
+    picture: a camera that trembles moves it too, which keeps the coordinate of each item the same. While there is
+    nothing to see it continues at its last speed, for `hold_s` at most, and counts that.
 
-    Measured on the simulated line (two lanes, 1000 mm/s, 0.625 mm/px, 30 frames/s) against the true belt, over
-    57 m with a ramp to 60 %, a stop of 4 s, 120 % and back, five worlds: with 9 items per second and lane the error
-    at the end is 7 to 12 mm (0.01 to 0.02 %), and over 0.7 s, the way from camera to outlet, below 0.9 mm for 99 %
-    of the frames. It lives from items in sight: with 3 items per second and lane 8 to 11 mm over 0.7 s, with 1 (40 %
-    of the frames show none) 11 to 20 mm, and 0.1 to 0.2 % at the end. The speed is read to 0.1 %, within a ramp to
-    6 %. Frames dropped (20 %) and torn (5 %) cost 27 mm once in 30 s. Ejections by it alone, through a slower belt
-    and a stop, hit all of 101 (0.9 mm/px). A frame of 640 x 340 px takes about 1.5 ms.
+    Figures of its accuracy and cost: `python -m benchmarks.encoderless`.
 
     Args:
-        mm_per_px: Of the camera.
+        mm_per_px: Scale of the camera.
         nominal_mm_s: Speed until the belt is known and the first step is measured.
-        right_to_left: Items travel towards column 0; the position still grows.
-        hold_s: How long it believes its last speed without seeing an item; then it says that the belt stands.
-        belt: The empty belt (`learn_belt`); without it the first moving pictures are used to learn it.
+        hold_s: Time for which the last speed is assumed without an item in sight; then the belt counts as standing.
+        belt: The empty belt (`belt_of`); without it the first moving pictures are used to learn it.
     """
 
     def __init__(
-        self,
-        mm_per_px: float,
-        *,
-        nominal_mm_s: float = 0.0,
-        right_to_left: bool = False,
-        hold_s: float = 3.0,
-        belt: Floats | None = None,
+        self, mm_per_px: float, *, nominal_mm_s: float = 0.0, hold_s: float = 3.0, belt: Floats | None = None
     ) -> None:
         if not (mm_per_px > 0.0 and hold_s >= 0.0 and nominal_mm_s >= 0.0):
             raise InputError(
@@ -69,14 +78,20 @@ class ImageEncoder:
                 expected="mm_per_px > 0, hold_s >= 0, nominal_mm_s >= 0",
                 got=(mm_per_px, hold_s, nominal_mm_s),
             )
-        self._mm_per_px, self._mirror, self._hold_s = mm_per_px, right_to_left, hold_s
+        self._mm_per_px, self._hold_s = mm_per_px, hold_s
         self._view = None if belt is None else BeltView(belt)
         self._looks: list[Floats] = []
-        self._motion: _Motion | None = None
+        self._learning = belt is None
         self._nominal_mm_s = nominal_mm_s
+        self._motion: _Motion | None = None
         self._shape: tuple[int, ...] = ()
         self._reference: tuple[Floats, float] | None = None
         self._last: Floats | None = None
+        self._path: deque[tuple[float, float]] = deque(maxlen=512)
+        """Time and position of the last frames, over which the mean speed is taken."""
+        self._moved_s = 0.0
+        """Time of the last picture that had moved."""
+        self._starts: deque[float] = deque(maxlen=_JERKS)
         self._blind_s = 0.0
         self.frames = 0
         self.blind_frames = 0
@@ -112,68 +127,125 @@ class ImageEncoder:
         seen = self._silhouettes(shrunk(frame.image, shrink))
         before = self._motion
         if before is None:
+            self._moved_s = frame.captured_s
             self._motion = _Motion(frame.captured_s, 0.0, self._nominal_mm_s)
             self._refer(seen, 0.0)
             return 0.0
         elapsed_s = max(frame.captured_s - before.at_s, 0.0)
-        position = None
-        if seen is not None and elapsed_s > 0.0:
-            position = self._measure(seen, before, before.speed_mm_s * elapsed_s, column_mm)
+        position = None if seen is None else self._measure(seen, before, frame.captured_s, column_mm)
         if position is None:
             self._motion = self._held(before, frame.captured_s, elapsed_s)
         else:
             self._blind_s = 0.0
-            speed = (position - before.position_mm) / elapsed_s
-            speed = _smoothed(before.speed_mm_s, speed, elapsed_s, column_mm)
-            self._motion = _Motion(frame.captured_s, position, speed)
+            speed = self._speed(before, position, frame.captured_s, column_mm)
+            self._motion = _Motion(max(frame.captured_s, before.at_s), position, speed)
+        self._path.append((self._motion.at_s, self._motion.position_mm))
         self._renew(seen, self._motion.position_mm, column_mm, measured=position is not None)
         return self._motion.position_mm
 
     def _silhouettes(self, small: Floats) -> Floats | None:
-        """None until the belt is known."""
-        if self._mirror:
-            small = np.ascontiguousarray(small[:, ::-1])
-        if self._view is None:
-            if not self._looks or moved(self._looks[-1], small):
-                self._looks.append(small)
-            if len(self._looks) < BELT_LOOKS:
-                return None
-            self._view = BeltView(learn_belt(self._looks))
-            self._looks.clear()
-        return self._view.silhouettes(small)
+        """Returns the items' silhouettes, or None until the belt is known."""
+        if self._learning and (not self._looks or moved(self._looks[-1], small)):
+            self._looks.append(small)
+            count = len(self._looks)
+            if count >= _FIRST_LOOKS and (count & (count - 1)) == 0:
+                self._view = BeltView(learn_belt(self._looks))
+                # Silhouettes of two different belts do not fit each other.
+                self._last = self._reference = None
+            if count >= BELT_LOOKS:
+                self._learning = False
+                self._looks.clear()
+        return None if self._view is None else self._view.silhouettes(small)
 
-    def _measure(self, seen: Floats, before: _Motion, step_mm: float, column_mm: float) -> float | None:
-        """Belt position of these silhouettes, or None."""
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def _measure(self, seen: Floats, before: _Motion, at_s: float, column_mm: float) -> float | None:
+        """Returns the belt position of these silhouettes, or None when they fit nothing."""
+        if self._last is not None:
+            shift = self._shift(seen, before, at_s, column_mm)
+            if shift is None:
+                return None
+            position = before.position_mm + shift * column_mm
+        elif self._reference is not None:
+            position = before.position_mm + before.speed_mm_s * max(at_s - before.at_s, 0.0)
+        else:
+            return None
+        return self._refined(seen, position, column_mm, found=self._last is not None)
+
+    def _shift(self, seen: Floats, before: _Motion, at_s: float, column_mm: float) -> float | None:
+        """Returns the shift since the last picture, columns, over the whole range of possible ones."""
+        last = self._last
+        assert last is not None  # noqa: S101  checked by the only caller
+        shifts = range(-_BACK, int((1.0 - OVERLAP) * seen.shape[1]) + 1)
+        fits = mismatch(last, seen, shifts)
+        expected = (
+            0.0,
+            before.speed_mm_s * (at_s - before.at_s) / column_mm,
+            self._mean_mm_s(at_s) * (at_s - self._moved_s) / column_mm,
+        )
+        columns = np.asarray(shifts, np.float64)
+        surprise = np.min([np.minimum(((columns - e) / max(2.5, 0.35 * e)) ** 2, 1.0) for e in expected], axis=0)
+        best = int(np.argmin(np.where(fits < MISFIT, fits + _SURPRISE * surprise, np.inf)))
+        return float(columns[best]) + vertex(fits, best) if fits[best] < MISFIT else None
+
+    def _refined(self, seen: Floats, position_mm: float, column_mm: float, *, found: bool) -> float | None:
+        """Returns the position by the reference picture near `position_mm`, else that position if it was `found`."""
         if self._reference is not None:
             reference, at_mm = self._reference
-            expected = (before.position_mm + step_mm - at_mm) / column_mm
-            reach = 3.0 + 0.3 * step_mm / column_mm
-            match = best_shift(reference, seen, int(expected - reach), int(np.ceil(expected + reach)))
-            if match is not None and match[1] < MISFIT and abs(match[0] - expected) < reach:
-                return max(at_mm + match[0] * column_mm, before.position_mm)
-        if self._last is not None:
-            match = best_shift(self._last, seen, -1, int((1.0 - OVERLAP) * seen.shape[1]))
-            if match is not None and match[1] < MISFIT:
-                return before.position_mm + max(match[0], 0.0) * column_mm
-        return None
+            expected = (position_mm - at_mm) / column_mm
+            low, high = int(np.floor(expected - 3.0)), int(np.ceil(expected + 3.0))
+            fits = mismatch(reference, seen, range(low, high + 1))
+            best = int(fits.argmin())
+            if fits[best] < MISFIT and 0 < best < high - low:
+                return at_mm + (low + best + vertex(fits, best)) * column_mm
+        return position_mm if found else None
+
+    # -- speed --------------------------------------------------------------------------------------------------
+
+    def _speed(self, before: _Motion, position_mm: float, at_s: float, column_mm: float) -> float:
+        """Returns the speed after a step to this position, and notes standstills and starts."""
+        elapsed_s, step_mm = at_s - before.at_s, position_mm - before.position_mm
+        if elapsed_s <= 0.0:
+            return before.speed_mm_s
+        stood_s = at_s - self._moved_s
+        if abs(step_mm) > 0.5 * column_mm:
+            if 1.5 * elapsed_s < stood_s < _STANDS_S:
+                self._starts.append(at_s)
+            self._moved_s = at_s
+        jerky = len(self._starts) == _JERKS and at_s - self._starts[0] <= _JERKY_S
+        if jerky:
+            return max(self._mean_mm_s(at_s), 0.0) if stood_s < _STANDS_S else 0.0
+        return _smoothed(before.speed_mm_s, step_mm / elapsed_s, elapsed_s, column_mm)
+
+    def _mean_mm_s(self, at_s: float) -> float:
+        """Returns the mean speed over the last movements, the nominal one before there are any."""
+        while len(self._path) > 2 and at_s - self._path[1][0] >= _STEP_S:
+            self._path.popleft()
+        if not self._path or self._path[-1][0] - self._path[0][0] < 0.5 * _STEP_S:
+            return self._motion.speed_mm_s if self._motion is not None else self._nominal_mm_s
+        (first_s, first_mm), (last_s, last_mm) = self._path[0], self._path[-1]
+        return (last_mm - first_mm) / (last_s - first_s)
 
     def _held(self, before: _Motion, at_s: float, elapsed_s: float) -> _Motion:
+        """Returns the motion at the last speed, until the bound is reached."""
         self.blind_frames += 1
         left_s = min(max(self._hold_s - self._blind_s, 0.0), elapsed_s)
         self._blind_s += elapsed_s
         ran_mm = before.speed_mm_s * left_s
         self.held_mm += ran_mm
-        return _Motion(at_s, before.position_mm + ran_mm, before.speed_mm_s if left_s > 0.0 else 0.0)
+        return _Motion(max(at_s, before.at_s), before.position_mm + ran_mm, before.speed_mm_s if left_s > 0.0 else 0.0)
+
+    # -- reference ----------------------------------------------------------------------------------------------
 
     def _renew(self, seen: Floats | None, position_mm: float, column_mm: float, *, measured: bool) -> None:
-        """A new reference once the old one has left half of the picture, or nothing fits it any more."""
+        """Takes a new reference once the old one has left half of the picture, or nothing fits it any more."""
         if self._reference is not None:
             gone = (position_mm - self._reference[1]) / column_mm
             if gone > 0.5 * self._reference[0].shape[1] or (not measured and self._blind_s > 0.2):
                 self._reference = None
-        self._last = seen
         if self._reference is None:
             self._refer(seen, position_mm)
+        self._last = seen
 
     def _refer(self, seen: Floats | None, position_mm: float) -> None:
         if seen is not None and float(seen.mean()) > LEAST_SEEN:
@@ -182,11 +254,11 @@ class ImageEncoder:
 
 
 class ImageEncodedCamera:
-    """A camera whose frames carry the belt position that its own pictures tell.
+    """A camera whose frames carry the belt position that its own pictures show.
 
     Args:
         source: The camera; its own belt positions are replaced.
-        encoder: Gets every frame that is read, and answers for the belt in between.
+        encoder: Takes every frame that is read, and gives the belt position in between.
     """
 
     def __init__(self, source: FrameSource, encoder: ImageEncoder) -> None:
@@ -197,18 +269,27 @@ class ImageEncodedCamera:
         frame = self.source.read(timeout_s)
         return None if frame is None else replace(frame, belt_mm=self.encoder.feed(frame))
 
-    @property
-    def frames_dropped(self) -> int:
-        """Of the camera."""
-        return int(getattr(self.source, "frames_dropped", 0))
-
     def close(self) -> None:
         """Closes the camera."""
         self.source.close()
 
 
+def belt_of(images: Iterable[Image]) -> Floats | None:
+    """Returns the empty belt learnt from pictures of a recording, or None when too few of them differ.
+
+    Args:
+        images: Pictures in order, uint8 (H, W, 3) BGR of one size.
+    """
+    lively: list[Floats] = []
+    for image in images:
+        small = shrunk(image, shrink_of(image.shape[1]))
+        if not lively or (small.shape == lively[0].shape and moved(lively[-1], small)):
+            lively.append(small)
+    return learn_belt(lively) if len(lively) >= _FIRST_LOOKS else None
+
+
 def _smoothed(before_mm_s: float, now_mm_s: float, elapsed_s: float, column_mm: float) -> float:
-    """Slow for what may be reading noise, quick for a ramp, at once for a stop."""
+    """Returns the new speed: slow for what may be reading noise, quick for a ramp, at once for a stop."""
     if now_mm_s * elapsed_s < 0.02 * column_mm:
         return 0.0
     change = now_mm_s - before_mm_s

@@ -7,6 +7,7 @@ frames so that it does not take them for dropped ones.
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 from edge_agent.health.camera import CameraHealth
@@ -28,9 +29,19 @@ class CameraFeed:
         health: Accepts or refuses each frame and names the camera's faults.
         counter: Counts refused frames as `frames_bad`.
         stop: Set when the line ends.
+        frames_bad: Returns how many frames the camera itself could not use so far.
     """
 
-    def __init__(self, source: FrameSource, health: CameraHealth, counter: LineCounter, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        source: FrameSource,
+        health: CameraHealth,
+        counter: LineCounter,
+        stop: threading.Event,
+        *,
+        frames_bad: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._frames_bad, self._bad_seen = frames_bad, 0
         self._source, self._health, self._counter, self._stop = source, health, counter, stop
         self._mailbox = threading.Condition()
         self._newest: tuple[Frame, int] | None = None
@@ -47,6 +58,7 @@ class CameraFeed:
             try:
                 frame = self._source.read(_READ_S)
             except CameraError as error:
+                self._count_bad()
                 if error.code == "camera.ended":
                     self.end()
                     return
@@ -58,6 +70,7 @@ class CameraFeed:
                 if error.code != "camera.stalled":
                     self._stop.wait(_REOPEN_S)
                 continue
+            self._count_bad()
             if frame is None:
                 self._health.silent(time.monotonic())
             elif self._health.take(frame, time.monotonic()):
@@ -67,6 +80,14 @@ class CameraFeed:
             else:
                 self._refused += 1
                 self._counter.count("frames_bad")
+
+    def _count_bad(self) -> None:
+        """Counts the frames that the camera itself could not use since the last call."""
+        bad = self._frames_bad()
+        if bad > self._bad_seen:
+            self._refused += bad - self._bad_seen
+            self._counter.count("frames_bad", bad - self._bad_seen)
+            self._bad_seen = bad
 
     def take(self, timeout_s: float) -> tuple[Frame, int] | None:
         """Returns the newest frame and how many frames were refused since the start, or None after `timeout_s`."""

@@ -104,7 +104,13 @@ class Line:
             lifetime_items=config.lifetime_items,
             truth=simulation.truth if simulation else None,
         )
-        self._camera = CameraFeed(self._world.source, self._health, self._counter, self._stop)
+        self._camera = CameraFeed(
+            self._world.source,
+            self._health,
+            self._counter,
+            self._stop,
+            frames_bad=lambda: self._world.frames_bad,
+        )
         self._refused_seen = 0
         """Refused frames that the core knows of."""
         self.switching = Switching(
@@ -216,12 +222,12 @@ class Line:
                 self._unseen()
                 continue
             core = self._core
-            if core is None:
-                core = self._core = self._make_core(frame)
-                if judge is not None:
-                    core.use(judge)
-            self.switching.apply(core)
             try:
+                if core is None:
+                    core = self._core = self._make_core(frame)
+                    if judge is not None:
+                        core.use(judge)
+                self.switching.apply(core)
                 core.process(frame)
             except CameraError as error:
                 self._health.failed(error, time.monotonic())

@@ -74,14 +74,14 @@ def collect(
         wanted = min(_WORLD_ITEMS, items - done) if world.simulation else items - done
         try:
             ended = True
-            for frame in frames(world.source):
+            for frame in frames(world.source, patience_s=world.patience_s):
                 writer.take(frame)
                 progress(done + writer.items, items)
                 if writer.items >= wanted:
                     ended = False
                     break
         finally:
-            world.source.close()
+            world.close()
         done, seed = done + writer.items, seed + 1
         rows += writer.rows
     return _finish(output, rows)

@@ -106,7 +106,7 @@ class _ContactSheet:
 
     def run(self, seconds: float) -> None:
         core: LineCore | None = None
-        for frame in frames(self._world.source, seconds=seconds):
+        for frame in frames(self._world.source, seconds=seconds, patience_s=self._world.patience_s):
             before_s, self._now_s = self._now_s, frame.captured_s
             if core is None:
                 core = self._open(frame)

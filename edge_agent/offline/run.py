@@ -72,9 +72,9 @@ def run_standalone(
         queue.start()
     started = time.perf_counter()
     core: LineCore | None = None
-    next_live_s = 0.0
+    next_live_s, bad = 0.0, 0
     try:
-        for frame in frames(world.source, seconds=seconds):
+        for frame in frames(world.source, seconds=seconds, patience_s=world.patience_s):
             before_s, now_s[0] = now_s[0], frame.captured_s
             if core is None:
                 core = LineCore(
@@ -88,6 +88,7 @@ def run_standalone(
                     on_verdict=_verdict_takers(verdicts, recorder),
                 )
                 core.use(judge)
+            bad = _count_bad(world, counter, bad, core)
             if not config.paced:
                 queue.run_to(before_s, now_s[0])
             if recorder is not None:
@@ -98,6 +99,7 @@ def run_standalone(
             if frame.captured_s >= next_live_s:
                 next_live_s = frame.captured_s + 1.0
                 on_live(counter.live("0" * 16, world.encoder.speed_mm_s()))
+        _count_bad(world, counter, bad, core)
         if core is not None:
             core.flush()
     except SortlineError as error:
@@ -119,6 +121,15 @@ def _close(queue: EjectionQueue, world: LineHardware, shadow: Shadow | None) -> 
     world.close()
     if shadow is not None:
         shadow.stop()
+
+
+def _count_bad(world: LineHardware, counter: LineCounter, known: int, core: LineCore | None) -> int:
+    """Counts the frames the camera could not use since the last call, and returns their number so far."""
+    bad = world.frames_bad
+    counter.count("frames_bad", bad - known)
+    if core is not None:
+        core.refused(bad - known)
+    return bad
 
 
 def _verdict_takers(stream: TextIO | None, recorder: Recorder | None) -> Callable[[Judged, str], None] | None:
@@ -159,6 +170,8 @@ def _summary(counter: LineCounter, world: LineHardware, elapsed_s: float) -> dic
         "latency_p99_ms": round(window.latency_ms.quantile(0.99), 2) if window.items else None,
         "inference_p50_ms": round(window.inference_ms.quantile(0.5), 2) if window.views else None,
     }
+    if world.camera is not None:
+        facts["camera"] = {name: count for name, count in asdict(world.camera.counters).items() if count}
     if world.simulation is not None:
         facts["truth"] = asdict(world.simulation.truth())
     return facts

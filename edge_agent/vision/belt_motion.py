@@ -23,6 +23,8 @@ _FAINT: Final = 10.0
 _CLEAR: Final = 30.0
 """Between these two differences to the belt (grey levels of the largest channel) a pixel turns from belt to item."""
 _LEARN: Final = 0.02
+_ENVELOPE_FRAMES: Final = 16
+"""The neighbourhood of each belt pixel is looked up so often; the belt changes slowly."""
 MOVED_SHARE: Final = 0.004
 """Share of pixels that must change before two pictures differ by more than noise."""
 BELT_LOOKS: Final = 32
@@ -80,12 +82,17 @@ def learn_belt(looks: Sequence[Floats]) -> Floats:
 class BeltView:
     """Separates items from belt in shrunk pictures and follows slow changes of light.
 
+    A pixel counts as belt when the belt shows its colour there or one pixel beside it, so that neither a camera that
+    trembles nor an edge of the machine that moves by a fraction of a pixel looks like an item.
+
     Args:
         belt: From `learn_belt`.
     """
 
     def __init__(self, belt: Floats) -> None:
         self.belt = belt.copy()
+        self._age = 0
+        self._darkest = self._brightest = self.belt
 
     def difference(self, small: Floats) -> Floats:
         """Returns by how many grey levels (largest channel) each pixel differs from the belt, float32 (h, w)."""
@@ -93,7 +100,16 @@ class BeltView:
         near = np.abs(now - known) < _CLEAR
         # Below some pixels of belt the gain would be that of the items.
         gain = float(np.median(now[near] / np.maximum(known[near], 1.0))) if near.sum() > 32 else 1.0
-        return largest_change(small, self.belt * np.float32(min(max(gain, 0.5), 2.0)))
+        gain = min(max(gain, 0.5), 2.0)
+        if self._age % _ENVELOPE_FRAMES == 0:
+            around = np.ones((3, 3), np.uint8)
+            self._darkest = np.asarray(cv2.erode(self.belt, around), np.float32)
+            self._brightest = np.asarray(cv2.dilate(self.belt, around), np.float32)
+        self._age += 1
+        beyond = np.maximum(small - self._brightest * np.float32(gain), self._darkest * np.float32(gain) - small)
+        return np.asarray(
+            np.maximum(np.maximum(np.maximum(beyond[..., 0], beyond[..., 1]), beyond[..., 2]), 0.0), np.float32
+        )
 
     def silhouettes(self, small: Floats) -> Floats:
         """Returns float32 (h, w): 1 on an item, 0 on the belt, between the two on its rim."""
@@ -105,36 +121,27 @@ class BeltView:
         return np.asarray(soft, np.float32)
 
 
-def mismatch(first: Floats, second: Floats, shifts: Sequence[int]) -> NDArray[np.float64]:
+def mismatch(first: Floats, second: Floats, shifts: range) -> NDArray[np.float64]:
     """Returns how badly `second` fits `first` moved right by each of `shifts` columns: 0 is equal, about 1 unrelated.
 
+    All shifts are computed together by the correlation theorem, so that a wide range costs no more than a narrow one.
     The value is infinite where the two have too little in common.
     """
-    width = first.shape[1]
-    found = np.full(len(shifts), np.inf)
-    for at, shift in enumerate(shifts):
-        if width - abs(shift) < OVERLAP * width:
-            continue
-        a = first[:, max(0, -shift) : width - max(0, shift)]
-        b = second[:, max(0, shift) : width - max(0, -shift)]
-        energy = float(np.vdot(a, a) + np.vdot(b, b))
-        if energy > LEAST_SEEN * a.size:
-            found[at] = 1.0 - 2.0 * float(np.vdot(a, b)) / energy
+    height, width = first.shape
+    length = cv2.getOptimalDFTSize(2 * width)
+    product = np.conj(np.fft.rfft(first, length, axis=1)) * np.fft.rfft(second, length, axis=1)
+    common = np.fft.irfft(product.sum(axis=0), length)
+    columns = [(part * part).sum(axis=0, dtype=np.float64) for part in (first, second)]
+    energies = [np.concatenate(([0.0], np.cumsum(column))) for column in columns]
+    shift = np.asarray(shifts)
+    right, left = np.maximum(shift, 0), np.maximum(-shift, 0)
+    inside = width - np.abs(shift) >= OVERLAP * width
+    right, left = np.where(inside, right, 0), np.where(inside, left, 0)
+    energy = energies[0][width - right] - energies[0][left] + energies[1][width - left] - energies[1][right]
+    enough = inside & (energy > LEAST_SEEN * height * (width - right - left))
+    found = np.full(len(shift), np.inf)
+    found[enough] = np.maximum(1.0 - 2.0 * common[shift[enough] % length] / energy[enough], 0.0)
     return found
-
-
-def best_shift(first: Floats, second: Floats, low: int, high: int) -> tuple[float, float] | None:
-    """Returns the shift to the right, between `low` and `high` columns, at which `second` fits `first` best.
-
-    Returns:
-        Shift (columns, with a fraction) and its mismatch; None when there is nothing to compare.
-    """
-    shifts = range(low, high + 1)
-    fits = mismatch(first, second, shifts)
-    at = int(fits.argmin())
-    if not np.isfinite(fits[at]):
-        return None
-    return low + at + vertex(fits, at), float(fits[at])
 
 
 def vertex(values: NDArray[np.float64], at: int) -> float:

@@ -20,11 +20,12 @@ class ItemFollower:
         self.locator = Locator(geometry)
         self.tracker = Tracker(geometry, self._next_id)
         self._picker = ViewPicker(geometry, max_views)
-        self._ids = 0
+        self.items = 0
+        """Number of items seen so far."""
 
     def _next_id(self) -> int:
-        self._ids += 1
-        return self._ids
+        self.items += 1
+        return self.items
 
     def take(self, frame: Frame) -> tuple[list[tuple[Track, Detection]], list[Track]]:
         """Takes one frame of the geometry's size.

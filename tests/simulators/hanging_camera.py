@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.devices.cameras import LiveCamera
 from edge_agent.devices.hardware import LineHardware, simulation_config
+from edge_agent.devices.live_camera import LiveCamera
 from edge_agent.line.process import Line
 from edge_agent.line_config import LineConfig
 from edge_agent.line_protocol import Pipe
@@ -53,8 +53,7 @@ class Encoded(LiveCamera):
     """Its frames carry the simulated belt's position."""
 
     def __init__(self, line: SimulatedLine, state: Path) -> None:
-        super().__init__("hanging", belt_mm_s=1000.0, opener=lambda _source: Capture(line, state))
-        self.encoder = line  # type: ignore[assignment]
+        super().__init__("hanging", encoder=line, opener=lambda _source: Capture(line, state))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Calibration: scale, lanes, direction and speed are recovered or refused; the image encoder keeps to the belt."""
+"""Calibration: scale, lanes, orientation and speed are recovered or refused."""
 
 import json
 from collections.abc import Callable
@@ -17,17 +17,11 @@ from edge_agent.calibration.scale import parse_pattern, scale_from_board, scale_
 from edge_agent.calibration.survey import Blob, frames_of
 from edge_agent.cli.commands import main
 from edge_agent.config import load_agent_config
-from edge_agent.devices.image_encoder import ImageEncodedCamera, ImageEncoder
-from edge_agent.ejection.queue import EjectionQueue
-from edge_agent.interfaces import Encoder, Frame, FrameSource, Lane
-from edge_agent.line.counters import LineCounter
-from edge_agent.line.sorting import LineCore
-from edge_agent.line_config import LineConfig
+from edge_agent.devices.orientation import oriented
+from edge_agent.interfaces import Frame, Lane
+from edge_agent.line_config import LineConfig, Orientation
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
-from edge_agent.vision.belt_motion import best_shift, learn_belt
-from edge_agent.vision.judge import Judge
 from models.errors import CameraError, ConfigError, InputError
-from tests.simulators.tiny_bundle import tiny_bundle
 
 DATE = "2027-01-31"
 WORLD = SimulationConfig(
@@ -138,14 +132,40 @@ def test_another_look_of_the_line_gives_the_same_measures(
     for (top, bottom), lane in zip(found.lane_rows, WORLD.geometry().lanes, strict=True):
         assert (top, bottom) == pytest.approx((lane.top_px + below, lane.bottom_px + below), abs=2)
     assert found.direction == ("right-left" if looks == "right-left" else "left-right")
-    assert any("mirror" in note for note in found.notes) is (looks == "right-left")
+    assert found.orientation == ("rotate-180" if looks == "right-left" else "none")
 
 
-def test_travel_along_the_columns_is_refused_with_what_to_do(frames: list[Frame]) -> None:
-    for change in (lambda image: image.transpose(1, 0, 2), lambda image: image.transpose(1, 0, 2)[::-1]):
-        with pytest.raises(InputError, match="transpose") as caught:
-            learn(frames[20:60], Target(item_mm=75.0), change)
-        assert caught.value.code == "calibration.vertical_travel"
+@pytest.mark.parametrize(
+    ("orientation", "direction"),
+    [("rotate-90", "bottom-top"), ("rotate-270", "top-bottom"), ("rotate-180", "right-left")],
+)
+def test_items_may_travel_in_any_direction(
+    frames: list[Frame], straight: Calibration, true_item_mm: float, orientation: Orientation, direction: str
+) -> None:
+    back: dict[str, Orientation] = {"rotate-90": "rotate-270", "rotate-270": "rotate-90", "rotate-180": "rotate-180"}
+    found = learn(frames[:140], Target(item_mm=true_item_mm, lanes=2), lambda image: oriented(image, back[orientation]))
+    assert (found.direction, found.orientation) == (direction, orientation)
+    assert (found.width_px, found.height_px) == (480, 240)
+    # The turned picture is that of the straight line, pixel by pixel: so are the measures.
+    assert (found.items, found.mm_per_px, found.lane_rows) == (straight.items, straight.mm_per_px, straight.lane_rows)
+    configured = LineConfig(camera="line.mp4", orientation="mirror")
+    again = learn(
+        frames[:140], Target(item_mm=true_item_mm), lambda image: oriented(image, back[orientation]), configured
+    )
+    assert again.orientation == f"mirror-{orientation}", "what was configured before is part of what is written"
+
+
+def test_a_board_is_measured_along_the_belt_of_a_turned_camera(frames: list[Frame]) -> None:
+    found, _ = calibrate(
+        LineConfig(),
+        Target(pattern=(9, 6), square_mm=20.0),
+        date=DATE,
+        opener=lambda: Replay(frames, lambda image: oriented(image, "rotate-90")),
+        board_opener=lambda: Replay([board(0.9, stretch=1.01, turn_deg=0.0)]),
+    )
+    assert found.orientation == "rotate-270"
+    assert found.mm_per_px == pytest.approx(0.9 / 1.01, rel=0.002)
+    assert found.anisotropy == pytest.approx(0.01, abs=0.003)
 
 
 def test_an_empty_belt_a_standing_belt_and_too_few_frames_are_told_apart(frames: list[Frame]) -> None:
@@ -273,7 +293,7 @@ def test_the_interval_of_the_item_scale_narrows_with_items() -> None:
     assert few.low < 0.625 < few.high
     assert many.high - many.low < 0.3 * (few.high - few.low)
     for lengths, item_mm, code in (
-        ([120.0] * 19, 75.0, "calibration.too_few_items"),
+        ([120.0] * 11, 75.0, "calibration.too_few_items"),
         ([120.0] * 30, 0.5, "calibration.bad_item_size"),
         ([120.0] * 30, float("nan"), "calibration.bad_item_size"),
     ):
@@ -321,7 +341,8 @@ EXAMPLE = Calibration(
     lane_centres=(84.5, 254.5),
     lane_items=(100, 90),
     stray_items=0,
-    direction="left-right",
+    direction="bottom-top",
+    orientation="rotate-90",
     px_per_frame=53.333,
     belt_mm_s=994.4,
     speed_spread=0.002,
@@ -336,6 +357,7 @@ def test_the_written_geometry_is_what_the_agent_reads(tmp_path: Path) -> None:
     line = load_agent_config(geometry, {}, {}).line
     assert (line.mm_per_px, line.belt_mm_s, line.lanes) == (0.62149, 994.4, 2)
     assert line.lane_rows == EXAMPLE.lane_rows
+    assert (line.width_px, line.height_px, line.orientation) == (640, 340, "rotate-90")
     assert line.outlets_mm == EXAMPLE.outlets_mm
     assert cv2.imread(str(overlay)).shape == picture.shape
     assert sorted(path.name for path in geometry.parent.iterdir()) == ["geometry.png", "geometry.toml"]
@@ -345,14 +367,11 @@ def test_the_written_geometry_is_what_the_agent_reads(tmp_path: Path) -> None:
     assert caught.value.code == "calibration.not_written"
 
 
-def test_the_overlay_shows_lanes_ruler_and_direction() -> None:
+def test_the_overlay_shows_lanes_and_ruler() -> None:
     image = np.full((200, 400, 3), 60, np.uint8)
-    sketch = Sketch(0.5, (Lane(20, 100), Lane(100, 180)), (Blob(200.0, 60.0, 70.0, 66.0),), False, "title", "more", {})
+    sketch = Sketch(0.5, (Lane(20, 100), Lane(100, 180)), (Blob(200.0, 60.0, 70.0, 66.0),), "title", "more", {})
     right = draw(image, sketch)
-    left = draw(image, replace(sketch, right_to_left=True))
     assert right.shape[1] == 1200
-    assert not np.array_equal(right[:64], left[:64])
-    assert np.array_equal(right[64:], left[64:])
     # Rows outside the lanes are dimmed, the item's outline is white.
     assert right[64 + 10].max() < 60
     assert (right[64 + 60 * 3, :, :] == 255).all(axis=1).any()
@@ -367,7 +386,7 @@ def green_columns(picture: np.ndarray, rows: slice) -> int:
 def test_the_overlay_shows_how_far_each_outlet_is() -> None:
     image = np.full((200, 400, 3), 60, np.uint8)
     outlets = {"reject": 900.0, "juice": 450.0}
-    sketch = Sketch(0.5, (Lane(20, 180),), (), False, "title", "more", outlets)
+    sketch = Sketch(0.5, (Lane(20, 180),), (), "title", "more", outlets)
     picture = draw(image, sketch)
     foot = 64 + 200 * 3 + 54
     assert picture.shape[0] == foot + 34 * 3
@@ -376,112 +395,6 @@ def test_the_overlay_shows_how_far_each_outlet_is() -> None:
     many = {f"outlet-{k}-\u00e9\x00" + "x" * 40: 0.5 + 1000.0 * k for k in range(20)}
     assert draw(image, replace(sketch, outlets_mm=many)).shape[0] == foot + 34 * 9
     assert draw(image, replace(sketch, outlets_mm={})).shape[0] == foot + 34
-
-
-def drift(line: SimulatedLine, encoder: ImageEncoder, frames: int, *, mirror: bool = False) -> np.ndarray:
-    """Error of the position after each frame, millimetres."""
-    errors = []
-    for _ in range(frames):
-        frame = line.read(1.0)
-        if frame is not None:
-            image = np.ascontiguousarray(frame.image[:, ::-1]) if mirror else frame.image
-            errors.append(encoder.feed(replace(frame, image=image)) - frame.belt_mm)
-    return np.array(errors)
-
-
-def test_the_image_encoder_keeps_to_the_belt_through_a_speed_change_and_a_stop() -> None:
-    line = SimulatedLine(
-        WORLD, virtual=True, schedule="3s speed_factor=0.6; 5s stopped; 7s stopped=false speed_factor=1.2"
-    )
-    encoder = ImageEncoder(WORLD.mm_per_px, nominal_mm_s=WORLD.belt_mm_s)
-    as_seam: Encoder = encoder
-    errors = drift(line, encoder, 190)
-    assert np.abs(errors).max() < 6.0
-    position_mm = as_seam.position_mm(line.now())
-    assert as_seam.speed_mm_s() == 0.0
-    assert as_seam.position_mm(line.now() + 1.0) == position_mm
-    errors = drift(line, encoder, 110)
-    assert np.abs(errors).max() < 6.0
-    assert encoder.speed_mm_s() == pytest.approx(1200.0, rel=0.03)
-    assert as_seam.position_mm(line.now() + 0.01) - as_seam.position_mm(line.now()) == pytest.approx(12.0, rel=0.03)
-    # Only the pictures from which the belt was learnt were blind.
-    assert encoder.blind_frames <= 45
-    assert encoder.frames == 300
-
-
-def test_ejections_hit_by_the_image_encoder_alone(tmp_path: Path) -> None:
-    tiny_bundle(tmp_path / "bundle")
-    line = SimulatedLine(WORLD, virtual=True, schedule="5s speed_factor=0.7; 7s stopped; 8s clear")
-    encoder = ImageEncoder(WORLD.mm_per_px, nominal_mm_s=WORLD.belt_mm_s)
-    camera: FrameSource = ImageEncodedCamera(line, encoder)
-    queue = EjectionQueue(encoder, line, lead_ms=0.0, clock=line.now)
-    counter = LineCounter(WORLD.lanes, truth=line.truth, clock=line.now)
-    core = LineCore(geometry=line.geometry, counter=counter, queue=queue, clock=line.now)
-    core.use(Judge(tmp_path / "bundle"))
-    for _ in range(300):
-        before_s = line.now()
-        frame = camera.read(1.0)
-        queue.run_to(before_s, line.now())
-        core.process(frame)
-    shots = line.truth().ejections
-
-    assert shots["on_time"] > 20
-    assert shots.get("wrong", 0) + shots.get("gap", 0) + shots.get("late", 0) <= 0.05 * shots["on_time"]
-    camera.close()
-
-
-def test_the_image_encoder_reads_a_belt_that_runs_to_the_left(frames: list[Frame]) -> None:
-    encoder = ImageEncoder(WORLD.mm_per_px, nominal_mm_s=WORLD.belt_mm_s, right_to_left=True)
-    errors = drift(SimulatedLine(WORLD, virtual=True), encoder, 120, mirror=True)
-    assert np.abs(errors).max() < 6.0
-
-
-def test_the_image_encoder_keeps_its_speed_when_nothing_is_seen_but_not_for_ever(frames: list[Frame]) -> None:
-    looks = [cv2.resize(frame.image, (160, 80), interpolation=cv2.INTER_AREA).astype(np.float32) for frame in frames]
-    belt = learn_belt(looks[20:])
-    encoder = ImageEncoder(WORLD.mm_per_px, hold_s=1.0, belt=belt)
-    for frame in frames[30:90]:
-        encoder.feed(frame)
-    speed, blind, start = encoder.speed_mm_s(), encoder.blind_frames, encoder.position_mm(frames[89].captured_s)
-    assert speed == pytest.approx(WORLD.belt_mm_s, rel=0.03)
-    empty = np.clip(cv2.resize(belt, (480, 240)), 0, 255).astype(np.uint8)
-    for number in range(90, 180):
-        encoder.feed(replace(frames[number], image=empty))
-    assert encoder.blind_frames - blind >= 89
-    assert encoder.position_mm(frames[179].captured_s) - start == pytest.approx(speed * 1.0, rel=0.05)
-    assert encoder.held_mm == pytest.approx(speed * 1.0, rel=0.1)
-    assert encoder.speed_mm_s() == 0.0
-    before = encoder.position_mm(frames[179].captured_s)
-    again = [replace(frame, captured_s=frame.captured_s + 6.0) for frame in frames[30:60]]
-    for frame in again:
-        encoder.feed(frame)
-    ran = again[-1].belt_mm - again[0].belt_mm
-    assert encoder.position_mm(again[-1].captured_s) - before == pytest.approx(ran, abs=10.0)
-
-
-def test_the_image_encoder_refuses_what_it_cannot_work_with(frames: list[Frame]) -> None:
-    for options in ({"mm_per_px": 0.0}, {"mm_per_px": 0.5, "hold_s": -1.0}, {"mm_per_px": float("nan")}):
-        with pytest.raises(InputError) as caught:
-            ImageEncoder(**options)
-        assert caught.value.code == "encoder.bad_setting"
-    encoder = ImageEncoder(0.9)
-    assert (encoder.position_mm(5.0), encoder.speed_mm_s()) == (0.0, 0.0)
-    encoder.feed(frames[0])
-    with pytest.raises(CameraError) as wrong:
-        encoder.feed(replace(frames[1], image=frames[1].image[:50]))
-    assert wrong.value.code == "camera.wrong_size"
-
-
-def test_a_shift_is_read_between_pixels() -> None:
-    x, y = np.meshgrid(np.arange(160.0), np.arange(60.0))
-    for true in (-20.4, -0.3, 0.0, 0.25, 13.5, 40.1):
-        a, b = (
-            np.clip(15.5 - np.hypot(x - 80.0 - moved, y - 30.0), 0.0, 1.0).astype(np.float32) for moved in (0.0, true)
-        )
-        match = best_shift(a, b, -60, 60)
-        assert match is not None
-        assert match[0] == pytest.approx(true, abs=0.12)
-    assert best_shift(a * 0.0, b * 0.0, -5, 5) is None
 
 
 def test_items_that_all_touch_are_too_few_single_ones() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.devices.cameras import LiveCamera, _Backlog
+from edge_agent.devices.cameras import ConstantSpeedEncoder
 from edge_agent.devices.drivers.belt import BeltMessage, RepeatedWish
 from edge_agent.devices.hardware import open_hardware
+from edge_agent.devices.live_camera import READER, Backlog, LiveCamera
 from edge_agent.ejection.confirmation import ConfirmationLedger
 from edge_agent.ejection.queue import EjectionQueue, EjectionRules
 from edge_agent.health.camera import CameraHealth
@@ -393,21 +394,21 @@ def test_readers_that_hang_are_never_more_than_the_limit(opened: list[Hanging]) 
         opened.append(Hanging(0))
         return opened[-1]
 
-    camera = LiveCamera("7", belt_mm_s=1000.0, max_readers=3, clock=lambda: now[0], opener=opener)
+    camera = LiveCamera("7", encoder=ConstantSpeedEncoder(1000.0), max_readers=3, clock=lambda: now[0], opener=opener)
     codes, waits = [], []
     while "camera.stuck" not in codes:
         before_s = now[0]
         codes.append(first_error(camera, now))
         waits.append(now[0] - before_s)
     assert codes == ["camera.stalled", "camera.stalled", "camera.stuck"]
-    assert sum(thread.name.startswith("camera-") for thread in threading.enumerate()) <= 3
+    assert sum(thread.name.startswith(READER) for thread in threading.enumerate()) <= 3
     assert waits == [1.25, 2.25, 4.25]  # the patience doubles, so that a driver gets time to come back
     camera.close()
 
 
 def test_old_frames_of_a_buffer_are_told_from_fresh_ones() -> None:
     period_s = 1.0 / 30.0
-    backlog, now_s = _Backlog(period_s, 0.0), 0.0
+    backlog, now_s = Backlog(period_s, 0.0), 0.0
     found = []
     for took_s in (0.001, 0.002, 0.001, 0.030, 0.033, 0.004, 0.033, 1.0, 0.001, 0.001, 0.033, 0.033):
         found.append(backlog.holds(now_s, now_s + took_s))
@@ -417,7 +418,7 @@ def test_old_frames_of_a_buffer_are_told_from_fresh_ones() -> None:
 
 
 def test_a_source_without_a_pace_is_not_thrown_away_for_ever() -> None:
-    backlog = _Backlog(1.0 / 30.0, 0.0)
+    backlog = Backlog(1.0 / 30.0, 0.0)
     found = [backlog.holds(n * 0.001, (n + 1) * 0.001) for n in range(2000)]
     assert found.count(True) == pytest.approx(1000, abs=2)
     assert not any(found[1100:])

@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_agent.devices.cameras import LiveCamera, open_camera
+from edge_agent.devices.cameras import ConstantSpeedEncoder, open_camera
+from edge_agent.devices.live_camera import LiveCamera
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.interfaces import Frame, Shot
 from edge_agent.line.counters import LineCounter
@@ -314,7 +315,7 @@ def test_a_device_that_blocks_for_ever_is_given_up_and_reopened() -> None:
         opened.append(StuckCapture())
         return opened[-1]
 
-    camera = LiveCamera("7", belt_mm_s=1000.0, stall_s=0.3, opener=opener)
+    camera = LiveCamera("7", encoder=ConstantSpeedEncoder(1000.0), stall_s=0.3, opener=opener)
     frames, codes = 0, []
     while len(codes) < 2:
         try:
