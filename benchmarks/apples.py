@@ -15,7 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from control_plane.data.photo_folder import Dataset, load_dataset
+from control_plane.data.dataset import Dataset
+from control_plane.data.photo_folder import load_dataset
 from control_plane.data.splits import item_folds
 from control_plane.evaluation.metrics import measure
 from control_plane.training.pipeline import TrainSettings, train

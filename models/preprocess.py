@@ -24,6 +24,10 @@ View: TypeAlias = NDArray[np.uint8]
 
 MAX_PHOTO_BYTES: Final = 32 * 1024 * 1024
 MAX_PHOTO_PIXELS: Final = 50_000_000
+_LEAST_HIDDEN: Final = 0.005
+"""An alpha channel that hides a smaller share of the pixels is no mask; a disc in its square hides a fifth."""
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
+_TIFF: Final = (b"II*\0", b"MM\0*")
 _LEVELS: Final = np.arange(256, dtype=np.float64)
 _SQUARES: Final = _LEVELS**2
 _CORE: Final = np.ones((5, 5), np.uint8)
@@ -117,12 +121,28 @@ def segment_photo(image: NDArray[np.uint8], backdrop_delta: int = 28) -> NDArray
     return np.where(labels == largest, np.uint8(255), np.uint8(0))
 
 
-def decode_photo(data: bytes, *, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+def mask_of_photo(image: NDArray[np.uint8], alpha: NDArray[np.uint8] | None, spec: PreprocessSpec) -> NDArray[np.uint8]:
+    """Returns uint8 (H, W), non-zero on the item: the alpha channel where it hides something, else `segment_photo`.
+
+    An alpha channel that hides nothing is written by many programs without any mask behind it.
+    """
+    if alpha is None or 1.0 - cv2.countNonZero(alpha) / alpha.size < _LEAST_HIDDEN:
+        return segment_photo(image, spec.backdrop_delta)
+    return alpha
+
+
+def decode_photo(
+    data: bytes, *, name: str, depth_bits: int | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     """Decodes an image file held in memory.
+
+    An image of 16 bits per channel is scaled to 8 by the bits that it uses: cameras of 10, 12 and 14 bits write their
+    values into the low bits of 16.
 
     Args:
         data: The file's bytes (JPEG, PNG, BMP, TIFF, WebP).
         name: Name of the file in an error.
+        depth_bits: Bits per channel that a 16-bit image uses, 8..16; None = the fewest that hold its brightest value.
 
     Returns:
         uint8 (H, W, 3) BGR, and its alpha channel (H, W) or None.
@@ -145,18 +165,51 @@ def decode_photo(data: bytes, *, name: str) -> tuple[NDArray[np.uint8], NDArray[
             expected="a whole JPEG, PNG, BMP, TIFF or WebP file",
             got=f"{len(data)} bytes starting with {data[:8].hex() or 'nothing'}",
         )
-    if decoded.dtype != np.uint8 or decoded.size > MAX_PHOTO_PIXELS * 4:
+    if decoded.dtype not in (np.uint8, np.uint16) or decoded.size > MAX_PHOTO_PIXELS * 4:
         raise InputError(
             "photo.wrong_type",
-            f"{name} is not an 8-bit image of sensible size.",
-            expected=f"uint8, <= {MAX_PHOTO_PIXELS} pixels",
+            f"{name} has a pixel type or a size that is not read.",
+            expected=f"8 or 16 bits per channel, <= {MAX_PHOTO_PIXELS} pixels",
             got=f"{decoded.dtype} {decoded.shape}",
         )
+    if decoded.dtype == np.uint16:
+        decoded = _in_eight_bits(decoded, depth_bits or _used_bits(decoded))
     if decoded.ndim == 2:
         return cv2.cvtColor(decoded, cv2.COLOR_GRAY2BGR).astype(np.uint8, copy=False), None
     if decoded.shape[2] == 4:
         return np.ascontiguousarray(decoded[:, :, :3], np.uint8), np.ascontiguousarray(decoded[:, :, 3], np.uint8)
     return np.ascontiguousarray(decoded, np.uint8), None
+
+
+def sample_bits(path: Path) -> int | None:
+    """Returns the bits per channel that an image file of 16 bits uses; None for all other files.
+
+    Only files that may have 16 bits are decoded: PNG with that depth in its header, and TIFF.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(26)
+        if (head[:8] == _PNG and head[24:25] == b"\x10") or head[:4] in _TIFF:
+            decoded = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+            return _used_bits(decoded) if decoded is not None and decoded.dtype == np.uint16 else None
+    except (OSError, cv2.error):
+        return None
+    return None
+
+
+def _used_bits(decoded: NDArray[Any]) -> int:
+    """Returns the fewest of 8, 10, 12, 14 and 16 bits that hold the brightest value of the colour channels."""
+    colour = decoded if decoded.ndim == 2 else decoded[:, :, :3]
+    brightest = int(colour.max(initial=0))
+    return next(bits for bits in (8, 10, 12, 14, 16) if brightest < 2**bits)
+
+
+def _in_eight_bits(decoded: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Scales colour from so many bits, and an alpha channel, which always uses 16, to 8."""
+    scaled = cv2.convertScaleAbs(decoded, alpha=255.0 / (2**bits - 1))
+    if decoded.ndim == 3 and decoded.shape[2] == 4:
+        scaled[:, :, 3] = decoded[:, :, 3] >> 8
+    return np.asarray(scaled, np.uint8)
 
 
 def view_of_photo(path: Path, spec: PreprocessSpec) -> View:
@@ -172,8 +225,7 @@ def view_of_photo(path: Path, spec: PreprocessSpec) -> View:
             "photo.missing", f"{path} cannot be read.", expected="a readable file", got=error.strerror
         ) from error
     image, alpha = decode_photo(data, name=str(path))
-    mask = segment_photo(image, spec.backdrop_delta) if alpha is None else alpha
-    return make_view(image, mask, spec)
+    return make_view(image, mask_of_photo(image, alpha, spec), spec)
 
 
 def largest_channel(image: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.uint8]:

@@ -1,6 +1,8 @@
 """The data that training and evaluation learn from.
 
-`photo_folder` reads a folder of labelled photographs and refuses what cannot be learnt from; `class_order` puts the
-good class first; `splits` keeps all views of an item on one side of every split; `catalog` keeps data sets and their
-versions under names.
+`photo_folder` is the one door for labelled photographs. It reads a `labels.csv` (`labels_csv`) or folders by class
+(`layouts`), normalises text (`cells`), refuses contradictions (`checks`) and returns a `dataset` with a report of what
+was left out. `class_order` puts the good class first; `splits` keeps all views of an item on one side of every split;
+`surroundings` measures what is not the item, for the search of shortcuts; `catalog` keeps data sets and their versions
+under names.
 """

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.data.photo_folder import Dataset, load_dataset
+from control_plane.data.dataset import Dataset
+from control_plane.data.photo_folder import load_dataset
 from control_plane.evaluation.items import items_of, truth_in
 from control_plane.evaluation.metrics import measure
 from control_plane.evaluation.operating_point import HeldOut, hold_out
+from control_plane.evaluation.shortcuts import shortcuts
 from models.bundle import Bundle, read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
@@ -51,6 +53,9 @@ def evaluate(
     names = np.array([item.name for item in items])
     policy = bundle.recipe.policy()
     cuts: dict[str, Any] = {"threshold": bundle.recipe.threshold() or 1.0}
+    view = measure(labels[kept], reduce(probabilities[kept]), dataset.items[kept], classes)
+    short = shortcuts(dataset, view["auc"]["value"])
+    dataset.report.warnings.extend(short.pop("warnings"))
     progress(1.0)
     return {
         "bundle": bundle.digest,
@@ -59,8 +64,10 @@ def evaluate(
         "views_per_item": bundle.preprocess.max_views,
         "warnings": dataset.report.warnings,
         "skipped": dataset.report.skipped,
+        "left_out": dict(sorted(dataset.report.left_out.items())),
+        "shortcuts": short,
         "metrics": {
-            "view": measure(labels[kept], reduce(probabilities[kept]), dataset.items[kept], classes),
+            "view": view,
             "item": measure(truth, reduce(fused), names, classes, called=policy.choose(fused)[0] != 0, **cuts),
             "item_all_views": measure(
                 truth, reduce(every), names, classes, called=policy.choose(every)[0] != 0, **cuts

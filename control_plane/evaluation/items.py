@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.data.photo_folder import Dataset
+from control_plane.data.dataset import Dataset
 from control_plane.evaluation.metrics import item_truth
 from models.errors import InputError
 from models.preprocess import view_features

@@ -6,7 +6,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from sklearn.metrics import confusion_matrix, roc_auc_score
+from sklearn.metrics import confusion_matrix
 
 DRAWS: Final = 400
 _MIN_ITEMS: Final = 5
@@ -14,10 +14,15 @@ _MIN_FOLDS: Final = 3
 
 
 def auc(bad: NDArray[np.bool_], score: NDArray[np.floating]) -> float:
-    """Returns the area under the ROC of "not good"; NaN when one side is empty."""
-    if bad.all() or not bad.any():
+    """Returns the area under the ROC of "not good" by ranks (Mann-Whitney); NaN when one side is empty.
+
+    Ranks take a tenth of the time of scikit-learn's curve, and a bootstrap computes hundreds of areas.
+    """
+    ill = int(np.count_nonzero(bad))
+    well = len(bad) - ill
+    if not ill or not well:
         return float("nan")
-    return float(roc_auc_score(bad, score))
+    return float((stats.rankdata(score)[bad].sum() - ill * (ill + 1) / 2) / (ill * well))
 
 
 def auc_within_folds(
@@ -99,8 +104,8 @@ def measure(
     facts: dict[str, Any] = {
         "rows": len(truth),
         "items": len(names),
-        "auc": _with_interval(lambda rows: auc(bad[rows], score[rows]), place, len(names), seed),
-        "balanced_accuracy": _with_interval(
+        "auc": with_interval(lambda rows: auc(bad[rows], score[rows]), place, len(names), seed),
+        "balanced_accuracy": with_interval(
             lambda rows: balanced_accuracy(bad[rows].astype(int), called[rows].astype(int)), place, len(names), seed
         ),
         "calibration_error": round(calibration_error(bad, score), 4),
@@ -110,13 +115,21 @@ def measure(
         "threshold": threshold,
     }
     if len(classes) > 2:
-        facts["class_balanced_accuracy"] = _with_interval(
+        facts["class_balanced_accuracy"] = with_interval(
             lambda rows: balanced_accuracy(truth[rows], found[rows]), place, len(names), seed
         )
     return facts
 
 
-def _with_interval(figure: Any, place: NDArray[np.intp], count: int, seed: int) -> dict[str, Any]:
+def with_interval(figure: Any, place: NDArray[np.intp], count: int, seed: int) -> dict[str, Any]:
+    """Computes a figure and its 95 % interval by a bootstrap over items.
+
+    Args:
+        figure: Function of the rows (n,) that counts them as often as they occur.
+        place: (N,) number of the item of each row, 0..count-1.
+        count: Number of items.
+        seed: Seed of the bootstrap.
+    """
     value = figure(np.arange(len(place)))
     if not np.isfinite(value):
         return _figure(value, None, "only one class is present")

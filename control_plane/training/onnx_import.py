@@ -14,7 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_converter
 
-from control_plane.data.photo_folder import Dataset, load_dataset
+from control_plane.data.dataset import Dataset
+from control_plane.data.photo_folder import load_dataset
 from control_plane.evaluation.items import items_of, judge_item, truth_in
 from control_plane.evaluation.metrics import measure
 from control_plane.evaluation.operating_point import hold_out

@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from control_plane.data.photo_folder import Dataset, load_dataset
+from control_plane.data.dataset import Dataset
+from control_plane.data.photo_folder import load_dataset
 from control_plane.data.splits import item_folds
 from control_plane.evaluation.items import items_of, judge_item
 from control_plane.evaluation.metrics import auc_within_folds, measure
 from control_plane.evaluation.operating_point import HeldOut, cost_report, hold_out, tuned
+from control_plane.evaluation.shortcuts import shortcuts
 from control_plane.training.augment import varied
 from control_plane.training.card import write_card
 from control_plane.training.fusion import LearntFusion, learn_fusion
@@ -152,7 +154,7 @@ def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock) -> 
         fitted = replace(fitted, graph=quantise(fitted.graph, dataset.views, seed=settings.seed))
     clock.stage("making the reference", 0.96)
     parts = _parts(dataset, probabilities, recipe, spec, fitted)
-    facts = _dataset_facts(dataset)
+    facts = _dataset_facts(dataset, metrics["view"]["auc"]["value"])
     lineage = {
         "dataset": facts,
         "settings": msgspec.to_builtins(settings),
@@ -179,17 +181,11 @@ def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock) -> 
     return TrainedModel(bundle, metrics, report, facts, clock.seconds)
 
 
-def _dataset_facts(dataset: Dataset) -> dict[str, Any]:
-    report = dataset.report
-    return {
-        "digest": dataset.digest,
-        "views": report.views,
-        "items": report.items,
-        "classes": report.classes,
-        "items_per_class": report.items_per_class,
-        "skipped": len(report.skipped),
-        "warnings": report.warnings,
-    }
+def _dataset_facts(dataset: Dataset, view_auc: float | None) -> dict[str, Any]:
+    """Returns what the lineage, the card and people keep of the data set, its shortcuts included."""
+    found = shortcuts(dataset, view_auc)
+    dataset.report.warnings.extend(found.pop("warnings"))
+    return {"digest": dataset.digest, **dataset.report.summary(), "shortcuts": found}
 
 
 def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _Fitted:

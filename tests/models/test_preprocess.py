@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import BundleError, InputError
-from models.preprocess import decode_photo, make_view, segment_photo, view_features, view_of_photo
+from models.preprocess import (
+    decode_photo,
+    make_view,
+    mask_of_photo,
+    sample_bits,
+    segment_photo,
+    view_features,
+    view_of_photo,
+)
 from models.view_spec import VIEW_FEATURES, PreprocessSpec
 
 SPEC = PreprocessSpec()
@@ -102,10 +110,6 @@ def test_unreadable_truncated_and_missing_photographs_are_refused_by_name(tmp_pa
         with pytest.raises(InputError) as caught:
             decode_photo(data, name="x.png")
         assert caught.value.code == "photo.unreadable"
-    deep = cv2.imencode(".png", np.zeros((4, 4), np.uint16))[1].tobytes()
-    with pytest.raises(InputError) as caught:
-        decode_photo(deep, name="deep.png")
-    assert caught.value.code == "photo.wrong_type"
 
 
 def test_grey_photographs_become_three_channels() -> None:
@@ -150,3 +154,49 @@ def test_a_scalar_named_twice_is_refused() -> None:
     with pytest.raises(BundleError) as caught:
         PreprocessSpec(scalars=("weight_g", "weight_g")).check()
     assert caught.value.code == "preprocess.inconsistent"
+
+
+def encoded(image: np.ndarray, ending: str = ".png") -> bytes:
+    return cv2.imencode(ending, image)[1].tobytes()
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("ending", [".png", ".tiff"])
+def test_sixteen_bit_photographs_are_scaled_by_the_bits_they_use(tmp_path: Path, bits: int, ending: str) -> None:
+    image, _ = apple()
+    deep = (image.astype(np.uint32) * (2**bits - 1) // 255).astype(np.uint16)
+    decoded, alpha = decode_photo(encoded(deep, ending), name="deep")
+    assert alpha is None
+    assert np.abs(decoded.astype(int) - image).max() <= 1
+    (tmp_path / f"a{ending}").write_bytes(encoded(deep, ending))
+    (tmp_path / f"b{ending}").write_bytes(encoded(image, ending))
+    assert sample_bits(tmp_path / f"a{ending}") == bits
+    assert sample_bits(tmp_path / f"b{ending}") is None
+    assert sample_bits(tmp_path / "none") is None
+
+
+def test_a_dark_photograph_keeps_its_darkness_where_the_depth_is_known() -> None:
+    image, _ = apple(backdrop=0)
+    deep = (image // 4).astype(np.uint16) * 257
+    decoded, _ = decode_photo(encoded(deep), name="dark", depth_bits=16)
+    assert np.abs(decoded.astype(int) - image // 4).max() <= 1
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_an_alpha_channel_that_hides_nothing_is_no_mask(deep: bool) -> None:
+    image, mask = apple()
+    expected = make_view(image, segment_photo(image), SPEC)
+    for alpha, hides in ((np.full_like(mask, 255), False), (np.full_like(mask, 254), False), (mask, True)):
+        whole = np.dstack([image, alpha])
+        data = encoded(whole.astype(np.uint16) * 257 if deep else whole)
+        decoded, found = decode_photo(data, name="rgba")
+        assert found is not None
+        chosen = mask_of_photo(decoded, found, SPEC)
+        view = make_view(decoded, chosen, SPEC)
+        assert np.array_equal(view, make_view(image, mask, SPEC) if hides else expected)
+
+
+def test_pixels_that_are_no_numbers_of_a_camera_are_refused() -> None:
+    with pytest.raises(InputError) as caught:
+        decode_photo(encoded(np.ones((8, 8, 3), np.float32), ".tiff"), name="float")
+    assert caught.value.code == "photo.wrong_type"

@@ -90,6 +90,7 @@ def test_unreadable_images_are_skipped_while_few_and_refused_when_many(tmp_path:
     (root / "views/0-0.png").write_bytes(b"")
     found = load_dataset(root, SPEC)
     assert found.report.skipped == {"views/0-0.png": "photo.unreadable"}
+    assert found.report.left_out["unreadable: photo.unreadable"] == 1
     for number in range(6):
         (root / f"views/{number}-1.png").write_bytes(b"\x89PNG rubbish")
     refused("dataset.too_many_unreadable", root)
