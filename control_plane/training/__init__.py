@@ -5,5 +5,5 @@
 `ensemble` gives a member a vote only where it helps on unseen items; `fusion` learns how views of an item are fused;
 `onnx_writer` writes graphs, `onnx_graph` merges features and head into one model and checks that it computes what
 scikit-learn computed; `quantise` converts it to eight bits; `onnx_import` wraps models trained elsewhere; `pipeline`
-runs all steps in order and writes the bundle with its `card`.
+runs all steps in order and writes the bundle with its `card`. `scalar_features` describes weight and length.
 """
