@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from types import FrameType
 from typing import Any
 
@@ -13,13 +14,14 @@ import uvicorn
 from control_plane.api.enrolment import create_device_app
 from control_plane.app import create_app
 from control_plane.config import ControlPlaneConfig
-from control_plane.database.migrate import migrate
+from control_plane.database.migrate import migrate_when_reachable
 from control_plane.identity.authority import SITE
 from control_plane.identity.listener import DeviceListener
 from control_plane.jobs.worker import run_worker
 from control_plane.listening import listen
 from control_plane.logs import configure_logging
 from control_plane.services import Services, open_services
+from models.service_notice import ServiceNotice
 
 log = logging.getLogger("sortline.server")
 
@@ -40,6 +42,8 @@ class _Server(uvicorn.Server):
 def serve(config: ControlPlaneConfig) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status.
 
+    A database server that is away is waited for; the broker is connected to whenever it is there.
+
     Raises:
         UnavailableError: `server.port_in_use`, `database.unreachable`.
         ConfigError: `server.no_token`.
@@ -47,8 +51,14 @@ def serve(config: ControlPlaneConfig) -> int:
     configure_logging()
     config.root.mkdir(parents=True, exist_ok=True)
     listener = listen(config.server.host, config.server.port, code="server.port_in_use")
-    migrate(config.database_url)
+    notice = ServiceNotice(Counter())
+    migrate_when_reachable(config.database_url, waiting=notice.waiting)
     services = open_services(config)
+
+    async def turned() -> None:
+        """Runs in the event loop that answers every request."""
+        notice.alive()
+
     devices = _device_listener(config, services)
     workers = [_start_worker(config, number) for number in range(config.jobs.workers)]
     host, port = listener.getsockname()[:2]
@@ -59,6 +69,8 @@ def serve(config: ControlPlaneConfig) -> int:
         timeout_graceful_shutdown=3,  # an open event stream would keep the server for ever
         proxy_headers=False,
         server_header=False,
+        callback_notify=turned,
+        timeout_notify=0,  # seconds between two calls; uvicorn looks once a second
     )
     server = _Server(settings, services.stopping)
     # After its own shutdown uvicorn raises the signal again; by default that would end us before the workers are ended.
@@ -68,6 +80,7 @@ def serve(config: ControlPlaneConfig) -> int:
     try:
         server.run(sockets=[listener])
     finally:
+        notice.stopping()
         if devices is not None:
             devices.stop()
         for worker in workers:
@@ -108,4 +121,16 @@ def work(config: ControlPlaneConfig, parent: int = 0) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    run_worker(config, lambda: stop.is_set() or (parent != 0 and os.getppid() != parent))
+    if parent:
+        run_worker(config, lambda: stop.is_set() or os.getppid() != parent)
+        return
+    notice = ServiceNotice(Counter())
+    migrate_when_reachable(config.database_url, waiting=notice.waiting)
+
+    def turned() -> bool:
+        """Runs at least once a second, also while a job runs in its child process."""
+        notice.alive()
+        return stop.is_set()
+
+    run_worker(config, turned)
+    notice.stopping()

@@ -9,7 +9,9 @@ import resource
 import signal
 import sys
 from asyncio import sslproto
+from collections import Counter
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -20,6 +22,9 @@ from control_plane.broker.server import serve
 from control_plane.broker.sessions import BrokerLimits
 from models.errors import ConfigError, SortlineError
 from models.files import write_atomically
+from models.service_notice import ServiceNotice
+
+_BEAT_S: Final = 1.0
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -69,7 +74,8 @@ def _prepare_process() -> None:
 
 async def _run(arguments: argparse.Namespace) -> None:
     broker, stop = _open(arguments), asyncio.Event()
-    loop = asyncio.get_running_loop()
+    loop, notice = asyncio.get_running_loop(), ServiceNotice(Counter())
+    beats: list[asyncio.Task[None]] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
@@ -79,8 +85,19 @@ async def _run(arguments: argparse.Namespace) -> None:
         if arguments.ready_file is not None:
             facts = {"host": host, "port": port, "pid": os.getpid()}
             write_atomically(arguments.ready_file, json.dumps(facts).encode())
+        beats.append(loop.create_task(_beat(notice), name="beat"))
 
     await serve(broker, arguments.host, arguments.port, on_ready=ready, stop=stop)
+    notice.stopping()
+    for beat in beats:
+        beat.cancel()
+
+
+async def _beat(notice: ServiceNotice) -> None:
+    """Reports that the loop which serves every connection turns."""
+    while True:
+        notice.alive()
+        await asyncio.sleep(_BEAT_S)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ nothing. The rules are those of `control_plane.broker.access`; a test asks both 
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,7 +78,9 @@ def access_list(agents: Iterable[str], planes: Iterable[str]) -> str:
 
 
 def write_profile(authority: Authority, folder: Path, *, host: str = "", port: int = 8883) -> None:
-    """Writes the profile: the configuration where there is none, everything else anew.
+    """Writes the profile: the configuration where there is none, everything else again.
+
+    A configuration that names another folder (the control plane was moved) gets this one; the rest of it stays.
 
     Args:
         authority: With its site files.
@@ -90,7 +93,10 @@ def write_profile(authority: Authority, folder: Path, *, host: str = "", port: i
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not (folder / CONF).exists():
+    conf = folder / CONF
+    if conf.exists():
+        _follow_move(conf, folder)
+    else:
         text = _CONF.format(
             port=port,
             host=f" {host}" if host else "",
@@ -98,8 +104,17 @@ def write_profile(authority: Authority, folder: Path, *, host: str = "", port: i
             packet=_MEBIBYTE,
             queued=64 * _MEBIBYTE,
         )
-        write_atomically(folder / CONF, text.encode())
+        write_atomically(conf, text.encode())
     update_profile(authority.folder / SITE, folder)
+
+
+def _follow_move(conf: Path, folder: Path) -> None:
+    """Lets the paths of a configuration that was written for another folder point to this one."""
+    text = conf.read_text(encoding="utf-8")
+    named = re.search(r"^cafile (.+)/ca\.pem$", text, re.MULTILINE)
+    if named is not None and named[1] != str(folder):
+        write_atomically(conf, text.replace(f" {named[1]}/", f" {folder}/").encode())
+        log.info("%s named files in %s; it names those in %s now: restart mosquitto", conf, named[1], folder)
 
 
 def update_profile(site: Path, folder: Path) -> bool:

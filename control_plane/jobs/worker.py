@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Engine
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from control_plane.config import ControlPlaneConfig
 from control_plane.data.catalog import note_version
@@ -36,6 +38,8 @@ log = logging.getLogger("sortline.worker")
 _BEAT_S: Final = 1.0
 _GRACE_S: Final = 5.0
 _POLL_S: Final = 0.5
+_PAUSE_S: Final = 2.0
+"""Before the next attempt while the database does not answer."""
 Say = Callable[[str, float], None]
 
 
@@ -44,13 +48,27 @@ def run_worker(config: ControlPlaneConfig, stop: Callable[[], bool]) -> None:
     engine = open_database(config.database_url)
     name = f"{socket.gethostname()}-{os.getpid()}"
     log.info("worker %s waits for jobs", name)
+    away = False
     while not stop():
-        held = claim(engine, name, lease_s=config.jobs.lease_s, max_attempts=config.jobs.max_attempts, now=utc_now())
+        try:
+            held = claim(
+                engine, name, lease_s=config.jobs.lease_s, max_attempts=config.jobs.max_attempts, now=utc_now()
+            )
+            if held is not None:
+                log.info("job %s %s starts", held.job_id, held.kind)
+                _run(config, engine, held, stop)
+        except (OperationalError, InterfaceError, PoolTimeout) as error:
+            # Whatever job was running is claimed again when its lease has ended.
+            if not away:
+                log.warning("the database is away: %s", str(error.__cause__ or error).splitlines()[0])
+            away = True
+            time.sleep(_PAUSE_S)
+            continue
+        if away:
+            log.info("the database is back")
+            away = False
         if held is None:
             time.sleep(_POLL_S)
-            continue
-        log.info("job %s %s starts", held.job_id, held.kind)
-        _run(config, engine, held, stop)
     engine.dispose()
 
 
@@ -62,6 +80,19 @@ def _run(config: ControlPlaneConfig, engine: Engine, held: Claim, stop: Callable
     child = context.Process(target=_child, args=(config, held, scratch, theirs), name=f"job-{held.job_id}")
     child.start()
     theirs.close()
+    try:
+        outcome = _watch(config, engine, held, stop, child, ours)
+    except BaseException:
+        _end(child, wait_s=0.0)
+        raise
+    _conclude(config, engine, held, scratch, outcome)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _watch(
+    config: ControlPlaneConfig, engine: Engine, held: Claim, stop: Callable[[], bool], child: Any, ours: Connection
+) -> dict[str, Any]:
+    """Beats until the child has ended, or must end; returns its outcome, empty when it was stopped."""
     outcome: dict[str, Any] = {}
     stage, share, lines = "starting", 0.0, [f"{utc_now():%H:%M:%S} {held.kind} starts"]
     going_on = True
@@ -85,8 +116,7 @@ def _run(config: ControlPlaneConfig, engine: Engine, held: Claim, stop: Callable
             break
         going_on = going_on and not stop()
     _end(child, wait_s=_GRACE_S if outcome else 0.0)
-    _conclude(config, engine, held, scratch, outcome)
-    shutil.rmtree(scratch, ignore_errors=True)
+    return outcome
 
 
 def _receive(pipe: Connection, timeout_s: float) -> tuple[Any, ...] | None:

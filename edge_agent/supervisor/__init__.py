@@ -2,6 +2,5 @@
 
 `supervisor` is its event loop and wires the rest; `journal` keeps events, the reported fault and the counters; `report`
 builds what the agent reports about itself; `line_control` is all that is asked of the line, `line_keeper` starts,
-watches and replaces the line processes, `line_process` is one of them; `lots` keeps which lot and variety runs;
-`service_notice` reports to systemd.
+watches and replaces the line processes, `line_process` is one of them; `lots` keeps which lot and variety runs.
 """

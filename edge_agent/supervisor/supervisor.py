@@ -45,12 +45,12 @@ from edge_agent.supervisor.line_control import LineControl
 from edge_agent.supervisor.line_process import LineGone
 from edge_agent.supervisor.lots import Lots
 from edge_agent.supervisor.report import Report
-from edge_agent.supervisor.service_notice import ServiceNotice
 from edge_agent.telemetry.spool import Spool
 from edge_agent.telemetry.uplink import Uplink
 from edge_agent.trust.verifier import AssignmentVerifier, Verified
 from models.errors import CapacityError, MessageError, SortlineError
 from models.messages import Ack, Desired, Phase, Presence, RecordKind, Response, decode, encode, wall_ms
+from models.service_notice import ServiceNotice
 from models.topics import BLOBS, SENTINEL_TOPIC, TRUST_TOPIC, Channel, agent_topic, bin_of, bin_topic
 
 log = logging.getLogger("sortline.supervisor")

@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,12 @@ from control_plane.database.engine import open_database
 from tests.simulators.processes import free_port, wait_until
 
 
-def private_postgres(root: Path) -> Iterator[str]:
-    """A private PostgreSQL server; it refuses to run as root, so another user starts it there."""
+def private_postgres(root: Path, port: int = 0) -> Iterator[str]:
+    """A private PostgreSQL server (0: any free port); it refuses to run as root, so another user starts it there."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not programs:
         pytest.skip("the PostgreSQL server programs are not installed")
-    bin_, port, folder = programs[-1].parent, free_port(), root / "pg"
+    bin_, port, folder = programs[-1].parent, port or free_port(), root / "pg"
     user: list[str] = []
     if os.geteuid() == 0:
         name = "postgres" if "postgres" in {p.pw_name for p in pwd.getpwall()} else "nobody"
@@ -52,8 +53,8 @@ def private_postgres(root: Path) -> Iterator[str]:
         wait_until(answers, 20, "PostgreSQL")
         yield url
     finally:
-        server.terminate()
-        server.wait(10)
+        server.send_signal(signal.SIGINT)  # the fast shutdown: a plain SIGTERM waits for clients that keep a pool
+        server.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.supervisor.service_notice import ServiceNotice
+from models.service_notice import ServiceNotice
 
 
 @pytest.fixture
@@ -81,6 +81,32 @@ def test_a_service_manager_that_is_gone_is_counted_and_tried_again(manager: sock
     Path(f"{address}.away").rename(address)
     notice.alive()
     assert heard(manager) == [b"WATCHDOG=1"]
+
+
+def test_what_a_process_waits_for_is_said_until_it_is_ready(manager: socket.socket) -> None:
+    notice = ServiceNotice(Counter(), {"NOTIFY_SOCKET": manager.getsockname()})
+    notice.waiting("waits for the database")
+    notice.alive()
+    assert heard(manager) == [b"STATUS=waits for the database", b"READY=1\nSTATUS="]
+
+
+def test_in_a_container_a_file_is_touched_by_the_loop(tmp_path: Path) -> None:
+    now, beat = 0.0, tmp_path / "heartbeat"
+    notice = ServiceNotice(Counter(), {"SORTLINE_HEARTBEAT_FILE": str(beat)}, lambda: now)
+    notice.alive()
+    os.utime(beat, (0, 0))
+    now = 1.0
+    notice.alive()
+    assert beat.stat().st_mtime == 0.0, "not at every turn"
+    now = 2.0
+    notice.alive()
+    assert beat.stat().st_mtime > 0.0
+
+
+def test_a_heartbeat_file_that_cannot_be_touched_is_counted(tmp_path: Path) -> None:
+    counters: Counter[str] = Counter()
+    ServiceNotice(counters, {"SORTLINE_HEARTBEAT_FILE": str(tmp_path / "gone" / "heartbeat")}).alive()
+    assert counters["notices_failed"] == 1
 
 
 @pytest.mark.slow
