@@ -55,7 +55,8 @@ $(VENV)/.dev: $(VENV)/.runtime requirements/dev.lock
 	@touch $@
 
 lock: $(VENV)/.dev ## Renew the locks after a change of dependencies (needs uv)
-	@for set in "agent:--extra agent" "runtime:--extra agent --extra control-plane --extra build" "dev:--extra dev"; do \
+	@for set in "agent:--extra agent --extra build" "devices:--extra industrial --extra gpio -c requirements/agent.lock" \
+	  "runtime:--extra agent --extra control-plane --extra postgresql --extra build" "dev:--extra dev"; do \
 	  uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
 	    --no-header $${set#*:} pyproject.toml -o requirements/$${set%%:*}.lock || exit 1; done
 
