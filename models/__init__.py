@@ -15,7 +15,7 @@ add (`windows`, with `histogram`), in the `messages` and `topics` of the wire.
 From pixels to verdict there is one implementation, here; training, evaluation, the agent's self-test and the line all
 call it.
 
-This package imports the standard library, numpy and msgspec; OpenCV in `preprocess`, ONNX Runtime in `onnx_runtime`
-(with its telemetry off) and the signature library in `trust` alone. It contains no network, no database and no
-camera.
+This package imports the standard library, numpy and msgspec; OpenCV in `preprocess`, ONNX Runtime in `classifier` (with
+its telemetry off) and the signature library in `trust` alone. It contains no network, no database and no camera;
+`service_notice` writes to the local socket of the service manager.
 """

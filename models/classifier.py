@@ -1,8 +1,15 @@
-"""Runs the graph of a bundle: uint8 views in, probabilities out.
+"""Runs a bundle's graph: uint8 views in, probabilities out. The one door to ONNX Runtime, whose telemetry is off.
 
-The same class judges views in the training's parity check, in evaluation, in the agent's self-test and on the line.
+The same class judges in the training's parity check, in evaluation, in the agent's self-test and on the line.
+
+The library's official Linux wheels from 1.29 on report to their vendor unless told otherwise: at its first use it
+writes a device id and a database of queued events under the user's cache folder, and a thread of its own resolves and
+calls a collector. `ORT_DISABLE_TELEMETRY=1` is the full opt-out, read once when the library initialises; neither its
+API nor a later change of the environment undoes what was sent before. The variable is therefore set here, before the
+import, and the processes that this one starts inherit it; every other module takes `ort` from here.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -11,13 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import BundleError
-from models.onnx_runtime import ort
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# isort: split
+import onnxruntime as ort
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from models.preprocess import View
 
+__all__ = [
+    "EMBEDDING",
+    "PROBABILITIES",
+    "SCALARS_INPUT",
+    "VIEWS_INPUT",
+    "VIEWS_PER_RUN",
+    "Answer",
+    "OnnxClassifier",
+    "ort",
+]
 VIEWS_INPUT: Final = "views"
 SCALARS_INPUT: Final = "scalars"
 PROBABILITIES: Final = "probabilities"

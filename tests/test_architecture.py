@@ -93,7 +93,7 @@ ONLY_IN: Final[dict[str, tuple[str, ...]]] = {
         "edge_agent/line/thread_tuning.py",
         "control_plane/training/augment.py",
     ),
-    "onnxruntime": ("models/onnx_runtime.py", "control_plane/training/quantise.py"),
+    "onnxruntime": ("models/classifier.py", "control_plane/training/quantise.py"),
     "paho": ("edge_agent/mqtt.py", "control_plane/fleet/connection.py"),
     "tuf": ("models/trust.py", "control_plane/trust/"),
     "securesystemslib": ("control_plane/trust/keys.py",),

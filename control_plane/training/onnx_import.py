@@ -36,10 +36,9 @@ from models.bundle import (
     sha256,
     write_bundle,
 )
-from models.classifier import PROBABILITIES, OnnxClassifier
+from models.classifier import PROBABILITIES, OnnxClassifier, ort
 from models.errors import InputError
 from models.golden import GOLDEN
-from models.onnx_runtime import ort
 from models.profile import build_profile, feature_names
 from models.recipe import Recipe
 from models.view_spec import PreprocessSpec

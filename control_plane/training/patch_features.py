@@ -24,7 +24,7 @@ from sklearn.cluster import MiniBatchKMeans
 
 from control_plane.training.colour_features import TINT_FEATURES, Tint, united_tint, write_tint
 from control_plane.training.onnx_writer import GraphWriter, as_float32, floats, views_input
-from models.onnx_runtime import ort
+from models.classifier import ort
 
 Views = NDArray[np.uint8]
 Floats = NDArray[np.float32]

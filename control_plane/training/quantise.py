@@ -25,10 +25,9 @@ from models.bundle import CARD, LINEAGE, MODEL, PARTS, Bundle, read_bundle, writ
 from models.classifier import VIEWS_INPUT, OnnxClassifier
 from models.errors import InputError
 from models.golden import GOLDEN, Golden
-from models.onnx_runtime import ort  # noqa: F401
 
 # isort: split
-# The library's telemetry is off only after the import above.
+# The library's telemetry is off only after the import of models.classifier.
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulators.postgres import private_postgres
+from control_plane.database.engine import open_database
+from tests.simulators.postgres import empty, private_postgres
 from tests.simulators.processes import free_port, running, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -83,19 +84,23 @@ def test_the_control_plane_starts_before_its_database_and_its_broker(manager: so
         assert len(waits) == len(set(waits)), text
 
 
-def test_a_worker_outlives_its_database(manager: socket.socket, tmp_path: Path) -> None:
-    database = free_port()
-    settings = {"DATABASE": f"postgresql://sortline@127.0.0.1:{database}/postgres"}
-    with started(manager, tmp_path, "worker", **settings) as log:
-        until(manager, b"STATUS=waits for the database")
-        with contextlib.contextmanager(private_postgres)(tmp_path, database):
-            until(manager, b"READY=1")
-            wait_until(lambda: "waits for jobs" in log.read_text(encoding="utf-8"), 60, "the worker")
-        wait_until(lambda: "the database is away" in log.read_text(encoding="utf-8"), 60, "its word")
-        with contextlib.contextmanager(private_postgres)(tmp_path, database) as url:
-            from control_plane.database.migrate import migrate
+def closed(url: str, *, to_all: bool) -> None:
+    """Lets the server end every connection to the database and refuse new ones, or take them again."""
+    engine = open_database(url.replace("/postgres", "/template1"))
+    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.exec_driver_sql(f"ALTER DATABASE postgres ALLOW_CONNECTIONS {'false' if to_all else 'true'}")
+        connection.exec_driver_sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'postgres'")
+    engine.dispose()
 
-            migrate(url)
-            wait_until(lambda: "the database is back" in log.read_text(encoding="utf-8"), 60, "its return")
-        text = log.read_text(encoding="utf-8")
-        assert "Traceback" not in text
+
+def test_a_worker_outlives_its_database(manager: socket.socket, tmp_path: Path, postgres: str) -> None:
+    empty(postgres)
+    with started(manager, tmp_path, "worker", DATABASE=postgres) as log:
+        until(manager, b"READY=1")
+        closed(postgres, to_all=True)
+        try:
+            wait_until(lambda: "the database is away" in log.read_text(encoding="utf-8"), 60, "its word")
+        finally:
+            closed(postgres, to_all=False)
+        wait_until(lambda: "the database is back" in log.read_text(encoding="utf-8"), 60, "its return")
+        assert "Traceback" not in log.read_text(encoding="utf-8")
