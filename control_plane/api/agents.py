@@ -7,12 +7,14 @@ from fastapi import APIRouter, Depends, Query
 from sqlmodel import desc, select
 
 from control_plane.api.actor import Acting
-from control_plane.api.schemas import NewLabels, NewLot
+from control_plane.api.schemas import Forget, NewLabels, NewLot, NewSafeState
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
 from control_plane.database.lookup import get_agent, unknown_agent
 from control_plane.database.tables.agents import Agent, EventRow
 from control_plane.database.tables.columns import utc_now
+from control_plane.fleet.desired_state import DesiredChange, assign
+from control_plane.fleet.forgetting import forget
 from control_plane.fleet.labels import check_assigned, effective
 from control_plane.fleet.lot_commands import ask, lot_status, terms_of
 from control_plane.fleet.reports import report_of
@@ -56,6 +58,42 @@ def label_agent(agent_id: str, body: NewLabels, services: Given, actor: Acting) 
         audit(session, actor, "agent.labels", agent_id, labels, utc_now())
         session.commit()
         return agent.model_dump(mode="json")
+
+
+@router.post("/agents/{agent_id}/forget")
+def forget_agent(agent_id: str, body: Forget, services: Given, actor: Acting) -> dict[str, Any]:
+    """Forgets an agent that is gone for good; the answer is what the audit trail keeps of it.
+
+    Rollouts keep its part in their history and wait for it no longer. Windows and events stay until their own
+    retention ends.
+    """
+    now = utc_now()
+    with writing(services.engine) as session:
+        facts = forget(session, agent_id, actor=actor, reason=body.reason, now=now)
+        services.signer.sign_changes(session, now)
+        session.commit()
+    services.outbox.clear_agent(agent_id)
+    services.outbox.publish_trust()
+    services.rollouts.wake()
+    return {"agent": agent_id} | facts
+
+
+@router.post("/agents/{agent_id}/safe-state")
+def set_safe_state(agent_id: str, body: NewSafeState, services: Given, actor: Acting) -> dict[str, Any]:
+    """Recalls one agent into a safe state, or, with an empty one, out of it; signed like every desired state.
+
+    What is fetched or tried there is given up. It takes the agent over from every rollout.
+    """
+    now = utc_now()
+    with writing(services.engine) as session:
+        generation = assign(session, agent_id, DesiredChange(bundle="", safe_state=body.safe_state))
+        details = {"safe_state": str(body.safe_state), "reason": body.reason}
+        audit(session, actor, "agent.safe_state", agent_id, details, now)
+        services.signer.sign_changes(session, now)
+        session.commit()
+        agent = get_agent(session, agent_id)
+    services.outbox.publish_desired(agent)
+    return {"agent": agent_id, "generation": generation, "safe_state": str(body.safe_state)}
 
 
 @router.post("/agents/{agent_id}/lot", status_code=202)

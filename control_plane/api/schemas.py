@@ -220,6 +220,21 @@ class NewLot(Strict):
     actor: str = Actor
 
 
+class Forget(Strict):
+    """An agent that is gone for good."""
+
+    reason: str = Field(min_length=1, max_length=200)
+    actor: str = Actor
+
+
+class NewSafeState(Strict):
+    """What a line does instead of judging."""
+
+    safe_state: SafeState = Field(description="Empty = it judges with the bundle it has committed.")
+    reason: str = Field(default="", max_length=500)
+    actor: str = Actor
+
+
 class NewToken(Strict):
     """Invite an agent."""
 

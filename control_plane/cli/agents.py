@@ -54,6 +54,45 @@ def agent_revoke(
         note(f"{agent_id} is revoked")
 
 
+@agents.command("forget")
+def agent_forget(
+    agent_id: AgentId,
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")],
+    actor: Actor = "",
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """Forget an agent that is gone for good: no selector, wave or page waits for it any more.
+
+    The audit trail keeps what was last known of it, rollouts keep its part in their history. Its identity stays: end
+    that with `sortline agents revoke`.
+    """
+    found = Client(server).post(_path(agent_id, "/forget"), {"reason": reason, "actor": acting(actor)})
+    if as_json:
+        say(found, as_json=True)
+    else:
+        note(f"{agent_id} is forgotten; the audit trail keeps what was known of it")
+
+
+@agents.command("safe-state")
+def agent_safe_state(
+    agent_id: AgentId,
+    safe_state: Annotated[str, typer.Argument(help="eject-all, pass-all or stop; judge = out of it.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")] = "",
+    actor: Actor = "",
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """Put one line into a safe state instead of judging, or back to judging with the bundle it has committed."""
+    wanted = "" if safe_state == "judge" else safe_state
+    body = {"safe_state": wanted, "reason": reason, "actor": acting(actor)}
+    found = Client(server).post(_path(agent_id, "/safe-state"), body)
+    if as_json:
+        say(found, as_json=True)
+    else:
+        note(f"{agent_id} is asked to {safe_state.replace('-', ' ')}")
+
+
 @agents.command("approve")
 def agent_approve(agent_id: AgentId, actor: Actor = "", server: Server = "", as_json: AsJson = False) -> None:
     """Let an agent whose certificate is past its time renew it once, within a day."""

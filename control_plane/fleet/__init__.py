@@ -5,5 +5,6 @@ after the commit; `spooled` turns spooled records into rows, `window_payload` sa
 `outbox` gives out what agents shall know: acknowledgements, signed metadata, desired states, commands; `blobs`
 publishes bundle chunks as retained messages; `desired_state` is the one door through which an agent's desired state
 changes; `reports` reads what an agent reported last as one type; `labels` says which labels hold; `twins` notices two
-boxes under one identity; `lot_commands` issues a change of lot and records the response.
+boxes under one identity; `lot_commands` issues a change of lot and records the response; `forgetting` removes an agent
+that is gone for good.
 """

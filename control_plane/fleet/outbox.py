@@ -181,6 +181,11 @@ class Outbox:
         self._connection.control.publish(agent_topic(agent_id, Channel.COMMAND), encode(command), qos=1)
         self._counters["commands"] += 1
 
+    def clear_agent(self, agent_id: str) -> None:
+        """Removes what the broker retains of an agent that was forgotten, else it would be known again."""
+        for channel in (Channel.DESIRED, Channel.REPORTED, Channel.PRESENCE):
+            self._connection.control.publish(agent_topic(agent_id, channel), b"", qos=1, retain=True)
+
     def publish_trust(self) -> None:
         """Publishes the signed metadata (retained) as far as it is newer than what was published last.
 

@@ -1,6 +1,7 @@
 """Routes of rollouts: repeated requests, ways back said before and after, agents that leave."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from fastapi.testclient import TestClient
 from sqlmodel import select
 
 from control_plane.app import create_app
-from control_plane.database.engine import reading
+from control_plane.database.engine import reading, writing
+from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.rollouts import Rollout
 from control_plane.services import Services
@@ -119,3 +121,51 @@ def test_a_schedule_that_can_never_begin_is_refused(client: TestClient, services
     ):
         answer = client.post("/api/v1/rollouts", json={"model": "tiny", "schedulingConfig": schedule})
         assert answer.json()["code"] == code
+
+
+def test_a_forgotten_agent_leaves_rollouts_and_stays_in_their_history(
+    client: TestClient, services: Services, tmp_path: Path
+) -> None:
+    register_tiny(services, tmp_path / "1")
+    for agent_id in ("line-0", "line-1"):
+        say(services, Channel.REPORTED, encode(reported()), agent_id)
+    number = client.post("/api/v1/rollouts", json={"model": "tiny", "waves": ["100%"]}).json()["id"]
+    services.rollouts.step(utc_now())
+    cleared: list[str] = []
+    services.outbox.clear_agent = cleared.append
+    with writing(services.engine) as session:
+        agent = session.get(Agent, "line-0")
+        agent.online = False
+        session.add(agent)
+        session.commit()
+    facts = client.post("/api/v1/agents/line-0/forget", json={"reason": "scrapped", "actor": "maria"}).json()
+    assert (facts["generation"], facts["reason"], cleared) == (1, "scrapped", ["line-0"])
+    assert client.get("/api/v1/agents/line-0").status_code == 404
+    services.rollouts.step(utc_now() + timedelta(seconds=11))
+    shown = client.get(f"/api/v1/rollouts/{number}").json()
+    assert [(a["agent"], a["outcome"], a["reason"]) for a in shown["agents"]] == [
+        ("line-0", "REMOVED", "it was forgotten"),
+        ("line-1", "QUEUED", ""),
+    ]
+    entry = client.get("/api/v1/audit?limit=5").json()["entries"]
+    assert any(e["action"] == "agent.forget" and e["object"] == "line-0" for e in entry)
+    with reading(services.engine) as session:
+        assert services.signer.document(session, "line-0") == b""
+
+
+def test_an_agent_that_is_connected_is_not_forgotten_and_a_safe_state_is_signed(
+    client: TestClient, services: Services, tmp_path: Path
+) -> None:
+    register_tiny(services, tmp_path / "1")
+    say(services, Channel.REPORTED, encode(reported()), "line-0")
+    with writing(services.engine) as session:
+        agent = session.get(Agent, "line-0")
+        agent.online, agent.seen_at = True, utc_now()
+        session.add(agent)
+        session.commit()
+    refused = client.post("/api/v1/agents/line-0/forget", json={"reason": "x"})
+    assert (refused.status_code, refused.json()["code"]) == (409, "agent.still_connected")
+    assert client.post("/api/v1/agents/line-0/safe-state", json={"safe_state": "stop"}).json()["generation"] == 1
+    with reading(services.engine) as session:
+        assert b'"safe_state":"stop"' in services.signer.document(session, "line-0")
+    assert client.post("/api/v1/agents/line-0/safe-state", json={"safe_state": "reject"}).status_code == 422
