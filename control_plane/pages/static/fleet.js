@@ -95,8 +95,9 @@ const apply = ({ rows, gone, all }) => {
 const say = ({ waiting, delay_s: delay, shed }) => {
   behind.hidden = waiting === undefined;
   if (behind.hidden) return;
-  const left = shed ? ` ${shed} batches were left to their agents, which keep them and send them again.` : "";
-  behind.textContent = `The control plane is behind: ${waiting} messages wait to be stored, the oldest for ${age(delay)}.${left}`;
+  const late = waiting && delay >= 5 ? `${waiting} messages wait to be stored, the oldest for ${age(delay)}. ` : "";
+  const left = shed ? `${shed} batches of the last minute were left to their agents, which keep them and send them again.` : "";
+  behind.textContent = `The control plane is behind: ${late}${left}`;
 };
 
 const tick = () => {
