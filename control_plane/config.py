@@ -20,10 +20,12 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The HTTP server."""
+    """The HTTP server of API and pages."""
 
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: Port = 8080
+    """Port to listen on; 0 chooses a free one."""
     public_url: str = ""
     """Address under which browsers reach the server, such as `https://plant.example/sortline`, where a reverse proxy
     stands before it: its host is allowed, its origin may act, its path is the prefix of every link. Empty = none."""
@@ -80,19 +82,19 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Port = _PLAIN_PORT
     username: str = "control-plane"
     password_file: str = ""
-    """For a broker on this machine; certificates need none."""
+    """File with the password, for a broker on this machine; certificates need none."""
     tls: bool = False
-    """Connect with the site's certificates (`sortline ca init`)."""
+    """Whether to connect with the site's certificates (`sortline ca init`)."""
     certificates: str = ""
     """Folder with ca.pem, control.pem and bulk.pem (key and chain each); empty = those of the site's authority."""
     replica: str = ""
-    """Which replica of the control plane this is (`sortline ca replica NAME`); empty = the first."""
+    """Name of this replica of the control plane (`sortline ca replica NAME`); empty = the first."""
     enabled: bool = True
     retained_max_bytes: Annotated[int, msgspec.Meta(ge=0)] = 2 * 1024**3
-    """Most bytes of blobs the broker shall hold; 0 for a broker that keeps no large messages: every agent then asks for
-    each blob and gets it alone."""
+    """Largest sum of blobs that the broker is given to keep, in bytes; 0 where the broker keeps no large messages and
+    every agent asks for each blob and gets it alone."""
     bundle_bytes_per_s: Annotated[float, msgspec.Meta(ge=65_536.0)] = 32 * 1024 * 1024
-    """Most bytes of blobs published per second: telemetry and control shall find room."""
+    """Largest rate at which blobs are published, in bytes per second, so that telemetry and control find room."""
 
     @property
     def tls_port(self) -> int:
@@ -104,43 +106,43 @@ class IdentityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """The site's certificate authority (made by `sortline ca init`), and where agents enrol."""
 
     folder: str = ""
-    """Empty = `identity` in `data_dir`."""
+    """Folder of the authority; empty = `identity` in `data_dir`."""
     host: str = "127.0.0.1"
     """Address of the HTTPS listener for agents; it serves enrolment and renewal only."""
     port: Port = 8443
     broker_host: str = ""
-    """Broker as agents reach it; empty = broker.host."""
+    """Address of the broker as agents reach it; empty = broker.host."""
     broker_port: Port = 0
-    """0 = broker.port."""
+    """Port of the broker as agents reach it; 0 = broker.port."""
     mosquitto_profile: str = ""
     """Folder of `sortline broker mosquitto-profile`; its access list follows every enrolment and revocation."""
 
 
 class JobsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Long work."""
+    """Training runs, imports and other long work."""
 
     workers: Annotated[int, msgspec.Meta(ge=0, le=64)] = 1
-    """Worker processes the server starts itself; 0 = they run elsewhere (`sortline worker`)."""
+    """Worker processes that the server starts; 0 = they run elsewhere (`sortline worker`)."""
     lease_s: Annotated[float, msgspec.Meta(gt=1.0)] = 15.0
     max_attempts: Annotated[int, msgspec.Meta(ge=1)] = 2
     niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 10
-    """Jobs give way to everything else on the machine."""
+    """Niceness of jobs: they give way to everything else on the machine."""
 
 
 class RolloutsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The process that moves rollouts forward: one of all replicas, by a lease in the database."""
 
     period_s: Annotated[float, msgspec.Meta(ge=0.05, le=60.0)] = 1.0
-    """Between two turns."""
+    """Seconds between two turns."""
     lease_s: Annotated[float, msgspec.Meta(ge=1.0, le=600.0)] = 10.0
-    """A leader that was silent for so long is replaced; clocks of the replicas must agree to a fraction of it."""
+    """Seconds of silence after which a leader is replaced; clocks of the replicas must agree to a fraction of it."""
 
 
 class TrustConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Signed metadata and online keys (made by `sortline keys init`)."""
 
     folder: str = ""
-    """Empty = `trust` in `data_dir`."""
+    """Folder of metadata and keys; empty = `trust` in `data_dir`."""
 
 
 class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -150,7 +152,7 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     database: str = ""
     """SQLAlchemy URL; empty = SQLite in `data_dir`."""
     database_wait_s: Annotated[float, msgspec.Meta(ge=0.1, le=60.0)] = 5.0
-    """A request waits so long for a database that is locked or away, then is refused with 503."""
+    """Longest wait for a database that is locked or away, in seconds; then a request is refused with 503."""
     server: ServerConfig = ServerConfig()
     broker: BrokerConfig = BrokerConfig()
     jobs: JobsConfig = JobsConfig()

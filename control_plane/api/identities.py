@@ -1,8 +1,8 @@
-"""Routes for people: invite, list, revoke, approve. What agents call is in `devices`."""
+"""Routes for people: invite, list, revoke, approve. What agents call is in `enrolment`."""
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 
 from control_plane.api.actor import Acting, approving
 from control_plane.api.schemas import NewToken, Revoke
@@ -14,7 +14,10 @@ from models.errors import ConflictError
 router = APIRouter(prefix="/api/v1", tags=["identities"])
 
 
-def _enrolment(services: Annotated[Services, Depends(services_of)]) -> Enrolment:
+Site = Annotated[Services, Depends(services_of)]
+
+
+def _enrolment(services: Site) -> Enrolment:
     if services.enrolment is None:
         raise ConflictError(
             "ca.absent",
@@ -35,10 +38,26 @@ def list_identities(enrolment: Given) -> list[dict[str, Any]]:
 
 
 @router.post("/agents/{agent_id}/enrolment", status_code=201)
-def invite(agent_id: str, _body: NewToken, enrolment: Given, actor: Acting) -> dict[str, Any]:
-    """A one-time token for this agent, good for an hour. It is shown once and not kept."""
+def invite(
+    agent_id: str, _body: NewToken, enrolment: Given, actor: Acting, request: Request, services: Site
+) -> dict[str, Any]:
+    """A one-time token for this agent, good for an hour, and the address where the box uses it.
+
+    The token is shown once and not kept.
+    """
     token = enrolment.invite(agent_id, actor=actor, now=utc_now())
-    return {"agent": agent_id, "token": str(token), "hours": 1}
+    url = _enrolment_url(services, enrolment, request.url.hostname or "")
+    return {"agent": agent_id, "token": str(token), "hours": 1, "url": url}
+
+
+_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def _enrolment_url(services: Services, enrolment: Enrolment, called_by: str) -> str:
+    """Returns where agents enrol: by a name that stands in the certificate, preferably one other machines can use."""
+    names = enrolment.authority.names
+    host = next((name for name in names if name not in _LOCAL), called_by if called_by in names else names[0])
+    return f"https://{f'[{host}]' if ':' in host else host}:{services.config.identity.port}"
 
 
 @router.post("/agents/{agent_id}/revoke")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import typer
 from rich.table import Table
@@ -28,14 +28,7 @@ def agent_enrol(agent_id: AgentId, actor: Actor = "", server: Server = "", as_js
         say(answer, as_json=True)
         return
     show(answer["token"])
-    where = answer.get("url") or f"https://{_host_of(client.url)}:8443"
-    note(f"on {agent_id}, within the hour: sortline-agent enrol --control-plane {where} --token ...")
-
-
-def _host_of(url: str) -> str:
-    """Returns the host of a URL as a URL writes it: IPv6 in brackets."""
-    host = urlsplit(url).hostname or "HOST"
-    return f"[{host}]" if ":" in host else host
+    note(f"on {agent_id}, within the hour: sortline-agent enrol --control-plane {answer['url']} --token ...")
 
 
 @agents.command("revoke")
