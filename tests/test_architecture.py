@@ -133,10 +133,6 @@ _PER_SUBJECT: Final = (
 """Here a file bears the name of its subject, as in the room that holds the subject's rules."""
 
 
-PENDING: Final[set[str]] = set()
-"""What still breaks a rule below and is on its way out; nothing may be added."""
-
-
 def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
@@ -213,7 +209,7 @@ def test_rooms_import_only_what_stands_below_them(package: str) -> None:
         for path, home, other in crossings(package)
         if home == "" or not (height[other] < height[home] or height[other] == height[home] == 0)
     }
-    assert not wrong - PENDING, sorted(wrong - PENDING)
+    assert not wrong, sorted(wrong)
 
 
 def test_supervisor_side_and_line_side_never_import_each_other() -> None:
@@ -282,7 +278,7 @@ def test_no_file_outgrows_its_purpose() -> None:
         for path in sources(package)
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MOST_LINES
     }
-    assert not set(large) - PENDING, large
+    assert not large
 
 
 def test_no_room_outgrows_its_purpose() -> None:
@@ -318,7 +314,6 @@ def test_every_room_names_each_file_beside_it() -> None:
         for path in sources(package)
         if not path.stem.startswith("__")
         and "versions" not in path.parts
-        and relative(path.parent) not in PENDING
         and (path.parent / "__init__.py").exists()
         and not re.search(
             rf"`(?:\w+\.)*{path.stem}\b",
