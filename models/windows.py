@@ -77,6 +77,8 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     camera: dict[Label, Count] = {}
     """Faults named, by code (`camera.frozen`); `blind_ms` and `blind_mm` of belt nobody saw; `blind_shots` of the
     fail-safe, those that came too late (`blind_shots_late`), and belt it gave up (`blind_missed_mm`)."""
+    scalars_missing: dict[Label, Count] = {}
+    """Scalar that the bundle declares, such as `weight_g` -> items that were judged without it."""
     shadow: dict[Label, Count] = {}
     """Outlets `champion>challenger` of items a challenger judged too; `skipped` and `failed` beside them."""
     shadow_bundle: Annotated[str, msgspec.Meta(max_length=64)] = ""
@@ -137,7 +139,18 @@ def _window_error(expected: object, got: object) -> MessageError:
     return MessageError("window.inconsistent", "A window's counts contradict each other.", expected=expected, got=got)
 
 
-_TABLES: Final = ("classes", "grades", "outlets", "ejections", "ejectors", "shots", "camera", "shadow", "truth")
+_TABLES: Final = (
+    "classes",
+    "grades",
+    "outlets",
+    "ejections",
+    "ejectors",
+    "shots",
+    "camera",
+    "scalars_missing",
+    "shadow",
+    "truth",
+)
 
 
 def merge(a: Window, b: Window) -> Window:

@@ -90,6 +90,7 @@ class LineCounter:
         self._grades: Counter[str] = Counter()
         self._outlets: Counter[str] = Counter()
         self._camera: Counter[str] = Counter()
+        self._scalars_missing: Counter[str] = Counter()
         self._latency, self._inference = Histogram(), Histogram()
 
     def use(self, judge: Judge | None) -> None:
@@ -109,6 +110,11 @@ class LineCounter:
         with self._lock:
             self._tally[name] += amount
             self.total[name] += amount
+
+    def scalar_missing(self, name: str) -> None:
+        """Counts one item that was judged without a scalar which its bundle declares."""
+        with self._lock:
+            self._scalars_missing[name] += 1
 
     def camera(self, name: str, amount: int = 1) -> None:
         """A fault of the camera that was named, or what was done and let through while it was blind."""
@@ -180,6 +186,7 @@ class LineCounter:
                 shadow=self._shadow(),
                 shadow_bundle=self.shadow.judge.digest if self.shadow else "",
                 camera=dict(+self._camera),
+                scalars_missing=dict(self._scalars_missing),
                 truth=self._since(truth, "outcomes"),
                 lifetime_items=self.lifetime_items,
                 **tallies,

@@ -114,13 +114,11 @@ class Shadow:
     def compare(self, judged: Judged, outlet: str, variety: str, lot: str) -> None:
         """Judges one item's views and counts what came of it."""
         views = np.stack(judged.track.views)
-        weight = judged.track.weight_g
         try:
             self.check_size(views)
             scalars = None
-            if self.judge.wants_weight:
-                scalars = np.full((len(views), self.judge.classifier.scalars), np.nan, np.float32)
-                scalars[:, 0] = np.nan if weight is None else weight
+            if self.judge.preprocess.scalars:
+                scalars = np.tile(self.judge.preprocess.scalar_row(judged.track.scalars), (len(views), 1))
             answer = self.judge.classifier.classify(views, scalars)
             verdict = self.judge.recipe.decide(answer.probabilities, variety, lot)
         except SortlineError as error:

@@ -17,7 +17,7 @@ from edge_agent.vision.tracking import Track
 from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
-from models.preprocess import make_view, view_features
+from models.preprocess import features_of_views, make_view
 from models.profile import item_features
 from models.recipe import Verdict
 
@@ -70,12 +70,16 @@ class Judge:
         return True
 
     @property
-    def wants_weight(self) -> bool:
-        """Whether the graph takes scalars per item; the first one is `weight_g`."""
-        return self.classifier.scalars > 0
+    def views_per_run(self) -> int:
+        """How many views one run of the model judges; a larger batch takes several runs."""
+        return self.classifier.views_per_run
+
+    def serve_lanes(self, lanes: int) -> None:
+        """Prepares for a line of so many lanes; see `OnnxClassifier.serve_lanes`. Costs nothing the second time."""
+        self.classifier.serve_lanes(lanes)
 
     def infer(self, tracks: list[Track]) -> float:
-        """Judges the newest view of each track in one batch, with its weight where the graph takes one.
+        """Judges the newest view of each track in one batch, with the scalars that the bundle declares.
 
         Returns:
             The time the model took, milliseconds.
@@ -83,23 +87,33 @@ class Judge:
         Raises:
             BundleError: `model.failed`, `model.not_finite`.
         """
-        views = [track.views[-1] for track in tracks]
         started = self._clock()
         scalars = None
-        if self.wants_weight:
-            scalars = np.full((len(tracks), self.classifier.scalars), np.nan, np.float32)
-            scalars[:, 0] = [np.nan if track.weight_g is None else track.weight_g for track in tracks]
-        answer = self.classifier.classify(views, scalars)
+        if self.preprocess.scalars:
+            scalars = np.stack([self.preprocess.scalar_row(track.scalars) for track in tracks])
+        answer = self.classifier.classify([track.views[-1] for track in tracks], scalars)
         elapsed_ms = (self._clock() - started) * 1000.0
         for row, track in enumerate(tracks):
             track.probabilities.append(answer.probabilities[row])
             track.embeddings.append(answer.embedding[row])
-            track.features.append(view_features(track.views[-1]))
         return elapsed_ms
 
-    def decide(self, track: Track, variety: str, lot: str) -> Judged:
+    def decide(self, track: Track, variety: str, lot: str) -> Verdict:
         """Fuses the item's views into its verdict; needs at least one judged view."""
-        verdict = self.recipe.decide(np.stack(track.probabilities), variety, lot)
+        return self.recipe.decide(np.stack(track.probabilities), variety, lot)
+
+    def measure(self, track: Track) -> None:
+        """Measures the judged views that were not measured yet, all in one batch; monitoring needs it, no verdict does.
+
+        `Track.features` holds float32 (9,) of each judged view afterwards.
+        """
+        views = track.views[len(track.features) : len(track.probabilities)]
+        if views:
+            track.features.extend(features_of_views(views))
+
+    def describe(self, track: Track, verdict: Verdict) -> Judged:
+        """Adds to a verdict the features that monitoring counts."""
+        self.measure(track)
         features = item_features(
             np.stack(track.features), np.stack(track.embeddings), verdict.probabilities, verdict.defect
         )

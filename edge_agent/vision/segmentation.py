@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.interfaces import Image, LineGeometry, Mask
-from models.preprocess import largest_channel
 
 SHRINK: Final = 4
 _DELTA: Final = 26.0
@@ -25,6 +24,8 @@ _DELTA: Final = 26.0
 _LEARN: Final = 0.02
 FLOODED: Final = 0.85
 """A frame of which a larger share is not belt shows no belt: it is black, torn, or its light changed too much."""
+_EACH: Final = 8
+"""The lamp's gain is measured on every eighth pixel of every eighth row of the small image."""
 _FEWEST: Final = 32
 """Smallest number of belt samples from which the gain of the lamp is measured."""
 _TINTED: Final = 1.1
@@ -36,7 +37,7 @@ _MIN_SHARE: Final = 0.04
 """Smallest item, as a share of a square as wide as the lane."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Detection:
     """One item in one frame; pixels of the full-size frame."""
 
@@ -62,7 +63,11 @@ class Locator:
         # Kept from frame to frame: memory of this size would come from the system each time.
         self._half = np.empty((geometry.height_px // 2, geometry.width_px // 2, 3), np.uint8)
         self._small = np.empty((geometry.height_px // SHRINK, geometry.width_px // SHRINK, 3), np.uint8)
+        self._difference = np.empty_like(self._small)
+        self._planes = [np.empty(self._small.shape[:2], np.uint8) for _ in range(3)]
         self._background: NDArray[np.float32] | None = None
+        self._known: NDArray[np.float32] | None = None
+        """Samples of the background that `_gains` looks at, taken while the background is in the processor's cache."""
         self._kernel = np.ones((3, 3), np.uint8)
         self.coverage = 0.0
         """Share (0..1) of the last frame that is not belt; near 1 the frame shows no belt at all."""
@@ -75,6 +80,7 @@ class Locator:
     def restore(self, background: NDArray[np.float32] | None) -> None:
         """Continues with a belt that was learnt before; the array is copied."""
         self._background = None if background is None else background.copy()
+        self._known = None if background is None else _sampled(background)
 
     def find(self, image: Image) -> list[Detection]:
         """Returns all items of a frame, by lane and within a lane from right (front) to left.
@@ -85,6 +91,7 @@ class Locator:
         small = self._shrunk(image)
         if self._background is None:
             self._background = _first_background(small)
+            self._known = _sampled(self._background)
         foreground = self._foreground(small)
         found: list[Detection] = []
         for lane, rows in enumerate(self._geometry.lanes):
@@ -102,11 +109,15 @@ class Locator:
 
     def _foreground(self, small: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.uint8]:
         """Returns 255 where there is an item, and learns the belt elsewhere."""
-        background = self._background
+        background, known = self._background, self._known
         assert background is not None  # noqa: S101  set by the only caller
-        gains = _gains(small, background)
+        assert known is not None  # noqa: S101  set with the background
+        gains = _gains(small, known)
         expected = _lit(background, gains)
-        foreground = cv2.threshold(largest_channel(cv2.absdiff(small, expected)), _DELTA, 255, cv2.THRESH_BINARY)[1]
+        # As `largest_channel`, into memory that is kept: new memory of this size costs as much as the work.
+        blue, green, red = cv2.split(cv2.absdiff(small, expected, dst=self._difference), self._planes)
+        largest = cv2.max(cv2.max(blue, green, dst=blue), red, dst=blue)
+        foreground = cv2.threshold(largest, _DELTA, 255, cv2.THRESH_BINARY)[1]
         foreground = cv2.morphologyEx(foreground, cv2.MORPH_CLOSE, self._kernel)
         belt = cv2.bitwise_not(cv2.dilate(foreground, self._kernel))
         self.coverage = cv2.countNonZero(foreground) / foreground.size
@@ -114,6 +125,7 @@ class Locator:
             cv2.accumulateWeighted(small, background, _LEARN, mask=belt)
         else:
             self._follow_lamp(small, belt, background, gains)
+        self._known = _sampled(background)
         return np.asarray(foreground, np.uint8)
 
     @staticmethod
@@ -142,32 +154,19 @@ class Locator:
             left, y, wide, tall = cv2.boundingRect(contour)
             if wide * tall < least or cv2.contourArea(contour) < least:
                 continue
-            cuts: list[int] = []
+            edges = [left, left + wide]
             if wide >= 1.3 * tall and wide >= 0.75 * height:
                 shape = np.zeros((tall, wide), np.uint8)
                 cv2.drawContours(shape, [contour], 0, 1, cv2.FILLED, offset=(-left, -y))
-                cuts = _cuts(shape, height)
-            found.extend(self._pieces((left, y, wide, tall), cuts, lane, top, width))
-        return sorted(found, key=lambda item: -item.x_px)
-
-    def _pieces(
-        self, box: tuple[int, int, int, int], cuts: list[int], lane: int, top: int, image_width: int
-    ) -> list[Detection]:
-        left, y, width, tall = box
-        edges = [0, *cuts, width]
-        return [
-            Detection(
-                lane=lane,
-                x_px=(2 * left + start + end) * SHRINK / 2.0,
-                left_px=(left + start) * SHRINK,
-                right_px=(left + end) * SHRINK,
-                top_px=(top + y) * SHRINK,
-                bottom_px=(top + y + tall) * SHRINK,
-                whole=left + start > 0 and left + end < image_width,
-                touching=bool(cuts),
-            )
-            for start, end in pairwise(edges)
-        ]
+                edges[1:1] = [left + cut for cut in _cuts(shape, height)]
+            touching = len(edges) > 2
+            top_px, bottom_px = (top + y) * SHRINK, (top + y + tall) * SHRINK
+            for start, end in pairwise(edges):
+                x_px, whole = (start + end) * SHRINK / 2.0, start > 0 and end < width
+                place = Detection(lane, x_px, start * SHRINK, end * SHRINK, top_px, bottom_px, whole, touching)
+                found.append(place)
+        found.sort(key=lambda item: -item.x_px)
+        return found
 
     def mask(self, image: Image, item: Detection) -> tuple[Image, Mask]:
         """Returns the full-size crop around an item and its mask (one connected part, holes filled).
@@ -188,26 +187,36 @@ class Locator:
         background = self._background
         assert background is not None  # noqa: S101  an item was found, so there is one
         belt = cv2.mean(background[y0 // SHRINK : -(-y1 // SHRINK), x0 // SHRINK : -(-x1 // SHRINK)])
-        levels = tuple(float(int(level)) for level in belt)
-        difference = largest_channel(cv2.absdiff(crop, levels))  # type: ignore[call-overload]  # the stubs lack scalars
-        return crop, _largest_filled(cv2.threshold(difference, _DELTA, 1, cv2.THRESH_BINARY)[1])
+        # Outside this box of colours some channel differs from the belt by more than `_DELTA`.
+        low, high = [int(level) - _DELTA for level in belt[:3]], [int(level) + _DELTA for level in belt[:3]]
+        like_belt = cv2.inRange(crop, np.array(low), np.array(high))
+        return crop, _largest_filled(cv2.bitwise_not(like_belt, dst=like_belt))
 
 
-def _gains(small: NDArray[np.uint8] | cv2.typing.MatLike, background: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns the gain of the lamp since the belt was learnt, per channel (BGR); 1 where too little belt is seen."""
+def _sampled(background: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns every eighth pixel of every eighth row, contiguous."""
+    return np.ascontiguousarray(background[::_EACH, ::_EACH])
+
+
+def _gains(small: NDArray[np.uint8] | cv2.typing.MatLike, known: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns how much brighter the lamp is than it was, per channel (blue, green, red); 1 where little belt is seen.
+
+    Args:
+        small: The frame at a quarter of its size.
+        known: The background as of `_sampled`.
+    """
     # Belt pixels are the majority or at least stay near their old value: the median ratio is the lamp's gain.
-    sample, known = small[::8, ::8].astype(np.float32), background[::8, ::8]
+    sample = small[::_EACH, ::_EACH].astype(np.float32)
     near = np.abs(sample[:, :, 1] - known[:, :, 1]) < _DELTA
-    ratios = sample[near]
+    ratios = (sample / np.maximum(known, 1.0))[near]
     if len(ratios) <= _FEWEST:
         return np.ones(3, np.float32)
-    ratios /= np.maximum(known[near], 1.0)
     # The same as `numpy.median`, which spends as long again on checks.
     middle = len(ratios) // 2
     ratios.partition((middle - 1, middle), axis=0)
     low = ratios[middle] if len(ratios) % 2 else ratios[middle - 1]
-    gains: NDArray[np.float32] = np.clip((low + ratios[middle]) * np.float32(0.5), 0.5, 2.0).astype(np.float32)
-    return gains
+    gains: NDArray[np.float32] = (low + ratios[middle]) * np.float32(0.5)
+    return np.minimum(np.maximum(gains, np.float32(0.5)), np.float32(2.0))
 
 
 def _lit(background: NDArray[np.float32], gains: NDArray[np.float32]) -> cv2.typing.MatLike:

@@ -51,9 +51,21 @@ class Track:
     """The judge that took the item's first view and finishes the item, also when the bundle is swapped meanwhile."""
 
     @property
+    def scalars(self) -> dict[str, float | None]:
+        """What is known of the item besides its picture, by the names that a bundle may declare.
+
+        `weight_g` comes from a load cell; `length_mm` is the largest extent along the belt in the picture so far.
+        """
+        return {"weight_g": self.weight_g, "length_mm": self.length_mm}
+
+    @property
     def complete(self) -> bool:
         """Whether its last view was offered, so that the verdict need not wait until the item has left the picture."""
         return self.next_view_px >= _NO_MORE_PX
+
+    def end_views(self) -> None:
+        """Takes no further view of the item: it is judged by the views it has."""
+        self.next_view_px = _NO_MORE_PX
 
 
 class Tracker:
@@ -169,9 +181,20 @@ class ViewPicker:
         self._width = geometry.width_px
         self._max_views = max_views
 
-    def wants(self, track: Track, place: Detection) -> bool:
-        """Returns whether this observation becomes a view, and records it as taken."""
-        if len(track.views) >= self._max_views or place.x_px < track.next_view_px:
+    def wants(self, track: Track, place: Detection, *, last: bool = False) -> bool:
+        """Returns whether this observation becomes a view, and records it as taken.
+
+        Args:
+            track: The item.
+            place: Where it is seen.
+            last: No later frame will show the item whole: the view is taken wherever it is, and completes the item.
+        """
+        if track.complete or len(track.views) >= self._max_views:
+            return False
+        if last:
+            track.end_views()
+            return True
+        if place.x_px < track.next_view_px:
             return False
         length_px = place.right_px - place.left_px
         stretch = max(self._width - length_px, 1.0)
