@@ -121,31 +121,32 @@ def receive(port: int, count: int, way: str, directory: Path, send: Callable[[],
 
 
 def floor(directory: Path, data: bytes, count: int) -> float:
-    """The same bytes through loopback by plain sockets: what no delivery can undercut here."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    """Sends the same bytes through loopback by plain sockets, the least that any delivery costs here; returns seconds.
 
-    def serve() -> None:
-        peers = [listener.accept()[0] for _ in range(count)]
-        started.wait()
-        selector = selectors.DefaultSelector()
-        for peer in peers:
-            peer.setblocking(False)
-            selector.register(peer, selectors.EVENT_WRITE, [memoryview(data)])
-        left = count
-        while left:
-            for key, _ in selector.select():
-                sent = key.fileobj.send(key.data[0][: 1 << 18])  # type: ignore[union-attr]
-                key.data[0] = key.data[0][sent:]
-                if not key.data[0]:
-                    selector.unregister(key.fileobj)
-                    left -= 1
-
+    The connections stay open until the receivers have reported. A connection that is closed earlier looks to its
+    receiver like one that was cut off.
+    """
     started = threading.Event()
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    seconds = receive(listener.getsockname()[1], count, "plain", directory, started.set)
-    thread.join()
-    listener.close()
+    with contextlib.ExitStack() as connections, socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+
+        def serve() -> None:
+            peers = [connections.enter_context(listener.accept()[0]) for _ in range(count)]
+            started.wait()
+            with selectors.DefaultSelector() as selector:
+                for peer in peers:
+                    peer.setblocking(False)
+                    selector.register(peer, selectors.EVENT_WRITE, [memoryview(data)])
+                while selector.get_map():
+                    for key, _ in selector.select():
+                        sent = key.fileobj.send(key.data[0][: 1 << 18])  # type: ignore[union-attr]
+                        key.data[0] = key.data[0][sent:]
+                        if not key.data[0]:
+                            selector.unregister(key.fileobj)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        seconds = receive(listener.getsockname()[1], count, "plain", directory, started.set)
+        thread.join()
     return seconds
 
 

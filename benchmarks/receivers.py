@@ -1,4 +1,4 @@
-"""Many receivers of one bundle in one process, on raw sockets: cheap, so that the broker is what is measured.
+"""Many receivers of one bundle in one process, on raw sockets: they cost little, so the broker is what is measured.
 
 `python -m benchmarks.receivers --port P --count N --way window|whole|ask|plain --bundle DIRECTORY`. Prints `ready` when
 all are connected, waits for a line on standard input, then prints the seconds until the last one had every byte.
@@ -31,7 +31,7 @@ def connect(port: int, name: str) -> socket.socket:
 
 
 class Receiver:
-    """One agent's way of getting the blobs, without disk and hashes; every byte is compared."""
+    """One agent that gets the blobs in one of the four ways, without disk and hashes; every byte is compared."""
 
     def __init__(self, connection: socket.socket, name: str, way: str, blobs: dict[str, bytes], whole: int) -> None:
         self.connection, self.name, self.way, self.blobs, self.whole = connection, name, way, blobs, whole
@@ -160,6 +160,8 @@ def main() -> int:
                 raise TimeoutError(f"{len(waiting)} of {given.count} receivers wait for bytes")
             key.data.read()
             if key.data.done:
+                # Not read any more: the end of its connection is no loss while others still receive.
+                selector.unregister(key.fileobj)
                 waiting.discard(key.data)
     elapsed = time.perf_counter() - started
     assert not sum(receiver.wrong for receiver in receivers), "wrong bytes arrived"
