@@ -134,6 +134,13 @@ class BeltControl(Protocol):
         """No longer asks it to stand."""
 
 
+class Heartbeat(Protocol):
+    """An output that changes while the line is healthy. Called by the sorting thread at each turn; never blocks."""
+
+    def turned(self) -> None:
+        """Notes that the sorting thread turns."""
+
+
 class ItemScalars(Protocol):
     """A sensor beside the belt that gives one number per item, such as a load cell. Never blocks."""
 

@@ -85,6 +85,14 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Source of the weight of an item, for each lane (`modbus://...`, `mqtt://...`); empty = weights are not known."""
     weight_mm: float = -200.0
     """Distance of the load cells behind column 0 of the image; negative = in front of the camera."""
+    confirmation: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)] = ()
+    """Photo-eyes behind the ejectors (`gpio://...`, `modbus://...`, `mqtt://...`, see `devices.drivers.photo_eyes`):
+    they confirm ejections, teach each ejector's lead and show a weak valve; they need an ejector."""
+    confirmation_mm: Annotated[float, msgspec.Meta(ge=-500.0, le=5000.0)] = 0.0
+    """Distance of the photo-eyes behind their outlets, along the belt."""
+    heartbeat: str = ""
+    """Output that changes while the line is healthy (`gpio://...`, `modbus://...`, `mqtt://...`, see
+    `devices.drivers.heartbeat`), so that a PLC notices a dead line; empty = none."""
     lanes: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
     """Number of lanes; equal strips of the image from top to bottom, unless `lane_rows` gives their rows."""
     lane_rows: tuple[tuple[int, int], ...] = ()
@@ -100,6 +108,8 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     mm_per_px: Positive = 0.625
     outlets_mm: dict[str, Positive] = msgspec.field(default_factory=lambda: {"reject": 700.0})
     """Distance of each outlet from column 0 of the image; an outlet that is not listed needs no ejection."""
+    belt_outlets: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=16)] = ("pass",)
+    """Outlets that need no ejection, because their items stay on the belt; a recipe may name these and `outlets_mm`."""
     lead_ms: Annotated[float, msgspec.Meta(ge=0.0, le=1000.0)] = 0.0
     """Time from command to effect of the valves, until the lead of each ejector is learnt from its photo-eye."""
     fire_window_mm: Positive = 20.0
@@ -146,3 +156,8 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """File that a supervisor touches when it starts; a line without supervisor then ends for its successor."""
     orphan_s: Annotated[float, msgspec.Meta(ge=0.0)] = 20.0
     """Time for which a line without supervisor sorts on before it ends (a restarted supervisor starts its own line)."""
+
+    @property
+    def outlets(self) -> frozenset[str]:
+        """All outlets that a recipe of this line may name."""
+        return frozenset({*self.outlets_mm, *self.belt_outlets})

@@ -21,6 +21,7 @@ from edge_agent.interfaces import (
     Encoder,
     Frame,
     FrameSource,
+    Heartbeat,
     ItemScalars,
     Lane,
     LineGeometry,
@@ -84,6 +85,8 @@ class LineHardware:
     """Sensor that weighs the items, for each lane; empty = none."""
     devices: tuple[Closeable, ...] = ()
     """Further devices that are closed with the line."""
+    heartbeat: Heartbeat | None = None
+    """Output that shows a PLC that the line is alive; None = there is none."""
     camera: VideoFile | LiveCamera | None = None
     """The real camera itself, for its counters; None for a simulated one."""
     patience_s: float = 0.0
@@ -100,6 +103,18 @@ class LineHardware:
         for device in self.devices:
             device.close()
 
+    def show_heartbeat(self, url: str) -> None:
+        """Opens the output that shows a PLC that the line is alive; it is closed with the other devices.
+
+        Raises:
+            ConfigError: As `devices.drivers.heartbeat.open_heartbeat`.
+        """
+        from edge_agent.devices.drivers.heartbeat import open_heartbeat  # noqa: PLC0415  an extra's driver
+
+        output = open_heartbeat(url)
+        self.heartbeat = output
+        self.devices = (*self.devices, output)
+
     def ejection_queue(self, config: LineConfig, clock: Callable[[], float]) -> EjectionQueue:
         """Returns the queue that fires these ejectors by the configuration's rules."""
         rules = EjectionRules(
@@ -108,7 +123,7 @@ class LineHardware:
             pitch_mm=config.ejector_pitch_mm,
             close=config.close_items,
         )
-        ledger = ConfirmationLedger() if self.confirmation else None
+        ledger = ConfirmationLedger(eye_mm=config.confirmation_mm) if self.confirmation else None
         return EjectionQueue(self.encoder, self.ejector, clock=clock, rules=rules, ledger=ledger)
 
 
@@ -147,10 +162,10 @@ def open_hardware(config: LineConfig, *, virtual: bool = False, drawn: Simulated
         measured = ImageEncoder(config.mm_per_px, nominal_mm_s=config.belt_mm_s)
         return LineHardware(ImageEncodedCamera(line, measured), measured, line, line, about, line, line, cells)
     no_pulses = config.encoder in {"", "image", "nominal"}
-    if no_pulses and (config.ejector or config.weights or config.belt):
+    if no_pulses and (config.ejector or config.weights or config.belt or config.confirmation):
         raise ConfigError(
             "line.no_encoder",
-            "Ejectors, load cells and a belt that is stopped need the pulses of an encoder.",
+            "Ejectors, photo-eyes, load cells and a belt that is stopped need the pulses of an encoder.",
             expected="line.encoder with an address",
             got=config.encoder or "none",
         )
@@ -246,7 +261,9 @@ def _with_devices(config: LineConfig, source: FrameSource) -> LineHardware:
     from edge_agent.devices.drivers.ejectors import open_ejector  # noqa: PLC0415
     from edge_agent.devices.drivers.encoder import open_encoder  # noqa: PLC0415
     from edge_agent.devices.drivers.item_sensors import open_scalar  # noqa: PLC0415
+    from edge_agent.devices.drivers.photo_eyes import open_photo_eyes, places_of  # noqa: PLC0415
 
+    _check_eyes(config, places_of(config.confirmation))
     encoder = open_encoder(config.encoder)
     devices: list[Closeable] = [encoder]
     ejector: Ejector = NullEjector()
@@ -256,6 +273,9 @@ def _with_devices(config: LineConfig, source: FrameSource) -> LineHardware:
     belt = open_belt(config.belt) if config.belt else None
     if belt is not None:
         devices.append(belt)
+    eyes = open_photo_eyes(config.confirmation, encoder) if config.confirmation else None
+    if eyes is not None:
+        devices.append(eyes)
     cells = [open_scalar(url, encoder, sensor_mm=config.weight_mm, tolerance_mm=30.0) for url in config.weights]
     return LineHardware(
         EncoderStampedCamera(source, encoder),
@@ -263,10 +283,23 @@ def _with_devices(config: LineConfig, source: FrameSource) -> LineHardware:
         ejector,
         None,
         config.camera,
+        confirmation=eyes,
         belt=belt,
         weights=tuple(cell.join for cell in cells),
         devices=(*devices, *cells),
     )
+
+
+def _check_eyes(config: LineConfig, places: set[tuple[int, str]]) -> None:
+    """Refuses photo-eyes behind an ejector that the line does not have: all its shots would count as missed."""
+    wrong = sorted(place for place in places if place[0] >= config.lanes or place[1] not in config.outlets_mm)
+    if wrong or (places and not config.ejector):
+        raise ConfigError(
+            "line.no_ejector_for_eye",
+            "A photo-eye stands behind an ejector that the line does not have.",
+            expected=f"line.ejector, lanes below {config.lanes}, outlets among {sorted(config.outlets_mm)}",
+            got=wrong or "no ejector",
+        )
 
 
 def simulation_config(config: LineConfig) -> SimulationConfig:

@@ -119,6 +119,7 @@ class Line:
             swap_within_s=config.swap_within_s,
             threads=config.threads,
             champion=judge,
+            outlets=config.outlets,
         )
         self._queue = self._world.ejection_queue(config, time.monotonic)
         self._fail_safe = FailSafe(
@@ -215,6 +216,8 @@ class Line:
 
     def _sort(self, judge: Judge | None) -> None:
         while not self._stop.is_set():
+            if self._world.heartbeat is not None:
+                self._world.heartbeat.turned()
             frame = self._newest_frame()
             if frame is None:
                 if self._camera.ended:
@@ -367,7 +370,10 @@ def serve(
         The exit status as in `Line.run`; 3: camera or devices cannot be opened.
     """
     try:
-        line = Line(config, pipe, open_hardware(config, drawn=drawn), judge=judge)
+        hardware = open_hardware(config, drawn=drawn)
+        if config.heartbeat:
+            hardware.show_heartbeat(config.heartbeat)
+        line = Line(config, pipe, hardware, judge=judge)
     except SortlineError as error:
         pipe.send(Faulted(fault=fault_of(error)))
         log.warning("%s", error)

@@ -14,8 +14,10 @@ import pytest
 from edge_agent.devices.drivers.belt import open_belt
 from edge_agent.devices.drivers.ejectors import open_ejector
 from edge_agent.devices.drivers.encoder import open_encoder
+from edge_agent.devices.drivers.heartbeat import open_heartbeat
 from edge_agent.devices.drivers.item_sensors import open_scalar
 from edge_agent.devices.drivers.modbus import ModbusPort
+from edge_agent.devices.drivers.photo_eyes import open_photo_eyes
 from edge_agent.devices.drivers.pulses import PulseEncoder
 from edge_agent.devices.hardware import open_hardware
 from edge_agent.interfaces import Shot
@@ -140,6 +142,66 @@ def test_the_belt_is_stopped_by_a_register_that_nobody_touches_before(plc: int, 
         wait_until(lambda: program.read("holding", 400, 1) == [1], what="the wish again")
         belt.run()
         wait_until(lambda: program.read("holding", 400, 1) == [0], what="the release")
+
+
+def test_photo_eyes_are_discrete_inputs_or_counters_of_the_plc(plc: int, program: ModbusPort) -> None:
+    belt = standing_belt(1000)
+    base = f"modbus://127.0.0.1:{plc}"
+    inputs = f"{base}/discrete/160?eye=0:reject:0&eye=1:reject:1&poll_ms=5&timeout_ms=5000"
+    counter = f"{base}/holding/420?eye=2:reject:0&pulses=true&poll_ms=5&timeout_ms=5000"
+    with closing(open_photo_eyes([inputs, counter], belt)) as eyes:
+        wait_until(lambda: all(source._before is not None for source in eyes.sources), what="first contact")  # type: ignore[attr-defined]
+        program.write(420, [1, 0, 1500])
+        # This PLC keeps bits in its registers: discrete input 160 is the lowest bit of register 10.
+        program.write(10, [1])
+        wait_until(lambda: eyes.counters["seen"] == 2, what="two sightings")
+        found = {sighting.lane: sighting for sighting in eyes.sightings(time.monotonic())}
+    assert set(found) == {0, 2}
+    assert found[2].belt_mm == pytest.approx(50.0)
+
+
+def test_the_heartbeat_changes_until_the_line_hangs(plc: int, program: ModbusPort) -> None:
+    register = f"modbus://127.0.0.1:{plc}/holding/430?every_ms=20&timeout_ms=5000"
+    coil = f"modbus://127.0.0.1:{plc}/coil/320?every_ms=20&timeout_ms=5000"
+    with closing(open_heartbeat(register)) as counting, closing(open_heartbeat(coil)) as toggling:
+        assert program.read("holding", 430, 1) == [0]
+        seen: set[int] = set()
+
+        def turns() -> bool:
+            counting.turned()
+            toggling.turned()
+            seen.update(program.read("coil", 320, 1))
+            return program.read("holding", 430, 1)[0] >= 3 and seen == {0, 1}
+
+        wait_until(turns, what="beats")
+        wait_until(lambda: counting.counters["skipped"] > 2, what="the line to count as dead")
+        stands = program.read("holding", 430, 1)
+        wait_until(lambda: counting.counters["skipped"] > 5, what="more turns")
+        assert program.read("holding", 430, 1) == stands
+    assert program.read("holding", 430, 1) == [0]
+    assert program.read("coil", 320, 1) == [0]
+
+
+def test_photo_eyes_and_heartbeat_over_mqtt(broker: int) -> None:
+    plant = Probe(broker, "plant", {"user": "plant", "password": "x"})
+    plant.subscribe(("sortline/line1/heartbeat", 1))
+    base = f"mqtt://127.0.0.1:{broker}/sortline/line1"
+    with (
+        closing(open_photo_eyes([f"{base}/eyes?eye=1:juice:4&client=eyes"], standing_belt(1000))) as eyes,
+        closing(open_heartbeat(f"{base}/heartbeat?every_ms=50&client=beat")) as heartbeat,
+    ):
+
+        def publish() -> bool:
+            heartbeat.turned()
+            plant.publish("sortline/line1/eyes", b'{"eye": "4"}')
+            plant.publish("sortline/line1/eyes", b'{"eye": 4, "pulses": 1200}')
+            return eyes.counters["seen"] > 0 and heartbeat.counters["beats"] > 1
+
+        wait_until(publish, what="a sighting and two beats")
+        (sighting,) = eyes.sightings(time.monotonic())
+        assert (sighting.lane, sighting.outlet, sighting.belt_mm) == (1, "juice", pytest.approx(20.0))
+        first, second = (json.loads(message[1])["sequence"] for message in plant.messages(2, timeout=10.0))
+        assert second > first
 
 
 def test_the_belt_is_stopped_by_a_message(broker: int) -> None:

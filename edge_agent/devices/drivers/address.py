@@ -7,7 +7,7 @@ import importlib
 import os
 import socket
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
@@ -19,7 +19,9 @@ Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e6)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
 Milliseconds = Annotated[float, msgspec.Meta(gt=0.0, le=60_000.0)]
 Unit = Annotated[int, msgspec.Meta(ge=0, le=247)]
-_Table = Literal["input", "holding"]
+Table: TypeAlias = Literal["input", "holding", "discrete", "coil"]
+"""Registers, or single bits (`discrete` inputs and coils), which are read as registers of value 0 or 1."""
+_REGISTERS: Final[tuple[Table, ...]] = ("input", "holding")
 _PORTS: Final = {"modbus": 502, "mqtt": 1883, "gpio": 0}
 _MAX_URL: Final = 2048
 _MAX_TOPIC: Final = 256
@@ -58,16 +60,20 @@ class Address:
         """For messages and logs: no options, no user."""
         return f"{self.scheme}://{self.host}{f':{self.port}' if self.port else ''}{self.path}"
 
-    def register(self) -> tuple[_Table, int]:
-        """Table and first register of a Modbus path such as `/input/100`.
+    def register(self, tables: tuple[Table, ...] = _REGISTERS) -> tuple[Table, int]:
+        """Returns table and first address of a Modbus path such as `/input/100`.
+
+        Args:
+            tables: Tables that are possible here.
 
         Raises:
             ConfigError: `driver.bad_url`.
         """
-        table, _, number = self.path.strip("/").partition("/")
-        if table not in {"input", "holding"} or not (number.isascii() and number.isdigit()) or int(number) > 0xFFFF:
-            raise _bad_url("/input/NUMBER or /holding/NUMBER, counted from 0", self.shown)
-        return ("input" if table == "input" else "holding"), int(number)
+        name, _, number = self.path.strip("/").partition("/")
+        table = next((known for known in tables if known == name), None)
+        if table is None or not (number.isascii() and number.isdigit()) or int(number) > 0xFFFF:
+            raise _bad_url(" or ".join(f"/{known}/NUMBER" for known in tables) + ", counted from 0", self.shown)
+        return table, int(number)
 
     def topic(self) -> str:
         """The MQTT topic of the path.

@@ -7,9 +7,23 @@
 A network is too slow and too uneven to open a valve at the millimetre. The first two therefore want each shot ahead
 of time (`announce`, as soon as the belt is within `ahead_mm` of the target); the device compares its own encoder with
 the target and fires. `fire` hands over what was not announced; for an announced shot it does nothing.
+
+The option `safe` chooses the state in which a line that ends leaves its outputs:
+
+| device | `hold` | `off` | `eject` |
+|---|---|---|---|
+| Modbus | shots that the PLC has are fired (default) | they are withdrawn | by the PLC only, with `safe_register` |
+| MQTT | shots that were published are fired (default) | - | - |
+| GPIO | valves stay as they are | valves close (default) | valves open and stay open |
+
+A line that dies without ending (power, a crash of the system) can do none of this. With `safe_register=N` the PLC finds
+the state in a holding register (0 hold, 1 off, 2 eject) and applies it when the heartbeat (`heartbeat`) stops; the pins
+of a GPIO chip fall to the state that its driver and the board's resistors give them.
 """
 
+import logging
 import time
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sized
 from typing import Annotated, Final
@@ -17,7 +31,7 @@ from typing import Annotated, Final
 import msgspec
 
 from edge_agent.devices.drivers.address import Milliseconds, Options, Positive, numbered, parse_address
-from edge_agent.devices.drivers.gpio import GpiodPins, GpioEjector
+from edge_agent.devices.drivers.gpio import GpiodPins, GpioEjector, SafeState
 from edge_agent.devices.drivers.modbus import MAX_WRITE, ModbusPort, Registers
 from edge_agent.devices.drivers.mqtt import TopicOut
 from edge_agent.devices.drivers.pulses import PulseBelt
@@ -27,11 +41,35 @@ from models.errors import ConfigError, UnavailableError
 
 SLOT_WORDS: Final = 6
 """Sequence, lane, outlet, target (high, low), sequence again."""
+SAFE_NUMBERS: Final[dict[SafeState, int]] = {"hold": 0, "off": 1, "eject": 2}
+log = logging.getLogger("sortline.drivers")
 _MAX_SEQUENCE: Final = 0xFFFF
 _CLEAR_MM: Final = 10.0
 
 
-class ModbusPlcEjector:
+class _HandingOver:
+    """An ejector that hands each shot to a device ahead of time; `fire` hands over what was not announced."""
+
+    def __init__(self, belt: PulseBelt, ahead_mm: float) -> None:
+        self._belt = belt
+        self.ahead_mm = ahead_mm
+        """See `edge_agent.interfaces.AheadEjector`."""
+
+    @abstractmethod
+    def announce(self, shot: Shot, position_mm: float) -> bool:
+        """See `edge_agent.interfaces.AheadEjector`."""
+
+    def fire(self, shot: Shot, at_s: float) -> None:
+        """Hands over a shot that was not announced.
+
+        Raises:
+            UnavailableError: `driver.not_handed_over`.
+        """
+        if not self.announce(shot, self._belt.position_mm(at_s)):
+            raise _not_handed_over(shot)
+
+
+class ModbusPlcEjector(_HandingOver):
     """Writes each shot into a ring of slots of a PLC, one multi-register write per shot.
 
     A slot is six holding registers: sequence, lane, outlet number, target count (high, low), sequence again. The PLC
@@ -47,6 +85,8 @@ class ModbusPlcEjector:
         belt: The encoder whose counts the PLC compares.
         ahead_mm: See `edge_agent.interfaces.AheadEjector`.
         late_mm: A shot whose item has passed by more is not written.
+        safe: State in which a line that ends leaves the PLC; see the head of this file.
+        safe_register: Holding register in which the PLC finds `safe` (0 hold, 1 off, 2 eject), for a line that dies.
         clock: Monotonic seconds, the belt's clock.
     """
 
@@ -60,15 +100,19 @@ class ModbusPlcEjector:
         belt: PulseBelt,
         ahead_mm: float,
         late_mm: float = 3.0,
+        safe: SafeState = "hold",
+        safe_register: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._registers, self._belt, self._clock = registers, belt, clock
+        super().__init__(belt, ahead_mm)
+        self._safe_register = safe_register
+        self._registers, self._clock = registers, clock
+        self._safe = safe
         self._first, self._outlets = first, dict(outlets)
         self._busy_to_mm: list[float | None] = [None] * slots
         self._next = 0
         self._trying = (0, 0)
         self._emptied = False
-        self.ahead_mm = ahead_mm
         self.counters: Counter[str] = Counter()
         """unknown_outlet, no_count, ring_full"""
         self.queue = ShotQueue(self._write, belt, late_mm=late_mm, clock=clock)
@@ -82,15 +126,6 @@ class ModbusPlcEjector:
             self.counters["no_count"] += 1
             return False
         return self.queue.offer(shot, position_mm)
-
-    def fire(self, shot: Shot, at_s: float) -> None:
-        """Hands over what was not announced.
-
-        Raises:
-            UnavailableError: `driver.not_handed_over`.
-        """
-        if not self.announce(shot, self._belt.position_mm(at_s)):
-            raise _not_handed_over(shot)
 
     def _write(self, entry: Announced) -> None:
         if not self._emptied:
@@ -130,6 +165,8 @@ class ModbusPlcEjector:
         words = len(self._busy_to_mm) * SLOT_WORDS
         for at in range(0, words, MAX_WRITE):
             self._registers.write(self._first + at, [0] * min(MAX_WRITE, words - at))
+        if self._safe_register is not None and not self._emptied:
+            self._registers.write(self._safe_register, [SAFE_NUMBERS[self._safe]])
         self._emptied = True
 
     def start(self) -> None:
@@ -137,8 +174,14 @@ class ModbusPlcEjector:
         self.queue.start("hand-over")
 
     def close(self) -> None:
-        """Ends the thread. May be called twice."""
+        """Ends the thread and leaves the PLC in the safe state. May be called twice."""
         self.queue.close()
+        if self._emptied and self._safe == "off":
+            try:
+                self._empty()
+            except UnavailableError as error:
+                log.warning("the shots in the PLC could not be withdrawn: %s", error)
+            self._emptied = False
         self._registers.close()
 
 
@@ -156,7 +199,7 @@ class ShotMessage(msgspec.Struct, frozen=True, kw_only=True):
     """The encoder's count at the target, where a counter is known."""
 
 
-class MqttEjector:
+class MqttEjector(_HandingOver):
     """Publishes each shot ahead of time.
 
     Args:
@@ -176,22 +219,13 @@ class MqttEjector:
         late_mm: float = 3.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._out, self._belt = out, belt
-        self.ahead_mm = ahead_mm
+        super().__init__(belt, ahead_mm)
+        self._out = out
         self.queue = ShotQueue(self._publish, belt, late_mm=late_mm, clock=clock)
 
     def announce(self, shot: Shot, position_mm: float) -> bool:
         """See `edge_agent.interfaces.AheadEjector`."""
         return self.queue.offer(shot, position_mm)
-
-    def fire(self, shot: Shot, at_s: float) -> None:
-        """Hands over what was not announced.
-
-        Raises:
-            UnavailableError: `driver.not_handed_over`.
-        """
-        if not self.announce(shot, self._belt.position_mm(at_s)):
-            raise _not_handed_over(shot)
 
     def _publish(self, entry: Announced) -> None:
         message = ShotMessage(
@@ -232,6 +266,10 @@ class EjectorOptions(Options, frozen=True, kw_only=True):
     """`LANE:OUTLET:LINE` of each valve on the chip."""
     pulse_ms: Milliseconds = 20.0
     active_low: bool = False
+    safe: SafeState | None = None
+    """State in which a line that ends leaves its outputs; None = `off` for GPIO, else `hold`."""
+    safe_register: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)] | None = None
+    """Modbus: holding register in which the PLC finds the safe state."""
 
 
 def open_ejector(
@@ -254,12 +292,14 @@ def open_ejector(
             valves[int(lane), outlet] = line
         _need(valves, "valve=LANE:OUTLET:LINE")
         pins = GpiodPins(address.path or f"/dev/{address.host}", valves.values(), active_low=options.active_low)
-        ejector = GpioEjector(pins, valves, pulse_s=options.pulse_ms / 1000.0, clock=clock)
+        ejector = GpioEjector(pins, valves, pulse_s=options.pulse_ms / 1000.0, safe=options.safe or "off", clock=clock)
     elif address.scheme == "mqtt":
+        _check_safe(options, ("hold",))
         out = TopicOut(*address.broker(options, "ejector"), address.topic())
         ejector = MqttEjector(out, belt=belt, ahead_mm=options.ahead_mm, late_mm=options.late_mm, clock=clock)
     else:
         table, first = address.register()
+        _check_safe(options, ("hold", "off") if options.safe_register is None else ("hold", "off", "eject"))
         outlets = {name: number for (name,), number in numbered(options.outlet, parts=2, limit=0xFFFF).items()}
         _need(outlets, "outlet=NAME:NUMBER")
         if table != "holding" or first + options.slots * SLOT_WORDS > 0x10000:
@@ -274,10 +314,22 @@ def open_ejector(
             belt=belt,
             ahead_mm=options.ahead_mm,
             late_mm=options.late_mm,
+            safe=options.safe or "hold",
+            safe_register=options.safe_register,
             clock=clock,
         )
     ejector.start()
     return ejector
+
+
+def _check_safe(options: EjectorOptions, possible: tuple[SafeState, ...]) -> None:
+    if options.safe is not None and options.safe not in possible:
+        raise ConfigError(
+            "driver.bad_option",
+            "This device cannot be left in such a safe state; `eject` over Modbus needs safe_register.",
+            expected=" or ".join(possible),
+            got=options.safe,
+        )
 
 
 def _need(given: Sized, what: str) -> None:

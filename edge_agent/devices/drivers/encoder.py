@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 
 from edge_agent.config import BrokerConfig
-from edge_agent.devices.drivers.address import Finite, Milliseconds, Options, Positive, parse_address
-from edge_agent.devices.drivers.modbus import ModbusPort, RegisterPoller, Registers, Table, WordOrder, unsigned
+from edge_agent.devices.drivers.address import Finite, Milliseconds, Options, Positive, Table, parse_address
+from edge_agent.devices.drivers.modbus import ModbusPort, RegisterPoller, Registers, WordOrder, unsigned
 from edge_agent.devices.drivers.mqtt import SenderClock, TopicFeed
 from edge_agent.devices.drivers.pulses import PulseEncoder
 
@@ -30,7 +30,21 @@ class EncoderOptions(Options, frozen=True, kw_only=True):
     max_mm_s: Positive = 5000.0
 
 
-class ModbusEncoder(PulseEncoder):
+class _DeviceEncoder(PulseEncoder):
+    """A `PulseEncoder` with the options of an address."""
+
+    def __init__(self, options: EncoderOptions, clock: Callable[[], float]) -> None:
+        super().__init__(
+            mm_per_pulse=options.mm_per_pulse,
+            bits=options.bits,
+            stale_ms=options.stale_ms,
+            extrapolate_ms=options.extrapolate_ms,
+            max_mm_s=options.max_mm_s,
+            clock=clock,
+        )
+
+
+class ModbusEncoder(_DeviceEncoder):
     """Polls a counter of one or two registers in a thread of its own.
 
     Args:
@@ -50,14 +64,7 @@ class ModbusEncoder(PulseEncoder):
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(
-            mm_per_pulse=options.mm_per_pulse,
-            bits=options.bits,
-            stale_ms=options.stale_ms,
-            extrapolate_ms=options.extrapolate_ms,
-            max_mm_s=options.max_mm_s,
-            clock=clock,
-        )
+        super().__init__(options, clock)
         self._words: WordOrder = options.words
         self.poller = RegisterPoller(
             registers,
@@ -90,7 +97,7 @@ class Pulses(msgspec.Struct, frozen=True):
     """On the sender's clock, any epoch; it grows."""
 
 
-class MqttEncoder(PulseEncoder):
+class MqttEncoder(_DeviceEncoder):
     """Takes counts from a topic.
 
     Args:
@@ -110,14 +117,7 @@ class MqttEncoder(PulseEncoder):
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(
-            mm_per_pulse=options.mm_per_pulse,
-            bits=options.bits,
-            stale_ms=options.stale_ms,
-            extrapolate_ms=options.extrapolate_ms,
-            max_mm_s=options.max_mm_s,
-            clock=clock,
-        )
+        super().__init__(options, clock)
         self.sender_clock = SenderClock(options.stale_ms / 1000.0)
         self.feeder = TopicFeed(broker, client_id, topic, Pulses, deliver=self.take, clock=clock)
 

@@ -1,4 +1,4 @@
-"""Valves on the box's own pins: opened at once, closed by a timing thread after the width of the pulse."""
+"""Pins of the box itself: valves that open at once and are closed by a timing thread, and inputs that report edges."""
 
 import heapq
 import logging
@@ -6,13 +6,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol
+from datetime import timedelta
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from edge_agent.devices.drivers.address import load_extra
 from edge_agent.interfaces import Shot
 from models.errors import ConfigError, UnavailableError
 
 log = logging.getLogger("sortline.drivers")
+SafeState: TypeAlias = Literal["hold", "off", "eject"]
+"""State of the outputs after the line has ended; what each device can do is in `ejectors`."""
 _RETRY_S: Final = 0.01
 _IDLE_S: Final = 0.5
 
@@ -25,6 +28,109 @@ class Pins(Protocol):
 
     def release(self) -> None:
         """Gives the lines back."""
+
+
+def _load_gpiod() -> tuple[Any, Any]:
+    """Returns the modules `gpiod` and `gpiod.line`.
+
+    Raises:
+        ConfigError: `driver.missing_library`.
+    """
+    gpiod = load_extra("gpiod", "gpio")
+    if not hasattr(gpiod, "request_lines"):
+        raise ConfigError(
+            "driver.missing_library",
+            "This device needs a library that is not installed: pip install 'sortline[gpio]'.",
+            expected="gpiod 2",
+            got="gpiod 1",
+        )
+    return gpiod, load_extra("gpiod.line", "gpio")
+
+
+def _request(gpiod: Any, chip: str, lines: Iterable[int], settings: Any) -> Any:
+    """Takes lines of a chip.
+
+    Raises:
+        ConfigError: `driver.no_pins`.
+    """
+    try:
+        return gpiod.request_lines(chip, consumer="sortline", config={tuple(sorted(set(lines))): settings})
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "driver.no_pins", "The pins cannot be taken.", expected=f"free lines of {chip}", got=error
+        ) from error
+
+
+class GpiodEdges:
+    """Input lines of a chip through libgpiod v2; a thread of its own waits for edges.
+
+    Args:
+        chip: Path of the character device.
+        lines: Offsets of the lines.
+        deliver: Called with the offset of a line that became active, and when (monotonic seconds, from the kernel).
+        active_low: The input is active when the pin is low.
+        debounce_ms: A change that lasts shorter is ignored by the kernel; 0 = none is.
+
+    Raises:
+        ConfigError: `driver.missing_library`, `driver.no_pins`.
+    """
+
+    def __init__(
+        self,
+        chip: str,
+        lines: Iterable[int],
+        deliver: Callable[[int, float], None],
+        *,
+        active_low: bool = False,
+        debounce_ms: float = 0.0,
+    ) -> None:
+        gpiod, line = _load_gpiod()
+        settings = gpiod.LineSettings(
+            direction=line.Direction.INPUT,
+            edge_detection=line.Edge.RISING,
+            active_low=active_low,
+            debounce_period=timedelta(milliseconds=debounce_ms),
+        )
+        self._request = _request(gpiod, chip, lines, settings)
+        self._deliver = deliver
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.counters: Counter[str] = Counter()
+        """edges, failed"""
+
+    def step(self, wait_s: float = _IDLE_S) -> None:
+        """Waits for edges and delivers them; a failing chip is counted and asked again later."""
+        try:
+            if not self._request.wait_edge_events(wait_s):
+                return
+            events = self._request.read_edge_events()
+        except OSError as error:
+            self.counters["failed"] += 1
+            if self.counters["failed"] == 1:
+                log.warning("inputs cannot be read: %s", error)
+            self._stopping.wait(_IDLE_S)
+            return
+        for event in events:
+            self.counters["edges"] += 1
+            self._deliver(event.line_offset, event.timestamp_ns / 1e9)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread = threading.Thread(target=self._run, name="inputs", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self.step()
+
+    def close(self) -> None:
+        """Ends the thread and gives the lines back. May be called twice."""
+        already = self._stopping.is_set()
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(2.0 * _IDLE_S)
+        if not already:
+            self._request.release()
 
 
 class GpiodPins:
@@ -40,27 +146,12 @@ class GpiodPins:
     """
 
     def __init__(self, chip: str, lines: Iterable[int], *, active_low: bool = False) -> None:
-        gpiod = load_extra("gpiod", "gpio")
-        if not hasattr(gpiod, "request_lines"):
-            raise ConfigError(
-                "driver.missing_library",
-                "This device needs a library that is not installed: pip install 'sortline[gpio]'.",
-                expected="gpiod 2",
-                got="gpiod 1",
-            )
-        line = load_extra("gpiod.line", "gpio")
+        gpiod, line = _load_gpiod()
         self._active, self._inactive = line.Value.ACTIVE, line.Value.INACTIVE
         settings = gpiod.LineSettings(
             direction=line.Direction.OUTPUT, output_value=line.Value.INACTIVE, active_low=active_low
         )
-        try:
-            self._request: Any = gpiod.request_lines(
-                chip, consumer="sortline", config={tuple(sorted(set(lines))): settings}
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                "driver.no_pins", "The valves' pins cannot be taken.", expected=f"free lines of {chip}", got=error
-            ) from error
+        self._request = _request(gpiod, chip, lines, settings)
 
     def set(self, line: int, *, active: bool) -> None:
         """See `Pins`."""
@@ -105,6 +196,7 @@ class GpioEjector:
         pins: The lines.
         valves: Line by (lane, outlet).
         pulse_s: How long a valve stays open.
+        safe: State in which `close` leaves the valves.
         clock: Monotonic seconds.
     """
 
@@ -117,8 +209,10 @@ class GpioEjector:
         valves: Mapping[tuple[int, str], int],
         *,
         pulse_s: float,
+        safe: SafeState = "off",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._safe = safe
         self._pins, self._valves, self._pulse_s, self._clock = pins, dict(valves), pulse_s, clock
         self._timer = ValveTimer()
         self._wake = threading.Condition()
@@ -177,7 +271,7 @@ class GpioEjector:
                     self._wake.wait(self._timer.wait_s(self._clock()))
 
     def close(self) -> None:
-        """Closes every valve and gives the pins back. May be called twice."""
+        """Leaves the valves in the safe state and gives the pins back. May be called twice."""
         with self._wake:
             already, self._stopping = self._stopping, True
             self._wake.notify()
@@ -185,9 +279,9 @@ class GpioEjector:
             self._thread.join(1.0)
         if already:
             return
-        for line in set(self._valves.values()):
+        for line in set(self._valves.values()) if self._safe != "hold" else ():
             try:
-                self._pins.set(line, active=False)
+                self._pins.set(line, active=self._safe == "eject")
             except OSError:
                 self.counters["close_failed"] += 1
         self._pins.release()

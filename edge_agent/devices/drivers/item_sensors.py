@@ -20,8 +20,8 @@ from typing import Annotated, Final, Literal, TypeAlias
 import msgspec
 
 from edge_agent.config import BrokerConfig
-from edge_agent.devices.drivers.address import Finite, Options, Positive, parse_address
-from edge_agent.devices.drivers.modbus import ModbusPort, RegisterPoller, Registers, Table, WordOrder, unsigned
+from edge_agent.devices.drivers.address import Finite, Options, Positive, Table, parse_address
+from edge_agent.devices.drivers.modbus import ModbusPort, RegisterPoller, Registers, WordOrder, unsigned
 from edge_agent.devices.drivers.mqtt import TopicFeed
 from edge_agent.devices.drivers.pulses import PulseBelt
 

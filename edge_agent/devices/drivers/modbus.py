@@ -11,16 +11,23 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
-from edge_agent.devices.drivers.address import load_extra
+from edge_agent.devices.drivers.address import Table, load_extra
 from models.errors import UnavailableError
 
 log = logging.getLogger("sortline.drivers")
-Table: TypeAlias = Literal["input", "holding"]
 WordOrder: TypeAlias = Literal["big", "little"]
 _MAX_PAUSE_S: Final = 2.0
 MAX_READ: Final = 125
 MAX_WRITE: Final = 123
 """Registers in one request, by the standard."""
+
+
+_READS: Final[dict[Table, str]] = {
+    "input": "read_input_registers",
+    "holding": "read_holding_registers",
+    "discrete": "read_discrete_inputs",
+    "coil": "read_coils",
+}
 
 
 class Registers(Protocol):
@@ -60,9 +67,12 @@ class ModbusPort:
 
     def read(self, table: Table, address: int, count: int) -> list[int]:
         """See `Registers`."""
-        name = "read_input_registers" if table == "input" else "read_holding_registers"
-        answer = self._ask(name, address, count=count)
+        answer = self._ask(_READS[table], address, count=count)
         registers = getattr(answer, "registers", None)
+        if table in {"discrete", "coil"}:
+            # The answer is filled up to whole bytes.
+            bits = getattr(answer, "bits", None)
+            registers = [int(bit) for bit in bits[:count]] if isinstance(bits, list) else None
         if not isinstance(registers, list) or len(registers) != count or not all(map(_is_word, registers)):
             self.counters["malformed"] += 1
             self.close()
@@ -72,6 +82,10 @@ class ModbusPort:
     def write(self, address: int, values: Sequence[int]) -> None:
         """See `Registers`."""
         self._ask("write_registers", address, values=list(values))
+
+    def write_coil(self, address: int, *, active: bool) -> None:
+        """Sets one coil; raises UnavailableError."""
+        self._ask("write_coil", address, value=active)
 
     def _ask(self, request: str, address: int, **arguments: Any) -> Any:
         try:
