@@ -198,6 +198,29 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             for name in self.classes
         }
 
+    @property
+    def outlets(self) -> frozenset[str]:
+        """All outlets that a verdict may name: those of the grades, of unsure items and of late verdicts."""
+        return frozenset({grade.outlet for grade in self.graded.values()} | {self.unsure_outlet, self.late_outlet})
+
+    def check_outlets(self, known: Iterable[str]) -> None:
+        """Refuses a line that lacks an outlet of this recipe: its items would stay on the belt and count as ejected.
+
+        Args:
+            known: Outlets of the line, with those that need no ejection.
+
+        Raises:
+            BundleError: `recipe.unknown_outlet`; give the line the outlet, or change the recipe.
+        """
+        have = set(known)
+        if lacking := sorted(self.outlets - have):
+            raise BundleError(
+                "recipe.unknown_outlet",
+                "The recipe sends items to an outlet that the line does not have.",
+                expected=f"outlets among {sorted(have)}",
+                got=lacking,
+            )
+
     def terms_of(self, variety: str = "", lot: str = "") -> Terms:
         """Returns the terms in force: those of the lot over those of the variety over the recipe's own."""
         layers = (BASE, self.terms, self.varieties.get(variety, Terms()), self.lots.get(lot, Terms()))

@@ -95,6 +95,8 @@ class Loader:
     """0 = measured with the first bundle."""
     say: Callable[[FromLine], None]
     champion: Callable[[], Judge | None]
+    outlets: frozenset[str] | None = None
+    """Outlets of the line, with those that need no ejection; None = any outlet is taken."""
     judge: deque[LoadedJudge] = field(default_factory=lambda: deque(maxlen=1))
     shadow: deque[LoadedShadow] = field(default_factory=lambda: deque(maxlen=1))
     _loads: "queue.Queue[Load | LoadShadow]" = field(default_factory=lambda: queue.Queue(_WAITING))
@@ -126,6 +128,7 @@ class Loader:
             if isinstance(load, Load):
                 threads = self.threads_for(Path(load.directory), load.digest)
                 judge = Judge(Path(load.directory), digest=load.digest, threads=threads)
+                self._check_outlets(judge)
                 load_ms = (time.perf_counter() - started) * 1000.0
                 self.judge.append(LoadedJudge(judge, load_ms, time.monotonic(), load.swap, load.swap_within_s))
             else:
@@ -135,6 +138,10 @@ class Loader:
             self._refuse(load, fault_of(error))
             return
         return_memory()
+
+    def _check_outlets(self, judge: Judge) -> None:
+        if self.outlets is not None:
+            judge.recipe.check_outlets(self.outlets)
 
     def threads_for(self, directory: Path, digest: str | None) -> int:
         """How many threads a bundle gets; measured once, with the first bundle, unless the configuration says.
@@ -160,6 +167,7 @@ class Loader:
         keep = SampleFolder(Path(load.samples)) if load.samples else lambda _found: None
         shadow = Shadow(Judge(Path(load.directory), digest=load.digest, threads=1), keep)
         shadow.check(champion)
+        self._check_outlets(shadow.judge)
         return shadow
 
 
@@ -175,6 +183,7 @@ def load_shadow(config: LineConfig, champion: Judge | None) -> Shadow | None:
     shadow = Shadow(Judge(Path(config.shadow), threads=1), keep)
     if champion is not None:
         shadow.check(champion)
+    shadow.judge.recipe.check_outlets(config.outlets)
     shadow.start()
     return shadow
 
@@ -192,4 +201,6 @@ def load_judge(config: LineConfig, threads_for: Callable[[Path, str | None], int
     if not config.bundle:
         return None
     directory, digest = Path(config.bundle), config.digest or None
-    return Judge(directory, digest=digest, threads=threads_for(directory, digest))
+    judge = Judge(directory, digest=digest, threads=threads_for(directory, digest))
+    judge.recipe.check_outlets(config.outlets)
+    return judge

@@ -28,6 +28,7 @@ class Switching:
         swap_within_s: Longest wait for a gap on the belt, seconds.
         threads: Intra-op threads of ONNX Runtime for bundles that judge; 0 = measured with the first bundle.
         champion: The bundle that judges from the first frame on, if there is one.
+        outlets: Outlets of the line, with those that need no ejection; None = any outlet is taken.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Switching:
         swap_within_s: float,
         threads: int,
         champion: Judge | None = None,
+        outlets: frozenset[str] | None = None,
     ) -> None:
         self._counter, self._say, self._swap_within_s = counter, say, swap_within_s
         self.champion = champion
-        self.loader = Loader(threads, say, lambda: self.champion)
+        self.loader = Loader(threads, say, lambda: self.champion, outlets)
         self._waiting: tuple[LoadedJudge, tuple[str, str]] | None = None
         """The bundle that is ready, and the lot and variety that ran when it became so."""
         self._next_lot: deque[tuple[SetLot, float]] = deque(maxlen=1)
