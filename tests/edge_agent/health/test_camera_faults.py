@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_agent.devices.cameras import ConstantSpeedEncoder
-from edge_agent.devices.drivers.belt import BeltMessage, RepeatedWish
+from edge_agent.devices.drivers.belt import BeltMessage, RepeatedRequest
 from edge_agent.devices.hardware import open_hardware
 from edge_agent.devices.live_camera import READER, Backlog, LiveCamera
 from edge_agent.ejection.confirmation import ConfirmationLedger
@@ -439,7 +439,7 @@ def test_a_wish_is_repeated_until_it_is_heard_and_the_last_one_counts() -> None:
         told.append(message)
         heard.set()
 
-    wish = RepeatedWish(tell, every_s=0.01)
+    wish = RepeatedRequest(tell, every_s=0.01)
     wish.start()
     assert not heard.wait(0.05)  # nothing is told before somebody wishes
     wish.stop("camera.frozen")
