@@ -33,7 +33,8 @@ def cached_bundle(console: Console) -> Path:
     Kept under a name that changes with the sources that make it, so that no run measures a model of yesterday.
     """
     root = Path(__file__).resolve().parents[1]
-    edge = [root / "edge_agent" / f"{name}.py" for name in ("locate", "rendering", "simulation", "collect")]
+    rooms = ("vision/segmentation", "simulation/rendering", "simulation/line", "offline/collect")
+    edge = [root / "edge_agent" / f"{name}.py" for name in rooms]
     sources = [*root.glob("models/*.py"), *root.glob("control_plane/training/*.py"), *edge]
     name = sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sortline" / f"benchmark-{name}"

@@ -20,6 +20,7 @@ from edge_agent.interfaces import Frame, Image
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.sorting import LineCore
 from edge_agent.simulation.line import SimulatedItem, SimulatedLine, SimulationConfig
+from edge_agent.simulation.rendering import Kind
 from edge_agent.vision.judge import Judge, Judged
 from edge_agent.vision.segmentation import SHRINK, Detection, Locator
 from models.classifier import PROBABILITIES, VIEWS_INPUT
@@ -167,7 +168,11 @@ def plain_loop(figures: Figures, bundle: Path, count: int) -> None:
     verdicts: dict[int, tuple[int, float, bool]] = {}
 
     def take(judged: Judged, outlet: str) -> None:
-        verdicts[judged.track.item_id] = (judged.track.lane, judged.track.item_mm, outlet != "pass")
+        verdicts[judged.track.item_id] = (
+            judged.track.lane,
+            judged.track.item_mm,
+            outlet in film.line.geometry.outlets_mm,
+        )
 
     core.on_verdict = take
     ours_s = theirs_s = 0.0
@@ -181,7 +186,7 @@ def plain_loop(figures: Figures, bundle: Path, count: int) -> None:
     defects, identities = _peer_defects(film, seen)
     ours = _our_verdicts(film, verdicts)
     both = ours.keys() & defects.keys()
-    bad = {k: film.items[k].apple.kind != "sound" for k in both}
+    bad = {k: film.items[k].apple.kind != Kind.SOUND for k in both}
     limits = np.linspace(0.02, 0.98, 49)
     best = max(sum(bool(defects[k] > limit) == bad[k] for k in both) / len(both) for limit in limits)
     found = identities.figures()
@@ -208,7 +213,7 @@ def _our_verdicts(film: Film, verdicts: dict[int, tuple[int, float, bool]]) -> d
     for lane, item_mm, bad in verdicts.values():
         near = [i for i in film.items.values() if i.lane == lane and abs(i.item_mm - item_mm) < 20.0]
         for item in near[:1]:
-            right[item.item_id] = bad == (item.apple.kind != "sound")
+            right[item.item_id] = bad == (item.apple.kind != Kind.SOUND)
     return right
 
 
