@@ -1,4 +1,4 @@
-"""Did the valve hit? What a photo-eye or second camera behind each ejector says about the shots that were fired.
+"""Confirms shots by what a photo-eye or a second camera behind each ejector sees.
 
 The ledger pairs sightings with shots by belt position: *confirmed*, *missed* (no sighting in time), *double* (a second
 sighting for one shot) and *unexpected* (a sighting without a shot). From the pairs it learns the lead of each ejector,
@@ -44,12 +44,12 @@ class _Fired:
 
 @dataclass(slots=True)
 class EjectorHealth:
-    """What is known of one ejector."""
+    """Counts, recent hits and learnt delays of one ejector."""
 
     counts: Counter[str] = field(default_factory=Counter)
     """`fired`, `confirmed`, `missed`, `double`, `unexpected`, since the start."""
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    """Of the last shots, whether they hit."""
+    """Whether each of the last shots hit."""
     delays_s: deque[float] = field(default_factory=lambda: deque(maxlen=_LEADS))
     reference_s: float | None = None
     """Delay when the ejector was first known: what a slowing valve is compared with."""
@@ -95,14 +95,14 @@ class ConfirmationLedger:
         self.ejectors: dict[EjectorKey, EjectorHealth] = {}
 
     def fired(self, shot: Shot, at_s: float, fired_mm: float, speed_mm_s: float) -> None:
-        """A shot was commanded at monotonic `at_s`, when the belt stood at `fired_mm` and ran at `speed_mm_s`."""
+        """Notes a shot that was commanded at monotonic `at_s`, with the belt at `fired_mm` and `speed_mm_s` fast."""
         key = (shot.lane, shot.outlet)
         waiting = self._open.setdefault(key, deque(maxlen=_MAX_OPEN))
         waiting.append(_Fired(shot, at_s, speed_mm_s, fired_mm))
         self._health(key).counts["fired"] += 1
 
     def seen(self, sighting: Sighting) -> None:
-        """The eye of an ejector saw an item."""
+        """Pairs a sighting with the nearest shot of its ejector."""
         key = (sighting.lane, sighting.outlet)
         place_mm = sighting.belt_mm - self._eye_mm
         health = self._health(key)
@@ -125,7 +125,11 @@ class ConfirmationLedger:
                 health.reference_s = health.lead_s
 
     def settle(self, belt_mm: float) -> list[tuple[EjectorKey, str]]:
-        """Decides what lies behind the eye; returns ejectors whose trouble is new, with `weak`, `slow` or `` (over)."""
+        """Decides the shots whose place lies behind the eye.
+
+        Returns:
+            Ejectors whose state changed, with `weak`, `slow` or `` (recovered).
+        """
         news: list[tuple[EjectorKey, str]] = []
         for key, waiting in self._open.items():
             health = self.ejectors[key]
@@ -140,12 +144,12 @@ class ConfirmationLedger:
         return news
 
     def lead_s(self, lane: int, outlet: str) -> float | None:
-        """Learnt lead of an ejector, seconds; None until it is known."""
+        """Returns the learnt lead of an ejector, seconds; None until it is known."""
         health = self.ejectors.get((lane, outlet))
         return health.lead_s if health else None
 
     def counts(self) -> dict[str, int]:
-        """`lane/outlet/what` -> count since the start."""
+        """Returns `lane/outlet/what` -> count since the start."""
         return {
             f"{lane}/{outlet}/{name}": count
             for (lane, outlet), health in self.ejectors.items()

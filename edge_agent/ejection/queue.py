@@ -24,13 +24,13 @@ log = logging.getLogger("sortline.ejection")
 _NEAR_S: Final = 0.002
 _LONGEST_NAP_S: Final = 0.05
 _MAX_WAITING: Final = 1024
-"""Per ejector."""
+"""Most shots that wait for one ejector."""
 
 
 def _become_urgent() -> bool:
-    """Puts the calling thread before all that compute; needs root or a limit (`LimitRTPRIO=10` in the unit).
+    """Gives the calling thread a real-time priority; needs root or a limit (`LimitRTPRIO=10` in the unit).
 
-    The thread sleeps but for microseconds, so nothing starves. Without it, a line that shares one core with its own
+    The thread sleeps except for microseconds, so nothing starves. Without it, a line that shares one core with its own
     inference fires up to a scheduler's slice late: p99 3 ms instead of 1 ms, measured.
     """
     try:
@@ -42,7 +42,7 @@ def _become_urgent() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class EjectionRules:
-    """How ejectors are driven."""
+    """Rules by which ejectors are driven."""
 
     lead_ms: float = 0.0
     """From command to effect of the valves, until an ejector's own lead is learnt."""
@@ -58,12 +58,12 @@ class EjectionQueue:
     """Shots that wait for their belt position.
 
     Args:
-        encoder: Where the belt is.
-        ejector: What fires.
-        lead_ms: As in `EjectionRules`, for those who need no other rule.
+        encoder: Position of the belt.
+        ejector: Device that fires.
+        lead_ms: As in `EjectionRules`, where no other rule is needed.
         clock: Monotonic seconds, the encoder's clock.
-        rules: How ejectors are driven.
-        ledger: Gets the shots, gives the learnt leads.
+        rules: Rules by which ejectors are driven.
+        ledger: Takes the shots and returns the learnt leads.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class EjectionQueue:
         self.real_time = False
         """Whether the thread that fires has a real-time priority."""
         self.jitter_ms = Histogram()
-        """How late after its place each shot was commanded; replaced by whoever takes it over."""
+        """How late after its place each shot was commanded, milliseconds; emptied once per window."""
         self.fired = 0
         self.late = 0
         """Shots refused because their position had passed when they came."""
@@ -106,7 +106,7 @@ class EjectionQueue:
         """Shots the ejector's driver broke on."""
 
     def counts(self) -> dict[str, int]:
-        """What became of the shots since the start."""
+        """Returns the outcome of the shots since the start."""
         return {
             "fired": self.fired,
             "late": self.late,
@@ -117,11 +117,11 @@ class EjectionQueue:
         }
 
     def leads_ms(self) -> dict[str, float]:
-        """`lane/outlet` -> learnt lead, of the ejectors that have one."""
+        """Returns `lane/outlet` -> learnt lead in milliseconds, for the ejectors that have one."""
         return {f"{lane}/{outlet}": round(lead_s * 1000.0, 2) for (lane, outlet), lead_s in self._leads.items()}
 
     def lead_s(self, lane: int, outlet: str) -> float:
-        """Seconds from command to effect of this ejector: learnt, or as configured."""
+        """Returns the seconds from command to effect of this ejector: learnt, or as configured."""
         return self._leads.get((lane, outlet), self.rules.lead_ms / 1000.0)
 
     def schedule(self, shot: Shot) -> bool:
@@ -180,7 +180,7 @@ class EjectionQueue:
         return wait_s
 
     def _announce(self, ejector: AheadEjector, now: float) -> None:
-        """Hands shots to a device that does the last millimetres itself, as soon as they are near enough."""
+        """Hands shots to a device that does the last millimetres itself, once they are near enough."""
         position_mm = self._encoder.position_mm(now)
         with self._wake:
             near = [
@@ -245,7 +245,7 @@ class EjectionQueue:
                 self._wake.wait(max(nap_s, 0.0002))
 
     def stop(self) -> None:
-        """Ends the thread within 100 ms; what still waits is not fired."""
+        """Ends the thread within 100 ms; shots that still wait are not fired."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -254,5 +254,5 @@ class EjectionQueue:
 
     @property
     def waiting(self) -> int:
-        """Shots in the queue."""
+        """Number of shots in the queue."""
         return sum(len(heap) for heap in tuple(self._heaps.values()))

@@ -12,7 +12,7 @@ from models.statistics import wilson_interval
 
 MEMORY_ITEMS: Final = 400
 LEAST_ITEMS: Final = 100
-"""Fewer accuse nobody: one unsure item of four is more than one percent, and means nothing."""
+"""Fewer items are no evidence: one unsure item of four is more than one percent and means nothing."""
 
 
 class AbstainWatch:
@@ -22,7 +22,7 @@ class AbstainWatch:
         self._windows: deque[tuple[int, int]] = deque(maxlen=1000)
         self.over = False
         self.share = 0.0
-        """Of the windows in memory."""
+        """Share of unsure items in the windows in memory, 0..1."""
 
     def update(self, items: int, unsure: int, budget: float) -> bool:
         """Takes a window; True when the answer (`over`) has changed.

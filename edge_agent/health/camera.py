@@ -1,16 +1,16 @@
-"""Is the camera to be believed? Names a fault within two seconds, refuses its frames at once, and says when it is over.
+"""Detects faults of the camera: names a fault within two seconds, refuses bad frames at once, reports the recovery.
 
-Looks at a sparse sample of each frame (some ten microseconds) and at the time between frames. What it knows:
+It uses a sparse sample of each frame (some ten microseconds) and the time between frames. Faults:
 
 * `camera.absent`, `camera.failed`, `camera.wrong_size`: the source said so, or the size is another;
 * `camera.stalled`: no frame for `stall_s`;
 * `camera.frozen`: the same bytes again (a sensor's noise never repeats), or, while the belt moves, a picture that
-  changes far less than this camera's pictures do (a repeated picture that was compressed anew);
+  changes far less than this camera's pictures do (a repeated picture that was compressed again);
 * `camera.black`, `camera.overexposed`: next to nothing lies above, or too much lies at the ends of the scale;
 * `camera.corrupt`: rows that are flat to the last bit (a decoder's filling) or noise from end to end;
 * `camera.slow`: frames come, but much fewer than the camera should give. These frames are judged.
 
-A single bad frame is refused and counted, not yet a fault. It knows nothing of what a fault does to the belt
+A single bad frame is refused and counted, and is not yet a fault. What a fault does to the belt is no part of this
 (`fail_safe`). Times are arguments: the clock belongs to the caller. One thread feeds it; any may read `fault`.
 """
 
@@ -33,11 +33,11 @@ _GOOD_S: Final = 0.5
 """Good frames for so long end a fault."""
 _RATE_S: Final = 1.5
 _CORRUPT_SHARE: Final = 0.3
-"""Of the frames of a second."""
+"""Share of the frames of a second."""
 _DARK: Final = 16
 _BRIGHT: Final = 250
 _ROWS, _COLUMNS = 32, 80
-"""Of the sample, at least."""
+"""Smallest share of the sample."""
 _STILL_MM: Final = 2.0
 
 BLIND: Final = frozenset(
@@ -121,7 +121,7 @@ class CameraHealth:
         """Whether nothing can be judged now."""
         return self.fault in BLIND
 
-    # -- what the source says ---------------------------------------------------------------------------------
+    # -- what the source reports ---------------------------------------------------------------------------------
 
     def failed(self, error: CameraError, now_s: float) -> None:
         """The source raised."""

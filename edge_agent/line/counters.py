@@ -1,4 +1,7 @@
-"""What the line did: windows every ten seconds, live figures every second. Cheap, and off the judging thread's way."""
+"""Counts what the line does, for windows every ten seconds and live figures every second.
+
+Counting takes microseconds and the reporter's work does not hold up the sorting thread.
+"""
 
 import logging
 import threading
@@ -28,10 +31,11 @@ class LineCounter:
     """Counts for windows and live figures.
 
     Args:
-        lanes: How many.
-        simulated: The truth comes from a simulation.
-        lifetime_items: Judged before this start.
-        truth: Snapshot of the simulation's truth, or None.
+        lanes: Number of lanes.
+        lot: Lot that runs at the start.
+        variety: Variety that runs at the start.
+        lifetime_items: Items judged before this start.
+        truth: Returns the simulation's truth; None on a real line.
         wall_ms: Milliseconds since 1970.
         clock: Monotonic seconds.
     """
@@ -63,23 +67,23 @@ class LineCounter:
         self._last_ejectors: dict[str, int] = {}
         self._last_shots: dict[str, int] = {}
         self.shadow: Shadow | None = None
-        """A challenger whose counts belong into the windows; see `use_shadow`."""
+        """The challenger whose counts the windows include; see `use_shadow`."""
         self._last_shadow: dict[str, int] = {}
         self._restart()
 
     @property
     def lot_and_variety(self) -> tuple[str, str]:
-        """Both of the same moment, from any thread."""
+        """Lot and variety of the same moment; any thread may ask."""
         with self._lock:
             return self.lot, self.variety
 
     def begin_lot(self, lot: str, variety: str) -> None:
-        """From here on this lot's items: close the window first, a window never mixes two."""
+        """Counts items for this lot from now on; close the window first, because a window never mixes two lots."""
         with self._lock:
             self.lot, self.variety = lot, variety
 
     def follow(self, queue: EjectionQueue) -> None:
-        """Its ejections belong into the windows."""
+        """Includes the shots of this queue in the windows."""
         self._queue = queue
 
     def _restart(self) -> None:
@@ -94,19 +98,19 @@ class LineCounter:
         self._latency, self._inference = Histogram(), Histogram()
 
     def use(self, judge: Judge | None) -> None:
-        """From here on this bundle judges: a window never mixes two bundles."""
+        """Counts features in the bins of this bundle from now on; a window never mixes two bundles."""
         with self._lock:
             self._bundle = judge.digest if judge else ""
             self._features = FeatureCounter(judge.profile) if judge else None
 
     def use_shadow(self, shadow: "Shadow | None") -> None:
-        """From here on this challenger's counts: close the window first, a window never mixes two."""
+        """Includes this challenger's counts from now on; close the window first, because a window never mixes two."""
         with self._lock:
             self.shadow = shadow
             self._last_shadow = {}
 
     def count(self, name: str, amount: int = 1) -> None:
-        """Adds to one of the plain tallies."""
+        """Adds to one of the tallies of the window and of the totals since the start."""
         with self._lock:
             self._tally[name] += amount
             self.total[name] += amount
@@ -117,26 +121,26 @@ class LineCounter:
             self._scalars_missing[name] += 1
 
     def camera(self, name: str, amount: int = 1) -> None:
-        """A fault of the camera that was named, or what was done and let through while it was blind."""
+        """Counts a named fault of the camera, or what was done and let through while it was blind."""
         with self._lock:
             self._camera[name] += amount
 
     def frame(self) -> None:
-        """One frame was looked at."""
+        """Counts one frame that was searched for items."""
         with self._lock:
             self._tally["frames"] += 1
             self.total["frames"] += 1
             self._frames_at.append(self._clock())
 
     def inference(self, elapsed_ms: float, views: int) -> None:
-        """One run of the model."""
+        """Counts one run of the model."""
         with self._lock:
             self._inference.add(elapsed_ms)
             self._tally["views"] += views
             self.total["views"] += views
 
     def verdict(self, judged: Judged, outlet: str, latency_ms: float, *, own_bundle: bool) -> None:
-        """One item has its verdict and goes to `outlet` (which is the late outlet when it came too late)."""
+        """Counts one item with its verdict, which goes to `outlet` (the late outlet when the verdict came too late)."""
         if not self.total["items"]:
             log.info("first verdict: item=%s lane=%s", judged.track.item_id, judged.track.lane)
         with self._lock:
@@ -158,7 +162,7 @@ class LineCounter:
             self._features.add(judged.features if known else np.full(len(self._features), np.nan, np.float32))
 
     def close_window(self) -> Window:
-        """The window since the last call; the next one starts."""
+        """Returns the window since the last call and starts the next one."""
         truth = self._truth() if self._truth else None
         with self._lock:
             features, nulls = self._features.take() if self._features else (b"", ())
@@ -223,7 +227,7 @@ class LineCounter:
         return _grown(getattr(truth, name), getattr(self._last_truth, name))
 
     def live(self, boot_id: str, belt_mm_s: float, *, camera_fault: str = "") -> Live:
-        """Figures of the last five seconds, totals since the start."""
+        """Returns rates of the last five seconds and totals since the start."""
         truth = self._truth() if self._truth else None
         with self._lock:
             now = self._clock()
@@ -256,5 +260,5 @@ class LineCounter:
 
 
 def _grown(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
-    """What was added since."""
+    """Returns the counts that have grown, by how much."""
     return {key: value - before.get(key, 0) for key, value in now.items() if value > before.get(key, 0)}

@@ -33,11 +33,11 @@ class FailSafe:
     """Executes the fail-safe of one line.
 
     Attributes:
-        config: What to do.
-        geometry: Of the line.
-        queue: Gets the shots of `eject-all`.
-        counter: Gets what happened.
-        belt: Stops the belt, where anything can.
+        config: Action for each fault.
+        geometry: Lanes and outlets of the line.
+        queue: Takes the shots of `eject-all`.
+        counter: Counts blind time, blind belt and shots.
+        belt: Stops the belt; None where nothing can.
         on_action: Called with the action that begins, or with "" when all is as it was.
     """
 
@@ -48,7 +48,7 @@ class FailSafe:
     belt: BeltControl | None = None
     on_action: Callable[[str, str], None] = lambda _action, _fault: None
     action: str = ""
-    """What is done now."""
+    """Action in force; empty = none."""
     _fault: str = ""
     _seen_mm: float | None = None
     """Belt position of the last frame that was judged."""
@@ -57,20 +57,20 @@ class FailSafe:
     _before: tuple[float, float] = field(default=(0.0, 0.0))
     """Time and belt position of the last step with a fault."""
     reached_mm: float = -math.inf
-    """Belt coordinate up to which `eject-all` fires: what is hit there says nothing about a valve."""
+    """Belt coordinate up to which `eject-all` fires; items up to there are no evidence about a valve."""
     _shots: int = 0
 
     def saw(self, belt_mm: float) -> None:
-        """A frame was judged that was taken at this belt position."""
+        """Notes that a frame taken at this belt position was judged."""
         self._seen_mm = belt_mm
 
     def instruct(self, core: LineCore) -> None:
-        """Tells the sorter what becomes of items without a verdict, and which belt is fired at anyway."""
+        """Sets in the core where items without a verdict go, and up to which belt coordinate `eject-all` fires."""
         core.unjudged_outlet = self.config.outlet if self.action == "eject-all" else ""
         core.blind_to_mm = self.reached_mm
 
     def step(self, fault: str, now_s: float, belt_mm: float) -> None:
-        """One turn; costs nothing while all is well.
+        """Does one turn; costs nothing while the camera is good.
 
         Args:
             fault: The camera's fault, empty when it is good.
@@ -109,7 +109,7 @@ class FailSafe:
         self.on_action(action, fault)
 
     def _eject(self, belt_mm: float) -> None:
-        """Shots for the belt that lies behind the middle of the picture and was not seen."""
+        """Fires at the belt that lies behind the middle of the picture and was not seen."""
         distance_mm = self.geometry.outlets_mm.get(self.config.outlet)
         if distance_mm is None:
             return

@@ -1,7 +1,7 @@
 """Loads bundles beside the one that judges: its own thread, so that no frame waits.
 
 What is ready lies in a place for one (`judge`, `shadow`) until the sorting thread takes it between two frames; a newer
-one replaces an older one that nobody took. A bundle that cannot be loaded is reported and changes nothing.
+one replaces an older one that was not taken. A bundle that cannot be loaded is reported and changes nothing.
 """
 
 import ctypes
@@ -30,12 +30,12 @@ _LOT_WITHIN_S: Final = 3600.0
 
 
 def fault_of(error: SortlineError) -> Fault:
-    """An error as it is reported, now."""
+    """Returns an error as a fault that happens now."""
     return Fault(code=error.code, message=str(error)[:600], at_ms=time.time_ns() // 1_000_000)
 
 
 def return_memory() -> None:
-    """Gives what start and loading used for a moment back to the system (glibc only; elsewhere nothing happens)."""
+    """Returns memory that start and loading used for a moment to the system (glibc only; elsewhere it does nothing)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -43,15 +43,15 @@ def return_memory() -> None:
 
 @dataclass(frozen=True, slots=True)
 class LoadedJudge:
-    """A bundle that is warm and waits for its turn."""
+    """A bundle that is warm and waits for its switch."""
 
     judge: Judge
     load_ms: float
     since_s: float
-    """Monotonic."""
+    """When it was ready, monotonic seconds."""
     swap: Swap = Swap.BELT_GAP
     swap_within_s: float | None = None
-    """Longest wait; None = the line's own."""
+    """Longest wait, seconds; None = the line's own."""
 
 
 def is_due(loaded: LoadedJudge, *, waited_s: float, line_within_s: float, at_gap: bool, lot_changed: bool) -> bool:
@@ -73,7 +73,7 @@ def is_due(loaded: LoadedJudge, *, waited_s: float, line_within_s: float, at_gap
 
 @dataclass(frozen=True, slots=True)
 class LoadedShadow:
-    """A challenger that is warm, its thread not yet started; or, with None, the wish to have none."""
+    """A challenger that is warm, its thread not yet started; None = the line shall have no challenger."""
 
     shadow: Shadow | None
     load_ms: float = 0.0
@@ -84,9 +84,9 @@ class Loader:
     """The loading thread.
 
     Attributes:
-        threads: Of ONNX Runtime, for what judges.
-        say: Reports to the supervisor.
-        champion: The judge that works now, which a challenger must resemble.
+        threads: Intra-op threads of ONNX Runtime for bundles that judge.
+        say: Queues a report to the supervisor.
+        champion: Returns the judge that works now, whose views a challenger must take.
         judge: At most one bundle that is ready.
         shadow: At most one challenger that is ready.
     """
@@ -102,7 +102,7 @@ class Loader:
     _loads: "queue.Queue[Load | LoadShadow]" = field(default_factory=lambda: queue.Queue(_WAITING))
 
     def offer(self, load: Load | LoadShadow) -> None:
-        """Takes a wish; never waits. One too many is refused and reported."""
+        """Queues a request; never waits. A request beyond the limit is refused and reported."""
         try:
             self._loads.put_nowait(load)
         except queue.Full:
@@ -113,7 +113,7 @@ class Loader:
         self.say(failed(digest=load.digest, fault=fault))
 
     def run(self, stop: threading.Event) -> None:
-        """The thread."""
+        """Loads what is requested until the line stops; the body of the thread."""
         while not stop.is_set():
             try:
                 load = self._loads.get(timeout=_POLL_S)
@@ -122,7 +122,7 @@ class Loader:
             self.load(load)
 
     def load(self, load: Load | LoadShadow) -> None:
-        """Loads one; what fails is reported."""
+        """Loads one bundle or challenger; a failure is reported."""
         started = time.perf_counter()
         try:
             if isinstance(load, Load):
@@ -144,7 +144,7 @@ class Loader:
             judge.recipe.check_outlets(self.outlets)
 
     def threads_for(self, directory: Path, digest: str | None) -> int:
-        """How many threads a bundle gets; measured once, with the first bundle, unless the configuration says.
+        """Returns how many threads a bundle gets: as configured, else measured once with the first bundle.
 
         Raises:
             BundleError: The bundle is not usable.
@@ -172,7 +172,7 @@ class Loader:
 
 
 def load_shadow(config: LineConfig, champion: Judge | None) -> Shadow | None:
-    """The challenger of a configuration, started, or None.
+    """Returns the challenger of a configuration, started; None where there is none.
 
     Raises:
         BundleError: It is not usable, or wants other views than the champion.
@@ -189,14 +189,14 @@ def load_shadow(config: LineConfig, champion: Judge | None) -> Shadow | None:
 
 
 def load_judge(config: LineConfig, threads_for: Callable[[Path, str | None], int]) -> Judge | None:
-    """The bundle a configuration starts with, or None.
+    """Returns the bundle that a configuration starts with; None where there is none.
 
     Args:
-        config: Of the line.
-        threads_for: How many threads of ONNX Runtime the bundle in a directory gets.
+        config: The line.
+        threads_for: Returns how many threads of ONNX Runtime the bundle in a directory gets.
 
     Raises:
-        BundleError: It is not usable.
+        BundleError: It is not usable, or its recipe names an outlet that the line lacks.
     """
     if not config.bundle:
         return None

@@ -29,21 +29,21 @@ class SelfTestReport(msgspec.Struct, frozen=True, kw_only=True):
     fault: Fault | None = None
     p50_ms: float = 0.0
     p99_ms: float = 0.0
-    """Of runs with one view per lane, as on the line: the model's own time, see `_own_ms`."""
+    """99th percentile of runs with one view per lane, as on the line; the model's own time, see `_own_ms`."""
     rss_mb: float = 0.0
     max_difference: float = 0.0
-    """Of a golden view's probability."""
+    """Largest difference of a golden view's probability."""
 
 
 def run_selftest(directory: Path, *, digest: str | None, budget_ms: float, batch: int, runs: int) -> SelfTestReport:
-    """Loads the bundle as the line would and works it.
+    """Loads the bundle as the line would and runs its model.
 
     Args:
-        directory: Of the bundle.
-        digest: Which bundle it must be.
-        budget_ms: What the slowest in a hundred runs may take.
+        directory: The bundle.
+        digest: Digest the bundle must have; None accepts any.
+        budget_ms: Longest time of the slowest in a hundred runs.
         batch: Views per run.
-        runs: How many.
+        runs: Number of runs.
     """
     name = digest or ""
     try:
@@ -76,7 +76,7 @@ def run_selftest(directory: Path, *, digest: str | None, budget_ms: float, batch
 
 
 def _own_ms(run: Callable[[], object]) -> float:
-    """Milliseconds a run takes of its own: wall or processor time, whichever is less.
+    """Returns the milliseconds that a run takes by itself: wall or processor time, whichever is less.
 
     Beside a working line other processes take the processor away, which is not the model's fault and must not block
     its digest for ever; what the machine carries in the end, the trial shows. Several threads use more processor time

@@ -1,7 +1,8 @@
-"""A challenger judges the champion's views on spare milliseconds; its verdicts move nothing.
+"""A challenger judges the champion's views in spare milliseconds; its verdicts are not executed.
 
-Own thread, lowest priority, bounded queue: a busy line skips the challenger, never the other way round. What the two
-say is counted as `champion>challenger` outlets, and items they disagree on are kept for people, newest first.
+It has a thread of the lowest priority and a bounded queue, so a busy line skips the challenger and is never slowed by
+it. The verdicts of the two are counted as `champion>challenger` outlets, and items they disagree on are kept for
+people, newest first.
 
 Law: every offered item is compared, skipped or failed, exactly one of them.
 """
@@ -67,7 +68,7 @@ class Shadow:
             self._thread.join()
 
     def retire(self) -> None:
-        """Ends the thread after the item it is at; what waits is given up. Never waits."""
+        """Ends the thread after the item it compares now; what waits is given up. Never waits."""
         self._retired = True
         self.idle.set()
         try:
@@ -76,7 +77,7 @@ class Shadow:
             log.debug("a full queue ends at its next item")
 
     def check(self, champion: Judge) -> None:
-        """Refuses a challenger that wants other views than the champion takes.
+        """Refuses a challenger that needs other views than the champion takes.
 
         Raises:
             BundleError: `shadow.other_views`.
@@ -91,7 +92,7 @@ class Shadow:
             )
 
     def offer(self, judged: Judged, outlet: str, variety: str, lot: str) -> None:
-        """Takes an item that has its verdict. Never waits."""
+        """Queues an item that has its verdict; never waits."""
         try:
             self._queue.put_nowait((judged, outlet, variety, lot))
         except queue.Full:
@@ -112,7 +113,7 @@ class Shadow:
             self.compare(*offered)
 
     def compare(self, judged: Judged, outlet: str, variety: str, lot: str) -> None:
-        """Judges one item's views and counts what came of it."""
+        """Judges one item's views and counts the pair of outlets."""
         views = np.stack(judged.track.views)
         try:
             self.check_size(views)
@@ -130,7 +131,7 @@ class Shadow:
             self.keep(Disagreement(judged.track.item_id, views, judged.verdict, verdict))
 
     def check_size(self, views: NDArray[np.uint8]) -> None:
-        """Views of another size come from another champion than the one `check` saw.
+        """Refuses views of another size: they come from another champion than the one that was checked.
 
         Raises:
             BundleError: `shadow.other_views`.

@@ -1,8 +1,8 @@
-"""How many threads should OpenCV and ONNX Runtime use here? Measured on this very machine.
+"""Measures how many threads OpenCV and ONNX Runtime should use on this machine.
 
 It takes under half a second at the start. The processors are shared with the camera, the ejection thread and perhaps
 a second line, so processor time is what is scarce: only thread counts that cost at most a tenth more of it than the
-thriftiest are looked at, and of those a larger one must shorten the p99 by a fifth. More threads that only burn time
+thriftiest are considered, and of those a larger one must shorten the p99 by a fifth. More threads that only burn time
 are refused, more threads that shorten the tail for nothing are taken. The counts are measured in turns, so that a
 burst of other work hits all of them alike.
 """
@@ -31,12 +31,12 @@ _SHORTER: Final = 0.8
 
 @dataclass(frozen=True, slots=True)
 class ThreadTiming:
-    """One thread count, measured."""
+    """The measurement of one thread count."""
 
     threads: int
     p99_ms: float
     cpu_ms: float
-    """Processor time of one run, all threads together."""
+    """Processor time of one run over all threads, milliseconds."""
     runs: int
 
 
@@ -48,13 +48,13 @@ class _Measured:
 
 
 def thread_counts(cores: int | None = None) -> list[int]:
-    """1, 2, 4, ... up to the processors this process may use, at most eight."""
+    """Returns 1, 2, 4, ... up to the processors this process may use, at most eight."""
     most = min(cores or len(os.sched_getaffinity(0)), _MOST_THREADS)
     return [count for count in (1, 2, 4, 8) if count <= most]
 
 
 def choose(trials: Sequence[ThreadTiming]) -> ThreadTiming:
-    """The rule of this module's head; pure."""
+    """Chooses a thread count by the rule at the head of this module; pure."""
     limit = _DEARER * min(trial.cpu_ms for trial in trials)
     thrifty = sorted((t for t in trials if t.cpu_ms <= limit), key=lambda t: t.threads)
     best = thrifty[0]
@@ -135,6 +135,6 @@ def tune_opencv(counts: Sequence[int] | None = None) -> list[ThreadTiming]:
 
 
 def facts(name: str, trials: Sequence[ThreadTiming]) -> dict[str, str]:
-    """What was measured and chosen, for the record: `onnx_threads` = "1", `onnx_trials` = "1: p99 2.1 ms, ..."."""
+    """Returns what was measured and chosen: `onnx_threads` = "1", `onnx_trials` = "1: p99 2.1 ms, ..."."""
     rows = (f"{t.threads}: p99 {t.p99_ms:.2f} ms, cpu {t.cpu_ms:.2f} ms, {t.runs} runs" for t in trials)
     return {f"{name}_threads": str(choose(trials).threads), f"{name}_trials": "; ".join(rows)}

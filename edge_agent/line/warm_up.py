@@ -1,7 +1,7 @@
-"""What a standby has in memory, and what it does while it waits (`standby` is the process around it).
+"""What a standby holds in memory, and what it does while it waits (`standby` is the process around it).
 
-Everything a line needs but its world: camera, encoder and ejector are opened after `Go`. Thread counts are the line's,
-never measured here: beside a line that works, and at a low priority, they would be measured wrong.
+It holds everything a line needs but its hardware: camera, encoder and ejector are opened after `Go`. Thread counts are
+taken from the line and never measured here, because beside a working line and at a low priority the result is wrong.
 """
 
 import gc
@@ -26,11 +26,11 @@ _BEAT_S = 1.0
 
 @dataclass(slots=True)
 class WarmLine:
-    """A line that needs only its world.
+    """A line that lacks nothing but its hardware.
 
     Args:
         config: The line.
-        pipe: To the supervisor.
+        pipe: Connection to the supervisor.
         judge: The configuration's bundle; None = it is to be loaded by `load_for_many`, or there is none.
         drawn: The simulated line, where the camera is simulated.
     """
@@ -50,7 +50,7 @@ class WarmLine:
             self.judge = load_judge(self.config, lambda _directory, _digest: self.config.threads)
 
     def wait(self) -> bool:
-        """Says once a second that it waits; returns whether to go, or that nobody needs it any more."""
+        """Reports once a second that it waits; returns whether it becomes the line (else it is not needed any more)."""
         gc.collect()
         gc.freeze()
         return_memory()
@@ -67,7 +67,7 @@ class WarmLine:
             return False
 
     def serve(self) -> int:
-        """Is the line from now on; see `line.serve`."""
+        """Becomes the line; see `process.serve`."""
         return serve(self.config, self.pipe, judge=self.judge, drawn=self.drawn)
 
 

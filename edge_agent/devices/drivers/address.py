@@ -1,6 +1,6 @@
 """Addresses of devices: URLs such as `modbus://plc:502/input/100?mm_per_pulse=0.1`, and loading of optional libraries.
 
-`SCHEME://HOST:PORT/PATH?OPTION=VALUE`. Options are typed by a struct of the driver: what it does not know is refused.
+`SCHEME://HOST:PORT/PATH?OPTION=VALUE`. Options are typed by a struct of the driver: unknown options are refused.
 """
 
 import importlib
@@ -28,12 +28,12 @@ _MAX_TOPIC: Final = 256
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What may stand behind the `?` of every address; drivers add theirs."""
+    """Options that may stand behind the `?` of every address; drivers add theirs."""
 
     unit: Unit = 1
     """Modbus unit (slave) number."""
     timeout_ms: Milliseconds = 500.0
-    """Of one Modbus request and of connecting."""
+    """Longest time of one Modbus request and of connecting, milliseconds."""
     password_file: str = ""
     """File with the MQTT password."""
     tls_ca: str = ""
@@ -57,7 +57,7 @@ class Address:
 
     @property
     def shown(self) -> str:
-        """For messages and logs: no options, no user."""
+        """The address for messages and logs, without options and user."""
         return f"{self.scheme}://{self.host}{f':{self.port}' if self.port else ''}{self.path}"
 
     def register(self, tables: tuple[Table, ...] = _REGISTERS) -> tuple[Table, int]:
@@ -76,7 +76,7 @@ class Address:
         return table, int(number)
 
     def topic(self) -> str:
-        """The MQTT topic of the path.
+        """Returns the MQTT topic of the path.
 
         Raises:
             ConfigError: `driver.bad_url`.
@@ -87,7 +87,7 @@ class Address:
         return topic
 
     def broker(self, options: Options, role: str) -> tuple[BrokerConfig, str]:
-        """Broker and client id of an MQTT address."""
+        """Returns broker and client id of an MQTT address."""
         client = options.client or f"sortline-{role}-{socket.gethostname()}-{os.getpid()}"
         config = BrokerConfig(
             host=self.host,
@@ -113,7 +113,7 @@ def parse_address(
     Args:
         url: The address.
         options: Struct of the options.
-        schemes: Which are possible here.
+        schemes: Schemes that are possible here.
         many: Options that may be given several times; the others may not.
 
     Raises:
@@ -157,7 +157,7 @@ def _options(pairs: list[tuple[str, str]], options: type[OptionsT], many: tuple[
 
 
 def numbered(entries: tuple[str, ...], *, parts: int, limit: int) -> dict[tuple[str, ...], int]:
-    """Entries such as `reject:1` or `0:reject:17` as a mapping to their last part.
+    """Returns entries such as `reject:1` or `0:reject:17` as a mapping to their last part.
 
     Raises:
         ConfigError: `driver.bad_option`.
@@ -178,7 +178,7 @@ def numbered(entries: tuple[str, ...], *, parts: int, limit: int) -> dict[tuple[
 
 
 def load_extra(module: str, extra: str) -> Any:
-    """An optional library.
+    """Imports an optional library.
 
     Raises:
         ConfigError: `driver.missing_library`: it is not installed.

@@ -1,12 +1,12 @@
-"""Stops the belt for a fail-safe: a wish in a register of the PLC, or a message.
+"""Stops the belt for a fail-safe: a request in a register of the PLC, or a message.
 
     modbus://plc:502/holding/300
     mqtt://broker:1883/line1/belt
 
 Modbus: the register holds 1 while the belt shall stand, else 0. MQTT: `{"stop": true, "reason": "camera.frozen",
-"sequence": 7}`, QoS 1, not retained. Both repeat the wish every `every_ms`, so that a PLC can watch over the agent: a
-wish that is no longer repeated comes from nobody. Nothing is written before the first wish, so a restarted agent does
-not start a belt that its predecessor stopped. Whether the belt may run again is for the machine's own safety chain.
+"sequence": 7}`, QoS 1, not retained. Both repeat the request every `every_ms`, so that a PLC notices an agent that is
+gone: its request is no longer repeated. Nothing is written before the first request, so a restarted agent does not
+start a belt that its predecessor stopped. Whether the belt may run again is for the machine's own safety chain.
 """
 
 import logging
@@ -33,37 +33,37 @@ class BeltMessage(msgspec.Struct, frozen=True, kw_only=True):
     sequence: int
 
 
-class RepeatedWish:
-    """Keeps telling a device what is wished; see `edge_agent.interfaces.BeltControl`.
+class RepeatedRequest:
+    """Repeats a request to a device; see `edge_agent.interfaces.BeltControl`.
 
     Args:
-        tell: Tells the device; raises UnavailableError when it did not hear.
+        send: Sends the request; raises UnavailableError when the device does not answer.
         every_s: From one repetition to the next.
-        end: Lets go of the device.
+        end: Closes the device.
     """
 
     def __init__(
-        self, tell: Callable[[BeltMessage], None], *, every_s: float = 0.5, end: Callable[[], None] = lambda: None
+        self, send: Callable[[BeltMessage], None], *, every_s: float = 0.5, end: Callable[[], None] = lambda: None
     ) -> None:
-        self._tell, self._every_s, self._end = tell, every_s, end
-        self._wish: BeltMessage | None = None
+        self._send, self._every_s, self._end = send, every_s, end
+        self._requested: BeltMessage | None = None
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
         self.counters: Counter[str] = Counter()
-        """told, no_answer"""
+        """sent, no_answer"""
 
     def stop(self, reason: str) -> None:
         """See `BeltControl`."""
-        self._wished(stop=True, reason=reason)
+        self._request(stop=True, reason=reason)
 
     def run(self) -> None:
         """See `BeltControl`."""
-        self._wished(stop=False, reason="")
+        self._request(stop=False, reason="")
 
-    def _wished(self, *, stop: bool, reason: str) -> None:
-        sequence = self._wish.sequence + 1 if self._wish else 1
-        self._wish = BeltMessage(stop=stop, reason=reason, sequence=sequence)
+    def _request(self, *, stop: bool, reason: str) -> None:
+        sequence = self._requested.sequence + 1 if self._requested else 1
+        self._requested = BeltMessage(stop=stop, reason=reason, sequence=sequence)
         self._wake.set()
 
     def start(self) -> None:
@@ -74,13 +74,13 @@ class RepeatedWish:
     def _repeat(self) -> None:
         failing = False
         while not self._closing:
-            self._wake.wait(self._every_s if self._wish else None)
+            self._wake.wait(self._every_s if self._requested else None)
             self._wake.clear()
-            wish = self._wish
-            if wish is None:
+            request = self._requested
+            if request is None:
                 continue
             try:
-                self._tell(wish)
+                self._send(request)
             except UnavailableError as error:
                 self.counters["no_answer"] += 1
                 if not failing:
@@ -88,10 +88,10 @@ class RepeatedWish:
                 failing = True
             else:
                 failing = False
-                self.counters["told"] += 1
+                self.counters["sent"] += 1
 
     def close(self) -> None:
-        """Ends the thread; the last wish stands. May be called twice."""
+        """Ends the thread; the last request stands. May be called twice."""
         self._closing = True
         self._wake.set()
         if self._thread is not None:
@@ -105,8 +105,8 @@ class BeltOptions(Options, frozen=True, kw_only=True):
     every_ms: Annotated[float, msgspec.Meta(ge=50.0, le=10_000.0)] = 500.0
 
 
-def open_belt(url: str) -> RepeatedWish:
-    """Opens and starts what an address names. A device that is not there is no error: it is told again and again.
+def open_belt(url: str) -> RepeatedRequest:
+    """Opens and starts what an address names. A device that is not there is no error: the request is repeated.
 
     Raises:
         ConfigError: `driver.bad_url`, `driver.bad_option`, `driver.missing_library`.
@@ -116,14 +116,14 @@ def open_belt(url: str) -> RepeatedWish:
     if address.scheme == "mqtt":
         out = TopicOut(*address.broker(options, "belt"), address.topic())
         out.start()
-        wish = RepeatedWish(lambda m: out.send(msgspec.json.encode(m)), every_s=every_s, end=out.close)
+        control = RepeatedRequest(lambda m: out.send(msgspec.json.encode(m)), every_s=every_s, end=out.close)
     else:
         table, register = address.register()
         if table != "holding":
             raise ConfigError(
-                "driver.bad_url", "A wish is written.", expected="/holding/NUMBER, counted from 0", got=address.shown
+                "driver.bad_url", "A request is written.", expected="/holding/NUMBER, counted from 0", got=address.shown
             )
         port = ModbusPort(address.host, address.port, unit=options.unit, timeout_s=options.timeout_ms / 1000.0)
-        wish = RepeatedWish(lambda m: port.write(register, [int(m.stop)]), every_s=every_s, end=port.close)
-    wish.start()
-    return wish
+        control = RepeatedRequest(lambda m: port.write(register, [int(m.stop)]), every_s=every_s, end=port.close)
+    control.start()
+    return control

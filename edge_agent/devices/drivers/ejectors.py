@@ -186,7 +186,7 @@ class ModbusPlcEjector(_HandingOver):
 
 
 class ShotMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """What is published for a shot. `sequence` tells repetitions (QoS 1) and gaps."""
+    """The message for a shot; `sequence` shows repetitions (QoS 1) and gaps."""
 
     sequence: int
     lane: int

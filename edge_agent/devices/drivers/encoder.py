@@ -48,10 +48,10 @@ class ModbusEncoder(_DeviceEncoder):
     """Polls a counter of one or two registers in a thread of its own.
 
     Args:
-        registers: The PLC; this encoder's alone.
+        registers: The PLC; used by this encoder alone.
         table: `input` or `holding`.
         address: First register.
-        options: The rest.
+        options: Options of the address.
         clock: Monotonic seconds.
     """
 
@@ -90,21 +90,21 @@ class ModbusEncoder(_DeviceEncoder):
 
 
 class Pulses(msgspec.Struct, frozen=True):
-    """What an encoder publishes."""
+    """The message of an encoder."""
 
     pulses: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
     at_ms: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-    """On the sender's clock, any epoch; it grows."""
+    """Time on the sender's clock, of any epoch; it grows."""
 
 
 class MqttEncoder(_DeviceEncoder):
     """Takes counts from a topic.
 
     Args:
-        broker: Where, and who we are.
+        broker: Address of the broker, user and password file.
         client_id: MQTT client id.
         topic: Exact topic.
-        options: The rest.
+        options: Options of the address.
         clock: Monotonic seconds.
     """
 
@@ -122,7 +122,7 @@ class MqttEncoder(_DeviceEncoder):
         self.feeder = TopicFeed(broker, client_id, topic, Pulses, deliver=self.take, clock=clock)
 
     def take(self, message: Pulses, received_s: float) -> None:
-        """Takes a message that came at `received_s`."""
+        """Feeds a message that arrived at `received_s`."""
         at_s = self.sender_clock.local_s(message.at_ms, received_s)
         if at_s is not None:
             self.feed(message.pulses, at_s)

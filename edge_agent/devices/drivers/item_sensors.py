@@ -44,7 +44,7 @@ class _Reading:
 
 
 class ScalarJoin:
-    """Which reading belongs to which item. Any thread may add, any may ask; both take microseconds.
+    """Joins readings to items. Any thread may add, any may ask; both take microseconds.
 
     Args:
         sensor_mm: The sensor's distance behind column 0 of the image, as of outlets; negative in front of the camera.
@@ -79,7 +79,7 @@ class ScalarJoin:
         return True
 
     def value_for(self, item_mm: float) -> float | None:
-        """The value of the item with this belt coordinate (see `seams`); None when no reading is near enough."""
+        """Returns the value of the item with this belt coordinate; None when no reading is near enough."""
         with self._lock:
             nearest = min(self._readings, key=lambda reading: abs(reading.place_mm - item_mm), default=None)
             if nearest is None or not abs(nearest.place_mm - item_mm) <= self._tolerance_mm:
@@ -95,7 +95,7 @@ class ScalarJoin:
 
     @property
     def remembered(self) -> int:
-        """Readings in memory."""
+        """Number of readings in memory."""
         return len(self._readings)
 
 
@@ -127,7 +127,7 @@ class ScalarOptions(Options, frozen=True, kw_only=True):
 
 
 class _Feeder:
-    """Where on the belt a reading was made, and its value, to the join."""
+    """Adds readings to the join with the place on the belt where they were made."""
 
     def __init__(self, join: ScalarJoin, belt: PulseBelt, options: ScalarOptions) -> None:
         self.join, self._belt = join, belt
@@ -148,12 +148,12 @@ class ModbusScalar(_Feeder):
     """Polls a sensor's registers in a thread of its own.
 
     Args:
-        join: Gets the readings.
+        join: Takes the readings.
         belt: The encoder whose counts the PLC notes.
-        registers: The PLC; this sensor's alone.
+        registers: The PLC; used by this sensor alone.
         table: `input` or `holding`.
         address: First register.
-        options: The rest.
+        options: Options of the address.
         clock: Monotonic seconds, the belt's clock.
     """
 
@@ -200,7 +200,7 @@ class ModbusScalar(_Feeder):
 
 
 class ScalarMessage(msgspec.Struct, frozen=True):
-    """What a sensor publishes."""
+    """The message of a sensor."""
 
     value: float
     pulses: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] | None = None
@@ -211,12 +211,12 @@ class MqttScalar(_Feeder):
     """Takes readings from a topic.
 
     Args:
-        join: Gets the readings.
+        join: Takes the readings.
         belt: The encoder whose counts the messages carry.
-        broker: Where, and who we are.
+        broker: Address of the broker, user and password file.
         client_id: MQTT client id.
         topic: Exact topic.
-        options: The rest.
+        options: Options of the address.
         clock: Monotonic seconds, the belt's clock.
     """
 
@@ -235,7 +235,7 @@ class MqttScalar(_Feeder):
         self.feeder = TopicFeed(broker, client_id, topic, ScalarMessage, deliver=self.take, clock=clock)
 
     def take(self, message: ScalarMessage, received_s: float) -> None:
-        """Takes a message that came at `received_s`."""
+        """Adds a message that arrived at `received_s`."""
         self._add(message.value, message.pulses, received_s)
 
     def start(self) -> None:

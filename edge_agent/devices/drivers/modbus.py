@@ -19,7 +19,7 @@ WordOrder: TypeAlias = Literal["big", "little"]
 _MAX_PAUSE_S: Final = 2.0
 MAX_READ: Final = 125
 MAX_WRITE: Final = 123
-"""Registers in one request, by the standard."""
+"""Most registers in one request (MODBUS Application Protocol Specification V1.1b3, 6.3, 6.4 and 6.12)."""
 
 
 _READS: Final[dict[Table, str]] = {
@@ -31,16 +31,16 @@ _READS: Final[dict[Table, str]] = {
 
 
 class Registers(Protocol):
-    """Registers of a device. One thread uses it."""
+    """The registers of a device; one thread uses them."""
 
     def read(self, table: Table, address: int, count: int) -> list[int]:
-        """`count` registers from `address`; raises UnavailableError."""
+        """Returns `count` registers from `address`; raises UnavailableError."""
 
     def write(self, address: int, values: Sequence[int]) -> None:
         """Writes holding registers in one request; raises UnavailableError."""
 
     def close(self) -> None:
-        """Lets go of the connection; the next request opens it again."""
+        """Closes the connection; the next request opens it again."""
 
 
 class ModbusPort:
@@ -96,7 +96,7 @@ class ModbusPort:
         except UnavailableError:
             raise
         except Exception as error:
-            # Whatever the library makes of hostile bytes: the connection is given up, the thread goes on.
+            # The library raises unrelated types on hostile bytes; the connection is given up and the thread continues.
             self.counters["failed"] += 1
             self.close()
             raise self._unavailable(error) from error
@@ -118,7 +118,7 @@ def _is_word(value: object) -> bool:
 
 
 def unsigned(words: Sequence[int], order: WordOrder) -> int:
-    """Registers as one unsigned number; `order` says which register comes first."""
+    """Returns registers as one unsigned number; `order` names the register that comes first."""
     number = 0
     for word in words if order == "big" else reversed(words):
         number = number << 16 | word
@@ -126,7 +126,7 @@ def unsigned(words: Sequence[int], order: WordOrder) -> int:
 
 
 class RegisterPoller:
-    """Reads the same registers again and again in a thread of its own.
+    """Reads the same registers periodically in a thread of its own.
 
     Args:
         registers: The device; closed by this thread when it ends.
@@ -160,7 +160,7 @@ class RegisterPoller:
         self.counters: Counter[str] = Counter()
 
     def poll(self) -> float:
-        """One request; returns seconds until the next, which grow while the device does not answer."""
+        """Makes one request; returns the seconds until the next, which grow while the device does not answer."""
         began_s = self._clock()
         try:
             words = self._registers.read(*self._what)

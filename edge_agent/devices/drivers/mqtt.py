@@ -20,7 +20,7 @@ MessageT = TypeVar("MessageT")
 
 
 def decode_reading(payload: bytes, kind: type[MessageT], counters: Counter[str]) -> MessageT | None:
-    """A message of a sensor; None (and counted) when it is anything else."""
+    """Decodes a message of a sensor; returns None and counts it when it is anything else."""
     if len(payload) > MAX_READING_BYTES:
         counters["oversize"] += 1
         return None
@@ -35,7 +35,7 @@ class SenderClock:
     """Maps a sender's milliseconds to our monotonic seconds: the message that travelled fastest sets the difference.
 
     The difference may creep up by 0.1 % (clocks drift); a message later than `late_s` behind it is dropped, and five
-    such in a row mean that the sender's clock was set or started anew.
+    such in a row mean that the sender's clock was set or restarted.
     """
 
     def __init__(self, late_s: float) -> None:
@@ -46,7 +46,7 @@ class SenderClock:
         self.counters: Counter[str] = Counter()
 
     def local_s(self, at_ms: int, received_s: float) -> float | None:
-        """When, on our clock, the sender wrote this; never after `received_s`. None for what comes too late."""
+        """Returns when the sender wrote this, on our clock, at most `received_s`; None for what comes too late."""
         offset_s = received_s - at_ms / 1000.0
         if self._offset_s is None:
             self._offset_s = offset_s
@@ -66,14 +66,14 @@ class SenderClock:
 
 
 class TopicFeed(Generic[MessageT]):
-    """Subscribes to one topic and hands on what is a message of the kind; runs in the link's thread.
+    """Subscribes to one topic and delivers the messages of one kind; runs in the link's thread.
 
     Args:
-        broker: Where, and who we are.
+        broker: Address of the broker, user and password file.
         client_id: MQTT client id.
         topic: Exact topic.
         kind: Struct of the message.
-        deliver: Gets each message and when it came.
+        deliver: Called with each message and its time of arrival.
         clock: Monotonic seconds.
     """
 
@@ -92,7 +92,7 @@ class TopicFeed(Generic[MessageT]):
         self.link = Link(broker, client_id, will=None, deliver=self.take)
 
     def take(self, event: Incoming | LinkChanged) -> bool:
-        """Takes an event of the link; never raises."""
+        """Handles an event of the link; never raises."""
         received_s = self._clock()
         if isinstance(event, LinkChanged):
             if event.connected:
@@ -111,7 +111,7 @@ class TopicFeed(Generic[MessageT]):
         return True
 
     def start(self) -> None:
-        """Connects, and again after every loss."""
+        """Connects, and reconnects after every loss."""
         self.link.__enter__()
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class TopicOut:
             raise UnavailableError("driver.no_answer", "The device does not answer.", expected="a broker", got="none")
 
     def start(self) -> None:
-        """Connects, and again after every loss."""
+        """Connects, and reconnects after every loss."""
         self.link.__enter__()
 
     def close(self) -> None:

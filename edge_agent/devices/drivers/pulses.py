@@ -22,10 +22,10 @@ _SLACK_PULSES: Final = 2
 
 
 class PulseBelt(Encoder, Protocol):
-    """An encoder that also knows the count of pulses behind each position."""
+    """An encoder that also gives the count of pulses at each position."""
 
     def pulses_at(self, position_mm: float) -> int | None:
-        """The count at a belt position; None while no count is known or when it is too far to tell."""
+        """Returns the count at a belt position; None while no count is known or when the position is too far away."""
 
     def position_of(self, pulses: int) -> float | None:
         """The belt position of a count, the one nearest to the present; None while no count is known."""
@@ -52,7 +52,7 @@ class PulseEncoder:
         mm_per_pulse: Belt travel per pulse; negative when the encoder is mounted the other way round.
         bits: Width of the counter.
         stale_ms: Without a reading for so long, the speed is 0.
-        extrapolate_ms: The longest time the last speed is believed.
+        extrapolate_ms: Longest time for which the last speed is used.
         max_mm_s: A belt is never faster.
         clock: Monotonic seconds; only `speed_mm_s`, `stale` and `stale_count` ask it.
     """
@@ -84,7 +84,7 @@ class PulseEncoder:
         """readings, bad_value, not_later, implausible, lost_track, gaps"""
 
     def feed(self, pulses: object, at_s: float) -> bool:
-        """Takes a reading made at the monotonic time `at_s`; False when it is not believed. Never raises."""
+        """Takes a reading made at the monotonic time `at_s`; returns False when it is refused. Never raises."""
         counted = isinstance(pulses, int) and not isinstance(pulses, bool) and 0 <= pulses < self._modulus
         if not isinstance(pulses, int) or not counted or not math.isfinite(at_s):
             self.counters["bad_value"] += 1
@@ -100,7 +100,7 @@ class PulseEncoder:
         if elapsed_s > self._stale_s:
             self.counters["gaps"] += 1
         if self._max_mm_s * elapsed_s >= abs(self._mm) * self._modulus / 2:
-            # The counter may have gone round unseen: what it says now tells nothing about the way since.
+            # The counter may have wrapped unseen, so its value gives no distance.
             return self._restart(pulses, at_s)
         if not self._possible(pulses - track.pulses, elapsed_s):
             return self._doubt(pulses, at_s)

@@ -40,8 +40,8 @@ class ShotQueue:
 
     Args:
         send: Writes one shot; raises UnavailableError when it should be tried again. Called by one thread.
-        belt: Says whether an item has passed.
-        limit: Shots that may wait.
+        belt: Position of the belt, by which an item has passed or not.
+        limit: Most shots that wait.
         late_mm: A shot is still sent when its item has passed by no more than this.
         clock: Monotonic seconds, the belt's clock.
     """
@@ -130,13 +130,13 @@ class ShotQueue:
 
     @property
     def write_ms(self) -> Histogram:
-        """A copy: milliseconds that each successful write took."""
+        """Milliseconds that each successful write took; a copy."""
         with self._wake:
             return Histogram(zero=self._write_ms.zero, buckets=dict(self._write_ms.buckets))
 
     @property
     def handover_ms(self) -> Histogram:
-        """A copy: milliseconds from announcement to the end of the write."""
+        """Milliseconds from announcement to the end of the write; a copy."""
         with self._wake:
             return Histogram(zero=self._handover_ms.zero, buckets=dict(self._handover_ms.buckets))
 
