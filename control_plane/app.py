@@ -207,7 +207,7 @@ def _add_probes(app: FastAPI) -> None:
 
     @app.get("/version", tags=["system"])
     def show_version() -> dict[str, str]:
-        """Of this program."""
+        """Returns the version of this program."""
         return {"version": version("sortline")}
 
 

@@ -40,7 +40,7 @@ class Client:
         self._http = httpx2.Client(base_url=self.url, headers=headers, timeout=30.0, trust_env=False, limits=limits)
 
     def get(self, path: str) -> Any:
-        """Reads."""
+        """Sends a GET request and returns the decoded answer."""
         return self._call("GET", path)
 
     def post(

@@ -92,7 +92,7 @@ class TrustConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     retry_s: Seconds = 30.0
     """What was refused is looked at again after this; the pause doubles."""
     timeout_s: Seconds = 60.0
-    """Of one verification."""
+    """Longest time of one verification."""
 
 
 class Standby(StrEnum):

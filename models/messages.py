@@ -221,7 +221,7 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     target: OptionalDigest = ""
     """Digest that is being fetched, tested or tried."""
     progress: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
-    """Of the phase."""
+    """Share of the phase that is done."""
     items_on_active: Counter = 0
     """Items judged by the active bundle since it was loaded."""
     blocked: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=32)] = ()
@@ -299,7 +299,7 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
     schema_version: Literal[1] = 1
     at_ms: Counter
     boot_id: BootId
-    """Of the records, which may be older than the boot that tells."""
+    """Boot of the records, which may be an earlier one than the boot that reports the gap."""
     ranges: Annotated[tuple[GapRange, ...], msgspec.Meta(max_length=MAX_GAP_RANGES)]
     records: dict[str, Counter] = {}
     """How many of each kind were dropped since the last gap was told."""

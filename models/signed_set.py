@@ -11,7 +11,7 @@ from models.errors import TrustError
 from models.versioning import version_in
 
 MAX_SET_BYTES: Final = 120 * 1024
-"""Of the set, and of a bin: fits the payload limit of every broker we know of."""
+"""Largest set, and largest bin: it stays below 128 KiB, the payload limit of AWS IoT Core."""
 MAX_TRUSTED_BYTES: Final = 4 * MAX_SET_BYTES
 MAX_ROOTS: Final = 64
 ASSIGN: Final = "assign"
@@ -34,7 +34,7 @@ class TrustSet(msgspec.Struct, frozen=True, kw_only=True):
     targets: msgspec.Raw = _ABSENT
     assign: msgspec.Raw = _ABSENT
     bin: msgspec.Raw = _ABSENT
-    """Of the agent that keeps the set; travels apart from the rest."""
+    """The bin of the agent that keeps the set; it travels apart from the rest."""
 
     def part(self, role: str) -> bytes:
         """A role's metadata; empty when there is none."""

@@ -49,7 +49,7 @@ class Identity(msgspec.Struct, frozen=True):
     name: str
     role: Role
     serial: str = ""
-    """Of its certificate; empty = it has none."""
+    """Serial number of its certificate; empty = it has none."""
     not_after_s: float = 0.0
 
 

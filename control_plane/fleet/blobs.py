@@ -41,7 +41,7 @@ _REPAIR_AGAIN_S: Final = 5.0
 _ASKED_AGAIN_S: Final = 600.0
 """Who asks for the same blob twice within this time gets it directly."""
 _REQUESTS_PER_S, _REQUESTS_BURST = 20.0, 64.0
-"""Of one agent; each may name eight blobs."""
+"""Rate and burst of requests that one agent may make; each request may name eight blobs."""
 
 
 class Connection(Protocol):

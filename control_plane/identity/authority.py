@@ -56,7 +56,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     site: Annotated[str, msgspec.Meta(min_length=1, max_length=40)]
     names: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=32)]
     replicas: Annotated[tuple[ReplicaName, ...], msgspec.Meta(max_length=16)] = ()
-    """Of the control plane, beside the first."""
+    """Names of the replicas of the control plane beside the first."""
     generations: tuple[Generation, ...]
 
 

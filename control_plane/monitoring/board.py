@@ -71,11 +71,11 @@ class _Remembered:
     read: bool = False
     """Whether the report was read at all."""
     stored_at: datetime | None = None
-    """Of the newest record that was read."""
+    """When the newest record that was read had been stored."""
     windows: deque[StoredWindow] = field(default_factory=deque)
     """The usable ones of the last minutes, whatever bundle judged."""
     keys: dict[Key, datetime] = field(default_factory=dict)
-    """Of all records of the last minutes, also those that are used for no figure."""
+    """When each record of the last minutes was stored, also those that are used for no figure."""
     bundle: str = ""
     """Whose windows are summed."""
     sums: RollingSum = field(default_factory=RollingSum)

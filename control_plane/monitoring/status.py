@@ -51,7 +51,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     connection: str
     """live, late, silent, offline, never."""
     seen_age_s: float | None
-    """Of the last message that was not a retained one; None = there was none."""
+    """Age of the last message that was not a retained one; None = there was none."""
     reported_age_s: float | None
     window_age_s: float | None
 

@@ -46,12 +46,12 @@ class Scale(NamedTuple):
     top: float
 
     def x(self, at: datetime) -> float:
-        """Of a time."""
+        """Returns the horizontal position of a time, in pixels."""
         span = max((self.last - self.first).total_seconds(), 1.0)
         return _LEFT + (_WIDTH - _LEFT - 8) * (at - self.first).total_seconds() / span
 
     def y(self, value: float) -> float:
-        """Of a value, 0 at the bottom."""
+        """Returns the vertical position of a value, in pixels; 0 is at the bottom."""
         return 6 + (_HEIGHT - _BOTTOM - 6) * (1.0 - value / self.top)
 
 

@@ -17,7 +17,7 @@ class Source(Protocol):
     """A control plane that answers."""
 
     def get(self, path: str) -> Any:
-        """Reads."""
+        """Returns the decoded answer to a GET request."""
 
 
 def export_agent(source: Source, agent_id: str, to: Path) -> dict[str, Any]:

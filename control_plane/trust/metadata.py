@@ -40,7 +40,7 @@ LIFE: Final[dict[str, timedelta]] = {
 }
 """From signing to expiry; a bin lives as long as `assign`."""
 ALARM_SHARE: Final = 2 / 3
-"""Of its life after which metadata ought to have been signed again."""
+"""Share of its life after which metadata ought to have been signed again."""
 TOP_ROLES: Final = ("root", "targets", "snapshot", "timestamp")
 
 

@@ -18,7 +18,7 @@ RESIGN_AFTER: Final = timedelta(hours=1)
 """Timestamp and snapshot are signed again so often, although they live seven days: a freeze shows within hours."""
 _THIRD: Final = md.LIFE[ASSIGN] / 3
 FULL_SHARE: Final = 0.8
-"""Of what a broker carries: from here on people are told."""
+"""Share of what a broker carries in one message; from here on operators are warned."""
 ONLINE: Final = (ASSIGN, "snapshot", "timestamp")
 """Beside the bins, which the keys of `assign` sign."""
 

@@ -58,7 +58,7 @@ class Process(Protocol):
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
 
     def load(
         self, digest: str, directory: Path, *, swap: Swap = Swap.BELT_GAP, swap_within_s: float | None = None
@@ -142,7 +142,7 @@ class LineKeeper:
 
     @property
     def pids(self) -> list[int]:
-        """Of all processes that are kept."""
+        """Process ids of all line processes that are kept."""
         return [place.process.pid for place in (self._line, self._standby) if place.process is not None]
 
     def covered(self, standby: str) -> bool:

@@ -39,9 +39,9 @@ LINE_ENVIRONMENT: Final = {
     "MALLOC_MMAP_THRESHOLD_": "400000",
     "MALLOC_TRIM_THRESHOLD_": "1000000",
 }
-"""Of the line process: one thread computes, so more BLAS buffers and arenas would only cost memory; and with fixed
-thresholds glibc gives frames back instead of keeping the largest sum it ever held (a line of four lanes: 143 MB
-resident instead of 200)."""
+"""Environment of the line process. One thread computes, so more BLAS buffers and arenas would only cost memory; and
+with fixed thresholds glibc gives frames back instead of keeping the largest sum it ever held (a line of four
+lanes: 143 MB resident instead of 200)."""
 
 
 class LineProcess:
@@ -78,7 +78,7 @@ class LineProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return self._process.pid
 
     @property

@@ -67,7 +67,7 @@ class LotState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     configured: tuple[LotText, LotText] = ("", "")
     """Lot and variety of the start configuration when this was written: another one there is news."""
     issued_at_ms: Counter = 0
-    """Of the newest command that was obeyed, by the control plane's clock."""
+    """When the newest command that was carried out had been issued, by the control plane's clock."""
     requests: Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=_REMEMBERED)] = ()
     """What was obeyed, newest last: heard again it is confirmed again and changes nothing."""
 

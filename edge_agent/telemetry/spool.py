@@ -43,7 +43,7 @@ _LOG_BYTES: Final = 4 * 1024 * 1024
 EVICTION: Final = (RecordKind.EVENT, RecordKind.WINDOW)
 """Least important first: counts of a lot are what cannot be had again. Gaps are never dropped."""
 _KEPT_SHARE: Final = 1.0 / 16.0
-"""Of the budget that a less important kind keeps, so that a day of windows never pushes out the last alarms."""
+"""Share of the budget that a less important kind keeps, so that a day of windows never pushes out the last alarms."""
 
 
 @dataclass(frozen=True, slots=True)

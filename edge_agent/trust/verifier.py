@@ -86,7 +86,7 @@ class AssignmentVerifier:
         self._done_s = -_LONGEST_RETRY_S
         self._running = self._clock_behind = False
         self.facts: dict[str, str] = {}
-        """Of the last verification, for reports."""
+        """Facts of the last verification, for reports."""
 
     # -- what is offered --------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from control_plane.database.tables.columns import EnumText, time_column, utc_now
 
 
 class IdentityState(StrEnum):
-    """Of an agent's identity."""
+    """The states of an agent's identity."""
 
     INVITED = "invited"
     ENROLLED = "enrolled"

@@ -11,7 +11,7 @@ from control_plane.database.tables.columns import EnumText, json_column, time_co
 
 
 class JobState(StrEnum):
-    """Of a job."""
+    """The states of a job."""
 
     QUEUED = "queued"
     RUNNING = "running"

@@ -11,7 +11,7 @@ from control_plane.database.tables.columns import EnumText, json_column, time_co
 
 
 class Stage(StrEnum):
-    """Of a model version."""
+    """The stages of a model version."""
 
     NONE = "none"
     STAGING = "staging"
