@@ -22,7 +22,11 @@ _ALIKE: Final = 8.0
 _FAINT: Final = 10.0
 _CLEAR: Final = 30.0
 """Between these two differences to the belt (grey levels of the largest channel) a pixel turns from belt to item."""
+_CLOSING: Final = np.ones((5, 5), np.uint8)
+_RIM: Final = np.ones((3, 3), np.uint8)
 _LEARN: Final = 0.02
+_FEW: Final = 10
+"""Up to so many shifts are compared one by one; more are cheaper together."""
 _ENVELOPE_FRAMES: Final = 16
 """The neighbourhood of each belt pixel is looked up so often; the belt changes slowly."""
 MOVED_SHARE: Final = 0.004
@@ -92,32 +96,31 @@ class BeltView:
     def __init__(self, belt: Floats) -> None:
         self.belt = belt.copy()
         self._age = 0
-        self._darkest = self._brightest = self.belt
+        self._darkest: cv2.typing.MatLike = self.belt
+        self._brightest: cv2.typing.MatLike = self.belt
 
     def difference(self, small: Floats) -> Floats:
         """Returns by how many grey levels (largest channel) each pixel differs from the belt, float32 (h, w)."""
-        now, known = small[::2, ::2].mean(axis=2), self.belt[::2, ::2].mean(axis=2)
+        now, known = small[::2, ::2, 1], self.belt[::2, ::2, 1]
         near = np.abs(now - known) < _CLEAR
         # Below some pixels of belt the gain would be that of the items.
         gain = float(np.median(now[near] / np.maximum(known[near], 1.0))) if near.sum() > 32 else 1.0
         gain = min(max(gain, 0.5), 2.0)
         if self._age % _ENVELOPE_FRAMES == 0:
             around = np.ones((3, 3), np.uint8)
-            self._darkest = np.asarray(cv2.erode(self.belt, around), np.float32)
-            self._brightest = np.asarray(cv2.dilate(self.belt, around), np.float32)
+            self._darkest, self._brightest = cv2.erode(self.belt, around), cv2.dilate(self.belt, around)
         self._age += 1
-        beyond = np.maximum(small - self._brightest * np.float32(gain), self._darkest * np.float32(gain) - small)
-        return np.asarray(
-            np.maximum(np.maximum(np.maximum(beyond[..., 0], beyond[..., 1]), beyond[..., 2]), 0.0), np.float32
-        )
+        above = cv2.scaleAdd(self._brightest, -gain, small)
+        below = cv2.addWeighted(self._darkest, gain, small, -1.0, 0.0)
+        blue, green, red = cv2.split(cv2.max(above, below))
+        return np.asarray(np.maximum(cv2.max(cv2.max(blue, green), red), np.float32(0.0)), np.float32)
 
     def silhouettes(self, small: Floats) -> Floats:
         """Returns float32 (h, w): 1 on an item, 0 on the belt, between the two on its rim."""
-        difference = self.difference(small)
-        soft = np.clip((difference - _FAINT) / (_CLEAR - _FAINT), 0.0, 1.0)
-        soft = cv2.morphologyEx(soft, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
-        belt = cv2.dilate(np.asarray(soft, np.float32), np.ones((3, 3), np.uint8)) < 0.5
-        self.belt[belt] += _LEARN * (small[belt] - self.belt[belt])
+        soft = np.clip((self.difference(small) - _FAINT) * (1.0 / (_CLEAR - _FAINT)), 0.0, 1.0)
+        soft = cv2.morphologyEx(soft, cv2.MORPH_CLOSE, _CLOSING)
+        belt = cv2.compare(cv2.dilate(soft, _RIM), 0.5, cv2.CMP_LT)
+        cv2.accumulateWeighted(small, self.belt, _LEARN, mask=belt)
         return np.asarray(soft, np.float32)
 
 
@@ -128,10 +131,18 @@ def mismatch(first: Floats, second: Floats, shifts: range) -> NDArray[np.float64
     The value is infinite where the two have too little in common.
     """
     height, width = first.shape
-    length = cv2.getOptimalDFTSize(2 * width)
-    product = np.conj(np.fft.rfft(first, length, axis=1)) * np.fft.rfft(second, length, axis=1)
-    common = np.fft.irfft(product.sum(axis=0), length)
-    columns = [(part * part).sum(axis=0, dtype=np.float64) for part in (first, second)]
+    if len(shifts) <= _FEW:
+        common = np.array([_common(first, second, at) for at in shifts])
+    else:
+        length = cv2.getOptimalDFTSize(2 * width)
+        one, other = (_spectra(part, length) for part in (first, second))
+        product = cv2.mulSpectrums(other, one, cv2.DFT_ROWS, conjB=True)
+        total = cv2.reduce(product, 0, cv2.REDUCE_SUM)
+        whole = cv2.dft(total, flags=cv2.DFT_INVERSE | cv2.DFT_SCALE | cv2.DFT_ROWS).ravel()
+        common = whole[np.asarray(shifts) % length]
+    columns = [
+        cv2.reduce(cv2.multiply(part, part), 0, cv2.REDUCE_SUM, dtype=cv2.CV_64F).ravel() for part in (first, second)
+    ]
     energies = [np.concatenate(([0.0], np.cumsum(column))) for column in columns]
     shift = np.asarray(shifts)
     right, left = np.maximum(shift, 0), np.maximum(-shift, 0)
@@ -140,8 +151,23 @@ def mismatch(first: Floats, second: Floats, shifts: range) -> NDArray[np.float64
     energy = energies[0][width - right] - energies[0][left] + energies[1][width - left] - energies[1][right]
     enough = inside & (energy > LEAST_SEEN * height * (width - right - left))
     found = np.full(len(shift), np.inf)
-    found[enough] = np.maximum(1.0 - 2.0 * common[shift[enough] % length] / energy[enough], 0.0)
+    found[enough] = np.maximum(1.0 - 2.0 * common[enough] / energy[enough], 0.0)
     return found
+
+
+def _spectra(part: Floats, length: int) -> cv2.typing.MatLike:
+    """Returns the spectrum of each row, padded with zeros to `length`, in OpenCV's packed form."""
+    padded = cv2.copyMakeBorder(part, 0, 0, 0, length - part.shape[1], cv2.BORDER_CONSTANT, value=0.0)
+    return cv2.dft(padded, flags=cv2.DFT_ROWS)
+
+
+def _common(first: Floats, second: Floats, shift: int) -> float:
+    """Returns the sum of products of `first` moved right by `shift` columns and `second`."""
+    width = first.shape[1]
+    if abs(shift) >= width:
+        return 0.0
+    a, b = first[:, max(0, -shift) : width - max(0, shift)], second[:, max(0, shift) : width - max(0, -shift)]
+    return float(cv2.multiply(a, b).sum())
 
 
 def vertex(values: NDArray[np.float64], at: int) -> float:
