@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from models.config import load_config
+from models.connection import broker_of
 from models.errors import ConfigError
 
 PREFIX = "SORTLINE"
@@ -95,6 +96,13 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     every agent asks for each blob and gets it alone."""
     bundle_bytes_per_s: Annotated[float, msgspec.Meta(ge=65_536.0)] = 32 * 1024 * 1024
     """Largest rate at which blobs are published, in bytes per second, so that telemetry and control find room."""
+
+    def __post_init__(self) -> None:
+        """Reads an address such as `mqtts://broker:8883` or `[::1]:1883` given as `host` into its parts."""
+        address = broker_of(self.host, self.port)
+        msgspec.structs.force_setattr(self, "host", address.host)
+        msgspec.structs.force_setattr(self, "port", address.port)
+        msgspec.structs.force_setattr(self, "tls", self.tls or address.tls)
 
     @property
     def tls_port(self) -> int:

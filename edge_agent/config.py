@@ -10,6 +10,7 @@ import msgspec
 
 from edge_agent.line_config import LineConfig
 from models.config import load_config
+from models.connection import MQTT_PORT, broker_of
 from models.messages import AgentId
 
 PREFIX = "SORTLINE_AGENT"
@@ -21,7 +22,8 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Where the MQTT broker is and who we are there."""
 
     host: str = "127.0.0.1"
-    port: Port = 1883
+    """Name or address; a whole address such as `mqtts://broker:8883` is understood."""
+    port: Port = MQTT_PORT
     username: str = ""
     """Empty = the agent's id."""
     password_file: str = ""
@@ -32,9 +34,18 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The agent's certificate chain (PEM); with its key in the same file, or in `tls_key`."""
     tls_key: str = ""
     """The key of `tls_cert`; empty = in the same file."""
+    tls: bool = False
+    """Connect by TLS or not at all, as an address that begins with `mqtts://` asks; needs `tls_ca`."""
     reconnect_min_s: Seconds = 1.0
     reconnect_max_s: Seconds = 30.0
     """Attempts are spread at random between these, so that a fleet does not come back in one moment."""
+
+    def __post_init__(self) -> None:
+        """Reads an address such as `mqtts://broker:8883` or `[::1]:1883` given as `host` into its parts."""
+        address = broker_of(self.host, self.port)
+        msgspec.structs.force_setattr(self, "host", address.host)
+        msgspec.structs.force_setattr(self, "port", address.port)
+        msgspec.structs.force_setattr(self, "tls", self.tls or address.tls)
 
 
 class SpoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

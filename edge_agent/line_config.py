@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from models.messages import LotText
+from models.messages import LotText, SafeState
 
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 
@@ -150,6 +150,8 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Folder for items that champion and challenger judge differently; empty = they are only counted."""
     swap_within_s: Annotated[float, msgspec.Meta(ge=0.0, le=60.0)] = 2.0
     """Longest time a new bundle waits for a gap on the belt; then it is switched in between two frames anyway."""
+    safe_state: SafeState = SafeState.NONE
+    """What the line does instead of judging; set by the supervisor, as the control plane has asked for it."""
     boot_id: str = "0000000000000000"
     """Boot id of the supervisor, which live figures carry."""
     owner: str = ""

@@ -8,9 +8,9 @@ metadata (`trust`, `signed_set`) and certificates (`identity`). What an agent se
 add (`windows`, with `histogram`), in the `messages` and `topics` of the wire.
 
 `errors` has the families of errors by recovery action, `config` reads strict settings, `files` writes atomically,
-`versioning` tells a newer document from a broken one, `connection` reads addresses of brokers and hides secrets,
+`versioning` tells a newer document from a broken one, `connection` reads addresses and passwords of brokers,
 `offline_export` names the files for a line without network, `statistics` has intervals, `token_bucket` limits rates,
-`text` makes foreign text safe to show.
+`text` makes text safe to show: control characters visible, secrets in addresses hidden.
 
 From pixels to verdict there is one implementation, here; training, evaluation, the agent's self-test and the line all
 call it.

@@ -1,7 +1,6 @@
-"""What both sides need to reach a broker or a camera: addresses understood, secrets read and masked, callbacks guarded.
+"""What both sides need to reach a broker: one parser of its address, its password read, callbacks that never raise.
 
-One parser for the broker's address and one function that hides secrets, so that no door takes what another refuses and
-no log shows what another hides. Knows neither sockets nor paho.
+One parser, so that no door takes what another refuses. Knows neither sockets nor paho.
 """
 
 import ipaddress
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from models.errors import ConfigError
+from models.text import mask
 
 MQTT_PORT: Final = 1883
 MQTTS_PORT: Final = 8883
@@ -22,12 +22,6 @@ _HOST: Final = re.compile(
     r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?"
 )
 _FORMS: Final = "HOST, HOST:PORT, [IPV6]:PORT, mqtt://HOST:PORT or mqtts://HOST:PORT"
-_USER_INFO: Final = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s\"'<>]*@")
-_QUERY_SECRET: Final = re.compile(
-    r"(?P<name>[?&;,/_](?:[A-Za-z0-9_.-]*(?:pass|pwd|secret|token|auth|key|sig)[A-Za-z0-9_.-]*|pw|p|user|usr|login)=)[^&;#\s\"'<>]*",
-    re.IGNORECASE,
-)
-MASK: Final = "***"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +59,31 @@ def parse_broker(text: str) -> BrokerAddress:
     if not _HOST.fullmatch(host) and not _is_ip(host):
         raise _no_broker(text, f"the host {host!r}")
     if port is None:
-        return BrokerAddress(host, MQTTS_PORT if tls else None, tls)
+        return BrokerAddress(host, None, tls)
     if not port.isascii() or not port.isdecimal() or not 1 <= int(port[:6]) <= 65_535:
         raise _no_broker(text, f"the port {port!r}")
     return BrokerAddress(host, int(port), tls)
+
+
+def broker_of(host: str, port: int) -> BrokerAddress:
+    """The broker that the keys `host` and `port` of a configuration name; `host` may be a whole address.
+
+    Args:
+        host: What a person wrote.
+        port: Of its own key; 1883, its default, says nothing where the address has a port.
+
+    Raises:
+        ConfigError: `config.bad_value`: it is no address, or the two name different ports.
+    """
+    address = parse_broker(host)
+    named = address.port if address.port is not None else MQTTS_PORT if address.tls else None
+    if named is None:
+        return BrokerAddress(address.host, port, address.tls)
+    if address.port is not None and port not in {MQTT_PORT, address.port}:
+        raise ConfigError(
+            "config.bad_value", "broker.host and broker.port name different ports.", expected=address.port, got=port
+        )
+    return BrokerAddress(address.host, named if port == MQTT_PORT else port, address.tls)
 
 
 def _split(text: str, rest: str) -> tuple[str, str | None]:
@@ -93,18 +108,6 @@ def _is_ip(host: str) -> bool:
 
 def _no_broker(text: str, got: str) -> ConfigError:
     return ConfigError("config.bad_value", f"{mask(text)!r} is no address of a broker.", expected=_FORMS, got=got[:200])
-
-
-def mask(text: str) -> str:
-    """Hides the secrets of every address in a text: what stands before `@`, and parameters such as `password=`.
-
-    Args:
-        text: An address of a camera or device, or any sentence that may hold one.
-
-    Returns:
-        The text with `***` in place of each secret. Law: `mask(mask(t)) == mask(t)`.
-    """
-    return _QUERY_SECRET.sub(rf"\g<name>{MASK}", _USER_INFO.sub(rf"\g<scheme>{MASK}@", text))
 
 
 def read_secret(path: str) -> str | None:

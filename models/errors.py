@@ -5,6 +5,8 @@ The family says who must act; the code says what happened and travels in message
 
 from typing import Any
 
+from models.text import mask
+
 
 class SortlineError(Exception):
     """Root of all our errors; raise one of its families.
@@ -21,7 +23,7 @@ class SortlineError(Exception):
         self, code: str, message: str, *, expected: object = None, got: object = None, **context: object
     ) -> None:
         self.code = code
-        self.message = message
+        self.message = mask(message)
         self.expected = expected
         self.got = got
         self.context = context
@@ -29,7 +31,8 @@ class SortlineError(Exception):
         facts = [f"{word} {value}" for word, value in (("expected", expected), ("got", got)) if value is not None]
         if facts:
             parts.append(f"({', '.join(facts)})")
-        super().__init__(" ".join(parts))
+        # All errors pass here on their way to logs, reports and answers: addresses lose their secrets.
+        super().__init__(mask(" ".join(parts)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Errors cross process borders (training workers): rebuild from the parts, not from the text."""
@@ -39,10 +42,10 @@ class SortlineError(Exception):
         """The error as it travels in API answers and reports."""
         facts: dict[str, object] = {"code": self.code, "message": self.message}
         if self.expected is not None:
-            facts["expected"] = str(self.expected)
+            facts["expected"] = mask(str(self.expected))
         if self.got is not None:
-            facts["got"] = str(self.got)
-        facts.update({key: str(value) for key, value in self.context.items()})
+            facts["got"] = mask(str(self.got))
+        facts.update({key: mask(str(value)) for key, value in self.context.items()})
         return facts
 
 

@@ -29,6 +29,7 @@ from edge_agent.line_config import FailSafeConfig, LineConfig, Orientation
 from edge_agent.vision.follower import ItemFollower
 from models.errors import InputError
 from models.files import write_atomically
+from models.text import mask
 
 _STANDS_PX: Final = 0.5
 _UNSTEADY: Final = 0.1
@@ -179,7 +180,7 @@ def _check(target: Target, date: str, frames: int) -> None:
 def _result(config: LineConfig, date: str, seen: Survey, lanes: Lanes, scale: PixelScale) -> Calibration:
     return Calibration(
         date=date,
-        camera=config.camera,
+        camera=mask(config.camera),
         width_px=seen.width_px,
         height_px=seen.height_px,
         frames=seen.frames,

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from models.errors import ConflictError
-from models.messages import Digest, OptionalDigest, Phase, ShadowPhase, Swap
+from models.messages import Digest, OptionalDigest, Phase, SafeState, ShadowPhase, Swap
 
 P = TypeVar("P", Phase, ShadowPhase)
 _MAX_BLOCKED: Final = 32
@@ -92,6 +92,8 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What the line waits for before the bundle on trial judges."""
     swap_within_s: float | None = None
     blocked: tuple[Digest, ...] = ()
+    safe_state: SafeState | UnsetType = UNSET
+    """What the line does instead of judging with a committed bundle; written only while it is asked for."""
 
     @property
     def committed(self) -> str:
@@ -123,7 +125,7 @@ def advance(state: SlotState, trigger: Trigger, **changes: object) -> SlotState:
         state: Now.
         trigger: What happened.
         changes: With DESIRED: generation, target, trial_items, trial_s, rollout_id, swap, swap_within_s. With DROPPED:
-            generation, rollout_id.
+            generation, rollout_id, safe_state.
 
     Raises:
         ConflictError: `slots.not_allowed`: this cannot happen in this phase.
@@ -152,7 +154,8 @@ def advance(state: SlotState, trigger: Trigger, **changes: object) -> SlotState:
             blocked = _block(state.blocked, state.active)
             changes = {"blocked": blocked, "tries": 0} | _returned(state, blocked)
         case Trigger.TRIAL_PASSED:
-            changes = {"before": UNSET}
+            # Only a bundle that has proven itself ends a safe state; one that fails its trial goes back to it.
+            changes = {"before": UNSET, "safe_state": UNSET}
         case _:
             changes = {}
     return msgspec.structs.replace(state, phase=phase, **changes)

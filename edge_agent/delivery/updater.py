@@ -23,7 +23,7 @@ from edge_agent.line_protocol import Beat, LoadFailed, ModelFailed
 from edge_agent.state_directory import StateDirectory
 from models.bundle import read_bundle
 from models.errors import BundleError, ConflictError
-from models.messages import Desired, Fault, Mode, Phase, Swap
+from models.messages import Desired, Fault, Mode, Phase, SafeState, Swap
 
 log = logging.getLogger("sortline.updating")
 _SHORTEST_TRIAL_S: Final = 1.0
@@ -85,9 +85,20 @@ class Updater:
 
     @property
     def judging(self) -> str:
-        """What the line has to judge with: the bundle on trial only while a try runs."""
-        trying = self._waited_s is None and not self._died and self._failed is None
-        return self.state.active if trying else self.state.previous
+        """What the line has to judge with: the bundle on trial only while a try runs; nothing in a safe state."""
+        if self._trying:
+            return self.state.active
+        return "" if self.state.safe_state else self.state.committed
+
+    @property
+    def safe_state(self) -> SafeState:
+        """What the line has to do instead of judging; a bundle on trial judges all the same."""
+        return SafeState.NONE if self._trying else self.state.safe_state or SafeState.NONE
+
+    @property
+    def _trying(self) -> bool:
+        waits = self._waited_s is not None or self._died or self._failed is not None
+        return self.state.phase is Phase.TRIAL and not waits
 
     @property
     def swap(self) -> Swap:
@@ -189,7 +200,8 @@ class Updater:
             return
         self._host.fault = None
         if desired.bundle in {"", state.committed}:  # an empty one is a recall
-            self._take_up(advance(state, Trigger.DROPPED, **facts))
+            safe_state = desired.safe_state or UNSET
+            self._take_up(advance(state, Trigger.DROPPED, safe_state=safe_state, **facts))
             return
         self._take_up(
             advance(
@@ -206,13 +218,13 @@ class Updater:
 
     def _take_up(self, state: SlotState) -> None:
         """Saves the state after a desired state, and ends what it overtakes."""
-        was_tried = self.state.phase is Phase.TRIAL and self._waited_s is None
+        before = self.judging, self.safe_state
         if not self.state.settled:
             self.transfer.drop()
         self._save(state)
         self._overtaken = False
         self._no_try()
-        if was_tried:
+        if (self.judging, self.safe_state) != before:
             self._line.load_judging()
 
     # -- what happens -----------------------------------------------------------------------------------------

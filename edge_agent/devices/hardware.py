@@ -30,6 +30,7 @@ from edge_agent.interfaces import (
 from edge_agent.line_config import LineConfig
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from models.errors import CameraError, ConfigError
+from models.text import mask
 
 _LEAST_LANE_PX: Final = 8
 """A lane of fewer rows holds no item that could be judged."""
@@ -173,10 +174,10 @@ def open_hardware(config: LineConfig, *, virtual: bool = False, drawn: Simulated
     if not no_pulses:
         hardware = _with_devices(config, source)
     elif config.encoder == "nominal":
-        hardware = LineHardware(source, camera.encoder, NullEjector(), None, config.camera)
+        hardware = LineHardware(source, camera.encoder, NullEjector(), None, mask(config.camera))
     else:
         encoder = _image_encoder(config)
-        hardware = LineHardware(ImageEncodedCamera(source, encoder), encoder, NullEjector(), None, config.camera)
+        hardware = LineHardware(ImageEncodedCamera(source, encoder), encoder, NullEjector(), None, mask(config.camera))
     hardware.camera, hardware.patience_s = camera, PATIENCE_S if is_live(config.camera) else 0.0
     return hardware
 
@@ -282,7 +283,7 @@ def _with_devices(config: LineConfig, source: FrameSource) -> LineHardware:
         encoder,
         ejector,
         None,
-        config.camera,
+        mask(config.camera),
         confirmation=eyes,
         belt=belt,
         weights=tuple(cell.join for cell in cells),

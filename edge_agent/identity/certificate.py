@@ -93,11 +93,11 @@ def with_identity(config: AgentConfig) -> AgentConfig:
     line runs without a broker.
 
     Raises:
-        ConfigError: `identity.other_agent`.
+        ConfigError: `identity.other_agent`; `config.bad_value`: TLS is asked for, and nobody is trusted.
     """
     folder = identity_folder(config)
     if config.broker.tls_cert or config.broker.password_file:
-        return config
+        return _with_tls(config)
     broker = msgspec.structs.replace(config.broker, tls_ca=str(folder / ANCHORS), tls_cert=str(folder / PAIR))
     try:
         facts = read_facts(folder)
@@ -106,7 +106,7 @@ def with_identity(config: AgentConfig) -> AgentConfig:
         log.error("%s", error)  # noqa: TRY400  the message says it all
         return msgspec.structs.replace(config, broker=broker)
     if facts is None:
-        return config
+        return _with_tls(config)
     default = AgentConfig()
     if config.id not in {facts.agent, default.id}:
         raise ConfigError(
@@ -118,6 +118,18 @@ def with_identity(config: AgentConfig) -> AgentConfig:
     if facts.broker_host and (broker.host, broker.port) == (BrokerConfig().host, BrokerConfig().port):
         broker = msgspec.structs.replace(broker, host=facts.broker_host, port=facts.broker_port or broker.port)
     return msgspec.structs.replace(config, id=facts.agent, broker=broker)
+
+
+def _with_tls(config: AgentConfig) -> AgentConfig:
+    """The same configuration; one that asks for TLS must know whom to trust."""
+    if config.broker.tls and not config.broker.tls_ca:
+        raise ConfigError(
+            "config.bad_value",
+            "mqtts:// needs the broker's certificate authority: enrol this box, or set broker.tls_ca.",
+            expected="broker.tls_ca",
+            got="none",
+        )
+    return config
 
 
 def check_dates(context: ssl.SSLContext, not_before_s: int, now_s: float) -> None:

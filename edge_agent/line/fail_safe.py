@@ -20,10 +20,19 @@ from edge_agent.health.camera import BLIND
 from edge_agent.interfaces import BeltControl, LineGeometry, Shot
 from edge_agent.line.counters import LineCounter
 from edge_agent.line.sorting import LineCore
-from edge_agent.line_config import FailSafeConfig
+from edge_agent.line_config import Action, FailSafeConfig
+from models.messages import SafeState
 
 ITEM_MM: Final = 40.0
 """Half of a large item: so far before column 0 the centre of an item may lie that was not seen whole."""
+SAFE_STATE: Final = "line.safe_state"
+"""Stands in the place of a camera's fault while a safe state is asked for."""
+ACTIONS: Final[dict[SafeState, Action]] = {
+    SafeState.EJECT_ALL: "eject-all",
+    SafeState.PASS_ALL: "pass",
+    SafeState.STOP: "stop-line",
+}
+"""The action of each safe state."""
 _MOST_SHOTS: Final = 64
 """Per lane and step: a position that jumps by kilometres must not fill the queue."""
 
@@ -47,6 +56,8 @@ class FailSafe:
     counter: LineCounter
     belt: BeltControl | None = None
     on_action: Callable[[str, str], None] = lambda _action, _fault: None
+    requested: Action | None = None
+    """What is done whatever the camera sees: a safe state that was asked for."""
     action: str = ""
     """Action in force; empty = none."""
     _fault: str = ""
@@ -77,6 +88,8 @@ class FailSafe:
             now_s: Monotonic seconds.
             belt_mm: Belt position now.
         """
+        if self.requested is not None:
+            fault = fault or SAFE_STATE
         if not fault and not self._fault:
             return
         if fault != self._fault:
@@ -92,7 +105,7 @@ class FailSafe:
             self._eject(belt_mm)
 
     def _change(self, fault: str, now_s: float, belt_mm: float) -> None:
-        was, action = self.action, self.config.action(fault) if fault else ""
+        was, action = self.action, (self.requested or self.config.action(fault)) if fault else ""
         if not self._fault:
             self._before = now_s, belt_mm
         if was == "eject-all" and action != "eject-all":

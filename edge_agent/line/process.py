@@ -30,7 +30,7 @@ from edge_agent.health.camera import CameraHealth
 from edge_agent.interfaces import Frame, Lane, LineGeometry
 from edge_agent.line.camera_feed import CameraFeed
 from edge_agent.line.counters import LineCounter
-from edge_agent.line.fail_safe import FailSafe
+from edge_agent.line.fail_safe import ACTIONS, FailSafe
 from edge_agent.line.loader import fault_of, load_judge, load_shadow, return_memory
 from edge_agent.line.reporting import Outbox, Reporter
 from edge_agent.line.shadow import Shadow
@@ -123,7 +123,13 @@ class Line:
         )
         self._queue = self._world.ejection_queue(config, time.monotonic)
         self._fail_safe = FailSafe(
-            config.fail_safe, self._first_geometry(), self._queue, self._counter, self._world.belt, self._acted
+            config.fail_safe,
+            self._first_geometry(),
+            self._queue,
+            self._counter,
+            self._world.belt,
+            self._acted,
+            requested=ACTIONS.get(config.safe_state),
         )
         self._core: LineCore | None = None
         self._reporter = Reporter(

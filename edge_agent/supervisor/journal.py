@@ -14,6 +14,7 @@ import msgspec
 
 from models.errors import CapacityError, SortlineError
 from models.messages import Event, Fault, RecordKind, fault_of, wall_ms
+from models.text import mask
 
 log = logging.getLogger("sortline.supervisor")
 
@@ -56,13 +57,14 @@ class Journal:
 
     def event(self, code: str, message: str, **facts: str) -> None:
         """Stores an event for the control plane."""
+        message, facts = mask(message), {name: mask(value) for name, value in facts.items()}
         log.info("event %s %s %s", code, message, facts)
         event = Event(at_ms=wall_ms(), code=code, message=message[:600], facts=facts)
         self.record(RecordKind.EVENT, msgspec.msgpack.encode(event))
 
     def set_fault(self, fault: Fault) -> None:
         """Makes this the reported fault."""
-        self.fault = msgspec.structs.replace(fault, at_ms=fault.at_ms or wall_ms())
+        self.fault = msgspec.structs.replace(fault, message=mask(fault.message), at_ms=fault.at_ms or wall_ms())
 
     def report_error(self, error: SortlineError) -> None:
         """Makes an error the reported fault and stores an event, once while it stays the same."""

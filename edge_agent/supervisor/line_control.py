@@ -19,8 +19,9 @@ from edge_agent.state_directory import StateDirectory
 from edge_agent.supervisor.line_keeper import LineKeeper, standby_for
 from edge_agent.supervisor.line_process import LineProcess
 from edge_agent.supervisor.lots import LotState
-from models.errors import SortlineError
-from models.messages import Phase
+from models.errors import ConfigError, SortlineError
+from models.messages import Phase, SafeState
+from models.text import mask
 
 log = logging.getLogger("sortline.supervisor")
 
@@ -55,6 +56,10 @@ class LineControl:
         self.lanes, self.camera = 0, ""
         self.tuned: dict[str, str] = {}
         """How many threads the line's libraries use, and what was measured for it."""
+        self._safe_state = SafeState.NONE
+        """What the present line process was started with."""
+        self._replaced = False
+        """The present line process ends because it was asked to: nothing is to blame."""
         self.lifetime_items = 0
         """Items this line has judged since it was installed."""
 
@@ -96,14 +101,17 @@ class LineControl:
             lot=lot.lot,
             variety=lot.variety,
             lifetime_items=self.lifetime_items,
+            safe_state=self._updater().safe_state,
             boot_id=self._boot_id,
             owner=str(self._directory.lock_file),
         )
+        if not standby:
+            self._safe_state, self._replaced = config.safe_state, False
         return LineProcess(config, self._host.enqueue, standby=standby)
 
     def came_up(self, ready: Ready) -> None:
         """The line says that it works."""
-        self.lanes, self.camera = ready.lanes, ready.camera
+        self.lanes, self.camera = ready.lanes, mask(ready.camera)[:200]
         self.keeper.came_up()
 
     def was_tuned(self, message: Tuned) -> None:
@@ -116,6 +124,11 @@ class LineControl:
             return False
         self.beat = None
         return True
+
+    @property
+    def was_replaced(self) -> bool:
+        """Whether the line that ended last did so because it was asked to."""
+        return self._replaced
 
     # -- what is asked ----------------------------------------------------------------------------------------
 
@@ -133,11 +146,39 @@ class LineControl:
         """Makes the line use `Updater.judging`: by a swap while it runs, else at its next start."""
         updater, digest = self._updater(), self._updater().judging
         state, slot = updater.state, self._directory.slot(digest)
-        if state.phase is Phase.TRIAL and digest == state.active:
+        if updater.safe_state is not self._safe_state:
+            self._begin_safe_state(updater.safe_state)
+        elif state.phase is Phase.TRIAL and digest == state.active:
             self.keeper.load(digest, slot, swap=updater.swap, swap_within_s=state.swap_within_s)
         else:
             # The way back waits for no lot.
             self.keeper.load(digest, slot)
+
+    def _begin_safe_state(self, safe_state: SafeState) -> None:
+        """Begins or ends a safe state: with another line process, so that nothing of the old bundle is left."""
+        line = self._config.line
+        if safe_state is SafeState.STOP and not line.belt and line.camera != "simulated":
+            self._host.report_error(
+                ConfigError(
+                    "safe_state.no_stop",
+                    "Nothing can stop this belt; nothing is ejected instead.",
+                    expected="line.belt",
+                    got="none",
+                )
+            )
+        if safe_state is SafeState.EJECT_ALL and line.fail_safe.outlet not in line.outlets_mm:
+            self._host.report_error(
+                ConfigError(
+                    "safe_state.no_outlet",
+                    "This line has no outlet that takes everything; nothing is ejected.",
+                    expected=sorted(line.outlets_mm),
+                    got=line.fail_safe.outlet,
+                )
+            )
+        self._host.event("line.safe_state", safe_state or "The line judges again.")
+        if self.keeper.line is not None:
+            self._replaced = True
+            self.keeper.line.kill()
 
     def load_shadow(self, digest: str) -> None:
         """Asks the line to take this challenger, or none (empty)."""

@@ -35,8 +35,8 @@ _STANDBY_PAUSE_S: Final = 60.0
 
 def standby_for(mode: Standby, state: SlotState) -> str:
     """Which bundle a standby must hold now; empty = none is wanted. Pure."""
-    if mode is Standby.NEVER:
-        return ""
+    if mode is Standby.NEVER or state.safe_state:
+        return ""  # in a safe state the bundle before must not judge again
     if state.phase is Phase.TRIAL:
         return state.previous
     return state.active if mode is Standby.ALWAYS else ""

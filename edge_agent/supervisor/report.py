@@ -44,6 +44,7 @@ class Report:
             phase=state.phase,
             active=state.active,
             previous=state.previous,
+            safe_state=self.updater.safe_state,
             target=state.target,
             progress=round(self.updater.progress(beat), 3),
             items_on_active=beat.items_on_bundle if beat and beat.digest == state.active else 0,

@@ -284,7 +284,8 @@ class Supervisor:
     def _line_gone(self, reason: str) -> None:
         self._journal.event("line.gone", reason)
         self._challenger.line_gone()
-        self._updater.line_died(reason)
+        if not self._line.was_replaced:
+            self._updater.line_died(reason)
 
     def _from_line(self, message: Any) -> None:
         match message:

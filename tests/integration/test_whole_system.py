@@ -207,7 +207,7 @@ def test_a_second_agent_on_the_same_state_is_refused(plane: Plane, tmp_path: Pat
             timeout=300,
             check=False,
         )
-        assert second.returncode == 1
+        assert second.returncode == 3
         assert "agent.already_running" in second.stderr
         assert str(first.pid) in second.stderr
     finally:

@@ -1,0 +1,78 @@
+"""`sortline-agent status`, `selftest`, `capacity` and `config`: looks at an agent or a machine and changes nothing."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_agent.cli.options import at_least, config_of, line_options, print_facts
+from models.errors import ConfigError
+
+
+def add_selftest(commands: Any) -> None:
+    """Adds `selftest`."""
+    selftest = commands.add_parser("selftest", help="try a bundle as an agent would before it accepts it")
+    selftest.add_argument("directory", type=Path, metavar="BUNDLE")
+    selftest.add_argument("--budget-ms", type=at_least(0.001), default=50.0)
+    selftest.set_defaults(act=_selftest)
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    from edge_agent.line.selftest import main as selftest  # noqa: PLC0415
+
+    return selftest([str(arguments.directory), "--budget-ms", str(arguments.budget_ms)])
+
+
+def add_capacity(commands: Any) -> None:
+    """Adds `capacity`."""
+    capacity = commands.add_parser("capacity", help="measure what one core of this machine carries")
+    line_options(capacity)
+    capacity.add_argument("--bundle", type=Path, metavar="DIR")
+    capacity.add_argument("--json", action="store_true")
+    capacity.set_defaults(act=_capacity)
+
+
+def _capacity(arguments: argparse.Namespace) -> int:
+    from edge_agent.offline.capacity import capacity  # noqa: PLC0415
+
+    print_facts(capacity(config_of(arguments).line, bundle=arguments.bundle), as_json=arguments.json)
+    return 0
+
+
+def add_status(commands: Any) -> None:
+    """Adds `status`."""
+    status = commands.add_parser("status", help="what an agent on this machine runs, from its state directory")
+    status.add_argument("--state-dir", type=Path, default=Path("sortline-agent-state"))
+    status.add_argument("--json", action="store_true")
+    status.set_defaults(act=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from edge_agent.delivery.state_file import champion_file  # noqa: PLC0415
+
+    state = champion_file(arguments.state_dir).read()
+    if state is None:
+        raise ConfigError(
+            "agent.no_state", f"{arguments.state_dir} holds no agent.", expected="state.json", got="nothing"
+        )
+    print_facts(msgspec.to_builtins(state), as_json=arguments.json)
+    return 0
+
+
+def add_config(commands: Any) -> None:
+    """Adds `config`."""
+    config = commands.add_parser("config", help="check or show the configuration")
+    config.add_argument("action", choices=["check", "show"])
+    config.add_argument("--config", type=Path, metavar="FILE")
+    config.set_defaults(act=_show_config)
+
+
+def _show_config(arguments: argparse.Namespace) -> int:
+    config = config_of(arguments)
+    if arguments.action == "show":
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(config)).decode() + "\n")
+    else:
+        sys.stderr.write("the configuration is good\n")
+    return 0
