@@ -139,6 +139,8 @@ class Faulted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Line: something happened that people should know (camera lost, camera back, ...)."""
 
     fault: Fault
+    subject: str = ""
+    """Which of several things of a kind: ejector and lane."""
 
 
 ToLine = Load | LoadShadow | SetLot | Stop | Go

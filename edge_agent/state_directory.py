@@ -75,6 +75,11 @@ class StateDirectory:
         return self.root / "challenger.json"
 
     @property
+    def connection(self) -> Path:
+        """Whether there is a broker, and why not."""
+        return self.root / "connection.json"
+
+    @property
     def lot(self) -> Path:
         """State file of the lot."""
         return self.root / "lot.json"
@@ -103,6 +108,17 @@ class StateDirectory:
     def lock_file(self) -> Path:
         """Held by the supervisor while it runs; touched when it begins."""
         return self.root / _LOCK
+
+    def is_owned(self) -> bool:
+        """Whether a supervisor runs on this directory now; changes nothing."""
+        try:
+            with self.lock_file.open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
 
     def lock(self) -> IO[str]:
         """Makes this process the owner, as long as the returned file is open.

@@ -23,6 +23,7 @@ MAX_BATCH_BYTES: Final = 256 * 1024
 MAX_BATCH_UNPACKED_BYTES: Final = 2 * 1024 * 1024
 MAX_BATCH_RECORDS: Final = 500
 MAX_GAP_RANGES: Final = 500
+MAX_CONDITIONS: Final = 12
 KEEP_ALIVE_S: Final = 12
 """A peer is gone after one and a half of these; mosquitto looks every 5 s and counts whole seconds: 24 s at most."""
 SCHEMA_VERSION: Final = 1
@@ -235,6 +236,8 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     camera: ShortText = ""
     """Description of the frame source."""
     camera_fault: ShortText = ""
+    conditions: Annotated[tuple[Fault, ...], msgspec.Meta(max_length=MAX_CONDITIONS)] = ()
+    """What is wrong and has not recovered (camera, ejectors, fail-safe, abstain budget, identity), oldest first."""
     lot: RunningLot = RunningLot()
     spool_records: Counter = 0
     spool_dropped: Counter = 0

@@ -122,6 +122,7 @@ TWIN_NAMES: Final = {
     "connection",  # one client of the embedded broker; the control plane's own to any broker
     "leases", "audit",  # a table and what works on it
     "mqtt",  # the agent's link and the driver of devices that speak MQTT
+    "run",  # the command, and the line without a fleet that it may start
     "server",  # the broker's listener and the control plane's process
 }  # fmt: skip
 _PER_SUBJECT: Final = (

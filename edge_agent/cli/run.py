@@ -71,7 +71,7 @@ def _run_alone(arguments: argparse.Namespace, config: Any) -> int:
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{live.items} items, {live.items_per_s:.1f}/s, p99 {live.p99_ms:.1f} ms   ")
 
-    read_bundle(arguments.bundle)
+    read_bundle(arguments.bundle).recipe.check_outlets(config.line.outlets)
     if arguments.verdicts is not None:
         check_file(arguments.verdicts)
     if arguments.record is not None:

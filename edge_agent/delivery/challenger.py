@@ -8,7 +8,7 @@ after it took the challenger gets it no more; what failed is tried again only wh
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -36,6 +36,10 @@ class ShadowLine(Protocol):
     @property
     def line_ready(self) -> bool:
         """Whether a line process works."""
+
+    @property
+    def outlets(self) -> Collection[str]:
+        """Outlets that a recipe of this line may name."""
 
     def load_shadow(self, digest: str) -> None:
         """Asks the line to take this challenger, or none."""
@@ -159,7 +163,8 @@ class Challenger:
 
     def _start_selftest(self) -> None:
         self._testing = self.state.digest
-        start_selftest(self._directory.slot(self._testing), self._testing, self._config, self._host.enqueue)
+        slot = self._directory.slot(self._testing)
+        start_selftest(slot, self._testing, self._config, self._line.outlets, self._host.enqueue)
 
     def tested(self, done: SelfTestDone) -> bool:
         """A self-test ended; returns whether it was the challenger's."""

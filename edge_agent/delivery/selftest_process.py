@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,31 +27,46 @@ class SelfTestDone:
     rss_mb: float = 0.0
 
 
-def start_selftest(directory: Path, digest: str, config: DeliveryConfig, deliver: Deliver) -> None:
+def start_selftest(
+    directory: Path, digest: str, config: DeliveryConfig, outlets: Collection[str], deliver: Deliver
+) -> None:
     """Runs the self-test of a bundle in a process of its own, within the configuration's limits.
 
     Args:
         directory: The bundle's slot.
         digest: Which bundle it must be.
         config: Limits of time and memory.
+        outlets: Outlets of the line, which the recipe must know.
         deliver: Gets the `SelfTestDone`.
     """
 
     def run() -> None:
         limits = config.selftest_budget_ms, config.selftest_timeout_s, config.selftest_memory_mb
-        deliver_surely(deliver, run_selftest_process(directory, digest, *limits))
+        deliver_surely(deliver, run_selftest_process(directory, digest, *limits, outlets))
 
     threading.Thread(target=run, name="selftest", daemon=True).start()
 
 
 def run_selftest_process(
-    directory: Path, digest: str, budget_ms: float, timeout_s: float, memory_mb: int
+    directory: Path,
+    digest: str,
+    budget_ms: float,
+    timeout_s: float,
+    memory_mb: int,
+    outlets: Collection[str] = (),
 ) -> SelfTestDone:
     """Runs the self-test of a bundle in a process of its own and waits for it; never raises."""
     command = [sys.executable, "-m", "edge_agent.line.selftest", str(directory), "--digest", digest]
     try:
         done = subprocess.run(
-            [*command, "--budget-ms", str(budget_ms), "--memory-mb", str(memory_mb)],
+            [
+                *command,
+                *(f"--outlet={name}" for name in outlets),
+                "--budget-ms",
+                str(budget_ms),
+                "--memory-mb",
+                str(memory_mb),
+            ],
             capture_output=True,
             timeout=timeout_s,
             stdin=subprocess.DEVNULL,

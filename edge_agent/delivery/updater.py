@@ -6,6 +6,7 @@ local and final; a lost report never changes what runs.
 """
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -35,6 +36,10 @@ class LineSwitch(Protocol):
     @property
     def covered(self) -> bool:
         """Whether a standby can take over from a bundle on trial, or none is wanted."""
+
+    @property
+    def outlets(self) -> Collection[str]:
+        """Outlets that a recipe of this line may name."""
 
     def load_judging(self) -> None:
         """Makes the line use `Updater.judging`."""
@@ -278,7 +283,8 @@ class Updater:
     def _start_selftest(self) -> None:
         self._save(advance(self.state, Trigger.TEST_STARTED))
         self._testing = True
-        start_selftest(self.slot(self.state.target), self.state.target, self._config, self._host.enqueue)
+        target = self.state.target
+        start_selftest(self.slot(target), target, self._config, self._line.outlets, self._host.enqueue)
 
     def tested(self, done: SelfTestDone) -> None:
         """The self-test ended. What it found is kept until the disk has taken it."""

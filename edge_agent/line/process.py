@@ -311,7 +311,8 @@ class Line:
             "slow": "takes effect later than it did; the lead follows, but the valve is wearing.",
             "": "works as it did.",
         }[trouble]
-        self._outbox.say_fault(f"ejector.{trouble or 'recovered'}", f"Ejector {outlet} of lane {lane} {what}")
+        code = f"ejector.{trouble or 'recovered'}"
+        self._outbox.say_fault(code, f"Ejector {outlet} of lane {lane} {what}", subject=f"{outlet} {lane}")
 
     def _camera_changed(self, code: str, message: str) -> None:
         """Counts and reports a fault of the camera, or its end."""

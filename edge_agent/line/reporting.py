@@ -19,7 +19,7 @@ from edge_agent.line.counters import LineCounter
 from edge_agent.line.sorting import LineCore
 from edge_agent.line_protocol import Beat, Faulted, FromLine, Pipe, WindowClosed
 from models.errors import SortlineError
-from models.messages import Fault
+from models.messages import Fault, wall_ms
 from models.recipe import UNSURE
 from models.windows import Window
 
@@ -50,9 +50,9 @@ class Outbox:
         except queue.Full:
             self.dropped += 1
 
-    def say_fault(self, code: str, message: str) -> None:
-        """Queues a fault that happens now."""
-        self.say(Faulted(fault=Fault(code=code, message=message[:600], at_ms=time.time_ns() // 1_000_000)))
+    def say_fault(self, code: str, message: str, subject: str = "") -> None:
+        """Queues a fault that happens now; `subject` is which of several things of a kind it is about."""
+        self.say(Faulted(fault=Fault(code=code, message=message[:600], at_ms=wall_ms()), subject=subject))
 
     def take(self) -> FromLine | None:
         """Returns the oldest report, or None."""

@@ -8,7 +8,7 @@ import argparse
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,15 @@ class SelfTestReport(msgspec.Struct, frozen=True, kw_only=True):
     """Largest difference of a golden view's probability."""
 
 
-def run_selftest(directory: Path, *, digest: str | None, budget_ms: float, batch: int, runs: int) -> SelfTestReport:
+def run_selftest(
+    directory: Path,
+    *,
+    digest: str | None,
+    budget_ms: float,
+    batch: int,
+    runs: int,
+    outlets: Collection[str] | None = None,
+) -> SelfTestReport:
     """Loads the bundle as the line would and runs its model.
 
     Args:
@@ -44,10 +52,13 @@ def run_selftest(directory: Path, *, digest: str | None, budget_ms: float, batch
         budget_ms: Longest time of the slowest in a hundred runs.
         batch: Views per run.
         runs: Number of runs.
+        outlets: Outlets that the recipe may name (`LineConfig.outlets`); None = any will do.
     """
     name = digest or ""
     try:
         judge = Judge(directory, digest=digest)
+        if outlets is not None:
+            judge.recipe.check_outlets(outlets)
         views = read_bundle(directory, digest=digest).golden.views
         times = []
         for run in range(runs):
@@ -96,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4, help="views per run (default: 4)")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--memory-mb", type=int, default=2048, help="address space of this process (default: 2048)")
+    parser.add_argument("--outlet", action="append", help="an outlet of the line (default: any will do)")
     arguments = parser.parse_args(argv)
     limit = arguments.memory_mb * 1024 * 1024
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -105,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         budget_ms=arguments.budget_ms,
         batch=arguments.batch,
         runs=arguments.runs,
+        outlets=arguments.outlet,
     )
     sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
     return 0 if report.ok else 1

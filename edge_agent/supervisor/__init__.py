@@ -1,6 +1,7 @@
 """The supervisor process: everything of the agent that is not the line.
 
-`supervisor` is its event loop and wires the rest; `journal` keeps events, the reported fault and the counters; `report`
-builds what the agent reports about itself; `line_control` is all that is asked of the line, `line_keeper` starts,
-watches and replaces the line processes, `line_process` is one of them; `lots` keeps which lot and variety runs.
+`supervisor` is its event loop and wires the rest; `journal` keeps events, the reported fault and the counters,
+`conditions` what has not recovered, `connection_file` whether there is a broker; `report` builds what is reported;
+`line_control` is all that is asked of the line, `line_keeper` starts, watches and replaces the line processes,
+`line_process` is one of them; `lots` keeps which lot and variety runs.
 """

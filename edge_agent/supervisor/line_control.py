@@ -5,7 +5,7 @@ what holds then.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
@@ -141,6 +141,11 @@ class LineControl:
     def line_ready(self) -> bool:
         """Whether a line process works."""
         return self.keeper.ready
+
+    @property
+    def outlets(self) -> Collection[str]:
+        """Outlets that a recipe of this line may name."""
+        return self._config.line.outlets
 
     def load_judging(self) -> None:
         """Makes the line use `Updater.judging`: by a swap while it runs, else at its next start."""

@@ -10,6 +10,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.delivery.challenger import Challenger
 from edge_agent.delivery.updater import Updater
 from edge_agent.mqtt import Link
+from edge_agent.supervisor.conditions import Conditions
 from edge_agent.supervisor.journal import Journal
 from edge_agent.supervisor.line_control import LineControl
 from edge_agent.supervisor.lots import Lots
@@ -32,6 +33,7 @@ class Report:
     spool: Spool
     link: Link
     verifier: AssignmentVerifier
+    conditions: Conditions
 
     def build(self) -> Reported:
         """The state of the agent now."""
@@ -56,6 +58,7 @@ class Report:
             line_running=self.line.line_ready,
             camera=self.line.camera,
             camera_fault=beat.camera_fault if beat else "",
+            conditions=self.conditions.standing,
             lot=self.lots.running(beat),
             spool_records=self.spool.depth,
             spool_dropped=self.spool.dropped,

@@ -38,8 +38,10 @@ from edge_agent.line_protocol import (
     Tuned,
     WindowClosed,
 )
-from edge_agent.mqtt import Incoming, Link, LinkChanged
+from edge_agent.mqtt import Incoming, Link, LinkChanged, LinkTrouble
 from edge_agent.state_directory import StateDirectory
+from edge_agent.supervisor.conditions import Conditions
+from edge_agent.supervisor.connection_file import Connection, connection_file
 from edge_agent.supervisor.journal import Journal
 from edge_agent.supervisor.line_control import LineControl
 from edge_agent.supervisor.line_process import LineGone
@@ -49,8 +51,9 @@ from edge_agent.telemetry.spool import Spool
 from edge_agent.telemetry.uplink import Uplink
 from edge_agent.trust.verifier import AssignmentVerifier, Verified
 from models.errors import CapacityError, MessageError, SortlineError
-from models.messages import Ack, Desired, Phase, Presence, RecordKind, Response, decode, encode, wall_ms
+from models.messages import Ack, Desired, Fault, Phase, Presence, RecordKind, Response, decode, encode, wall_ms
 from models.service_notice import ServiceNotice
+from models.text import mask
 from models.topics import BLOBS, SENTINEL_TOPIC, TRUST_TOPIC, Channel, agent_topic, bin_of, bin_topic
 
 log = logging.getLogger("sortline.supervisor")
@@ -88,6 +91,8 @@ class Supervisor:
         self._last_tick_s = time.monotonic()
         self._stop = threading.Event()
         self._notice = ServiceNotice(journal.counters)
+        self._conditions = Conditions()
+        self._connection = connection_file(root)
         self._link = Link(
             config.broker,
             config.id,
@@ -137,6 +142,7 @@ class Supervisor:
             spool=self._spool,
             link=self._link,
             verifier=self._verifier,
+            conditions=self._conditions,
         )
 
     def _quarantined(self, path: Path, why: str) -> None:
@@ -207,6 +213,8 @@ class Supervisor:
         match event:
             case LinkChanged():
                 self._link_changed(event)
+            case LinkTrouble():
+                self._link_trouble(event)
             case Incoming():
                 self._incoming(event)
             case SelfTestDone():
@@ -231,6 +239,19 @@ class Supervisor:
             self._link.subscribe([TRUST_TOPIC, self._bin_topic, *map(self._topic, _CHANNELS), SENTINEL_TOPIC])
             self._link.publish(self._topic(Channel.PRESENCE), encode(self._presence(online=True)), retain=True)
             self._journal.report()
+        self._keep_connection(Connection(connected=change.connected, at_ms=wall_ms(), message=change.reason))
+
+    def _link_trouble(self, trouble: LinkTrouble) -> None:
+        """Keeps why there is no connection: for `sortline-agent status`, and later for the control plane."""
+        if trouble.code != "identity.alone":
+            self._keep_connection(
+                Connection(connected=False, at_ms=wall_ms(), code=trouble.code, message=trouble.message)
+            )
+        self._note(Fault(code=trouble.code, message=trouble.message))
+
+    def _keep_connection(self, connection: Connection) -> None:
+        address = f"{self.config.broker.host}:{self.config.broker.port}"
+        self._connection.save(msgspec.structs.replace(connection, broker=address))
 
     def _incoming(self, message: Incoming) -> None:
         try:
@@ -283,6 +304,7 @@ class Supervisor:
 
     def _line_gone(self, reason: str) -> None:
         self._journal.event("line.gone", reason)
+        self._conditions.line_gone()
         self._challenger.line_gone()
         if not self._line.was_replaced:
             self._updater.line_died(reason)
@@ -310,8 +332,14 @@ class Supervisor:
             case ShadowFailed():
                 self._challenger.failed(message)
             case Faulted():
-                self._journal.event(message.fault.code, message.fault.message)
-                self._journal.report()
+                self._note(message.fault, message.subject)
+
+    def _note(self, fault: Fault, subject: str = "") -> None:
+        """Stores an event and reports the condition that it begins or ends."""
+        fault = msgspec.structs.replace(fault, message=mask(fault.message), at_ms=fault.at_ms or wall_ms())
+        self._journal.event(fault.code, fault.message)
+        self._conditions.note(fault, subject)
+        self._journal.report()
 
     def _take_beat(self, beat: Beat) -> None:
         before, self._line.beat = self._line.beat, beat

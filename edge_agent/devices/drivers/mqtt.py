@@ -9,7 +9,7 @@ from typing import Final, Generic, TypeVar
 import msgspec
 
 from edge_agent.config import BrokerConfig
-from edge_agent.mqtt import Incoming, Link, LinkChanged
+from edge_agent.mqtt import Incoming, Link, LinkChanged, LinkTrouble
 from models.errors import UnavailableError
 
 log = logging.getLogger("sortline.drivers")
@@ -91,9 +91,11 @@ class TopicFeed(Generic[MessageT]):
         self.counters: Counter[str] = Counter()
         self.link = Link(broker, client_id, will=None, deliver=self.take)
 
-    def take(self, event: Incoming | LinkChanged) -> bool:
+    def take(self, event: Incoming | LinkChanged | LinkTrouble) -> bool:
         """Handles an event of the link; never raises."""
         received_s = self._clock()
+        if isinstance(event, LinkTrouble):
+            return True  # the link has logged it
         if isinstance(event, LinkChanged):
             if event.connected:
                 self.link.subscribe([self._topic])

@@ -43,6 +43,7 @@ class Site:
     """The supervisor's part, remembered; and the state file read back as after a power cut at every load."""
 
     fault: Fault | None = None
+    outlets = ("reject",)
 
     def __init__(self, root: Path) -> None:
         self.root = root

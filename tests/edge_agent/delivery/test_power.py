@@ -31,6 +31,7 @@ class Host:
 
     fault: Fault | None = None
     covered = True
+    outlets = ("reject",)
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter()
