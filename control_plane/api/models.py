@@ -23,11 +23,18 @@ Given = Annotated[Services, Depends(services_of)]
 
 @router.get("/models")
 def list_models(services: Given) -> list[dict[str, Any]]:
-    """All models with their versions, newest first."""
+    """All models with their versions, newest first; `release` says whether a version is `released` or `withdrawn`."""
     with reading(services.engine) as session:
+        withdrawn = dict.fromkeys(services.signer.withdrawn(session), "withdrawn")
+        known = withdrawn | dict.fromkeys(services.signer.released_now(session) or (), "released")
         return [
             model.model_dump(mode="json")
-            | {"versions": [version.model_dump(mode="json", exclude={"lineage"}) for version in versions]}
+            | {
+                "versions": [
+                    version.model_dump(mode="json", exclude={"lineage"}) | {"release": known.get(version.bundle, "")}
+                    for version in versions
+                ]
+            }
             for model, versions in models_with_versions(session)
         ]
 

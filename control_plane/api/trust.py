@@ -11,6 +11,7 @@ from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
 from control_plane.database.tables.columns import utc_now
 from control_plane.services import Services, services_of
+from control_plane.trust.ceremony import released_changes
 from models.errors import InputError
 from models.signed_set import parse_set, version_of
 
@@ -30,6 +31,7 @@ def show_trust(services: Given) -> dict[str, Any]:
             "roles": [asdict(role) for role in roles],
             "fill": found.fill,
             "released": found.released(session) if roles else {},
+            "withdrawn": found.withdrawn(session),
         }
 
 
@@ -42,7 +44,10 @@ def get_set(services: Given) -> Response:
 
 @router.post("/trust/set")
 async def take_set(request: Request, services: Given, actor: Acting) -> dict[str, Any]:
-    """Takes in roots and targets that offline keys signed; other parts are ignored. All or nothing."""
+    """Takes in roots and targets that offline keys signed; other parts are ignored. All or nothing.
+
+    Targets must be built on the present ones. The answer lists what they release and withdraw.
+    """
     return await run_in_threadpool(_take, services, await request.body(), actor)
 
 
@@ -54,16 +59,19 @@ def _take(services: Services, data: bytes, actor: str) -> dict[str, Any]:
             if version_of(root) > version_of(found.part(session, "root")):
                 found.take_root(session, root, now)
                 taken.append(f"root {version_of(root)}")
-        targets = given.part("targets")
-        if targets and targets != found.part(session, "targets"):
+        targets, before = given.part("targets"), found.part(session, "targets")
+        changes: tuple[list[str], list[str]] = ([], [])
+        if targets and targets != before:
             found.take_targets(session, targets, now)
+            changes = released_changes(before, targets)
             taken.append(f"targets {version_of(targets)}")
         if taken:
-            audit(session, actor, "trust.take", ", ".join(taken), {"taken": taken}, now)
+            details = {"taken": taken, "released": changes[0], "withdrawn": changes[1]}
+            audit(session, actor, "trust.take", ", ".join(taken), details, now)
         found.sign_changes(session, now)
         session.commit()
     services.outbox.publish_trust()
-    return {"taken": taken}
+    return {"taken": taken, "released": changes[0], "withdrawn": changes[1]}
 
 
 @router.get("/agents/{agent_id}/assignment", response_class=Response)

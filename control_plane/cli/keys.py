@@ -191,16 +191,25 @@ def push(trust: Trust = DEFAULT_TRUST, actor: Actor = "", server: Server = "") -
     data = make_set(folder.roots(), {"targets": folder.targets})
     done = Client(server).post(f"/api/v1/trust/set?{urlencode({'actor': acting(actor)})}", content=data)
     note("taken: " + (", ".join(done["taken"]) or "nothing new"))
+    for word in ("released", "withdrawn"):
+        for digest in done[word]:
+            note(f"{word}: {digest}")
 
 
 @keys.command("pull")
-def pull(trust: Trust = DEFAULT_TRUST, server: Server = "") -> None:
+def pull(
+    trust: Trust = DEFAULT_TRUST,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Give up targets that were signed in this folder alone.")
+    ] = False,
+    server: Server = "",
+) -> None:
     """Bring a folder up to date with the control plane, before a ceremony. Everything is verified."""
     from control_plane.trust.ceremony import TrustFolder, follow  # noqa: PLC0415
     from models.signed_set import parse_set  # noqa: PLC0415
 
     known = parse_set(Client(server).get("/api/v1/trust/set"))
-    new = follow(TrustFolder(trust), [bytes(root) for root in known.roots], known.part("targets"))
+    new = follow(TrustFolder(trust), [bytes(root) for root in known.roots], known.part("targets"), discard=discard)
     note("new here: " + (", ".join(new) or "nothing"))
 
 

@@ -23,11 +23,18 @@ def model_list(server: Server = "", as_json: AsJson = False) -> None:
 
     def table(found: list[dict[str, Any]]) -> Table:
         rows = [
-            [f"{m['name']}:{v['number']}", v["stage"], v["bundle"][:12], v["size_bytes"] // 1024, v["created_at"][:16]]
+            [
+                f"{m['name']}:{v['number']}",
+                v["stage"],
+                v["release"] or None,
+                v["bundle"][:12],
+                v["size_bytes"] // 1024,
+                v["created_at"][:16],
+            ]
             for m in found
             for v in m["versions"]
         ]
-        return table_of(["version", "stage", "bundle", "KB", "made"], rows)
+        return table_of(["version", "stage", "release", "bundle", "KB", "made"], rows)
 
     say(Client(server).get("/api/v1/models"), as_json=as_json, table=table)
 

@@ -200,7 +200,11 @@ def _resign(
 ) -> bytes:
     old = md.read_targets(targets).signed
     bundles = {path: entry for path, entry in old.targets.items() if path != drop} | (add or {})
-    fresh = md.new_targets(old.version + 1, bundles, assign or md.assign_keys_of(old), now)
+    gone = [digest for digest in md.withdrawn_in(targets) if f"bundles/{digest}" not in bundles]
+    if drop:
+        gone.append(drop.removeprefix("bundles/"))
+    keys = assign or md.assign_keys_of(old)
+    fresh = md.new_targets(old.version + 1, bundles, keys, now, before=targets, withdrawn=gone)
     data = md.sign(fresh, signers)
     md.check_next_targets(data, targets, root)
     return data
@@ -310,11 +314,20 @@ def _settle(folder: TrustFolder, data: bytes) -> Rotated:
     return Rotated(final, version, 0)
 
 
-def follow(folder: TrustFolder, roots: Sequence[bytes], targets: bytes) -> list[str]:
+def follow(folder: TrustFolder, roots: Sequence[bytes], targets: bytes, *, discard: bool = False) -> list[str]:
     """Brings a folder to what the control plane has by now, verified step by step; returns what was new.
+
+    Targets are compared by content and origin, not by number. A folder that is ahead of the control plane stays.
+
+    Args:
+        folder: The installation.
+        roots: Root chain of the control plane.
+        targets: Its newest targets.
+        discard: Takes the control plane's targets also where the folder has signed others meanwhile.
 
     Raises:
         InputError: `trust.not_next`, `trust.not_enough_signatures`: this control plane is not of this installation.
+        ConflictError: `trust.diverged`: both have signed different targets since they last agreed.
     """
     new = []
     for root in sorted(roots, key=version_of):
@@ -322,11 +335,33 @@ def follow(folder: TrustFolder, roots: Sequence[bytes], targets: bytes) -> list[
             md.check_next_root(root, folder.root)
             folder.write(f"{version_of(root)}.root.json", root)
             new.append(f"root {version_of(root)}")
-    if version_of(targets) > version_of(folder.targets):
-        md.check_next_targets(targets, folder.targets or None, folder.root)
+    mine = folder.targets
+    if targets and targets != mine and not (mine and sha256(targets) in md.ancestors_of(mine)):
+        md.check_next_targets(targets, None, folder.root)
+        legacy = not md.ancestors_of(targets) and version_of(targets) > version_of(mine)
+        if mine and sha256(mine) not in md.ancestors_of(targets) and not legacy and not discard:
+            raise _diverged(mine, targets)
         folder.write("targets.json", targets)
         new.append(f"targets {version_of(targets)}")
     return new
+
+
+def _diverged(mine: bytes, theirs: bytes) -> ConflictError:
+    added, dropped = released_changes(theirs, mine)
+    only = [f"releases {digest[:12]}" for digest in added] + [f"does not release {digest[:12]}" for digest in dropped]
+    return ConflictError(
+        "trust.diverged",
+        "This folder and the control plane have signed different targets since they last agreed. Pull with --discard "
+        "and repeat here what is still wanted.",
+        expected=f"targets built on {sha256(theirs)[:12]}",
+        got=f"targets {version_of(mine)} of this folder: " + ("; ".join(only) or "the same bundles"),
+    )
+
+
+def released_changes(old: bytes, new: bytes) -> tuple[list[str], list[str]]:
+    """Returns the digests that new targets release, and those that they withdraw, against the old ones."""
+    before, after = (set(md.released_in(data)) if data else set() for data in (old, new))
+    return sorted(after - before), sorted(before - after)
 
 
 # -- looking --------------------------------------------------------------------------------------------------------

@@ -90,12 +90,54 @@ def roles_of(root: Root) -> dict[str, RoleKeys]:
     }
 
 
-def new_targets(version: int, bundles: dict[str, TargetFile], assign: RoleKeys, now: datetime) -> Metadata[Targets]:
-    """What the release key says: the released bundles, and who may assign them."""
+_ANCESTORS: Final = 16
+"""So many earlier targets are named: a folder may be that many signatures ahead of the control plane."""
+_WITHDRAWN: Final = 200
+"""So many withdrawn bundles are named, the newest last; all of it travels to every agent."""
+
+
+def new_targets(
+    version: int,
+    bundles: dict[str, TargetFile],
+    assign: RoleKeys,
+    now: datetime,
+    *,
+    before: bytes = b"",
+    withdrawn: Iterable[str] = (),
+) -> Metadata[Targets]:
+    """Returns what the release key says: the released bundles, and which keys may assign them.
+
+    Args:
+        version: Of the metadata.
+        bundles: Entries by path.
+        assign: Keys of the delegated role.
+        now: Issue time.
+        before: The targets that these were built on; empty = they are the first.
+        withdrawn: Digests that were released once and are not any more, oldest first.
+    """
     expires, extra = _dates("targets", now)
+    extra["ancestors"] = [sha256(before), *ancestors_of(before)][:_ANCESTORS] if before else []
+    extra["withdrawn"] = list(withdrawn)[-_WITHDRAWN:]
     role = DelegatedRole(ASSIGN, [k.keyid for k in assign.keys], assign.threshold, True, paths=[f"{ASSIGN}/*"])
     delegations = Delegations({k.keyid: k for k in assign.keys}, {ASSIGN: role})
     return Metadata(Targets(version, None, expires, dict(bundles), delegations, unrecognized_fields=extra))
+
+
+def ancestors_of(targets: bytes) -> list[str]:
+    """Returns the sha256 of the targets that these were built on, newest first; empty for those of older programs."""
+    found = read_targets(targets).signed.unrecognized_fields.get("ancestors")
+    return [str(digest) for digest in found] if isinstance(found, list) else []
+
+
+def withdrawn_in(targets: bytes) -> list[str]:
+    """Returns the digests that were released once and are not any more, oldest first."""
+    found = read_targets(targets).signed.unrecognized_fields.get("withdrawn")
+    return [str(digest) for digest in found] if isinstance(found, list) else []
+
+
+def released_in(targets: bytes) -> list[str]:
+    """Returns the digests of the released bundles."""
+    return sorted(path.removeprefix("bundles/") for path in read_targets(targets).signed.targets)
 
 
 def assign_keys_of(targets: Targets) -> RoleKeys:
@@ -206,15 +248,27 @@ def check_next_root(new: bytes, old: bytes | None) -> Metadata[Root]:
 
 
 def check_next_targets(new: bytes, old: bytes | None, root: bytes) -> Metadata[Targets]:
-    """Targets may follow others when the root's release keys signed them and the version is higher.
+    """Targets may follow others when the release keys signed them, the version is higher and they were built on those.
+
+    A higher number alone does not do: targets from a folder that missed a withdrawal would release the bundle again.
 
     Raises:
-        InputError: `trust.not_next`, `trust.not_enough_signatures`, `trust.no_metadata`, `trust.no_delegation`.
+        InputError: `trust.not_next`, `trust.not_built_on`, `trust.not_enough_signatures`, `trust.no_metadata`,
+            `trust.no_delegation`.
     """
     found = read_targets(new)
     if old is not None:
         _check_version(found.signed.version, read_targets(old).signed.version + 1, "targets", exact=False)
     _check_signed(found, read_root(root).signed, "targets", "the release keys of the root")
+    names_ancestors = old is not None and "ancestors" in read_targets(old).signed.unrecognized_fields
+    if old is not None and names_ancestors and sha256(old) not in ancestors_of(new):
+        raise InputError(
+            "trust.not_built_on",
+            "These targets were not built on the newest ones, so they would undo what was released or withdrawn since; "
+            "run `sortline keys pull` first.",
+            expected=f"built on {sha256(old)[:12]}",
+            got=f"built on {', '.join(digest[:12] for digest in ancestors_of(new)[:2]) or 'nothing known'}",
+        )
     assign_keys_of(found.signed)
     return found
 

@@ -146,6 +146,11 @@ class OnlineSigner:
         listed = md.read_targets(targets).signed.targets
         return {path.removeprefix("bundles/"): dict(entry.custom or {}) for path, entry in listed.items()}
 
+    def withdrawn(self, session: Session) -> list[str]:
+        """Returns the digests that were released once and are not any more, oldest first."""
+        targets = self._latest(session, "targets")
+        return md.withdrawn_in(targets) if targets else []
+
     def released_now(self, session: Session) -> frozenset[str] | None:
         """Returns the digests of the released bundles; None where nothing is signed. Cheap enough for every second."""
         return released_digests(session)

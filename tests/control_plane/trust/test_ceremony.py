@@ -1,6 +1,8 @@
 """The control plane signs assignments: in one transaction, nothing unreleased, the same versions never twice."""
 
+import importlib
 import itertools
+import shutil
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,15 +13,16 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import col, select
 
-from control_plane.cli import keys
 from control_plane.database.engine import open_database, reading, writing
 from control_plane.database.migrate import migrate
 from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.trust import TrustMetadata
+from control_plane.fleet.forgetting import forget
 from control_plane.trust import ceremony
+from control_plane.trust import metadata as md
 from control_plane.trust.online_signer import OnlineSigner
 from models.errors import ConfigError, ConflictError, InputError, SortlineError, TrustError
-from models.messages import Desired
+from models.messages import Desired, decode
 from models.signed_set import ASSIGN, parse_set, version_of
 from models.topics import TRUST_TOPIC, bin_of, bin_topic
 from tests.simulators.trust_repository import NOW, PASSPHRASE, Device, Repository, Signed
@@ -146,9 +149,7 @@ def test_a_bin_that_was_emptied_stays_listed_and_agents_go_on(
     assert all(device.verify(*published(engine, assignments, name)).error is None for name, device in devices.items())
     document = published(engine, assignments, "line-1")[1]
     with writing(engine) as session:
-        agent = session.get(Agent, "line-1")
-        agent.generation, agent.desired_bundle = 2, ""
-        session.add(agent)
+        forget(session, "line-1", actor="maria", reason="scrapped", now=NOW)
         assignments.sign_changes(session, NOW)
         session.commit()
     offered, nothing = published(engine, assignments, "line-1")
@@ -278,7 +279,7 @@ def test_people_are_told_before_a_bin_is_too_large_for_a_broker_and_then_nothing
     assert published(engine, assignments, last)[1] == b""
 
 
-def test_a_changed_row_is_signed_once_and_a_cleared_one_is_forgotten(
+def test_a_changed_row_is_signed_once_and_a_cleared_one_is_a_recall(
     engine: Engine, repository: Repository, assignments: OnlineSigner
 ) -> None:
     digest = release(engine, repository, assignments)
@@ -295,7 +296,8 @@ def test_a_changed_row_is_signed_once_and_a_cleared_one_is_forgotten(
         session.flush()
         assert not assignments.is_sealed(session, agent)
         assert assignments.sign_changes(session, NOW)
-        assert assignments.document(session, "line-1") == b""
+        recall = decode(assignments.document(session, "line-1"), Desired)
+        assert (recall.generation, recall.bundle) == (4, ""), "nothing is desired any more, and that is signed"
         agent.generation, agent.desired_bundle = 5, "f" * 64
         session.add(agent)
         assert not assignments.sign_changes(session, NOW), "nobody released it"
@@ -344,6 +346,53 @@ def test_a_folder_follows_the_control_plane_and_no_stranger(repository: Reposito
         ceremony.follow(copy, stranger.folder.roots(), stranger.folder.targets)
 
 
+def test_a_stale_folder_can_neither_bring_a_withdrawn_bundle_back_nor_lose_a_release(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Renewed twice while the control plane went on, a folder has a higher number and old content."""
+    folder, key = repository.folder, repository.release_key
+    kept, bad = repository.release(b"kept"), repository.release(b"bad")
+    shutil.copytree(folder.path, tmp_path / "stale")
+    stale = ceremony.TrustFolder(tmp_path / "stale")
+    plane = ceremony.withdraw(folder.targets, folder.root, bad, key, NOW)
+    assert (md.released_in(plane), md.withdrawn_in(plane)) == ([kept], [bad])
+    for _ in range(2):
+        stale.write("targets.json", ceremony.renew_targets(stale.targets, stale.root, [key], NOW))
+    assert md.read_targets(stale.targets).signed.version > md.read_targets(plane).signed.version
+    with pytest.raises(InputError) as caught:
+        md.check_next_targets(stale.targets, plane, folder.root)
+    assert caught.value.code == "trust.not_built_on"
+    with pytest.raises(ConflictError) as diverged:
+        ceremony.follow(stale, stale.roots(), plane)
+    assert (diverged.value.code, bad[:12] in str(diverged.value)) == ("trust.diverged", True)
+    version = md.read_targets(plane).signed.version
+    assert ceremony.follow(stale, stale.roots(), plane, discard=True) == [f"targets {version}"]
+    renewed = ceremony.renew_targets(stale.targets, stale.root, [key], NOW)
+    assert md.check_next_targets(renewed, plane, folder.root).signed.version == version + 1
+    assert (md.released_in(renewed), md.withdrawn_in(renewed)) == ([kept], [bad]), "it stays withdrawn"
+    assert ceremony.released_changes(plane, renewed) == ([], [])
+
+
+def test_a_folder_that_is_ahead_of_the_control_plane_stays(repository: Repository) -> None:
+    folder = repository.folder
+    before = folder.targets
+    repository.release(b"1")
+    repository.release(b"2")
+    ahead = folder.targets
+    assert ceremony.follow(folder, folder.roots(), before) == []
+    assert folder.targets == ahead
+    assert md.check_next_targets(ahead, before, folder.root) is not None, "two signatures at once are one push"
+
+
+def test_a_bundle_that_is_released_again_by_name_is_no_longer_withdrawn(repository: Repository) -> None:
+    folder, key = repository.folder, repository.release_key
+    digest = repository.release(b"model")
+    gone = ceremony.withdraw(folder.targets, folder.root, digest, key, NOW)
+    repository.parts["targets"] = gone
+    assert repository.release(b"model") == digest
+    assert (md.released_in(folder.targets), md.withdrawn_in(folder.targets)) == ([digest], [])
+
+
 def test_ceremonies_refuse_what_makes_no_sense(repository: Repository) -> None:
     folder, keys = repository.folder, repository.keys(1, 2)
 
@@ -366,6 +415,7 @@ def test_ceremonies_refuse_what_makes_no_sense(repository: Repository) -> None:
 
 def test_the_command_for_people_fails_when_something_is_nearly_full(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     found = {"development": False, "roles": [], "fill": {"set": 0.79, "bin": 0.8}}
+    keys = importlib.import_module("control_plane.cli.keys")
     monkeypatch.setattr(keys, "_remote_status", lambda _server: found)
     with pytest.raises(typer.Exit) as caught:
         keys.status()
