@@ -35,6 +35,7 @@ bench: $(VENV)/.dev ## Benchmarks, quick form (DATA=folder adds the cross-valida
 	@$(BIN)/python -m benchmarks.broker --quick
 	@$(BIN)/python -m benchmarks.delivery --quick
 	@$(BIN)/python -m benchmarks.trust --quick
+	@$(BIN)/python -m benchmarks.fleet --quick
 	@$(BIN)/python -m benchmarks.line --quick
 
 chaos: $(VENV)/.dev ## Kill, cut, flood and fill at random, then balance the books, some minutes (CHAOS="--long" for hours)

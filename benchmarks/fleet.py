@@ -4,7 +4,7 @@ Processor time of the work itself, because wall time says more about the neighbo
 agents send, one look at the fleet, what a page that watches it gets, the page of one agent with a long history. Then a
 stall of the database: another connection holds the write lock while the agents go on, and the time from its end until
 nothing waits any more is taken. Windows have the shape of those of a real line (two lanes, nine items a second each,
-fifteen monitored features); agents are messages, not processes. The broker's client is measured over mosquitto.
+twenty-one monitored features); agents are messages, not processes. The broker's client is measured over mosquitto.
 """
 
 import argparse
@@ -54,7 +54,7 @@ from tests.simulators.processes import MOSQUITTO, mosquitto_broker
 
 PERIOD_S = 10
 """Between two windows, and between two reports, of one agent."""
-FEATURES = 15
+FEATURES = 21
 INGEST_MS, LOOK_MS, PAGE_KB_S, DISK_MB, RECOVERED_S = 0.15, 100.0, 60.0, 12.0, 20.0
 """Bounds: milliseconds of processor time per agent and second; per look at 1,000 agents; of the stream; per agent and
 day; from the end of a stall."""

@@ -14,11 +14,14 @@ from rich.console import Console
 
 from benchmarks import routing
 from benchmarks.figures import Figures
+from benchmarks.fleet import Line
 from benchmarks.flood import Served, p99
 from benchmarks.plots import Chart, render
 from benchmarks.tracking import Identities
 from edge_agent.simulation.line import SimulationConfig
 from edge_agent.vision.judge import Judge
+from models.messages import decode_batch, decode_packed
+from models.windows import Window
 from tests.simulators.processes import free_port, wait_until
 from tests.simulators.tiny_bundle import tiny_bundle
 
@@ -113,3 +116,13 @@ def test_a_second_pass_carries_the_same_items_rolled_otherwise(judge: Judge) -> 
     assert len(before) > 20
     assert [name for name, _ in before] == [name for name, _ in after][: len(before)]
     assert all(a[1] != b[1] for a, b in zip(before, after, strict=False))
+
+
+def test_the_windows_of_the_fleet_benchmark_have_the_shape_of_a_real_lines() -> None:
+    line = Line(3, seed=1)
+    window = decode_packed(line.window(), Window)
+    window.check()
+    assert window.feature_counts().shape == (21, 16)
+    assert 1800 < len(line.window()) < 2600, "bytes; those of a real line with two lanes were 2,138 to 2,183"
+    first, second = (decode_batch(line.batch(2)) for _ in range(2))
+    assert [record.seq for record in (*first.records, *second.records)] == [0, 1, 2, 3]

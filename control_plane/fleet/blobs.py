@@ -37,18 +37,18 @@ _IN_FLIGHT: Final = 16
 _CONFIRM_AT_ONCE: Final = 64
 _COLLECT_S: Final = 60.0
 _REPAIR_AGAIN_S: Final = 5.0
-"""A blob is not published again within this time, whoever asks."""
+"""A blob is not published again within this time, however many agents ask."""
 _ASKED_AGAIN_S: Final = 600.0
-"""Who asks for the same blob twice within this time gets it directly."""
+"""An agent that asks for the same blob twice within this time gets it directly."""
 _REQUESTS_PER_S, _REQUESTS_BURST = 20.0, 64.0
 """Rate and burst of requests that one agent may make; each request may name eight blobs."""
 
 
 class Connection(Protocol):
-    """The part of an MQTT client that is needed."""
+    """The part of an MQTT client that the publisher needs."""
 
     def is_connected(self) -> bool:
-        """Whether there is a connection."""
+        """Returns whether there is a connection."""
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> Any:
         """Sends; returns an object with `is_published()`."""
@@ -92,7 +92,7 @@ class Publisher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends it within a few seconds."""
+        """Ends the thread within a few seconds."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(3.0)
@@ -112,7 +112,7 @@ class Publisher:
             self._put(digest)
 
     def requested(self, agent_id: str, request: Request) -> None:
-        """An agent misses blobs; more than a fair number of questions is not heard."""
+        """Takes an agent's request for blobs; requests beyond its rate are counted and left out."""
         bucket = self._agents.setdefault(agent_id, TokenBucket(_REQUESTS_PER_S, _REQUESTS_BURST, self._clock))
         if not bucket.take(1.0):
             self.counters["blob_requests_refused"] += 1
@@ -123,19 +123,19 @@ class Publisher:
         try:
             self._wanted.put_nowait(item)
         except queue.Full:
-            # Whoever waits for it asks again.
+            # The agent that waits for it asks again.
             self.counters["blob_requests_dropped"] += 1
             if isinstance(item, str):
                 self._waiting.discard(item)
 
     def store_lost(self) -> None:
-        """The broker has lost what it held: the ledger is void."""
+        """Clears the ledger after the broker has lost what it held."""
         with writing(self._engine) as session:
             session.exec(delete(RetainedBlob))
             session.commit()
 
     def check_room(self, digest: str) -> None:
-        """Whether the bundle fits into the budget of retained bytes, what nobody needs any more not counted.
+        """Checks that the bundle fits into the budget of retained bytes; blobs that no agent needs are not counted.
 
         Raises:
             CapacityError: `delivery.retained_full`.
@@ -237,7 +237,7 @@ class Publisher:
             self._confirm(done)
 
     def _await(self, info: Any) -> None:
-        """Until the broker has acknowledged; what was handed over without a connection is given up."""
+        """Waits until the broker has acknowledged; what was handed over without a connection is given up."""
         try:
             while not info.is_published():
                 self._pause(0.002)
@@ -301,7 +301,7 @@ class Publisher:
             self.counters["blobs_sent_directly"] += 1
             self.counters["blob_bytes_sent_directly"] += len(data)
 
-    # -- what nobody needs ------------------------------------------------------------------------------------
+    # -- what is not needed ------------------------------------------------------------------------------------
 
     def collect(self) -> int:
         """Removes from the broker what no agent runs, ran before or shall run; returns the blobs removed."""
@@ -329,7 +329,7 @@ class Publisher:
 
 
 def _named_bundles(session: Any) -> list[str]:
-    """Bundles some agent runs, ran before, shall run or will go back to."""
+    """Returns the bundles that some agent runs, ran before, shall run or will go back to."""
     found: set[str] = set()
     for agent in session.exec(select(Agent)):
         found.add(agent.desired_bundle)
@@ -344,7 +344,7 @@ def _named_bundles(session: Any) -> list[str]:
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:
-    """Digest and size of every blob of a bundle."""
+    """Returns the size of every blob of a bundle by digest."""
     data = manifest.encoded()
     own = {chunk.sha256: chunk.size_bytes for entry in manifest.files for chunk in entry.chunks}
     return {sha256(data): len(data)} | own

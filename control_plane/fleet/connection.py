@@ -39,7 +39,7 @@ class BrokerConnection:
         certificates: Folder with `ca.pem`, `control.pem`, `bulk.pem`; None = password, no TLS.
 
     Attributes:
-        connected_again: Set at every connect of the control connection; whoever acts on it clears it.
+        connected_again: Set at every connect of the control connection; the outbox clears it when it has acted on it.
         sentinel_seen: Set when the broker delivered the sentinel after that connect: it has kept its store.
 
     Raises:

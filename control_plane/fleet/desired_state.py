@@ -31,7 +31,7 @@ class DesiredChange:
     """Deadline of the changeover in seconds; None = the line's own."""
 
 
-def assign(session: Session, agent_id: str, wish: DesiredChange) -> int:
+def assign(session: Session, agent_id: str, change: DesiredChange) -> int:
     """Makes this the agent's newest desired state.
 
     Returns:
@@ -43,9 +43,9 @@ def assign(session: Session, agent_id: str, wish: DesiredChange) -> int:
     # The row is locked: two replicas, or an operator and a rollout, never give out one generation twice.
     agent = get_agent(session, agent_id, lock=True)
     agent.generation = max(agent.generation, report_of(agent).generation) + 1
-    agent.desired_bundle, agent.mode, agent.rollout_id = wish.bundle, str(wish.mode), wish.rollout_id
-    agent.trial_items, agent.trial_s = wish.trial_items, wish.trial_s
-    agent.swap, agent.swap_within_s = str(wish.swap), wish.swap_within_s
-    agent.safe_state = "" if wish.bundle else str(wish.safe_state)
+    agent.desired_bundle, agent.mode, agent.rollout_id = change.bundle, str(change.mode), change.rollout_id
+    agent.trial_items, agent.trial_s = change.trial_items, change.trial_s
+    agent.swap, agent.swap_within_s = str(change.swap), change.swap_within_s
+    agent.safe_state = "" if change.bundle else str(change.safe_state)
     session.add(agent)
     return agent.generation

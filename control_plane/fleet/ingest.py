@@ -1,4 +1,4 @@
-"""What arrives from agents is stored, and then acknowledged: many messages in one transaction.
+"""Stores what arrives from agents, many messages in one transaction, and then acknowledges it.
 
 Rules: an acknowledgement follows the commit, never precedes it; a repeated record changes nothing; a message that
 cannot be stored is counted and kept as refused where it has a key, and never holds up the others; a retained message

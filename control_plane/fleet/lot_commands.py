@@ -1,7 +1,7 @@
-"""Names a lot to an agent, and keeps what it answered.
+"""Names a lot to an agent, and keeps its response.
 
 A command is for now: it is not retained, lives a minute, and is refused here when the agent is not connected. What was
-asked last and what came of it stands with the agent, so that every replica tells the same; who asked and why stands in
+asked last and what came of it stands with the agent, so that every replica shows the same; who asked and why stands in
 the audit trail. What runs is only what the agent reports.
 """
 
@@ -26,21 +26,21 @@ LIFE: Final = timedelta(seconds=60)
 def ask(
     session: Session, agent_id: str, lot: str, variety: str, *, actor: str, reason: str, request_id: str, now: datetime
 ) -> Command:
-    """Writes down what is asked and makes the command; commit, then publish it.
+    """Stores the request and returns its command; commit, then publish it.
 
     Args:
         session: Writing; the caller commits.
-        agent_id: Whom.
+        agent_id: The agent.
         lot: Name of the lot that shall run; empty = not known.
         variety: What it is; empty = not known.
-        actor: Who asks.
-        reason: Why.
+        actor: The person who asks.
+        reason: The reason that person gives.
         request_id: 32 hexadecimal digits, never used before.
         now: Aware.
 
     Raises:
         InputError: `agent.unknown`.
-        ConflictError: `agent.not_connected`: nobody would hear it now, and later it might be wrong.
+        ConflictError: `agent.not_connected`: the agent would not receive it now, and later it might be wrong.
     """
     agent = get_agent(session, agent_id, lock=True)
     connection = connection_of(age_s(agent.seen_at, now), online=agent.online)
@@ -70,18 +70,18 @@ def ask(
 
 
 def record_response(agent: Agent, response: Response, now: datetime) -> bool:
-    """Keeps an answer with what was asked; False when it belongs to something older or to nothing."""
+    """Keeps a response with its request; returns False when it belongs to an older request or to none."""
     asked = agent.lot_asked
     if asked.get("request_id") != response.request_id or asked.get("answered_at") is not None:
         return False
     fault = response.fault
-    told = None if fault is None else {"code": fault.code, "message": fault.message}
-    agent.lot_asked = {**asked, "answered_at": now.isoformat(), "fault": told}
+    refusal = None if fault is None else {"code": fault.code, "message": fault.message}
+    agent.lot_asked = {**asked, "answered_at": now.isoformat(), "fault": refusal}
     return True
 
 
 def lot_status(asked: dict[str, Any], now: datetime) -> dict[str, Any]:
-    """What was asked last, as people and programs see it: `state` is waiting, accepted, refused or unanswered."""
+    """Returns what was asked last, with its age and `state`: waiting, accepted, refused or unanswered."""
     if not asked:
         return {}
     at = datetime.fromtimestamp(asked["issued_at_ms"] / 1000.0, UTC)
@@ -93,7 +93,7 @@ def lot_status(asked: dict[str, Any], now: datetime) -> dict[str, Any]:
 
 
 def terms_of(store: Store, agent: Agent, lot: str, variety: str) -> str:
-    """Whose terms of the recipe that the agent reports to run would hold; empty = nobody here knows."""
+    """Returns whose terms of the running recipe would hold; empty where the bundle is not known here."""
     active = report_of(agent).active
     try:
         return parse_recipe(store.part(active, RECIPE)).terms_source(variety, lot) if active else ""

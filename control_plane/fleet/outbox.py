@@ -1,8 +1,8 @@
-"""What the control plane gives out: acknowledgements, signed metadata, desired states, commands.
+"""Publishes what the control plane gives out: acknowledgements, signed metadata, desired states, commands.
 
-The database is written first by whoever decides; what is published is what was committed, and publishing it again is
-always safe. A broker that lost its store, and an agent that reports an older generation than it shall have, get
-everything again.
+The database is written first, by the part that decides; what is published is what was committed, and
+publishing it again is always safe. A broker that lost its store, and an agent that reports an older generation than
+it shall have, get everything again.
 """
 
 import logging

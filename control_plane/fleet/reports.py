@@ -1,7 +1,7 @@
 """An agent's row as typed facts: its last report, and what its signs of life say of the connection.
 
-This is the only place that turns the stored JSON of a report back into `models.messages.Reported`; whoever needs a
-field of a report asks here, so that a misspelt field is an error of the type checker and not a silent default.
+This is the only place that turns the stored JSON of a report back into `models.messages.Reported`; every
+field of a report is read here, so that a misspelt field is an error of the type checker and not a silent default.
 """
 
 import logging

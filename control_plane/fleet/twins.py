@@ -42,7 +42,7 @@ class TwinWatch:
             box: What is known of the box, such as its address; empty = nothing.
 
         Returns:
-            What shall be stored (see `described`) when two boxes were found and it was not stored lately, else None.
+            What shall be stored in `Agent.twins` when two boxes were found and it was not stored lately, else None.
         """
         seen = self._agents.setdefault(agent_id, _Seen())
         before, seen.current = seen.current, boot_id

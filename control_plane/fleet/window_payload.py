@@ -1,4 +1,4 @@
-"""How the payload of a window lies in the database: MessagePack as it came, compressed with a fixed dictionary.
+"""Packs the payload of a window for the database: MessagePack as it came, compressed with a fixed dictionary.
 
 A window of 2.1 KB takes about a third of that. A row written before compression is read as it is: MessagePack of a
 window begins with a map, a compressed one with zlib's header. Law: `unpack_window(pack_window(data)) == data`.

@@ -1,4 +1,4 @@
-"""How every agent is, from the database and the last live figures, cheap enough to be asked once a second.
+"""Keeps the status of every agent, from the database and the last live figures, fresh once a second at little cost.
 
 A look reads the light columns of every agent, the report of those that sent one, and the windows that were stored
 since the last look; sums of windows are kept, not added up again. What is remembered is a cache: another replica, or
@@ -192,7 +192,8 @@ class FleetBoard:
                 if stored.bundle == known.bundle and stored.window is not None:
                     known.sums.add(stored.received_at, stored.window)
         expired = known.sums.expire(horizon)
-        if known.keys and min(known.keys.values()) <= horizon:
+        # The oldest stands first, but for rows that were read again: those go with the next.
+        if known.keys and next(iter(known.keys.values())) <= horizon:
             known.keys = {key: at for key, at in known.keys.items() if at > horizon}
             expired = True
         return other or expired

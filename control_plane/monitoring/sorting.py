@@ -1,4 +1,4 @@
-"""What a recipe means for figures: which class is good, and which outlets let an item through.
+"""Reads off a recipe what figures need: which class is good, and which outlets let an item through.
 
 Names are the customer's own: `sound` or `export quality`, `pass` or `belt 2`. Only the recipe of the bundle that judged
 says what they mean; where it is not known, there is no figure.

@@ -1,4 +1,6 @@
-"""How one agent is, in parts, and the one derived state. Pure functions: what they need comes in, also the time.
+"""Derives the status of one agent, in parts, and its one worst state.
+
+Pure functions: what they need comes in, also the time.
 
 Four independent axes (connection, health, model in sync, drift) and one derived worst state in the words of NAMUR
 NE 107. Nothing is called good without a fresh sign of life, and every figure says how old it is: an age grows, it
@@ -214,13 +216,13 @@ def agent_status(facts: Facts) -> AgentStatus:
 
 def _runs(facts: Facts) -> Runs:
     reported = facts.reported
-    heard = reported.generation >= facts.generation
+    received = reported.generation >= facts.generation
     if facts.mode == Mode.SHADOW:
         # The champion stays: in sync is an agent whose challenger is the desired one and has not failed.
         failed = reported.shadow_phase is ShadowPhase.FAILED
-        in_sync = heard and reported.shadow == facts.desired_bundle and not failed
+        in_sync = received and reported.shadow == facts.desired_bundle and not failed
     else:
-        in_sync = heard and reported.active == facts.desired_bundle
+        in_sync = received and reported.active == facts.desired_bundle
     return Runs(
         phase=str(reported.phase) if reported is not NO_REPORT else "",
         progress=reported.progress,
@@ -229,7 +231,7 @@ def _runs(facts: Facts) -> Runs:
         desired=facts.desired_bundle,
         mode=facts.mode,
         generation=facts.generation,
-        in_sync=in_sync if facts.desired_bundle else heard,
+        in_sync=in_sync if facts.desired_bundle else received,
         released=facts.released is None or not reported.active or reported.active in facts.released,
         shadow=reported.shadow if reported.shadow_phase is not ShadowPhase.IDLE else "",
         shadow_phase=str(reported.shadow_phase),
@@ -293,6 +295,6 @@ def _lot(reported: Reported, reported_at: datetime | None, now: datetime) -> dic
     if reported is NO_REPORT:
         return {}
     lot: dict[str, Any] = msgspec.to_builtins(reported.lot)
-    told_s, since_ms = age_s(reported_at, now), reported.lot.since_ms
+    reported_s, since_ms = age_s(reported_at, now), reported.lot.since_ms
     ran_s = max(0.0, (reported.at_ms - since_ms) / 1000.0)
-    return lot | {"age_s": ran_s + told_s if since_ms and told_s is not None else None}
+    return lot | {"age_s": ran_s + reported_s if since_ms and reported_s is not None else None}

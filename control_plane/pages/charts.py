@@ -13,7 +13,7 @@ Mark = tuple[datetime, str]
 
 
 def meter(value: float | None, full: float) -> Markup:
-    """A bar of `value` against `full`; marked when it is over."""
+    """Returns a bar of `value` against `full`; marked when it is over."""
     share = 0.0 if value is None else min(max(value / full, 0.0), 1.0)
     over = " over" if value is not None and value > full else ""
     return Markup(
@@ -23,7 +23,7 @@ def meter(value: float | None, full: float) -> Markup:
 
 
 def mix(classes: dict[str, int], order: Sequence[str]) -> Markup:
-    """A bar of 0-100 % divided by class."""
+    """Returns a bar of 0-100 % divided by class."""
     total = sum(classes.values())
     if not total:
         return Markup('<span class="mix" title="no verdicts yet"></span>')
@@ -39,7 +39,7 @@ def mix(classes: dict[str, int], order: Sequence[str]) -> Markup:
 
 
 class Scale(NamedTuple):
-    """Where a time and a value are in the picture."""
+    """Maps a time and a value to places in the picture."""
 
     first: datetime
     last: datetime
@@ -58,7 +58,7 @@ class Scale(NamedTuple):
 def lines(
     series: Sequence[tuple[str, Sequence[tuple[datetime, float]]]], *, budget: float, marks: Sequence[Mark]
 ) -> Markup:
-    """Lines over time with a budget line and vertical marks.
+    """Returns lines over time with a budget line and vertical marks.
 
     Args:
         series: (class name, points); NaN breaks a line.
@@ -79,7 +79,7 @@ def lines(
 
 
 def shares(points: Sequence[tuple[datetime, dict[str, int]]], order: Sequence[str], *, marks: Sequence[Mark]) -> Markup:
-    """Shares of classes over time, stacked from 0 to 100 %, one step per window.
+    """Returns the shares of classes over time, stacked from 0 to 100 %, one step per window.
 
     Args:
         points: (end of the window, count by class) in order of time; windows without items leave a gap.
@@ -117,7 +117,7 @@ def _chart(label: str, parts: Sequence[Markup]) -> Markup:
 
 
 def _marks(scale: Scale, marks: Sequence[Mark]) -> Markup:
-    """Vertical lines with their words."""
+    """Returns vertical lines with their words."""
     return Markup("").join(
         Markup('<line class="mark" x1="{0:.1f}" x2="{0:.1f}" y1="6" y2="{1}"/>').format(scale.x(at), _HEIGHT - _BOTTOM)
         + Markup('<text x="{:.1f}" y="14">{}</text>').format(scale.x(at) + 3, word)

@@ -28,7 +28,7 @@ Place = Callable[[float], float]
 
 
 def cost_chart(shown: dict[str, Any], *, alone: bool = False) -> Markup:
-    """The picture of what `control_plane.registry.recipes.described` tells; a sentence where costs are not known.
+    """Draws what `control_plane.registry.recipes.described` returns; a sentence where costs are not known.
 
     Args:
         shown: A described recipe.
@@ -131,7 +131,7 @@ def _minimum(best: Row, x: Place, y: Place) -> Markup:
 
 
 def _places(shown: dict[str, Any], costs: dict[str, Any], x: Place) -> Markup:
-    """Where the recipe's thresholds and its band lie; the legend of the marks."""
+    """Draws where the recipe's thresholds and its band lie, and the legend of the marks."""
     parts, foot, drawn = [], _TOP + _MIDDLE + _GAP + _LOW, set[float]()
     for name, cut in shown["thresholds"].items():
         if cut["unsure"]:

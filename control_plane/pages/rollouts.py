@@ -55,7 +55,7 @@ _ACTIONS: Final = {
 
 
 def wave_bar(counts: dict[str, int], size: int) -> Markup:
-    """A bar of one wave, divided by outcome."""
+    """Returns a bar of one wave, divided by outcome."""
     parts, at = [], 0.0
     for outcome, (look, _, _) in _LOOK.items():
         width = 600.0 * counts.get(str(outcome), 0) / max(size, 1)
@@ -68,7 +68,7 @@ def wave_bar(counts: dict[str, int], size: int) -> Markup:
 
 
 def limit_bar(value: float, limit: float, full: float) -> Markup:
-    """A bar of `value` on a scale to `full`, with a mark where `limit` is."""
+    """Returns a bar of `value` on a scale to `full`, with a mark where `limit` is."""
     width, mark = 200.0 * min(value / full, 1.0), 200.0 * min(limit / full, 1.0)
     return Markup(
         '<svg class="limitbar{}" viewBox="0 0 200 12" preserveAspectRatio="none" aria-hidden="true">'
@@ -86,7 +86,7 @@ environment.globals.update(wave_bar=wave_bar, limit_bar=limit_bar, at_ms=_millis
 
 
 def _card(facts: dict[str, Any]) -> dict[str, Any]:
-    """What a card shows beside the facts of the API."""
+    """Returns what a card shows beside the facts of the API."""
     state = RolloutState(facts["state"])
     by_wave: dict[int, list[dict[str, Any]]] = {}
     for agent in facts["agents"]:
@@ -108,11 +108,6 @@ def _card(facts: dict[str, Any]) -> dict[str, Any]:
         "rows": sorted(facts["agents"], key=lambda a: a["outcome"] not in _WRONG)[:_ROWS],
         "by_outcome": {str(o): look for o, look in _LOOK.items()},
     }
-
-
-def _marked(agents: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
-    """The agents of a wave that get a mark of their own."""
-    return agents if size <= _CHIPS else [agent for agent in agents if agent["outcome"] in _WRONG]
 
 
 class RolloutCards:
@@ -161,7 +156,7 @@ def _cards_of(request: Request) -> RolloutCards:
 
 @router.get("/rollouts", response_class=HTMLResponse)
 def rollouts(request: Request) -> HTMLResponse:
-    """Rollouts, newest first, and the form that makes one."""
+    """Shows rollouts, newest first, and the form that makes one."""
     services = services_of(request)
     with reading(services.engine) as session:
         names = {model.id: model.name for model in session.exec(select(Model))}
@@ -172,7 +167,7 @@ def rollouts(request: Request) -> HTMLResponse:
 
 @router.get("/rollouts/events")
 def events(request: Request) -> StreamingResponse:
-    """Changed cards, once a second."""
+    """Streams changed cards, once a second."""
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     return StreamingResponse(_stream(request), media_type="text/event-stream", headers=headers)
 

@@ -27,8 +27,9 @@ self.addEventListener("connect", ({ ports: [port] }) => {
     }
     const known = stream.ports.has(port);
     stream.ports.set(port, Date.now());
-    // A tab that missed something: the stream begins again where that tab stopped, which the others may hear twice.
-    if (!stream.source || (!known && since !== stream.version)) open(path, stream, since);
+    // A tab that may have missed something: the stream begins again where that tab stopped; the others get that twice.
+    // A stream without versions begins again from the start.
+    if (!stream.source || (!known && (since === "" || since !== stream.version))) open(path, stream, since);
   });
   port.start();
 });
