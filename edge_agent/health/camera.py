@@ -7,7 +7,8 @@ It uses a sparse sample of each frame (some ten microseconds) and the time betwe
 * `camera.frozen`: the same bytes again (a sensor's noise never repeats), or, while the belt moves, a picture that
   changes far less than this camera's pictures do (a repeated picture that was compressed again);
 * `camera.black`, `camera.overexposed`: next to nothing lies above, or too much lies at the ends of the scale;
-* `camera.corrupt`: rows that are flat to the last bit (a decoder's filling) or noise from end to end;
+* `camera.corrupt`: rows that are flat to the last bit (a decoder's filling), noise from end to end, or a torn picture,
+  where part of the rows is still the frame before;
 * `camera.slow`: frames come, but much fewer than the camera should give. These frames are judged.
 
 A single bad frame is refused and counted, and is not yet a fault. What a fault does to the belt is no part of this
@@ -37,8 +38,12 @@ _CORRUPT_SHARE: Final = 0.3
 _DARK: Final = 16
 _BRIGHT: Final = 250
 _ROWS, _COLUMNS = 32, 80
-"""Smallest share of the sample."""
+"""Fewest rows and columns of the sample."""
 _STILL_MM: Final = 2.0
+_TORN_ROWS: Final = 0.15
+"""Larger share of rows that repeat the frame before to the last bit: part of the picture is old."""
+_USUALLY_STILL: Final = 0.02
+"""Where more rows than this share usually repeat (a compressed stream), repeated rows show no torn picture."""
 
 BLIND: Final = frozenset(
     f"camera.{name}"
@@ -59,7 +64,7 @@ _SAYS: Final = {
 
 @dataclass(slots=True)
 class FrameStatistics:
-    """What this camera's good frames look like, learnt slowly."""
+    """Statistics of this camera's good frames, learnt slowly."""
 
     level: float = 0.0
     """Mean grey level."""
@@ -67,14 +72,17 @@ class FrameStatistics:
     """Share of sampled values that change from frame to frame while the belt moves."""
     edges: float = 0.0
     """Mean step between neighbouring samples of a row."""
+    still: float = 0.0
+    """Share of rows that repeat the frame before to the last bit."""
     frames: int = 0
 
-    def learn(self, level: float, changed: float | None, edges: float) -> None:
-        """Takes a good frame; the first thirty weigh most."""
+    def learn(self, level: float, changed: float | None, edges: float, still: float) -> None:
+        """Learns from a good frame; the first thirty weigh most."""
         self.frames += 1
         rate = max(1.0 / self.frames, 0.005)
         self.level += rate * (level - self.level)
         self.edges += rate * (edges - self.edges)
+        self.still += rate * (still - self.still)
         if changed is not None:
             self.changed += rate * (changed - self.changed) if self.changed else changed
 
@@ -124,21 +132,21 @@ class CameraHealth:
     # -- what the source reports ---------------------------------------------------------------------------------
 
     def failed(self, error: CameraError, now_s: float) -> None:
-        """The source raised."""
-        self._start_anew()
+        """Notes that the source raised an error."""
+        self._start_again()
         self._last_s = now_s
         self._name(error.code, str(error))
 
     def silent(self, now_s: float) -> None:
-        """No frame came in time."""
+        """Notes that no frame came in time."""
         if self._last_s is None:
             self._last_s = now_s
         elif self._live and now_s - self._last_s > self._stall_s:
-            self._start_anew()
+            self._start_again()
             self._name("camera.stalled", _SAYS["stalled"])
 
     def take(self, frame: Frame, now_s: float) -> bool:
-        """Looks at a frame; returns whether it may be judged."""
+        """Examines a frame; returns whether it may be judged."""
         self._last_s = now_s
         kind = self._kind(frame)
         if self._live:
@@ -157,7 +165,7 @@ class CameraHealth:
             self._recovered()
         return True
 
-    def _start_anew(self) -> None:
+    def _start_again(self) -> None:
         self._last, self._bad, self._good_s, self._rate_from_s = None, None, None, None
 
     def _name(self, code: str, message: str) -> None:
@@ -185,11 +193,20 @@ class CameraHealth:
         level = cv2.mean(sample.reshape(-1))[0]
         rows = sample.reshape(len(sample), -1)
         steps = cv2.reduce(cv2.absdiff(rows[:, 3:], rows[:, :-3]), 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F).ravel()
-        changed = None if last is None else cv2.countNonZero(cv2.absdiff(rows, last)) / rows.size
+        changed, still = None, 0.0
+        if last is not None:
+            difference = cv2.absdiff(rows, last)
+            changed = cv2.countNonZero(difference) / rows.size
+            still = 1.0 - cv2.countNonZero(cv2.reduce(difference, 1, cv2.REDUCE_MAX)) / len(rows)
         self._last = rows
-        kind = self._light(rows, level) or self._damage(steps) or self._repeats(changed, moved_mm)
+        kind = (
+            self._light(rows, level)
+            or self._damage(steps)
+            or self._torn(still, moved_mm)
+            or self._repeats(changed, moved_mm)
+        )
         if not kind:
-            self.looks.learn(level, changed if moved_mm > _STILL_MM else None, float(np.median(steps)))
+            self.looks.learn(level, changed if moved_mm > _STILL_MM else None, float(np.median(steps)), still)
         return kind
 
     def _light(self, rows: NDArray[np.uint8], level: float) -> str:
@@ -205,6 +222,11 @@ class CameraHealth:
         torn = (steps > max(60.0, 3.0 * self.looks.edges)).mean()
         return "corrupt" if max(flat, torn) > 0.1 else ""
 
+    def _torn(self, still: float, moved_mm: float) -> str:
+        """Part of the rows repeats the frame before although the belt moves and this camera's rows never do."""
+        unusual = self.looks.frames > self._rate and self.looks.still < _USUALLY_STILL
+        return "corrupt" if unusual and moved_mm > _STILL_MM and _TORN_ROWS < still < 1.0 else ""
+
     def _repeats(self, changed: float | None, moved_mm: float) -> str:
         if changed is None:
             return ""
@@ -212,7 +234,7 @@ class CameraHealth:
         return "frozen" if changed == 0.0 or (moved_mm > _STILL_MM and changed < 0.1 * known) else ""
 
     def _lasts(self, kind: str, now_s: float) -> bool:
-        """Whether bad frames of this kind are a fault by now."""
+        """Returns whether bad frames of this kind have lasted long enough to be a fault."""
         if kind == "wrong_size":
             return True
         if kind == "corrupt":

@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,64 @@ def test_a_repeated_picture_that_was_compressed_anew_is_frozen_only_while_the_be
     moving = [shown(number, 5000.0 + 33.0 * (number - 160)) for number in range(161, 200)]
     assert not any(moving)
     assert [code for _, code in bench.events] == ["camera.frozen"]
+
+
+def torn(frame: Frame, before: Frame, old_rows: slice) -> Frame:
+    image = frame.image.copy()
+    image[old_rows] = before.image[old_rows]
+    return replace(frame, image=image)
+
+
+@pytest.mark.parametrize("old_rows", [slice(85, None), slice(0, 85), slice(50, 100)])
+def test_a_picture_torn_between_two_frames_is_refused_and_named(old_rows: slice) -> None:
+    bench = Bench()
+    bench.run(2.0)
+    before = bench.line.read(1.0)
+    assert before is not None
+    assert bench.watch.take(before, bench.now)
+    accepted = []
+    for _ in range(30):
+        frame = bench.line.read(1.0)
+        assert frame is not None
+        # The buffer holds a part of the frame before; what was torn once is not carried on.
+        accepted.append(bench.watch.take(torn(frame, before, old_rows), bench.now))
+        before = frame
+        if bench.watch.fault:
+            break
+        good = bench.line.read(1.0)
+        assert good is not None
+        assert bench.watch.take(good, bench.now)
+        before = good
+    assert not any(accepted)
+    assert bench.watch.fault == "camera.corrupt"
+    bench.run(2.0)
+    assert not bench.watch.fault
+
+
+def test_rows_that_a_compressed_stream_always_repeats_are_no_torn_picture() -> None:
+    bench = Bench()
+    first = bench.line.read(1.0)
+    assert first is not None
+    for _ in range(90):
+        frame = bench.line.read(1.0)
+        assert frame is not None
+        # A third of the picture shows the machine's frame, which the encoder repeats to the last bit.
+        assert bench.watch.take(torn(frame, first, slice(110, None)), bench.now)
+    assert not bench.watch.fault
+
+
+def test_a_belt_that_stops_before_a_compressed_stream_tears_no_picture() -> None:
+    bench = Bench()
+    bench.run(2.0)
+    bench.line.set_trouble(Faults(stopped=True))
+    bench.run(1.0)
+    still = bench.line.read(1.0)
+    for _ in range(20):
+        frame = bench.line.read(1.0)
+        assert frame is not None
+        assert still is not None
+        assert bench.watch.take(torn(frame, still, slice(60, None)), bench.now)
+    assert not bench.watch.fault
 
 
 def test_bad_frames_are_refused_and_not_counted_as_dropped(judge: Judge) -> None:
