@@ -60,10 +60,10 @@ def test_a_command_survives_a_pause_and_ends_with_exit_status_0(
     tiny_bundle(tmp_path / "bundle")
     arguments = {
         "run": ["--bundle", str(tmp_path / "bundle"), "--seconds", "8"],
-        "collect": ["--items", "8", "--output", str(tmp_path / "views")],
-        "calibrate": ["--item-mm", "75", "--frames", "150", "--output", str(tmp_path / "geometry.toml")],
+        "collect": ["--items", "40", "--output", str(tmp_path / "views")],
+        "calibrate": ["--item-mm", "75", "--frames", "400", "--output", str(tmp_path / "geometry.toml")],
     }[name]
-    camera.pause_after, camera.pause_s = 40, 3.0
+    camera.pause_after, camera.pause_s = 15, 3.0
     done = command(tmp_path, camera, name, *arguments)
     assert done.returncode == 0, done.stderr
     assert "being reopened" in done.stderr
