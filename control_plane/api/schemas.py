@@ -77,6 +77,11 @@ class NewTrainingRun(Strict):
     folds: int = Field(default=5, description="Parts of the cross-validation, 2 to 50.")
     good_class: str = Field(default="", max_length=64, description="Empty = sound, good or ok.")
     abstain_budget: float = Field(default=0.0, description="Largest share of items the line may be unsure of, 0 to 1.")
+    scalars: list[str] | None = Field(
+        default=None,
+        max_length=16,
+        description="Measured columns of labels.csv to learn from; null = weight_g and length_mm where they exist.",
+    )
     precision: str = Field(default="float32", max_length=32, description="`float32` or `int8`.")
     actor: str = Actor
 

@@ -133,31 +133,40 @@ def follow(client: Client, job_id: int) -> dict[str, Any]:
 def metrics_table(summary: dict[str, Any]) -> list[Table | str]:
     """Returns view and item figures with their intervals."""
     rows = []
-    for level in ("view", "item"):
+    for level in ("view", "item", "item_without_scalars"):
         for metric, value in summary.get("metrics", {}).get(level, {}).items():
             if isinstance(value, dict) and value.get("value") is not None:
                 low, high = value.get("low"), value.get("high")
                 interval = f"{low:.3f} to {high:.3f}" if low is not None else value.get("reason", "")
-                rows.append([level, metric.replace("_", " "), f"{value['value']:.3f}", interval])
+                rows.append([level.replace("_", " "), metric.replace("_", " "), f"{value['value']:.3f}", interval])
     table = table_of(["level", "metric", "value", "95 % interval over items"], rows)
-    return [table, f"bundle {summary.get('bundle', '')}", *_remarks(summary)]
+    taken = [f"output {summary['output']} of the model, input in {summary['precision']}"] if "output" in summary else []
+    return [table, *_confusion(summary), f"bundle {summary.get('bundle', '')}", *taken, *_remarks(summary)]
+
+
+def _confusion(summary: dict[str, Any]) -> list[Table | str]:
+    """Returns the counts of items by class and verdict."""
+    item = summary.get("metrics", {}).get("item", {})
+    classes, counts = item.get("classes", []), item.get("confusion", [])
+    rows = [[name, *(str(count) for count in row)] for name, row in zip(classes, counts, strict=False)]
+    return [table_of(["items, truth", *(f"called {name}" for name in classes)], rows)] if rows else []
 
 
 def _remarks(summary: dict[str, Any]) -> list[str]:
     """Returns what a person must know about the photographs: warnings, and what was left out, by reason."""
-    found = {**summary, **summary.get("dataset", {})} if isinstance(summary.get("dataset"), dict) else summary
-    lines = [f"warning: {text}" for text in found.get("warnings", [])]
-    reasons: dict[str, list[str]] = {}
-    for name, reason in found.get("skipped", {}).items():
-        reasons.setdefault(str(reason), []).append(str(name))
-    for reason, names in reasons.items():
-        few = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-        lines.append(f"left out: {counted(len(names), 'file')}, {reason}: {few}")
+    dataset = summary.get("dataset")
+    parts = [summary, *([dataset] if isinstance(dataset, dict) else [])]
+    lines = [f"warning: {text}" for part in parts for text in part.get("warnings", [])]
+    for part in parts:
+        for reason, number in part.get("left_out", {}).items():
+            names = part.get("left_out_examples", {}).get(reason, [])[:_NAMED]
+            few = ", ".join([*names, "..."] if number > len(names) else names)
+            lines.append(f"left out: {counted(number, 'file')}, {reason}: {few}")
     return lines
 
 
 _NAMED = 3
-"""Files that are named for each reason; `--json` names all."""
+"""Files that are named for each reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +174,14 @@ class ImportOptions:
     """How a foreign model wants its pictures, and what its answers mean."""
 
     name: Annotated[str, typer.Option(help="Name of the model: letters, digits, `.`, `_`, `-`; at most 64.")]
-    classes: Annotated[str, typer.Option(help="Class names in the order of the model's outputs, separated by commas.")]
+    classes: Annotated[
+        str,
+        typer.Option(
+            help="Class names in the order of the model's outputs, separated by commas. Without it, the names that the "
+            "file itself has (Ultralytics, scikit-learn).",
+            show_default=False,
+        ),
+    ] = ""
     inputs: Annotated[
         str,
         typer.Option(
@@ -185,6 +201,13 @@ class ImportOptions:
     logits: Annotated[
         bool, typer.Option(help="Whether the outputs are logits; with --no-logits they are probabilities.")
     ] = True
+    scalars: Annotated[
+        str,
+        typer.Option(
+            help="Measured columns of labels.csv that a second input [N, K] takes, such as weight_g.",
+            show_default=False,
+        ),
+    ] = ""
     good_class: GoodClass = ""
     unseen: Annotated[
         bool,
@@ -199,7 +222,7 @@ class ImportOptions:
         layout, _, channels = self.inputs.partition(",")
         return {
             "name": self.name,
-            "classes": [c.strip() for c in self.classes.split(",")],
+            "classes": [c.strip() for c in self.classes.split(",") if c.strip()],
             "good_class": self.good_class,
             "view_px": self.view_px,
             "layout": layout,
@@ -208,6 +231,7 @@ class ImportOptions:
             "mean": _numbers(self.mean, "mean"),
             "std": _numbers(self.std, "std"),
             "logits": self.logits,
+            "scalars": [c.strip() for c in self.scalars.split(",") if c.strip()],
             "unseen": self.unseen,
             "data": str(data.resolve()),
         }
@@ -248,7 +272,7 @@ def import_onnx(
         say(follow(client, client.post("/api/v1/imports", body)["id"]), as_json=as_json, table=metrics_table)
         return
     new_directory(output)
-    from control_plane.training import onnx_import as importing  # noqa: PLC0415
+    from control_plane.training.foreign import onnx_import as importing  # noqa: PLC0415
 
-    bundle = importing.import_onnx(model, importing.ImportSettings(**settings), output)
-    say({"bundle": bundle.digest, "directory": str(output)}, as_json=as_json)
+    found = importing.import_onnx(model, importing.ImportSettings(**settings), output)
+    say({**found.summary(), "directory": str(output)}, as_json=as_json, table=metrics_table)

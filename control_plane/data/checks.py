@@ -35,7 +35,7 @@ def one_each(photos: Iterable[Photo], report: DatasetReport) -> list[Photo]:
                 expected=f"item {first.item}, split {first.split or 'none'}",
                 got=f"item {photo.item}, split {photo.split or 'none'}",
             )
-        report.leave_out("listed before")
+        report.leave_out("listed before", photo.relative)
     return list(found.values())
 
 
@@ -164,7 +164,8 @@ def without_copies(photos: Sequence[Photo], digests: Sequence[str], report: Data
         _same_label(other, photo, f"has the bytes of {other.relative} and another label")
         _refuse_leaks({f"{other.relative}, whose bytes {photo.relative} has,": {other.split, photo.split}})
         between += other.item != photo.item
-    report.leave_out("copy of another photograph", len(photos) - len(kept))
+    copies = sorted(set(range(len(photos))) - set(kept))
+    report.leave_out("copy of another photograph", *(photos[row].relative for row in copies))
     if between:
         report.warnings.append(f"{between} files are byte-equal copies under other items; each photograph counts once.")
     return kept

@@ -1,12 +1,16 @@
 """Labelled photographs, what was left out of them, and the arrays that training and evaluation use."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+MAX_EXAMPLES: Final = 4
+"""Names that a report keeps of each reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +46,18 @@ class DatasetReport:
     """Share of views, 0..1, on which each scalar is known."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Number of files and rows that are not used, by reason."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first names of each reason in `left_out`."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Unreadable files with the code of the reason; `left_out` counts them too."""
     warnings: list[str] = field(default_factory=list)
 
-    def leave_out(self, reason: str, count: int = 1) -> None:
-        """Counts files or rows that are not used."""
-        if count:
-            self.left_out[reason] += count
+    def leave_out(self, reason: str, *names: str) -> None:
+        """Counts files or rows that are not used, and keeps the first few names."""
+        if names:
+            self.left_out[reason] += len(names)
+            examples = self.examples.setdefault(reason, [])
+            examples.extend(names[: MAX_EXAMPLES - len(examples)])
 
     def summary(self) -> dict[str, Any]:
         """Returns plain values for terminal, page and API; keys without content are left out."""
@@ -57,6 +65,7 @@ class DatasetReport:
             "splits": self.splits,
             "scalars": self.scalars,
             "left_out": dict(sorted(self.left_out.items())),
+            "left_out_examples": dict(sorted(self.examples.items())),
         }
         return {
             "views": self.views,
@@ -100,3 +109,11 @@ class Dataset:
     scalars: NDArray[np.float32]
     surroundings: NDArray[np.float32]
     file_facts: NDArray[np.float32]
+
+    def scalars_in(self, names: Sequence[str]) -> NDArray[np.float32]:
+        """Returns float32 (N, K'): the scalars of these names, NaN where the data set does not have them."""
+        found = np.full((len(self.labels), len(names)), np.nan, np.float32)
+        for column, name in enumerate(names):
+            if name in self.scalar_names:
+                found[:, column] = self.scalars[:, self.scalar_names.index(name)]
+        return found

@@ -25,19 +25,20 @@ _LONGEST_NUMBER: Final = 20
 _COLUMNS: Final = ("path", "label", "item", "lot", "split", "doubt", "kind", "variety", "axis", "frame", "view")
 
 
-def scalar_columns(root: Path, wanted: Sequence[str] | None) -> tuple[str, ...]:
+def scalar_columns(root: Path, wanted: Sequence[str] | None, measured: Sequence[str] = ()) -> tuple[str, ...]:
     """Returns the measured columns that are learnt from.
 
     Args:
         root: Folder with labels.csv.
-        wanted: Declared columns, all of which must exist; None = those of `KNOWN_SCALARS` that exist.
+        wanted: Declared columns, all of which must exist; None = those of `KNOWN_SCALARS` and `measured` that exist.
+        measured: More names of columns that may exist.
 
     Raises:
         InputError: `dataset.missing_columns` and those of a malformed file.
     """
     columns = _header(root / NAME)
     if wanted is None:
-        return tuple(name for name in KNOWN_SCALARS if name in columns)
+        return tuple(name for name in dict.fromkeys((*KNOWN_SCALARS, *measured)) if name in columns)
     for name in wanted:
         if name not in columns:
             raise _missing_column(root / NAME, name, columns)
@@ -58,12 +59,12 @@ def from_csv(root: Path, scalars: tuple[str, ...], report: DatasetReport) -> Ite
         where = f"{NAME}, row {number}"
         label = clean(row["label"])
         if not clean(row["path"]) or not label:
-            report.leave_out("row without path or label")
+            report.leave_out("row without path or label", f"row {number}")
             continue
         path, relative = _locate(root, row["path"])
         labelled.add(path)
         if is_left_out(PurePosixPath(relative)):
-            report.leave_out("hidden or system file")
+            report.leave_out("hidden or system file", relative)
             continue
         yield Photo(
             path=path,
@@ -81,10 +82,10 @@ def from_csv(root: Path, scalars: tuple[str, ...], report: DatasetReport) -> Ite
     if "item" not in columns:
         report.warnings.append("labels.csv has no column item: every view is its own item, near-duplicates may leak.")
     unseen = DatasetReport()
-    stray = sum((root / file).resolve() not in labelled for file in photographs(root, unseen))
-    report.leave_out("photograph without a label", stray)
+    stray = [f.as_posix() for f in photographs(root, unseen) if (root / f).resolve() not in labelled]
+    report.leave_out("photograph without a label", *stray)
     if stray:
-        report.warnings.append(f"{stray} image files have no label; they are not used.")
+        report.warnings.append(f"{len(stray)} image files have no label; they are not used.")
 
 
 def _header(path: Path) -> list[str]:

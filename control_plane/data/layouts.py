@@ -69,11 +69,11 @@ def photographs(root: Path, report: DatasetReport) -> list[PurePosixPath]:
             relative = here / name
             suffix = relative.suffix.lower()
             if is_left_out(relative):
-                report.leave_out("hidden or system file")
+                report.leave_out("hidden or system file", relative.as_posix())
             elif suffix in SUFFIXES:
                 found.append(relative)
             elif relative.stem.casefold() not in _NOTES and name.casefold() not in _NOTES:
-                report.leave_out(f"ending {suffix} is not read" if suffix else "no ending")
+                report.leave_out(f"ending {suffix} is not read" if suffix else "no ending", relative.as_posix())
                 unread += suffix in _PHOTO_SUFFIXES
     if unread:
         report.warnings.append(f"{unread} photographs have an ending that is not read; convert them to PNG or JPEG.")
@@ -88,7 +88,7 @@ def from_tree(root: Path, report: DatasetReport) -> Iterator[Photo]:
     """
     files = photographs(root, report)
     inside = [file for file in files if len(file.parts) > 1]
-    report.leave_out("outside every class folder", len(files) - len(inside))
+    report.leave_out("outside every class folder", *(f.as_posix() for f in files if len(f.parts) == 1))
     top = sorted({file.parts[0] for file in inside})
     _refuse_detection(root, top)
     splits = {name: SPLITS.get(clean(name).casefold().replace("-", "_")) for name in top}
@@ -102,7 +102,7 @@ def from_tree(root: Path, report: DatasetReport) -> Iterator[Photo]:
         )
     if named:
         flat = [file for file in inside if len(file.parts) < 3]
-        report.leave_out("outside every class folder", len(flat))
+        report.leave_out("outside every class folder", *(file.as_posix() for file in flat))
         inside = [file for file in inside if len(file.parts) >= 3]
     alone = 0
     for file in inside:

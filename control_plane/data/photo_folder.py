@@ -38,6 +38,7 @@ def load_dataset(
     progress: Progress = lambda _share: None,
     require_items: int = 2,
     scalars: Sequence[str] | None = None,
+    measured: Sequence[str] = (),
 ) -> Dataset:
     """Reads a labelled folder.
 
@@ -48,6 +49,7 @@ def load_dataset(
         progress: Is called with 0..1.
         require_items: Items that each class must have at least; 0 when nothing is learnt (evaluation).
         scalars: Columns of labels.csv that are measured values; None = `weight_g` and `length_mm` where they exist.
+        measured: More columns that are measured values where they exist, when `scalars` is None.
 
     Raises:
         InputError: `dataset.missing`, `dataset.empty`, `dataset.one_class`, `dataset.no_good_class`,
@@ -56,7 +58,7 @@ def load_dataset(
     if not root.is_dir():
         raise InputError("dataset.missing", f"There is no folder {root}.", expected="a folder", got=root)
     report = DatasetReport()
-    photos, names = _listed(root, scalars, report)
+    photos, names = _listed(root, scalars, measured, report)
     photos = one_each(photos, report)
     check_photos(root, photos, require_items)
     classes = _classes(root, photos, good_class, needs_two=require_items > 0)
@@ -84,10 +86,12 @@ def load_dataset(
     )
 
 
-def _listed(root: Path, scalars: Sequence[str] | None, report: DatasetReport) -> tuple[list[Photo], tuple[str, ...]]:
+def _listed(
+    root: Path, scalars: Sequence[str] | None, measured: Sequence[str], report: DatasetReport
+) -> tuple[list[Photo], tuple[str, ...]]:
     """Returns the photographs that the folder lists, and the names of its scalars."""
     if (root / labels_csv.NAME).is_file():
-        names = labels_csv.scalar_columns(root, scalars)
+        names = labels_csv.scalar_columns(root, scalars, measured)
         return list(labels_csv.from_csv(root, names, report)), names
     if scalars:
         raise InputError(
@@ -172,7 +176,7 @@ def _read(photos: Sequence[Photo], spec: PreprocessSpec, report: DatasetReport, 
         for number, (photo, read) in enumerate(zip(photos, pool.map(one, photos), strict=True)):
             if isinstance(read, str):
                 report.skipped[photo.relative] = read
-                report.leave_out(f"unreadable: {read}")
+                report.leave_out(f"unreadable: {read}", photo.relative)
             else:
                 found.append(read)
             if number % 50 == 0:

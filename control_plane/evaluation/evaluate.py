@@ -43,7 +43,7 @@ def evaluate(
         InputError: The folder cannot be used.
         BundleError: The bundle cannot be used on this machine.
     """
-    bundle, dataset, probabilities = _judged(bundle_directory, data, good_class, progress)
+    bundle, dataset, probabilities, blind = _judged(bundle_directory, data, good_class, progress)
     labels, reduce, classes = _aligned(dataset, bundle.recipe)
     kept = ~dataset.doubt if exclude_doubt else np.ones(len(labels), bool)
     items = [item for item in items_of(dataset, bundle.preprocess.max_views) if kept[item.rows].any()]
@@ -54,6 +54,11 @@ def evaluate(
     policy = bundle.recipe.policy()
     cuts: dict[str, Any] = {"threshold": bundle.recipe.threshold() or 1.0}
     view = measure(labels[kept], reduce(probabilities[kept]), dataset.items[kept], classes)
+    without: dict[str, Any] = {}
+    if blind is not None:
+        unweighed = np.array([bundle.recipe.decide(blind[item.chosen]).probabilities for item in items])
+        called = policy.choose(unweighed)[0] != 0
+        without["item_without_scalars"] = measure(truth, reduce(unweighed), names, classes, called=called, **cuts)
     short = shortcuts(dataset, view["auc"]["value"])
     dataset.report.warnings.extend(short.pop("warnings"))
     progress(1.0)
@@ -65,6 +70,7 @@ def evaluate(
         "warnings": dataset.report.warnings,
         "skipped": dataset.report.skipped,
         "left_out": dict(sorted(dataset.report.left_out.items())),
+        "left_out_examples": dict(sorted(dataset.report.examples.items())),
         "shortcuts": short,
         "metrics": {
             "view": view,
@@ -72,6 +78,7 @@ def evaluate(
             "item_all_views": measure(
                 truth, reduce(every), names, classes, called=policy.choose(every)[0] != 0, **cuts
             ),
+            **without,
         },
     }
 
@@ -83,7 +90,7 @@ def judged_items(bundle_directory: Path, data: Path, *, good_class: str = "") ->
         InputError: `evaluation.wrong_classes`, and as `evaluate`.
         BundleError: As `evaluate`.
     """
-    bundle, dataset, probabilities = _judged(bundle_directory, data, good_class, lambda _share: None)
+    bundle, dataset, probabilities, _ = _judged(bundle_directory, data, good_class, lambda _share: None)
     recipe = bundle.recipe
     items = list(items_of(dataset, bundle.preprocess.max_views))
     truth = truth_in(recipe, dataset, items)
@@ -93,19 +100,33 @@ def judged_items(bundle_directory: Path, data: Path, *, good_class: str = "") ->
 
 def _judged(
     bundle_directory: Path, data: Path, good_class: str, progress: Callable[[float], None]
-) -> tuple[Bundle, Dataset, NDArray[np.float64]]:
-    """Returns bundle, folder and the probabilities of every view."""
+) -> tuple[Bundle, Dataset, NDArray[np.float64], NDArray[np.float64] | None]:
+    """Returns bundle, folder, the probabilities of every view, and those with all scalars unknown, if it takes any."""
     bundle = read_bundle(bundle_directory)
     classifier = OnnxClassifier(bundle.model)
     bundle.golden.check(classifier)
     dataset = load_dataset(
-        data, bundle.preprocess, good_class=good_class, progress=lambda s: progress(0.4 * s), require_items=0
+        data,
+        bundle.preprocess,
+        good_class=good_class,
+        progress=lambda s: progress(0.4 * s),
+        require_items=0,
+        measured=bundle.preprocess.scalars,
     )
-    answers = []
+    names = bundle.preprocess.scalars
+    scalars = dataset.scalars_in(names)
+    for name, column in zip(names, scalars.T, strict=True):
+        if not np.isfinite(column).any():
+            dataset.report.warnings.append(f"The bundle takes {name}, which the folder does not have.")
+    answers, blind = [], []
     for start in range(0, len(dataset.views), 32):
-        answers.append(classifier.classify(dataset.views[start : start + 32]).probabilities)
+        part = slice(start, start + 32)
+        answers.append(classifier.classify(dataset.views[part], scalars[part] if names else None).probabilities)
+        if names:
+            blind.append(classifier.classify(dataset.views[part]).probabilities)
         progress(0.4 + 0.6 * start / len(dataset.views))
-    return bundle, dataset, np.concatenate(answers).astype(np.float64)
+    unweighed = np.concatenate(blind).astype(np.float64) if blind else None
+    return bundle, dataset, np.concatenate(answers).astype(np.float64), unweighed
 
 
 def _row_of(truth: int, rows: NDArray[np.intp], dataset: Dataset) -> int:

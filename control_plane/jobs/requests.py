@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from models.errors import InputError
+from models.view_spec import ScalarName
 
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 MAX_NAME: Final = 64
@@ -26,6 +27,7 @@ class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     folds: Annotated[int, msgspec.Meta(ge=2, le=50)] = 5
     good_class: ClassName = ""
     abstain_budget: Share = 0.0
+    scalars: list[ScalarName] | None = None
     precision: Literal["float32", "int8"] = "float32"
 
 
@@ -33,7 +35,7 @@ class ImportRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The settings of an import, within their bounds; a test compares the names with those of the import itself."""
 
     name: Name
-    classes: Annotated[list[ClassName], msgspec.Meta(min_length=2, max_length=1000)]
+    classes: Annotated[list[ClassName], msgspec.Meta(max_length=1000)] = []
     data: Annotated[str, msgspec.Meta(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
     good_class: ClassName = ""
     view_px: Annotated[int, msgspec.Meta(ge=16, le=512)] = 64
@@ -47,6 +49,7 @@ class ImportRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         msgspec.field(default_factory=lambda: [1.0] * 3)
     )
     logits: bool = True
+    scalars: list[ScalarName] = []
     unseen: bool = False
 
 

@@ -213,9 +213,8 @@ def _work(held: Claim, scratch: Path, say: Say) -> dict[str, Any]:
         asked = {name: params[name] for name in TrainRequest.__struct_fields__ if name in params}
         settings = TrainSettings(**check_training(asked))
         return train(Path(params["root"]), settings, scratch / "bundle", progress=say).summary()
-    from control_plane.training.onnx_import import ImportSettings, import_onnx  # noqa: PLC0415
+    from control_plane.training.foreign.onnx_import import ImportSettings, import_onnx  # noqa: PLC0415
 
     settings_ = ImportSettings(**check_import(params["path"], params["settings"]))
     say("importing", 0.1)
-    bundle = import_onnx(Path(params["path"]), settings_, scratch / "bundle")
-    return {"bundle": bundle.digest}
+    return import_onnx(Path(params["path"]), settings_, scratch / "bundle").summary()

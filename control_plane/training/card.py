@@ -20,7 +20,7 @@ def write_card(
     votes: dict[str, float] | None = None,
 ) -> str:
     """Returns Markdown with a YAML head; `votes` holds the weight of each part of the model."""
-    levels = [key for key in ("view", "view_without_doubt", "item") if key in metrics]
+    levels = [key for key in ("view", "view_without_doubt", "item", "item_without_scalars") if key in metrics]
     rows = [
         f"| {level.replace('_', ' ')} | {metric.replace('_', ' ')} | {_figure(metrics[level][metric])} |"
         for level in levels

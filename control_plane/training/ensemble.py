@@ -58,7 +58,7 @@ class HeldOutScores:
     classes: int
 
     def vote(self, sure: int) -> Vote:
-        """Gives the first `sure` members equal votes; the one behind them joins if it lowers the loss.
+        """Gives the first `sure` members equal votes; each one behind them joins if it lowers the loss.
 
         It joins when the loss it saves, mean over items, exceeds two standard errors of that mean: a member that saw
         twenty items has learnt their skins, one that saw hundreds has not. Votes are weighed only when it joins, for
@@ -69,12 +69,14 @@ class HeldOutScores:
         alone = self._alike(first, chosen)
         if sure == len(self.logs) or not self._enough:
             return alone
-        chosen.append(min(self.logs[sure], key=lambda p: self._loss(self.logs[sure][p])))
-        everybody = (*first, sure)
-        saved = self._item_losses(alone) - self._item_losses(self._alike(everybody, chosen))
-        if saved.mean() <= _BEYOND_DOUBT * saved.std(ddof=1) / np.sqrt(len(saved)):
-            return alone
-        return self._weighed(everybody, chosen)
+        members, best = first, alone
+        for k in range(sure, len(self.logs)):
+            penalty = min(self.logs[k], key=lambda p, own=self.logs[k]: self._loss(own[p]))  # type: ignore[misc]
+            joined = self._alike((*members, k), [*chosen, penalty])
+            saved = self._item_losses(best) - self._item_losses(joined)
+            if saved.mean() > _BEYOND_DOUBT * saved.std(ddof=1) / np.sqrt(len(saved)):
+                members, chosen, best = joined.members, [*chosen, penalty], joined
+        return alone if members == first else self._weighed(members, chosen)
 
     @property
     def _enough(self) -> bool:

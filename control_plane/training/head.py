@@ -38,6 +38,8 @@ _COMPONENTS = 96
 _PENALTIES = (1e-3, 3e-3, 1e-2)
 _OPTIONAL_PENALTIES = (1e-2, 3e-2, 1e-1)
 """An optional member is tested on held-out items before it votes, so its regularisation may be weaker."""
+_SCALAR_PENALTIES = (0.1, 1.0, 10.0)
+"""A handful of whitened scalars needs less regularisation than hundreds of features."""
 _VIEWS_PER_ITEM = 40
 """An item with more views than this weighs no more than one with this many."""
 
@@ -47,11 +49,10 @@ class Head:
     """A fitted classifier.
 
     Attributes:
-        members: scikit-learn, one per part: its features (and imputed scalars) -> probabilities.
+        members: scikit-learn, one per part: its features -> probabilities.
         widths: Features of each member, in their order.
         votes: (M,) what each member's log-probabilities are multiplied by before they are added ...
         bias: ... and this (C,) is added before they are normalised again.
-        medians: (K,) what stands for an unknown scalar.
         penalties: `C` of each member's logistic regression.
     """
 
@@ -59,27 +60,18 @@ class Head:
     widths: tuple[int, ...]
     votes: NDArray[np.float64]
     bias: NDArray[np.float64]
-    medians: NDArray[np.float32]
     penalties: tuple[float, ...]
 
-    def predict_proba(self, features: Floats, scalars: Floats | None = None) -> NDArray[np.float64]:
+    def predict_proba(self, features: Floats) -> NDArray[np.float64]:
         """Returns float64 (N, C), calibrated: the scikit-learn side of the parity check."""
-        inputs = _inputs(np.asarray(features, np.float64), self.widths, scalars, self.medians)
+        inputs = _inputs(np.asarray(features, np.float64), self.widths)
         found = [_log(member.predict_proba(own)) for member, own in zip(self.members, inputs, strict=True)]
         return softmax(np.tensordot(self.votes, np.stack(found), 1) + self.bias)
 
 
-def _inputs(
-    features: Floats, widths: Sequence[int], scalars: Floats | None, medians: NDArray[np.float32]
-) -> list[Floats]:
-    """Returns the inputs of each member: the features of its part, and all scalars with the unknown ones filled."""
-    edges = np.cumsum([0, *widths])
-    parts: list[Floats] = [features[:, a:b] for a, b in pairwise(edges)]
-    if not len(medians):
-        return parts
-    known = np.full((len(features), len(medians)), np.nan) if scalars is None else np.asarray(scalars)
-    filled = np.where(np.isnan(known), medians, known)
-    return [np.hstack([part, filled]) for part in parts]
+def _inputs(features: Floats, widths: Sequence[int]) -> list[Floats]:
+    """Returns the features of each part."""
+    return [features[:, a:b] for a, b in pairwise(np.cumsum([0, *widths]))]
 
 
 def _log(probabilities: Floats) -> NDArray[np.float64]:
@@ -107,8 +99,8 @@ def fit_head(
     classes: int,
     widths: Sequence[int],
     seed: int,
-    optional: bool = False,
-    scalars: Floats | None = None,
+    optional: int = 0,
+    unprojected: int = 0,
     calibrate_on: NDArray[np.bool_] | None = None,
     unite: Sequence[Unite] = (),
 ) -> tuple[Head, tuple[int, ...]]:
@@ -122,22 +114,19 @@ def fit_head(
         classes: C.
         widths: Features of each member; their sum is F.
         seed: Seed of folds, projection and unions.
-        optional: Whether the last member votes only where it lowers the held-out loss.
-        scalars: (N, K) or None.
+        optional: Number of members, the last ones, that vote only where they lower the held-out loss.
+        unprojected: Number of members, the last ones, with few features that need no projection: scalars.
         calibrate_on: Views that count for choosing and calibrating (augmented ones do not); None = all.
         unite: Per member, the function that makes unions of views to learn from; empty = no unions.
 
     Returns:
         The head, and the numbers of the members that have a vote in it.
     """
-    medians = np.zeros(0, np.float32)
-    if scalars is not None and scalars.shape[1]:
-        known = np.where(np.isnan(scalars).all(axis=0), 0.0, 1.0)
-        medians = np.where(known > 0, np.nanmedian(np.where(known > 0, scalars, 0.0), axis=0), 0.0).astype(np.float32)
-    inputs = _inputs(features, widths, scalars, medians)
-    views = _Views(inputs, tuple(widths), labels, items, weights, seed, tuple(unite))
+    inputs = _inputs(features, widths)
+    projected = tuple(k < len(inputs) - unprojected for k in range(len(inputs)))
+    views = _Views(inputs, projected, labels, items, weights, seed, tuple(unite))
     sure = len(inputs) - optional
-    grids = [_PENALTIES] * sure + [_OPTIONAL_PENALTIES] * optional
+    grids = [_PENALTIES] * sure + [_OPTIONAL_PENALTIES] * (optional - unprojected) + [_SCALAR_PENALTIES] * unprojected
     vote = _ask(views, grids, classes, calibrate_on).vote(sure)
     every = np.arange(len(labels))
     bases, examples = views.bases(every), views.examples(every)
@@ -146,7 +135,7 @@ def fit_head(
         for k, penalty in zip(vote.members, vote.penalties, strict=True)
     ]
     kept = tuple(widths[k] for k in vote.members)
-    return Head(tuple(members), kept, vote.votes, vote.bias, medians, vote.penalties), vote.members
+    return Head(tuple(members), kept, vote.votes, vote.bias, vote.penalties), vote.members
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +152,7 @@ class _Views:
     """All views that may be learnt from; the fields are arguments of `fit_head`."""
 
     inputs: list[Floats]
-    widths: tuple[int, ...]
+    projected: tuple[bool, ...]
     labels: NDArray[np.integer]
     items: NDArray[np.generic]
     weights: Floats
@@ -172,7 +161,7 @@ class _Views:
 
     def bases(self, rows: NDArray[np.intp]) -> list[Pipeline]:
         """Fits scaling and projection of each member on these views, without unions."""
-        return [_base(own[rows], self.seed) for own in self.inputs]
+        return [_base(own[rows], self.seed, project=p) for own, p in zip(self.inputs, self.projected, strict=True)]
 
     def examples(self, rows: NDArray[np.intp]) -> _Examples:
         """Returns these views and their unions with good ones among them."""
@@ -180,9 +169,8 @@ class _Views:
             return _Examples([own[rows] for own in self.inputs], self.labels[rows], self.weights[rows])
         first, second = self._partners(rows)
         inputs: list[Floats] = []
-        for own, width, united in zip(self.inputs, self.widths, self.unite, strict=True):
-            both = united(own[first, :width], own[second, :width])
-            inputs.append(np.vstack([own[rows], np.hstack([both, own[first, width:]])]))
+        for own, united in zip(self.inputs, self.unite, strict=True):
+            inputs.append(np.vstack([own[rows], united(own[first], own[second])]))
         every = np.concatenate([rows, first])
         return _Examples(inputs, self.labels[every], self.weights[every])
 
@@ -195,10 +183,14 @@ class _Views:
         return rows[other], drawn[other]
 
 
-def _base(features: Floats, seed: int) -> Pipeline:
+def _base(features: Floats, seed: int, *, project: bool) -> Pipeline:
+    """Fits the steps before the classifier: scaling, and a projection on the largest components."""
+    scale = ("scale", StandardScaler())
+    if not project:
+        return Pipeline([scale]).fit(features)
     components = min(_COMPONENTS, features.shape[1], len(features) - 1)
-    project = PCA(components, random_state=seed, svd_solver="covariance_eigh")
-    return Pipeline([("scale", StandardScaler()), ("project", project)]).fit(features)
+    pca = PCA(components, random_state=seed, svd_solver="covariance_eigh")
+    return Pipeline([scale, ("project", pca)]).fit(features)
 
 
 def _ask(

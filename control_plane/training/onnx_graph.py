@@ -11,10 +11,10 @@ from skl2onnx.common.data_types import FloatTensorType
 from sklearn.pipeline import Pipeline
 
 from control_plane.training.head import CLIP, EMBEDDING, Head
-from control_plane.training.onnx_writer import ML_OPSET, OPSET, GraphWriter, as_float32, floats, views_input
-from control_plane.training.patch_features import FeatureExtractor, write_features
+from control_plane.training.onnx_writer import ML_OPSET, OPSET, GraphWriter, floats
+from control_plane.training.patch_features import FeatureExtractor, graph_inputs, write_features
 from models.classifier import EMBEDDING as EMBEDDING_OUTPUT
-from models.classifier import PROBABILITIES, SCALARS_INPUT, OnnxClassifier
+from models.classifier import PROBABILITIES
 
 DIFFERENCE_LIMIT = 1e-3
 """Largest difference of a probability that the parity check accepts: float32 against float64 through some 200 nodes."""
@@ -45,23 +45,17 @@ def build_graph(extractor: FeatureExtractor, head: Head, *, name: str, metadata:
         Serialised ONNX; the same parts give the same bytes.
     """
     w = GraphWriter()
-    scalars = len(head.medians)
     parts = write_features(w, extractor)
-    inputs = [views_input(extractor.spec.view_px)]
-    if scalars:
-        inputs.append(floats(SCALARS_INPUT, scalars))
-        filled = w.op("Where", [w.op("IsNaN", [SCALARS_INPUT]), w.constant(head.medians), SCALARS_INPUT])
-        parts = [w.op("Concat", [part, filled], axis=1) for part in parts]
     logs: list[str] = []
     for member, part, width in zip(head.members, parts, head.widths, strict=True):
-        raw = _graft(w, member, part, width + scalars)
+        raw = _graft(w, member, part, width)
         log = w.op("Log", [w.op("Clip", [raw, w.constant(CLIP), w.constant(1.0)])])
         logs.append(w.op("Mul", [log, w.constant(head.votes[len(logs)])]))
     scores = w.op("Sum", logs)
     w.op("Softmax", [w.op("Add", [scores, w.constant(head.bias)])], output=PROBABILITIES, axis=1)
     _embed(w, head.members[0], parts[0])
     outputs = [floats(PROBABILITIES, len(head.bias)), floats(EMBEDDING_OUTPUT, EMBEDDING)]
-    model = w.model(inputs, outputs, name=name, metadata=metadata)
+    model = w.model(graph_inputs(extractor), outputs, name=name, metadata=metadata)
     return bytes(model.SerializeToString(deterministic=True))
 
 
@@ -108,41 +102,23 @@ def _embed(w: GraphWriter, pipeline: Pipeline, features: str) -> None:
     w.op("Add", [product, w.constant(offset)], output=EMBEDDING_OUTPUT)
 
 
-def parity(
-    extractor: FeatureExtractor,
-    head: Head,
-    graph: bytes,
-    views: NDArray[np.uint8],
-    scalars: NDArray[np.float32] | None,
-    *,
-    limit: float = DIFFERENCE_LIMIT,
+def compare(
+    expected: NDArray[np.float64], got: NDArray[np.float64], *, limit: float = DIFFERENCE_LIMIT
 ) -> ParityReport:
-    """Judges the same views with scikit-learn and with ONNX Runtime.
+    """Compares the answers of scikit-learn and of the graph on the same views.
 
     Args:
-        extractor: Fitted features.
-        head: The fitted classifier, computed in float64.
-        graph: The serialised graph, computed in float32.
-        views: uint8 (N, S, S, 3).
-        scalars: float32 (N, K) or None.
+        expected: float64 (N, C) of `Head.predict_proba`.
+        got: float64 (N, C) of the graph.
         limit: Largest accepted difference of a probability; also the band in which a label may differ.
     """
-    expected = head.predict_proba(extractor.transform(views), scalars)
-    classifier = OnnxClassifier(graph)
-    parts = [
-        classifier.classify(
-            views[s : s + 64], None if scalars is None else as_float32(scalars[s : s + 64])
-        ).probabilities
-        for s in range(0, len(views), 64)
-    ]
-    got = np.concatenate(parts).astype(np.float64)
     difference = np.abs(got - expected)
     ordered = np.sort(expected, axis=1)
     decided = ordered[:, -1] - ordered[:, -2] > 2.0 * limit
     flips = int(((got.argmax(axis=1) != expected.argmax(axis=1)) & decided).sum())
     worst = float(difference.max())
     return ParityReport(
-        views=len(views),
+        views=len(got),
         max_difference=worst,
         mean_difference=float(difference.mean()),
         flips=flips,

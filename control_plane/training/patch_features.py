@@ -24,7 +24,8 @@ from sklearn.cluster import MiniBatchKMeans
 
 from control_plane.training.colour_features import TINT_FEATURES, Tint, united_tint, write_tint
 from control_plane.training.onnx_writer import GraphWriter, as_float32, floats, views_input
-from models.classifier import ort
+from control_plane.training.scalar_features import ScalarTransform, keep_first, scalar_width, write_scalars
+from models.classifier import SCALARS_INPUT, ort
 
 Views = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -75,6 +76,8 @@ class FeatureSpec:
     """The soft threshold, in units of the whitened patch (Coates & Ng 2012)."""
     tint: bool = True
     """Whether the last part measures colour and brightness relative to the item (`colour_features`)."""
+    scalars: tuple[str, ...] = ()
+    """Names of the scalars that a part behind all others describes (`scalar_features`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,37 +93,67 @@ class Dictionary:
 
 @dataclass(frozen=True, slots=True)
 class FeatureExtractor:
-    """Fitted dictionaries, one per scale, and the usual tint."""
+    """Fitted dictionaries, one per scale, the usual tint, and the transformation of the scalars."""
 
     spec: FeatureSpec
     dictionaries: tuple[Dictionary, ...]
     tint: Tint | None = None
+    scalars: ScalarTransform | None = None
 
     @classmethod
-    def fit(cls, views: Views, groups: NDArray[np.generic], spec: FeatureSpec, *, seed: int) -> "FeatureExtractor":
+    def fit(
+        cls,
+        views: Views,
+        groups: NDArray[np.generic],
+        spec: FeatureSpec,
+        *,
+        seed: int,
+        scalars: Floats | None = None,
+    ) -> "FeatureExtractor":
         """Learns the dictionaries.
 
         Args:
             views: uint8 (N, S, S, 3) BGR, background zero.
             groups: (N,) item of each view: each item gives about equally many patches.
             spec: Shape of the extractor.
+            scalars: float32 (N, K), NaN where unknown; needed where the shape has scalars.
             seed: Seed of the drawn patches and the first centroids; the same seed and views give the same bytes.
         """
         rng = np.random.default_rng(seed)
         found = tuple(_learn(views, groups, spec, scale, rng, seed) for scale in spec.scales)
-        return cls(spec, found, Tint.fit(views, groups) if spec.tint else None)
+        measured = ScalarTransform.fit(scalars, groups) if spec.scalars and scalars is not None else None
+        return cls(spec, found, Tint.fit(views, groups) if spec.tint else None, measured)
 
     def only(self, parts: Sequence[int]) -> "FeatureExtractor":
         """Returns an extractor with only the parts of these numbers."""
         scales = len(self.spec.scales)
         kept = [k for k in range(scales) if k in parts]
+        measured = scales + self.spec.tint in parts
         spec = replace(
-            self.spec, scales=tuple(self.spec.scales[k] for k in kept), tint=self.spec.tint and scales in parts
+            self.spec,
+            scales=tuple(self.spec.scales[k] for k in kept),
+            tint=self.spec.tint and scales in parts,
+            scalars=self.spec.scalars if measured else (),
         )
-        return FeatureExtractor(spec, tuple(self.dictionaries[k] for k in kept), self.tint if spec.tint else None)
+        return FeatureExtractor(
+            spec,
+            tuple(self.dictionaries[k] for k in kept),
+            self.tint if spec.tint else None,
+            self.scalars if measured else None,
+        )
 
-    def transform(self, views: Views, *, progress: Callable[[float], None] | None = None, batch: int = 64) -> Floats:
-        """Returns float32 (N, F), the features of each view."""
+    def transform(self, views: Views, scalars: Floats | None = None, *, batch: int = 64) -> Floats:
+        """Returns float32 (N, F), the features of each view.
+
+        Args:
+            views: uint8 (N, S, S, 3) BGR, background zero.
+            scalars: float32 (N, K), NaN where unknown; None = all unknown.
+            batch: Views per run.
+        """
+        feed: dict[str, NDArray[Any]] = {"views": views}
+        if self.scalars is not None:
+            unknown = np.full((len(views), len(self.spec.scalars)), np.nan, np.float32)
+            feed[SCALARS_INPUT] = unknown if scalars is None else as_float32(scalars)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
@@ -128,10 +161,8 @@ class FeatureExtractor:
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         parts = [np.zeros((0, feature_count(self.spec)), np.float32)]
         for start in range(0, len(views), batch):
-            part = np.ascontiguousarray(views[start : start + batch])
-            parts.append(session.run(["features"], {"views": part})[0])
-            if progress is not None:
-                progress(min(1.0, (start + batch) / len(views)))
+            part = {name: np.ascontiguousarray(rows[start : start + batch]) for name, rows in feed.items()}
+            parts.append(session.run(["features"], part)[0])
         return np.concatenate(parts).astype(np.float32, copy=False)
 
 
@@ -227,20 +258,21 @@ def united(first: Floats, second: Floats) -> Floats:
 
 
 def widths(spec: FeatureSpec) -> tuple[int, ...]:
-    """Returns the number of features of each part: one part per scale, then tint."""
-    return (3 * spec.filters,) * len(spec.scales) + (TINT_FEATURES,) * spec.tint
+    """Returns the number of features of each part: one part per scale, then tint, then scalars."""
+    own = (scalar_width(len(spec.scalars)),) if spec.scalars else ()
+    return (3 * spec.filters,) * len(spec.scales) + (TINT_FEATURES,) * spec.tint + own
 
 
 def unions(spec: FeatureSpec) -> list[Callable[[Floats, Floats], Floats]]:
     """Returns, per part, the function that unites the features of two views."""
     found: list[Callable[[Floats, Floats], Floats]] = [united] * len(spec.scales)
-    return found + [united_tint] * spec.tint
+    return found + [united_tint] * spec.tint + [keep_first] * bool(spec.scalars)
 
 
 def part_names(spec: FeatureSpec) -> list[str]:
     """Returns a name for each part that people read, in the order of `widths`."""
     names = [f"contrast in {'brightness' if scale.grey else 'colour'}, 1/{scale.shrink}" for scale in spec.scales]
-    return names + ["tint"] * spec.tint
+    return names + ["tint"] * spec.tint + [f"scalars: {', '.join(spec.scalars)}"] * bool(spec.scalars)
 
 
 def feature_count(spec: FeatureSpec) -> int:
@@ -252,13 +284,17 @@ def features_graph(extractor: FeatureExtractor) -> onnx.ModelProto:
     """Returns the features as a model of their own: `views` -> `features` float32 [N, F], one part after the other."""
     w = GraphWriter()
     w.op("Concat", write_features(w, extractor), output="features", axis=1)
-    return w.model(
-        [views_input(extractor.spec.view_px)], [floats("features", feature_count(extractor.spec))], name="features"
-    )
+    return w.model(graph_inputs(extractor), [floats("features", feature_count(extractor.spec))], name="features")
+
+
+def graph_inputs(extractor: FeatureExtractor) -> list[onnx.ValueInfoProto]:
+    """Returns the inputs that `write_features` reads: `views`, and `scalars` where there are any."""
+    own = [floats(SCALARS_INPUT, len(extractor.spec.scalars))] if extractor.scalars is not None else []
+    return [views_input(extractor.spec.view_px), *own]
 
 
 def write_features(w: GraphWriter, extractor: FeatureExtractor) -> list[str]:
-    """Adds the feature nodes; `views` must be an input of the graph. Returns the features of each part."""
+    """Adds the feature nodes to a graph with the inputs of `graph_inputs`; returns the features of each part."""
     colour = w.op("Transpose", [w.op("Cast", ["views"], to=1)], perm=[0, 3, 1, 2])
     inside = w.op("Cast", [w.op("Greater", [w.reduce("ReduceMax", colour, [1]), w.constant(0.0)])], to=1)
     count = w.op("Max", [w.reduce("ReduceSum", inside, [2, 3]), w.constant(1.0)])
@@ -272,6 +308,8 @@ def write_features(w: GraphWriter, extractor: FeatureExtractor) -> list[str]:
         parts.append(_pooled(w, picture, mostly, dictionary, scale, positions))
     if extractor.tint is not None:
         parts.append(write_tint(w, extractor.tint, colour, inside))
+    if extractor.scalars is not None:
+        parts.append(write_scalars(w, extractor.scalars, SCALARS_INPUT))
     return parts
 
 

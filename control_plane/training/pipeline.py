@@ -21,30 +21,27 @@ from threadpoolctl import threadpool_limits
 
 from control_plane.data.dataset import Dataset
 from control_plane.data.photo_folder import load_dataset
-from control_plane.data.splits import item_folds
 from control_plane.evaluation.items import items_of, judge_item
 from control_plane.evaluation.metrics import auc_within_folds, measure
 from control_plane.evaluation.operating_point import HeldOut, cost_report, hold_out, tuned
 from control_plane.evaluation.shortcuts import shortcuts
-from control_plane.training.augment import varied
 from control_plane.training.card import write_card
+from control_plane.training.cross_validation import CrossValidation, FitSettings, answers_of, cross_validate, folds_of
 from control_plane.training.fusion import LearntFusion, learn_fusion
-from control_plane.training.head import Head, fit_head, view_weights
-from control_plane.training.onnx_graph import ParityReport, build_graph, parity
-from control_plane.training.patch_features import FeatureExtractor, FeatureSpec, part_names, unions, widths
-from control_plane.training.quantise import Cost, card_section, check_cost, cost_of, quantise
+from control_plane.training.onnx_graph import ParityReport
+from control_plane.training.patch_features import FeatureSpec
+from control_plane.training.quantise import Cost, card_section, check_cost, cost_of
 from models.bundle import CARD, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, write_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
+from models.fusion import fuse
 from models.golden import GOLDEN, Golden
 from models.profile import build_profile, feature_names
 from models.recipe import Recipe, Share, Terms
-from models.view_spec import PreprocessSpec
+from models.view_spec import PreprocessSpec, ScalarName
 
 GOLDEN_VIEWS: Final = 32
 GOLDEN_TOLERANCE: Final = 2e-3
-VARIED: Final = 2
-"""Augmented copies of each view that standard effort learns from."""
 Progress = Callable[[str, float], None]
 
 
@@ -59,6 +56,8 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     good_class: str = ""
     abstain_budget: Share = 0.0
     """Largest share of items, 0..1, that may take the unsure outlet; the band is learnt from held-out items."""
+    scalars: tuple[ScalarName, ...] | None = None
+    """Measured columns of labels.csv to learn from; None = `weight_g` and `length_mm` where they exist; () = none."""
     precision: Literal["float32", "int8"] = "float32"
     """`int8` is smaller, and faster where the processor has VNNI; it is refused where it costs accuracy."""
 
@@ -91,15 +90,6 @@ class TrainedModel:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Fitted:
-    extractor: FeatureExtractor
-    head: Head
-    graph: bytes
-    votes: dict[str, float]
-    """Weight of the log-probabilities of each part of the features; zero = the part is left out."""
-
-
 class _Clock:
     """Measures durations of the stages and reports progress over all of them."""
 
@@ -117,7 +107,12 @@ class _Clock:
 
 
 def train(
-    root: Path, settings: TrainSettings, output: Path, *, progress: Progress = lambda _stage, _share: None
+    root: Path,
+    settings: TrainSettings,
+    output: Path,
+    *,
+    progress: Progress = lambda _stage, _share: None,
+    processes: int | None = None,
 ) -> TrainedModel:
     """Trains from a labelled folder and writes the bundle.
 
@@ -126,51 +121,58 @@ def train(
         settings: Settings of the run.
         output: Directory of the bundle, to be made.
         progress: Is called with (stage, 0..1); an exception raised in it ends the training.
+        processes: Processes that fit beside each other; None = one per core. The result does not depend on it.
 
     Raises:
         InputError: The data cannot be used, or `training.parity_failed`.
         BundleError: The bundle could not be written.
     """
     with threadpool_limits(1):
-        return _train(root, settings, output, _Clock(progress))
+        return _train(root, settings, output, _Clock(progress), processes)
 
 
-def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock) -> TrainedModel:
+def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock, processes: int | None) -> TrainedModel:
     spec = PreprocessSpec(view_px=settings.features.view_px)
     clock.stage("reading photographs", 0.0)
     dataset = load_dataset(
-        root, spec, good_class=settings.good_class, progress=lambda s: clock.stage("reading photographs", 0.05 * s)
+        root,
+        spec,
+        good_class=settings.good_class,
+        progress=lambda s: clock.stage("reading photographs", 0.05 * s),
+        scalars=settings.scalars,
     )
-    probabilities, parities, cost = _cross_validate(dataset, settings, clock)
-    clock.stage("calibrating items", 0.76)
-    learnt, recipe, held = _recipe(dataset, probabilities, settings, spec)
-    metrics = _metrics(dataset, settings, probabilities, learnt, recipe, spec)
-    clock.stage("fitting on everything", 0.8)
-    fitted = _fit(dataset, np.arange(len(dataset.views)), settings)
-    clock.stage("checking parity", 0.93)
-    report = _parity(parities, parity(fitted.extractor, fitted.head, fitted.graph, dataset.views, None))
-    if cost is not None:
-        clock.stage("quantising", 0.95)
-        fitted = replace(fitted, graph=quantise(fitted.graph, dataset.views, seed=settings.seed))
-    clock.stage("making the reference", 0.96)
-    parts = _parts(dataset, probabilities, recipe, spec, fitted)
+    found = cross_validate(
+        dataset,
+        _fit_settings(settings, dataset),
+        processes=processes,
+        progress=lambda done, count: clock.stage("cross-validating by item", 0.05 + 0.83 * done / count),
+    )
+    clock.stage("checking parity", 0.88)
+    report = _parity(found.parities, found.final.parity)
+    cost = _cost(dataset, found, settings)
+    clock.stage("calibrating items", 0.89)
+    learnt, recipe, held = _recipe(dataset, found.probabilities, settings, spec)
+    metrics = _metrics(dataset, settings, found, learnt, recipe, spec)
     facts = _dataset_facts(dataset, metrics["view"]["auc"]["value"])
+    clock.stage("making the reference", 0.96)
+    final = found.final
+    spec = msgspec.structs.replace(spec, scalars=final.scalars)
     lineage = {
         "dataset": facts,
         "settings": msgspec.to_builtins(settings),
         "versions": {name: version(name) for name in ("sortline", "numpy", "scikit-learn", "skl2onnx", "onnxruntime")},
         "metrics": metrics,
         "parity": msgspec.to_builtins(report),
-        "penalties": list(fitted.head.penalties),
-        "votes": fitted.votes,
+        "penalties": list(final.head.penalties),
+        "votes": final.votes,
         "fusion": learnt.report,
         "costs": _costs(held, recipe),
         "held_out": msgspec.to_builtins(held),
         "quantised": None if cost is None else {"cost": msgspec.to_builtins(cost)},
     }
-    card = write_card(settings.name, facts, metrics, report, recipe, learnt.report, fitted.votes)
-    parts |= {
-        MODEL: fitted.graph,
+    card = write_card(settings.name, facts, metrics, report, recipe, learnt.report, final.votes)
+    parts = _parts(dataset, found, recipe, spec) | {
+        MODEL: final.eight_bits or final.graph,
         RECIPE: msgspec.json.encode(recipe),
         PREPROCESS: spec.encoded(),
         LINEAGE: msgspec.json.encode(lineage, order="sorted"),
@@ -181,91 +183,39 @@ def _train(root: Path, settings: TrainSettings, output: Path, clock: _Clock) -> 
     return TrainedModel(bundle, metrics, report, facts, clock.seconds)
 
 
+def _fit_settings(settings: TrainSettings, dataset: Dataset) -> FitSettings:
+    """Returns the settings of the fits; scalars that no view knows are left out."""
+    known = tuple(name for name, share in dataset.report.scalars.items() if share > 0.0)
+    return FitSettings(
+        name=settings.name,
+        features=replace(settings.features, scalars=known),
+        augmented=settings.effort == "standard",
+        precision=settings.precision,
+        folds=settings.folds,
+        seed=settings.seed,
+        classes=dataset.classes,
+        dataset_digest=dataset.digest,
+    )
+
+
+def _cost(dataset: Dataset, found: CrossValidation, settings: TrainSettings) -> Cost | None:
+    """Returns what eight bits cost on held-out views; None with float32.
+
+    Raises:
+        InputError: `training.quantisation_costs`.
+    """
+    if settings.precision == "float32":
+        return None
+    cost = cost_of(found.wide, found.probabilities, dataset.labels, dataset.items, seed=settings.seed)
+    check_cost(cost)
+    return cost
+
+
 def _dataset_facts(dataset: Dataset, view_auc: float | None) -> dict[str, Any]:
     """Returns what the lineage, the card and people keep of the data set, its shortcuts included."""
     found = shortcuts(dataset, view_auc)
     dataset.report.warnings.extend(found.pop("warnings"))
     return {"digest": dataset.digest, **dataset.report.summary(), "shortcuts": found}
-
-
-def _fit(dataset: Dataset, rows: NDArray[np.intp], settings: TrainSettings) -> _Fitted:
-    """Fits features and head on these rows only."""
-    views, labels, items = dataset.views[rows], dataset.labels[rows], dataset.items[rows]
-    rng = np.random.default_rng(settings.seed)
-    extractor = FeatureExtractor.fit(views, items, settings.features, seed=settings.seed)
-    weights = view_weights(labels, items)
-    standard = settings.effort == "standard"
-    pictures = [views, *(varied(views, rng) for _ in range(VARIED if standard else 0))]
-    features = np.concatenate([extractor.transform(part) for part in pictures])
-    labels, items, weights = (np.concatenate([part] * len(pictures)) for part in (labels, items, weights))
-    head, parts = fit_head(
-        features,
-        labels,
-        items,
-        weights,
-        classes=len(dataset.classes),
-        widths=widths(settings.features),
-        seed=settings.seed,
-        optional=settings.features.tint,
-        calibrate_on=np.arange(len(features)) < len(rows),
-        unite=unions(settings.features) if standard else (),
-    )
-    votes = dict.fromkeys(part_names(settings.features), 0.0)
-    votes |= {list(votes)[k]: round(float(vote), 4) for k, vote in zip(parts, head.votes, strict=True)}
-    extractor = extractor.only(parts)
-    metadata = {"sortline.classes": ",".join(dataset.classes), "sortline.dataset": dataset.digest}
-    return _Fitted(extractor, head, build_graph(extractor, head, name=settings.name, metadata=metadata), votes)
-
-
-def _folds(dataset: Dataset, settings: TrainSettings) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Returns (training rows, held-out rows) of each fold, the same for the same data set and settings."""
-    split = np.array([photo.split for photo in dataset.photos])
-    if not ((split == "test").any() and (split != "test").any()):
-        return list(item_folds(dataset.items, dataset.labels, folds=settings.folds, seed=settings.seed))
-    # The data set names its held-out items; the others still need out-of-fold answers.
-    rest = np.flatnonzero(split != "test")
-    inner = item_folds(dataset.items[rest], dataset.labels[rest], folds=settings.folds, seed=settings.seed)
-    return [(rest, np.flatnonzero(split == "test"))] + [(rest[a], rest[b]) for a, b in inner]
-
-
-def _cross_validate(
-    dataset: Dataset, settings: TrainSettings, clock: _Clock
-) -> tuple[NDArray[np.float64], list[ParityReport], Cost | None]:
-    """Returns out-of-fold probabilities (N, C) of the ONNX graph of each fold, and its parity on the held-out views.
-
-    With eight bits the probabilities are those of the quantised graphs, and the third part is their cost.
-    """
-    found = np.zeros((len(dataset.views), len(dataset.classes)))
-    eight = np.zeros_like(found)
-    reports: list[ParityReport] = []
-    folds = _folds(dataset, settings)
-    for number, (train_rows, test_rows) in enumerate(folds):
-        clock.stage(f"cross-validating by item {number + 1}/{len(folds)}", 0.05 + 0.7 * number / len(folds))
-        if len(np.unique(dataset.labels[train_rows])) < len(dataset.classes):
-            raise InputError(
-                "dataset.too_few_items",
-                "A class has too few items for this many folds.",
-                expected="every class in every training part",
-                got=f"fold {number + 1} of {len(folds)}",
-            )
-        fitted = _fit(dataset, train_rows, settings)
-        views = dataset.views[test_rows]
-        reports.append(parity(fitted.extractor, fitted.head, fitted.graph, views, None))
-        found[test_rows] = _answers(OnnxClassifier(fitted.graph), views)[0]
-        if settings.precision == "int8":
-            small = quantise(fitted.graph, dataset.views[train_rows], seed=settings.seed)
-            eight[test_rows] = _answers(OnnxClassifier(small), views)[0]
-    if settings.precision == "float32":
-        return found, reports, None
-    cost = cost_of(found, eight, dataset.labels, dataset.items, seed=settings.seed)
-    check_cost(cost)
-    return eight, reports, cost
-
-
-def _answers(classifier: OnnxClassifier, views: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    answers = [classifier.classify(views[start : start + 64]) for start in range(0, len(views), 64)]
-    probabilities = np.concatenate([a.probabilities for a in answers]).astype(np.float64)
-    return probabilities, np.concatenate([a.embedding for a in answers])
 
 
 def _parity(folds: list[ParityReport], final: ParityReport) -> ParityReport:
@@ -321,14 +271,15 @@ def _costs(held: HeldOut, recipe: Recipe) -> dict[str, Any]:
 def _metrics(
     dataset: Dataset,
     settings: TrainSettings,
-    probabilities: NDArray[np.float64],
+    cross: CrossValidation,
     learnt: LearntFusion,
     recipe: Recipe,
     spec: PreprocessSpec,
 ) -> dict[str, Any]:
-    """Returns out-of-fold figures of views and items, and of the views without those in doubt."""
+    """Returns out-of-fold figures of views and items; also without views in doubt, and without scalars."""
+    probabilities = cross.probabilities
     sure = ~dataset.doubt
-    held_out = [rows for _, rows in _folds(dataset, settings)]
+    held_out = [rows for _, rows in folds_of(dataset, folds=settings.folds, seed=settings.seed)]
     score, bad = 1.0 - probabilities[:, 0], dataset.labels > 0
     found = list(items_of(dataset, spec.max_views))
     truth = np.array([item.truth for item in found])
@@ -347,38 +298,62 @@ def _metrics(
         metrics["view_without_doubt"] = measure(
             dataset.labels[sure], probabilities[sure], dataset.items[sure], dataset.classes
         ) | {"auc_within_folds": auc_within_folds(bad, score, [rows[sure[rows]] for rows in held_out])}
+    if cross.blind is not None:
+        blind = np.array([fuse(cross.blind[item.chosen], recipe.fusion, recipe.good) for item in found])
+        called = recipe.policy().choose(blind)[0] != 0
+        metrics["item_without_scalars"] = measure(
+            truth, blind, names, dataset.classes, called=called, threshold=recipe.threshold() or 1.0
+        )
     return metrics
 
 
-def _parts(
-    dataset: Dataset, probabilities: NDArray[np.float64], recipe: Recipe, spec: PreprocessSpec, fitted: _Fitted
-) -> dict[str, bytes]:
+def _parts(dataset: Dataset, cross: CrossValidation, recipe: Recipe, spec: PreprocessSpec) -> dict[str, bytes]:
     """Makes the reference profile (from out-of-fold items) and the golden views."""
-    classifier = OnnxClassifier(fitted.graph)
+    final, probabilities = cross.final, cross.probabilities
+    classifier = OnnxClassifier(final.eight_bits or final.graph)
+    scalars = dataset.scalars_in(final.scalars)
+    answers, embedding = (
+        (final.answers, final.embedding) if final.eight_bits is None else answers_of(classifier, dataset.views, scalars)
+    )
     rows, names, counts = [], feature_names(classifier.embedding_size), dict.fromkeys(dataset.classes, 0)
     for item in items_of(dataset, spec.max_views):
         views = dataset.views[item.chosen]
-        embedding = classifier.classify(views).embedding
-        verdict, features = judge_item(recipe, views, probabilities[item.chosen], embedding)
+        verdict, features = judge_item(recipe, views, probabilities[item.chosen], embedding[item.chosen])
         rows.append(features)
         counts[verdict.klass] += 1
-    golden = golden_views(classifier, dataset.views, dataset.labels)
+    golden = golden_views(classifier, dataset.views, dataset.labels, scalars, answers)
     return {PROFILE: msgspec.msgpack.encode(build_profile(np.stack(rows), names, counts)), GOLDEN: golden.encoded()}
 
 
-def golden_views(classifier: OnnxClassifier, views: NDArray[np.uint8], labels: NDArray[np.int64]) -> Golden:
-    """Chooses golden views: some of each class, and those closest to the decision threshold."""
-    probabilities, embedding = _answers(classifier, views)
-    near = np.argsort(np.abs(probabilities[:, 0] - 0.5), kind="stable")[: GOLDEN_VIEWS // 2]
+def golden_views(
+    classifier: OnnxClassifier,
+    views: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    scalars: NDArray[np.float32],
+    answers: NDArray[np.floating],
+) -> Golden:
+    """Chooses golden views: some of each class, and those closest to the decision threshold.
+
+    Args:
+        classifier: The model of the bundle, which answers for the chosen views again.
+        views: uint8 (N, S, S, 3).
+        labels: (N,) classes.
+        scalars: float32 (N, K), NaN where unknown; those of every fourth chosen view are made unknown.
+        answers: (N, C) probabilities of the model.
+    """
+    near = np.argsort(np.abs(answers[:, 0] - 0.5), kind="stable")[: GOLDEN_VIEWS // 2]
     each = max(1, GOLDEN_VIEWS // 2 // max(len(np.unique(labels)), 1))
     spread = [
         np.flatnonzero(labels == k)[:: max(1, int((labels == k).sum()) // each)][:each] for k in np.unique(labels)
     ]
     chosen = np.unique(np.concatenate([near, *spread]))
+    known = scalars[chosen]
+    known[::4] = np.nan
+    answer = classifier.classify(views[chosen], known if known.shape[1] else None)
     return Golden(
         views=views[chosen],
-        scalars=np.zeros((len(chosen), classifier.scalars), np.float32),
-        probabilities=probabilities[chosen].astype(np.float32),
-        embedding=embedding[chosen],
+        scalars=known,
+        probabilities=answer.probabilities,
+        embedding=answer.embedding,
         tolerance=GOLDEN_TOLERANCE,
     )

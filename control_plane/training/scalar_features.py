@@ -99,11 +99,17 @@ def write_scalars(w: GraphWriter, transform: ScalarTransform, scalars: str) -> s
     known = w.op("And", [positive, w.op("Less", [scalars, w.constant(_HIGHEST)])])
     logs = w.op("Log", [w.op("Where", [known, scalars, w.constant(1.0)])])
     deviation = w.op("Where", [known, w.op("Sub", [logs, w.constant(transform.centre)]), w.constant(0.0)])
-    filled = w.op("Where", [known, deviation, w.op("MatMul", [deviation, w.constant(transform.regression)])])
-    white = w.op("MatMul", [filled, w.constant(transform.whiten)])
+    filled = w.op("Where", [known, deviation, _times(w, deviation, transform.regression)])
+    white = _times(w, filled, transform.whiten)
     limited = w.op("Clip", [white, w.constant(-_FARTHEST), w.constant(_FARTHEST)])
     rows, columns = np.triu_indices(count)
     left = w.op("Gather", [limited, w.constant(rows, np.int64)], axis=1)
     right = w.op("Gather", [limited, w.constant(columns, np.int64)], axis=1)
     unknown = w.op("Cast", [w.op("Not", [known])], to=1)
     return w.op("Concat", [limited, w.op("Mul", [left, right]), unknown], axis=1)
+
+
+def _times(w: GraphWriter, rows: str, matrix: Floats) -> str:
+    """Adds rows times matrix as products and a sum, which quantisation leaves in float32; MatMul would become int8."""
+    wide = w.op("Unsqueeze", [rows, w.constant([2], np.int64)])
+    return w.reduce("ReduceSum", w.op("Mul", [wide, w.constant(matrix[None])]), [1], keep=False)

@@ -21,6 +21,11 @@ def photo(rng: np.random.Generator, *, bad: bool) -> np.ndarray:
     return image
 
 
+def save(path: Path, image: np.ndarray) -> None:
+    """Writes a photograph in the format that its ending names."""
+    cv2.imwrite(str(path), image)
+
+
 def folder(root: Path, *, items: int = 12, views: int = 4, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     rows = []

@@ -116,8 +116,15 @@ def test_warnings_and_files_left_out_are_shown(capsys) -> None:
     from control_plane.cli.output import say
     from control_plane.cli.train import metrics_table
 
-    skipped = {f"a/{number}.jpg": "it cannot be decoded" for number in range(5)} | {"b.gif": "its ending is unknown"}
-    summary = {"bundle": "0" * 64, "dataset": {"warnings": ["few [items]"], "skipped": skipped}}
+    facts = {
+        "warnings": ["few [items]"],
+        "left_out": {"it cannot be decoded": 5, "its ending is unknown": 1},
+        "left_out_examples": {
+            "it cannot be decoded": [f"a/{number}.jpg" for number in range(4)],
+            "its ending is unknown": ["b.gif"],
+        },
+    }
+    summary = {"bundle": "0" * 64, "dataset": facts}
     say(summary, as_json=False, table=metrics_table)
     out = capsys.readouterr().out
     assert "warning: few [items]" in out

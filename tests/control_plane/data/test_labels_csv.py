@@ -192,6 +192,7 @@ def test_rows_without_label_and_hidden_files_are_counted(root: Path) -> None:
     extra = [{"path": "img/._0-0.png", "label": "sound", "item": "apple-0"}, {"path": "img/0-1.png", "label": " "}]
     found = load_dataset(write(root, rows() + extra), SPEC)
     assert found.report.views == 8
+    assert found.report.summary()["left_out_examples"]["hidden or system file"] == ["img/._0-0.png"]
     assert found.report.summary()["left_out"] == {"hidden or system file": 1, "row without path or label": 1}
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from control_plane.evaluation.metrics import auc
+from control_plane.training.cross_validation import answers_of
 from control_plane.training.head import fit_head, view_weights
-from control_plane.training.onnx_graph import build_graph, parity
+from control_plane.training.onnx_graph import build_graph, compare
 from control_plane.training.patch_features import (
     FeatureExtractor,
     FeatureSpec,
@@ -87,24 +88,26 @@ def test_the_same_data_and_seed_give_the_same_bytes() -> None:
 @pytest.mark.parametrize(("scalars", "unite"), [(0, False), (2, False), (2, True)])
 def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars: int, unite: bool) -> None:
     views, truth, items = small_views()
-    extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=6, patches=400), seed=1)
-    known = np.random.default_rng(2).normal(100, 20, (len(views), scalars)).astype(np.float32) if scalars else None
-    if known is not None:
-        known[::5, 0] = np.nan
+    known = np.random.default_rng(2).normal(100, 20, (len(views), scalars)).astype(np.float32)
+    known[::5, :1] = np.nan
+    names = ("weight_g", "length_mm")[:scalars]
+    spec = FeatureSpec(filters=6, patches=400, scalars=names)
+    extractor = FeatureExtractor.fit(views, items, spec, seed=1, scalars=known)
     head, _ = fit_head(
-        extractor.transform(views),
+        extractor.transform(views, known),
         truth,
         items,
         view_weights(truth, items),
         classes=2,
         widths=widths(extractor.spec),
         seed=1,
-        scalars=known,
+        unprojected=bool(scalars),
         unite=unions(extractor.spec) if unite else (),
     )
     graph = build_graph(extractor, head, name="t", metadata={})
-    report = parity(extractor, head, graph, views, known)
+    expected = head.predict_proba(extractor.transform(views, known))
+    report = compare(expected, answers_of(OnnxClassifier(graph), views, known)[0])
     assert report.passed
     assert report.max_difference < 1e-4
     wrong = build_graph(extractor, replace(head, votes=2.5 * head.votes), name="t", metadata={})
-    assert not parity(extractor, head, wrong, views, known).passed
+    assert not compare(expected, answers_of(OnnxClassifier(wrong), views, known)[0]).passed

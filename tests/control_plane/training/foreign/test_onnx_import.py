@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from control_plane.data.photo_folder import load_dataset
 from control_plane.evaluation.operating_point import held_out_of
-from control_plane.training.onnx_import import ImportSettings, import_onnx
+from control_plane.training.foreign.onnx_import import ImportSettings, import_onnx
 from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
 from models.errors import InputError
@@ -53,7 +53,7 @@ def imported(data: Path, **options: object) -> ImportSettings:
 
 
 def test_a_model_from_elsewhere_becomes_a_bundle(data: Path, tmp_path: Path) -> None:
-    bundle = import_onnx(exported(tmp_path / "m.onnx"), imported(data), tmp_path / "b")
+    bundle = import_onnx(exported(tmp_path / "m.onnx"), imported(data), tmp_path / "b").bundle
     again = read_bundle(tmp_path / "b")
     assert again.digest == bundle.digest
     classifier = OnnxClassifier(again.model)
@@ -67,7 +67,7 @@ def test_a_model_in_the_format_of_any_exporter_becomes_a_bundle(
     data: Path, tmp_path: Path, opset: int, ir: int
 ) -> None:
     # PyTorch 2.13 stamps format 9 on opset 17 and 10 on opset 18 and later.
-    bundle = import_onnx(exported(tmp_path / "m.onnx", opset=opset, ir=ir), imported(data), tmp_path / "b")
+    bundle = import_onnx(exported(tmp_path / "m.onnx", opset=opset, ir=ir), imported(data), tmp_path / "b").bundle
     bundle.golden.check(OnnxClassifier(bundle.model))
 
 
@@ -86,10 +86,10 @@ def test_operators_newer_than_any_agent_reads_are_refused(data: Path, tmp_path: 
 
 def test_an_imported_model_learns_its_fusion_from_items_it_never_saw(data: Path, tmp_path: Path) -> None:
     model = exported(tmp_path / "m.onnx", batch="N")
-    plain = import_onnx(model, imported(data), tmp_path / "plain")
+    plain = import_onnx(model, imported(data), tmp_path / "plain").bundle
     assert plain.recipe.fusion.calibration_items == 0
     assert "held_out" not in plain.lineage
-    bundle = import_onnx(model, imported(data, unseen=True), tmp_path / "b")
+    bundle = import_onnx(model, imported(data, unseen=True), tmp_path / "b").bundle
     assert bundle.recipe.fusion.calibration_items == 24
     assert held_out_of(bundle.lineage, bundle.recipe).truth.count(0) == 12
     assert "Brier score" in bundle.card
