@@ -148,7 +148,7 @@ def check_answers(trial: Trial, probabilities: Probabilities, figure: Measured) 
     if spread >= CONSTANT and not below and not weak:
         return [], _order_warning(trial, probabilities)
     tried = _by_likelihood(list(_reasons(trial, probabilities)))
-    now = value if both else 0.5
+    now = value if both and spread >= CONSTANT else 0.5  # constant answers have an AUC by rounding alone
     likely = tried[0].reason if tried and tried[0].auc > now + _BETTER else "none that was tried explains it"
     if spread < CONSTANT:
         raise InputError(
