@@ -100,7 +100,7 @@ def _map_refusals(app: FastAPI) -> None:
     async def ours(request: Request, error: SortlineError) -> JSONResponse:
         status = status_of(error)
         if status == 404 and not request.path_params:
-            status = 422  # what a body names and nobody knows is a mistake of the body: the route is there
+            status = 422  # an unknown name in a body is a mistake of the body: the route is there
         return _answer(status, error.as_dict())
 
     @app.exception_handler(RequestValidationError)

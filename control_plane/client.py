@@ -35,7 +35,7 @@ class Client:
         self.url = (url or default_url()).rstrip("/")
         token = token or os.environ.get("SORTLINE_TOKEN", "")
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        # A command calls once or twice and nobody closes the client: no connection stays open behind an answer.
+        # A command calls once or twice and does not close the client, so no connection stays open behind an answer.
         limits = httpx2.Limits(max_keepalive_connections=0)
         self._http = httpx2.Client(base_url=self.url, headers=headers, timeout=30.0, trust_env=False, limits=limits)
 

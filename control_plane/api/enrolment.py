@@ -1,7 +1,7 @@
 """What agents call over HTTPS before (and when) they have a certificate: trust, enrolment, renewal. Nothing else.
 
 Its own small application on its own listener: the pages and the API may stay on this machine while agents reach this
-from the plant's network. Bodies are bounded before they are parsed; nobody is authenticated by the connection: the
+from the plant's network. Bodies are bounded before they are parsed; the connection authenticates no caller: the
 token or the signature in the body decides.
 """
 

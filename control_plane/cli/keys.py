@@ -138,8 +138,8 @@ def _development(root: bytes) -> bool:
 
 def _tell(done: Any, root: bytes) -> None:
     if done.missing:
-        missing = counted(done.missing, "signature")
-        note(f"root {done.version} waits in {done.path} for {missing} more, by `sortline keys sign`")
+        missing = counted(done.missing, "more signature")
+        note(f"root {done.version} waits in {done.path} for {missing}, by `sortline keys sign`")
     else:
         note(f"root {done.version} is complete: {done.path}; bring it to the control plane with `keys push`")
     warn_of_development(root)

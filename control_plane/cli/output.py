@@ -49,7 +49,7 @@ def warn(lead: str, text: str) -> None:
 
 
 def banner(text: str) -> None:
-    """Prints a warning that nobody overlooks."""
+    """Prints a warning in white on red."""
     note(f" {text} ", style="bold white on red")
 
 

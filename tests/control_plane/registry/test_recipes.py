@@ -239,7 +239,7 @@ def test_the_share_of_unsure_items_is_told_per_agent(client: TestClient, service
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["tune"], "Say whose recipe"),
+        (["tune"], "The command needs a version"),
         (["tune", "--bundle", "B", "--price", "sound"], "NAME=VALUE"),
         (["tune", "--bundle", "B", "--price", "sound=much"], "a number"),
         (["tune", "apples", "--data", "photos"], "--bundle DIR"),

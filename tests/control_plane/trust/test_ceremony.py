@@ -414,6 +414,7 @@ def test_ceremonies_refuse_what_makes_no_sense(repository: Repository) -> None:
 
 
 def test_the_command_for_people_fails_when_something_is_nearly_full(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    keys = importlib.import_module("control_plane.cli.keys")  # the folder's `keys` is the group of commands
     found = {"development": False, "roles": [], "fill": {"set": 0.79, "bin": 0.8}}
     keys = importlib.import_module("control_plane.cli.keys")
     monkeypatch.setattr(keys, "_remote_status", lambda _server: found)
