@@ -105,7 +105,7 @@ class CommandKind(StrEnum):
 
 
 class LotSource(StrEnum):
-    """Who said which lot runs."""
+    """The origin of the name of the lot that runs."""
 
     CONFIGURATION = "configuration"
     OPERATOR = "operator"
@@ -305,7 +305,7 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
     """Boot of the records, which may be an earlier one than the boot that reports the gap."""
     ranges: Annotated[tuple[GapRange, ...], msgspec.Meta(max_length=MAX_GAP_RANGES)]
     records: dict[str, Counter] = {}
-    """How many of each kind were dropped since the last gap was told."""
+    """How many of each kind were dropped since the last gap was reported."""
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,6 @@
 """Signed metadata as it travels and as it is kept: a document of parts, each byte for byte what was signed.
 
-Reads and writes; verifies nothing (that is `models.trust`), so whoever only carries it needs no library of signatures.
+Reads and writes; verifies nothing (that is `models.trust`), so what only carries it needs no library of signatures.
 """
 
 from typing import Final, Literal

@@ -11,7 +11,7 @@ ROOT: Final = "sortline/v1"
 SENTINEL_TOPIC: Final = f"{ROOT}/sentinel"
 TRUST_TOPIC: Final = f"{ROOT}/tuf"
 BIN_BITS: Final = 6
-"""Assignments are spread over 2^6 signed documents. Fixed, so that an agent knows its own without being told."""
+"""Assignments are spread over 2^6 signed documents. Fixed, so that an agent can compute its own."""
 BIN_PREFIX: Final = "assign-bin"
 BLOBS: Final = f"{ROOT}/blobs/"
 MAX_BLOB_BYTES: Final = 120 * 1024

@@ -1,4 +1,4 @@
-"""Who a client is and what it may do.
+"""The identity of a client and what it may do.
 
 Identities live in one JSON file with scrypt hashes (RFC 7914). The rules follow the wire contract: an agent
 publishes and receives under its own name only and never uses a wildcard. Secrets are never logged.

@@ -78,7 +78,7 @@ class Broker:
             del self.sessions[key]
 
     def expire_sessions(self) -> None:
-        """Forgets what nobody came back to, and drops clients whose identity was removed."""
+        """Forgets sessions past their time, and drops clients whose identity was removed."""
         now = self.clock()
         for session in list(self.sessions.values()):
             gone = session.connection is None and now - session.left_at_s > self.limits.session_expiry_s
@@ -178,7 +178,7 @@ class Broker:
             self.deliver(session, message, min(granted, message.qos), retain=True)
 
     def publish_stats(self) -> None:
-        """Counters for whoever may read `$SYS`."""
+        """Publishes the counters under `$SYS`."""
         facts = dict(self.counters) | {
             "connections": len(self.connections),
             "sessions": len(self.sessions),

@@ -1,4 +1,6 @@
-"""Who a client is by its certificate. Follows the site's files: trust, the server's own pair, admission, revocations.
+"""The identity of a client by its certificate.
+
+Follows the site's files: trust, the server's own pair, admission, revocations.
 
 The role stands in the certificate's URI, the name in the URI too; the common name and whatever the client says in
 CONNECT are ignored. Whoever signed its certificate, a name must be on the admission list; no revoked serial passes;

@@ -27,7 +27,7 @@ class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     connections: int = 1000
     sessions: int = 2000
     session_expiry_s: float = 24 * 3600.0
-    """A persistent session nobody came back to is forgotten."""
+    """A persistent session to which no client came back for so long is forgotten."""
     subscriptions: int = 512
     """Per session."""
     inflight: int = 32
@@ -158,5 +158,5 @@ class Quarantine:
         return now_s < end_s
 
     def names(self, now_s: float) -> list[str]:
-        """Who is in quarantine."""
+        """Returns the names in quarantine, sorted."""
         return sorted(name for name, (end_s, _) in self._until.items() if now_s < end_s)

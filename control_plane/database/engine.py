@@ -59,7 +59,7 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 class _Turns:
     """First come, first served among the writers of one process.
 
-    SQLite lets whoever looks at the right moment write next: one busy thread would keep the others out for seconds.
+    In SQLite the writer that looks at the right moment is next: one busy thread could keep the others out for seconds.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class _Turns:
         self._taken = False
 
     def take(self, wait_s: float) -> bool:
-        """Waits for our turn; False when it did not come in time."""
+        """Waits for the caller's turn; returns False when it did not come in time."""
         with self._lock:
             if not self._taken:
                 self._taken = True
@@ -115,12 +115,12 @@ def _take_turns(engine: Engine, wait_s: float) -> None:
 
 
 def writing(engine: Engine) -> Session:
-    """A session whose transaction may write from its first statement on."""
+    """Returns a session whose transaction may write from its first statement on."""
     return Session(engine.execution_options(writes=True), expire_on_commit=False)
 
 
 def reading(engine: Engine) -> Session:
-    """A session that only reads."""
+    """Returns a session that only reads."""
     return Session(engine, expire_on_commit=False)
 
 

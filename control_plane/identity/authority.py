@@ -127,7 +127,7 @@ class Authority:
 
     @property
     def current(self) -> Generation:
-        """Who issues now."""
+        """The issuing certificate of today."""
         return self.index.generations[-1]
 
     @property

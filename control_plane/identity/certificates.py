@@ -25,7 +25,7 @@ CLIENT_LIFE: Final = timedelta(days=30)
 RENEW_AFTER: Final = timedelta(days=10)
 SERVER_LIFE: Final = timedelta(days=90)
 REVOCATIONS_LIFE: Final = timedelta(days=400)
-"""A list past its time would lock out every good client; it is written anew each week."""
+"""A list past its time would lock out every good client; it is written again each week."""
 _CLOCK_SKEW: Final = timedelta(minutes=10)
 AGENT_URI: Final = "urn:sortline:agent:"
 PLANE_URI: Final = "urn:sortline:control-plane:"

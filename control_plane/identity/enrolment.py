@@ -50,7 +50,7 @@ class Enrolment:
         authority: Signs.
         new_secret: 192 random bits as 32 base64url characters.
         broker: Host and port of the MQTT broker as agents reach it.
-        publish: Told after every change of who is trusted.
+        publish: Is called after every change of the trusted identities.
         trust_root: Root metadata for the signatures of bundles; empty when there is none.
     """
 

@@ -69,7 +69,7 @@ def parse_change(values: dict[str, Any]) -> Change:
 
 
 def changed(recipe: Recipe, change: Change, held: HeldOut | None) -> Recipe:
-    """The recipe after a change, every abstain band learnt anew.
+    """The recipe after a change, every abstain band learnt again.
 
     Args:
         recipe: As it is.

@@ -313,7 +313,7 @@ def _assign(
     """Gives an agent the bundle; `committed` is what it reports to have committed, a candidate for its way back."""
     if attempt == 1:
         part.previous_bundle = committed
-    wish = DesiredChange(
+    change = DesiredChange(
         bundle=rollout.bundle,
         mode=Mode(rollout.mode),
         rollout_id=rollout.id,
@@ -322,7 +322,7 @@ def _assign(
         swap=Swap(rollout.swap),
         swap_within_s=rollout.swap_within_s,
     )
-    part.generation = assign(session, part.agent_id, wish)
+    part.generation = assign(session, part.agent_id, change)
     part.attempt, part.assigned_at, part.started_at, part.tried = attempt, now, None, False
     part.outcome = str(Outcome.QUEUED)
     session.add(part)
@@ -330,10 +330,10 @@ def _assign(
 
 def _revert(session: Session, rollout: Rollout, part: RolloutAgent, step: Revert, now: datetime) -> None:
     """Sends an agent back; it has proven the bundle before, so the trial there is over with the first item."""
-    wish = DesiredChange(
+    change = DesiredChange(
         bundle=step.bundle, safe_state=SafeState(step.safe_state), trial_items=0, trial_s=rollout.trial_s
     )
-    part.returned_generation = assign(session, part.agent_id, wish)
+    part.returned_generation = assign(session, part.agent_id, change)
     part.return_bundle, part.return_safe_state, part.returned_at = step.bundle, str(step.safe_state), now
     part.returned, part.return_reason = str(Return.PENDING), ""
     session.add(part)

@@ -1,4 +1,4 @@
-"""Who goes first: agents divided into waves. Pure.
+"""Divides agents into waves, which get the bundle one after the other. Pure.
 
 Laws: every agent is in exactly one wave, and waves have no holes.
 """
@@ -18,7 +18,7 @@ def divide(agents: Sequence[str], waves: Sequence[Wave]) -> dict[str, int]:
     Args:
         agents: Ids, in the order in which they get the bundle.
         waves: Cumulative sizes, growing, as numbers or percent; or a list of names, which forms a wave of its own.
-            Whoever is left is a last wave.
+            The agents that are left form a last wave.
 
     Returns:
         Wave (from 0) by agent, in the order of the waves.

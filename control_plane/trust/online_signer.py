@@ -94,7 +94,7 @@ class OnlineSigner:
         self._see(data)
 
     def look(self, session: Session, now: datetime) -> None:
-        """Finds out what people must be told: metadata that only offline keys can renew comes first."""
+        """Finds out what needs a person's attention: metadata that only offline keys can renew comes first."""
         parts = self._newest(session)
         if "root" not in parts:
             return
@@ -160,7 +160,7 @@ class OnlineSigner:
     def assign(self, session: Session, agent_id: str, desired: Desired, now: datetime) -> None:
         """Writes what an agent shall run; `sign_changes` before the commit signs it together with all others.
 
-        Whoever changes the agent's row need not call this: `sign_changes` finds rows whose generation grew.
+        A caller that changes the agent's row need not call this: `sign_changes` finds rows whose generation grew.
 
         Raises:
             ConflictError: `trust.not_released`, `trust.not_initialised`.
@@ -229,7 +229,7 @@ class OnlineSigner:
     def news(self, session: Session, known: Mapping[str, int]) -> list[tuple[str, int, bytes]]:
         """Topic, version and payload of what is newer than what is known by topic: bins first, then the set.
 
-        Whoever gets only the bins can still use what it trusts already.
+        An agent that gets only the bins can still use what it trusts already.
         """
         versions = self._versions(session)
         stale = {r: v for r, v in versions.items() if is_bin(r) and known.get(bin_topic(r)) != v}

@@ -9,7 +9,7 @@ from control_plane.database.tables.columns import json_column, time_column
 
 
 class Audit(SQLModel, table=True):
-    """Who changed what. Append only; each entry carries the hash of the one before."""
+    """A change and the person who made it. Append only; each entry carries the hash of the one before."""
 
     id: int | None = Field(default=None, primary_key=True)
     at: datetime = Field(sa_column=time_column())

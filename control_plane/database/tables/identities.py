@@ -25,7 +25,7 @@ class Identity(SQLModel, table=True):
         default=IdentityState.INVITED, sa_column=Column(EnumText(IdentityState), nullable=False, index=True)
     )
     renewal_asked_at: datetime | None = Field(default=None, sa_column=time_column(nullable=True))
-    """Its certificate was past its time when it asked for a new one: somebody must approve."""
+    """When it asked for a new certificate after the old one had run out; a person must approve that."""
     renewal_approved_until: datetime | None = Field(default=None, sa_column=time_column(nullable=True))
     created_at: datetime = Field(default_factory=utc_now, sa_column=time_column())
 

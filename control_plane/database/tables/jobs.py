@@ -28,7 +28,7 @@ class JobKind(StrEnum):
 
 
 class Job(SQLModel, table=True):
-    """Long work, claimed by worker processes."""
+    """A piece of long work that worker processes claim."""
 
     id: int | None = Field(default=None, primary_key=True)
     kind: JobKind = Field(sa_column=Column(EnumText(JobKind), nullable=False))

@@ -8,7 +8,7 @@ from control_plane.database.tables.columns import time_column
 
 
 class Lease(SQLModel, table=True):
-    """Who may act as the one leader for something, until when, with a fencing number."""
+    """The process that may act as the one leader for a duty, until when, with a fencing number."""
 
     name: str = Field(primary_key=True)
     holder: str

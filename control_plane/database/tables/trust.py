@@ -9,7 +9,7 @@ from control_plane.database.tables.columns import time_column, utc_now
 
 
 class TrustMetadata(SQLModel, table=True):
-    """Signed metadata, every version once: (role, version) is the key, so nobody signs two things under one."""
+    """Signed metadata, every version once: (role, version) is the key, so no version is signed twice."""
 
     __tablename__ = "trust_metadata"
     role: str = Field(primary_key=True, max_length=16)
@@ -19,7 +19,7 @@ class TrustMetadata(SQLModel, table=True):
 
 
 class AssignmentRow(SQLModel, table=True):
-    """What one agent shall run, exactly as it was signed."""
+    """The desired state of one agent, exactly as it was signed."""
 
     __tablename__ = "assignment"
     agent_id: str = Field(primary_key=True, max_length=63)

@@ -140,7 +140,7 @@ def test_a_forgotten_agent_leaves_rollouts_and_stays_in_their_history(
         session.commit()
     facts = client.post("/api/v1/agents/line-0/forget", json={"reason": "scrapped", "actor": "maria"}).json()
     assert (facts["generation"], facts["reason"], cleared) == (1, "scrapped", ["line-0"])
-    assert client.get("/api/v1/agents/line-0").status_code == 404
+    assert client.get("/api/v1/agents/line-0").json()["code"] == "agent.unknown"
     services.rollouts.step(utc_now() + timedelta(seconds=11))
     shown = client.get(f"/api/v1/rollouts/{number}").json()
     assert [(a["agent"], a["outcome"], a["reason"]) for a in shown["agents"]] == [
