@@ -54,10 +54,13 @@ def add_status(commands: Any) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from edge_agent.delivery.lifecycle import SlotState  # noqa: PLC0415
     from edge_agent.delivery.state_file import champion_file  # noqa: PLC0415
     from edge_agent.state_directory import StateDirectory  # noqa: PLC0415
 
     state = champion_file(arguments.state_dir).read()
+    if state is None and StateDirectory(arguments.state_dir).lock_file.exists():
+        state = SlotState()  # an agent that never had a bundle; perhaps because it never had a broker
     if state is None:
         raise ConfigError(
             "agent.no_state", f"{arguments.state_dir} holds no agent.", expected="state.json", got="nothing"

@@ -6,8 +6,6 @@ import msgspec
 import pytest
 
 from edge_agent.cli.commands import main
-from edge_agent.delivery.lifecycle import SlotState
-from edge_agent.delivery.state_file import champion_file
 from edge_agent.supervisor.conditions import Conditions
 from edge_agent.supervisor.connection_file import Connection, connection_file
 from models.messages import MAX_CONDITIONS, Fault, Reported, encode
@@ -82,7 +80,7 @@ def test_a_report_with_every_condition_stays_small() -> None:
 def test_status_says_whether_there_is_a_broker_and_why_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: Connection | None, said: str
 ) -> None:
-    champion_file(tmp_path).save(SlotState())
+    (tmp_path / "lock").touch()  # an agent that never had a bundle has no other file
     if kept is not None:
         connection_file(tmp_path).save(kept)
     assert main(["status", "--state-dir", str(tmp_path), "--json"]) == 0
