@@ -29,7 +29,7 @@ from models.files import write_atomically
 
 _WORLD_ITEMS = 40
 """Number of items taken from one simulated world before new apples are drawn."""
-COLUMNS = ("path", "item", "lot", "label", "kind", "variety", "view", "weight_g")
+COLUMNS = ("path", "item", "lot", "label", "kind", "variety", "view", "weight_g", "length_mm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,7 @@ class _Writer:
         item = f"{self._seed}-{truth.apple}" if truth else f"{self._seed}-{track.item_id:05d}"
         cv2.imwrite(str(self._output / path), np.dstack((crop, mask)), [cv2.IMWRITE_PNG_COMPRESSION, 1])
         row: dict[str, object] = {"path": path, "item": item, "lot": self._config.lot, "view": number}
+        row["length_mm"] = round(track.length_mm, 1)  # as the line gives it to a model
         if truth is not None:
             row |= {
                 "label": truth.label,

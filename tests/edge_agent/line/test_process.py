@@ -219,7 +219,7 @@ def test_what_is_collected_is_what_would_have_been_judged(tmp_path: Path) -> Non
     found = collect(LineConfig(), tmp_path / "views", items=12)
     assert found.views >= 60
     rows = (tmp_path / "views" / "labels.csv").read_text().splitlines()
-    assert rows[0] == "path,item,lot,label,kind,variety,view,weight_g"
+    assert rows[0] == "path,item,lot,label,kind,variety,view,weight_g,length_mm"
     line = SimulatedLine(SimulationConfig(), virtual=True)
     core = core_of(line)
     spec = read_bundle.__globals__["PreprocessSpec"]()
