@@ -166,7 +166,12 @@ class Guard:
         if not changes and not path.startswith("/api/") and "text/html" in headers.get("accept", ""):
             return self._login_page(Request(scope))
         what = "Changes need the token." if changes else "Reading needs the token, or the read token."
-        return refusal(401, ConflictError("api.no_token", what, expected="Authorization: Bearer ..."))
+        return refusal(
+            401,
+            ConflictError(
+                "api.no_token", what, expected="Authorization: Bearer ..., from SORTLINE_TOKEN in the command line"
+            ),
+        )
 
     def _same_origin(self, headers: Headers) -> bool:
         origin = headers.get("origin")
