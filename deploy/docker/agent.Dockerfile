@@ -1,5 +1,6 @@
 # The agent of one line. The context is the repository, or a folder made by deploy/kit.sh: then the build needs no network.
 #   docker build -f deploy/docker/agent.Dockerfile -t sortline-agent .
+# buildah and podman keep the health check only with --format docker.
 # Any Debian or Ubuntu with Python 3.11 or newer and its venv package will do as BASE.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}

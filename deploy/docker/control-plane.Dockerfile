@@ -1,6 +1,7 @@
 # Control plane, worker and embedded broker: one image, three commands (serve, worker, broker run).
 # The context is the repository, or a folder made by deploy/kit.sh: then the build needs no network.
 #   docker build -f deploy/docker/control-plane.Dockerfile -t sortline-control-plane .
+# buildah and podman keep the health check only with --format docker.
 # Any Debian or Ubuntu with Python 3.11 or newer and its venv package will do as BASE.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
