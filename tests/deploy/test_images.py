@@ -87,7 +87,8 @@ def base() -> Iterator[str]:
         buildah("copy", container, folder, "/")
         buildah("commit", "--rm", container, "sortline-test-base")
         yield "localhost/sortline-test-base"
-        buildah("rmi", "--all", "--force")
+        for name in (*NAMES, "base"):
+            buildah("rmi", "--force", f"localhost/sortline-test-{name}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
