@@ -152,8 +152,8 @@ def test_photo_eyes_are_discrete_inputs_or_counters_of_the_plc(plc: int, program
     with closing(open_photo_eyes([inputs, counter], belt)) as eyes:
         wait_until(lambda: all(source._before is not None for source in eyes.sources), what="first contact")  # type: ignore[attr-defined]
         program.write(420, [1, 0, 1500])
-        # This PLC keeps bits in its registers: discrete input 160 is the lowest bit of register 10.
-        program.write(10, [1])
+        # In this PLC inputs and coils are the same bits, so its program can set an input.
+        program.write_coil(160, active=True)
         wait_until(lambda: eyes.counters["seen"] == 2, what="two sightings")
         found = {sighting.lane: sighting for sighting in eyes.sightings(time.monotonic())}
     assert set(found) == {0, 2}
