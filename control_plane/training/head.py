@@ -124,9 +124,14 @@ def fit_head(
     """
     inputs = _inputs(features, widths)
     projected = tuple(k < len(inputs) - unprojected for k in range(len(inputs)))
+    # Under weak regularisation the solver's line search ends early in float32.
+    inputs = [own if p else own.astype(np.float64) for own, p in zip(inputs, projected, strict=True)]
     views = _Views(inputs, projected, labels, items, weights, seed, tuple(unite))
     sure = len(inputs) - optional
-    grids = [_PENALTIES] * sure + [_OPTIONAL_PENALTIES] * (optional - unprojected) + [_SCALAR_PENALTIES] * unprojected
+    grids = [
+        _SCALAR_PENALTIES if not own else _PENALTIES if k < sure else _OPTIONAL_PENALTIES
+        for k, own in enumerate(projected)
+    ]
     vote = _ask(views, grids, classes, calibrate_on).vote(sure)
     every = np.arange(len(labels))
     bases, examples = views.bases(every), views.examples(every)
