@@ -109,11 +109,12 @@ class HeldOutScores:
         return Vote(members, tuple(penalties), np.full(count, temperature / count), bias)
 
     def _weighed(self, members: tuple[int, ...], penalties: Sequence[float]) -> Vote:
-        """Fits a non-negative weight for each member and leaves out those with very small ones."""
+        """Fits a non-negative weight for each member and leaves out those with very small ones, except the first."""
         bounds = [(0.0, 4.0)] * len(members)
         found = self._minimise(self._scores(members, penalties), np.asarray, np.zeros(len(members)), bounds)
         votes, bias = found[: len(members)], found[len(members) :]
         strong = votes >= _LEAST_VOTE * votes.max()
+        strong[0] = True  # its features give the embedding that drift is watched by, even without a vote
         if strong.all():
             return Vote(members, tuple(penalties), votes, bias)
         return self._weighed(tuple(np.array(members)[strong].tolist()), np.array(penalties)[strong].tolist())

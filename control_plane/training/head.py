@@ -115,7 +115,7 @@ def fit_head(
         widths: Features of each member; their sum is F.
         seed: Seed of folds, projection and unions.
         optional: Number of members, the last ones, that vote only where they lower the held-out loss.
-        unprojected: Number of members, the last ones, with few features that need no projection: scalars.
+        unprojected: Number of the optional members, the last ones, whose few features need no projection: scalars.
         calibrate_on: Views that count for choosing and calibrating (augmented ones do not); None = all.
         unite: Per member, the function that makes unions of views to learn from; empty = no unions.
 

@@ -88,12 +88,13 @@ def test_the_same_data_and_seed_give_the_same_bytes() -> None:
 @pytest.mark.parametrize(("scalars", "unite"), [(0, False), (2, False), (2, True)])
 def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars: int, unite: bool) -> None:
     views, truth, items = small_views()
-    known = np.random.default_rng(2).normal(100, 20, (len(views), scalars)).astype(np.float32)
+    truth = np.arange(len(views)) // 2 % 2  # only the scalars tell the classes apart
+    known = (np.random.default_rng(2).normal(100, 8, (len(views), scalars)) + 60 * truth[:, None]).astype(np.float32)
     known[::5, :1] = np.nan
     names = ("weight_g", "length_mm")[:scalars]
     spec = FeatureSpec(filters=6, patches=400, scalars=names)
     extractor = FeatureExtractor.fit(views, items, spec, seed=1, scalars=known)
-    head, _ = fit_head(
+    head, parts = fit_head(
         extractor.transform(views, known),
         truth,
         items,
@@ -101,9 +102,12 @@ def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars:
         classes=2,
         widths=widths(extractor.spec),
         seed=1,
-        unprojected=bool(scalars),
+        optional=int(scalars > 0),
+        unprojected=int(scalars > 0),
         unite=unions(extractor.spec) if unite else (),
     )
+    extractor = extractor.only(parts)
+    assert extractor.spec.scalars == names
     graph = build_graph(extractor, head, name="t", metadata={})
     expected = head.predict_proba(extractor.transform(views, known))
     report = compare(expected, answers_of(OnnxClassifier(graph), views, known)[0])
