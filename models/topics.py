@@ -14,9 +14,9 @@ BIN_BITS: Final = 6
 """Assignments are spread over 2^6 signed documents. Fixed, so that an agent can compute its own."""
 BIN_PREFIX: Final = "assign-bin"
 BLOBS: Final = f"{ROOT}/blobs/"
+"""Prefix of the topics of blobs."""
 MAX_BLOB_BYTES: Final = 120 * 1024
 """Most bytes of a manifest or chunk: fits the payload limit of every known broker (the smallest is 128 KiB)."""
-"""Prefix of the topics of blobs."""
 AGENT_ID = re.compile(r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")
 _AGENT_TOPIC = re.compile(rf"^{ROOT}/agents/([a-z0-9-]{{1,63}})/([a-z]+)\Z")
 

@@ -5,5 +5,5 @@ between two frames, `reporting` sends beats and windows; `sorting` is the one pa
 loads bundles beside the running line; `shadow` runs a challenger whose verdicts are not executed; `counters` counts
 what becomes a window; `fail_safe` acts while the camera is at fault; `standby` waits, small, to take over and
 `warm_up` makes it ready; `thread_tuning` measures how many threads pay; `selftest` is the throw-away process that
-tries a bundle.
+tries a bundle: whether it computes its golden views again (`models.golden`), fast enough and in bounds.
 """
