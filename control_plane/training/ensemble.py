@@ -49,6 +49,7 @@ class HeldOutScores:
         weights: (n,) of the views, for choosing penalties.
         items: (n,) number of the item of each view.
         classes: C.
+        unprojected: Number of members, the last ones, that see scalars and no views.
     """
 
     logs: list[dict[float, NDArray[np.float64]]]
@@ -56,6 +57,7 @@ class HeldOutScores:
     weights: NDArray[np.floating]
     items: NDArray[np.intp]
     classes: int
+    unprojected: int = 0
 
     def vote(self, sure: int) -> Vote:
         """Gives the first `sure` members equal votes; each one behind them joins if it lowers the loss.
@@ -109,12 +111,14 @@ class HeldOutScores:
         return Vote(members, tuple(penalties), np.full(count, temperature / count), bias)
 
     def _weighed(self, members: tuple[int, ...], penalties: Sequence[float]) -> Vote:
-        """Fits a non-negative weight for each member and leaves out those with very small ones, except the first."""
+        """Fits a non-negative weight for each member; those with very small ones go, but one that sees views stays."""
         bounds = [(0.0, 4.0)] * len(members)
         found = self._minimise(self._scores(members, penalties), np.asarray, np.zeros(len(members)), bounds)
         votes, bias = found[: len(members)], found[len(members) :]
         strong = votes >= _LEAST_VOTE * votes.max()
-        strong[0] = True  # its features give the embedding that drift is watched by, even without a vote
+        of_views = np.array(members) < len(self.logs) - self.unprojected
+        if not (strong & of_views).any():  # the features of one part give the embedding that drift is watched by
+            strong[np.where(of_views, votes, -1.0).argmax()] = True
         if strong.all():
             return Vote(members, tuple(penalties), votes, bias)
         return self._weighed(tuple(np.array(members)[strong].tolist()), np.array(penalties)[strong].tolist())

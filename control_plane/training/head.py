@@ -217,7 +217,7 @@ def _ask(
     known = known if counted is None else known & counted
     kept = [{penalty: log[known] for penalty, log in member.items()} for member in found]
     place = np.unique(views.items[known], return_inverse=True)[1]
-    return HeldOutScores(kept, labels[known], views.weights[known], place, classes)
+    return HeldOutScores(kept, labels[known], views.weights[known], place, classes, views.projected.count(False))
 
 
 def _logistic(penalty: float, features: Floats, examples: _Examples) -> Any:
