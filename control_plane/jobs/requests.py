@@ -73,6 +73,13 @@ def check_import(path: str | Path, values: Mapping[str, Any]) -> dict[str, Any]:
         InputError: `import.bad_settings`, `import.unreadable`.
     """
     _checked(values, ImportRequest, "import.bad_settings")
+    if len(values.get("classes", ())) == 1:
+        raise InputError(
+            "import.bad_settings",
+            "The option `classes` is not usable.",
+            expected=_EXPECTED["classes"],
+            got=repr(values["classes"])[:120],
+        )
     if not _is_file(path):
         raise InputError("import.unreadable", "There is no such file.", expected="an .onnx file", got=str(path)[:200])
     return dict(values)
@@ -86,7 +93,8 @@ _EXPECTED: Final = {
     "good_class": f"a class name of at most {MAX_NAME} characters",
     "abstain_budget": "a share, 0 to 1",
     "precision": "float32 or int8",
-    "classes": "two or more class names",
+    "classes": "two or more class names, or none where the model's file names them",
+    "scalars": "names of measured columns, such as weight_g",
     "data": "a folder",
     "view_px": "a whole number, 16 to 512",
     "layout": "nchw or nhwc",
