@@ -5,7 +5,7 @@ session's key is (identity, client id), and one function, `authorize(identity, a
 will, subscribe, retained and queued delivery. Everything is bounded (`BrokerLimits`), and what a bound drops or
 refuses is counted. `packets` is the codec, `topics` the matching, `sessions` what outlives a connection, `broker` the
 fan-out, `connection` one client, `acceptor` who has not come in yet, `server` the whole; `client_certificates` says
-who a client is by mutual TLS, `access` by a password (this machine only) and, in `authorize`, who may do what. A
+who a client is by mutual TLS, `access` by a password (this machine only) and, in `access.authorize`, who may do what. A
 larger fleet runs mosquitto, EMQX or HiveMQ instead; the same integration tests run on this broker and on mosquitto.
 
 Not kept over a restart: sessions and retained messages. The control plane notices by its sentinel and republishes.
