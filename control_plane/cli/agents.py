@@ -70,7 +70,7 @@ def agent_forget(
 @agents.command("safe-state")
 def agent_safe_state(
     agent_id: AgentId,
-    safe_state: Annotated[str, typer.Argument(help="eject-all, pass-all or stop; judge = out of it.")],
+    safe_state: Annotated[str, typer.Argument(help="State to go into: eject-all, pass-all or stop; judge leaves it.")],
     reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")] = "",
     actor: Actor = "",
     server: Server = "",

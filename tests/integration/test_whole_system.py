@@ -186,7 +186,7 @@ def test_a_challenger_judges_in_the_shadow_and_is_promoted_without_a_second_fetc
         shadowed = [w for w in plane.windows() if w.shadow_bundle]
         assert {(w.bundle, w.shadow_bundle) for w in shadowed} == {(champion, challenger)}
         assert sum(w.shadow_compared for w in shadowed) <= sum(w.items for w in shadowed)
-        assert any((tmp_path / "agent" / "shadow-samples").glob("*.npz"))
+        wait_until(lambda: any((tmp_path / "agent" / "shadow-samples").glob("*.npz")), what="a sample")
         plane.wish(challenger, 3)
         wait_until(lambda: plane.phase(Phase.COMMITTED, challenger), 60, "the promotion")
         assert (plane.reported.shadow, plane.reported.shadow_phase) == ("", ShadowPhase.IDLE)

@@ -362,7 +362,7 @@ def test_the_api_previews_starts_and_acts_and_says_what_it_refuses(plane: Servic
         for action, actor, status, code in (
             ("approve", "maria", 409, "rollout.self_approval"),
             ("resume", "otto", 409, "rollout.not_allowed"),
-            ("explode", "otto", 422, "api.malformed"),
+            ("explode", "otto", 404, "api.unknown_path"),
             ("approve", "otto", 200, None),
             ("pause", "otto", 200, None),
             ("abort", "otto", 200, None),
