@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from control_plane.services import Services
 from models.messages import Phase, Presence, encode
 from models.topics import Channel
 from tests.control_plane.fleet.test_fleet import BOOT, A, B, batch, reported, say, window
+from tests.simulators.plane import make_services
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -78,10 +80,12 @@ def test_what_runs_through_agents_and_what_a_challenger_judged_is_read_from_wind
         assert items_compared(session, "line-1", A, now - timedelta(seconds=60)) == 0
 
 
-def test_no_question_reads_the_whole_history(services: Services) -> None:
-    """Every statement of the reader finds its rows by an index, and none of them sorts what it finds."""
-    if services.engine.dialect.name != "sqlite":
-        pytest.skip("a planner with statistics may rightly prefer a scan of a small table")
+def test_no_question_reads_the_whole_history(tmp_path: Path) -> None:
+    """Every statement of the reader finds its rows by an index, and none of them sorts what it finds.
+
+    On SQLite alone: a planner with statistics may rightly prefer a scan of a small table.
+    """
+    services = make_services(tmp_path / "plane")
     say(services, Channel.BATCH, batch(*(window() for _ in range(3))))
     asked: list[tuple[str, tuple[object, ...]]] = []
     event.listen(
@@ -111,3 +115,4 @@ def test_no_question_reads_the_whole_history(services: Services) -> None:
         # What is left to sort has one time of arrival, or is what came in the last seconds.
         whole = [step for step in plan if "TEMP B-TREE FOR ORDER BY" in step]
         assert not whole or " IN (" in statement, (statement, plan)
+    services.engine.dispose()
