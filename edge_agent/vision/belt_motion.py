@@ -119,7 +119,7 @@ class BeltView:
         """Returns float32 (h, w): 1 on an item, 0 on the belt, between the two on its rim."""
         soft = np.clip((self.difference(small) - _FAINT) * (1.0 / (_CLEAR - _FAINT)), 0.0, 1.0)
         soft = cv2.morphologyEx(soft, cv2.MORPH_CLOSE, _CLOSING)
-        belt = cv2.compare(cv2.dilate(soft, _RIM), 0.5, cv2.CMP_LT)
+        belt = (np.asarray(cv2.dilate(soft, _RIM)) < 0.5).view(np.uint8)
         cv2.accumulateWeighted(small, self.belt, _LEARN, mask=belt)
         return np.asarray(soft, np.float32)
 
