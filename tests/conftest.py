@@ -16,8 +16,8 @@ settings.register_profile("sortline", deadline=None, suppress_health_check=[Heal
 settings.load_profile("sortline")
 
 
-ASKED_FOR = ("slow", "mosquitto", "postgresql")
-"""Tests with these markers run in `.ci/run`. The last two are the same tests as on the embedded broker and on SQLite,
+ASKED_FOR = ("slow", "mosquitto", "postgresql", "images")
+"""Tests with these markers run in `.ci/run`, except `images`. Those of `mosquitto` and `postgresql` are the same tests as on the embedded broker and on SQLite,
 once more on the counterpart of production."""
 
 
