@@ -17,8 +17,8 @@ settings.load_profile("sortline")
 
 
 ASKED_FOR = ("slow", "mosquitto", "postgresql", "images")
-"""Tests with these markers run in `.ci/run`, except `images`. Those of `mosquitto` and `postgresql` are the same tests as
-on the embedded broker and on SQLite, once more on the counterpart of production."""
+"""Tests with these markers run in `.ci/run`, except `images`. Those of `mosquitto` and `postgresql` are the same as on
+the embedded broker and on SQLite, once more on the counterpart of production."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
