@@ -193,7 +193,8 @@ def test_of_two_replicas_one_leads_and_the_one_that_slept_writes_nothing(site: S
         rollout_id = site.create(waves=[2, 5, "100%"])
         stopped = Path(f"/proc/{sleeper.pid}/stat")
         wait_until(lambda: stopped.read_text().rsplit(")")[1].split()[0] == "T", 10, "the leader to be stopped")
-        wait_until(lambda: site.rollout(rollout_id).wave == 1, 60, "the second replica to lead")
+        # A busy machine may see the first wave only when the second has begun.
+        wait_until(lambda: site.rollout(rollout_id).wave >= 1, 60, "the second replica to lead")
         assert site.lease().fence == fence + 1
         holder = site.lease().holder
         sleeper.send_signal(signal.SIGCONT)

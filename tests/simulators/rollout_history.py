@@ -56,6 +56,7 @@ class Host:
     """A supervisor and a line without processes."""
 
     covered = True
+    outlets = ("reject", "pass")
 
     def __init__(self) -> None:
         self.fault: Fault | None = None
