@@ -50,6 +50,8 @@ LAYERS: Final[dict[str, tuple[frozenset[str], ...]]] = {
         frozenset({"registry", "training"}),
         frozenset({"fleet", "jobs"}),
         frozenset({"monitoring"}),
+        frozenset({"detection"}),
+        frozenset({"alarms"}),
         frozenset({"rollouts"}),  # its gates and the blast radius read windows
         frozenset({"services"}),
         frozenset({"api", "pages"}),
