@@ -134,7 +134,7 @@ class Site:
             running(self.command("serve", *self.config), stderr=stream, stdout=stream, **options),
             running(self.command(*broker), stderr=stream, stdout=stream, **options),
         ):
-            wait_until(self.ready, 180, f"the control plane, see {log.read_text(encoding='utf-8')[-500:]}")
+            wait_until(self.ready, f"the control plane, see {log.read_text(encoding='utf-8')[-500:]}")
             yield
 
     def ready(self) -> bool:
@@ -201,14 +201,14 @@ def test_installed_started_killed_upgraded_rolled_back_and_removed(kit: Path, ro
         site.run("models", "release", name, "--key", site.data / "trust/development/release.pem")
 
         with running(agent("run"), stdout=log, **options) as supervisor:
-            wait_until(lambda: any(one["state"] != "never seen" for one in site.agents()), 120, "the agent")
+            wait_until(lambda: any(one["state"] != "never seen" for one in site.agents()), "the agent")
             site.run("rollouts", "create", "--model", name, "--wave", "100%", "--trial-items", "5", "--yes")
-            wait_until(judges, 240, "judged items")
+            wait_until(judges, "judged items")
             supervisor.kill()
             supervisor.wait(30)
         # The line sorts on without its supervisor; the next one takes over.
         with running(agent("run"), stdout=log, **options):
-            wait_until(judges, 240, "its return")
+            wait_until(judges, "its return")
 
         # Another release beside the first: the link changes, and what ran keeps its files until it is restarted.
         said = install("agent", *common, "--user", AGENT, "--with-devices", network=False)
@@ -217,7 +217,7 @@ def test_installed_started_killed_upgraded_rolled_back_and_removed(kit: Path, ro
         assert f"before: {first.name}" in said
         assert first.exists()
         with running(agent("run"), stdout=log, **options):
-            wait_until(judges, 240, "the upgraded agent")
+            wait_until(judges, "the upgraded agent")
         text = (tmp_path / "agent.log").read_text(encoding="utf-8")
         assert "Traceback" not in text, text[-3000:]
 

@@ -76,7 +76,7 @@ def test_the_control_plane_starts_before_its_database_and_its_broker(manager: so
             with running(
                 [sys.executable, "-m", "control_plane.broker", "--anonymous", "--port", str(broker)], cwd=ROOT
             ):
-                wait_until(lambda: ready(http)["broker"] == "ok", 60, "the broker")
+                wait_until(lambda: ready(http)["broker"] == "ok", "the broker")
         text = log.read_text(encoding="utf-8")
         # A server that starts up gives other reasons than one that is away: each stands there once.
         waits = [line.partition("waits for the database")[2] for line in text.splitlines() if "waits for" in line]
@@ -99,8 +99,8 @@ def test_a_worker_outlives_its_database(manager: socket.socket, tmp_path: Path, 
         until(manager, b"READY=1")
         closed(postgres, to_all=True)
         try:
-            wait_until(lambda: "the database is away" in log.read_text(encoding="utf-8"), 60, "its word")
+            wait_until(lambda: "the database is away" in log.read_text(encoding="utf-8"), "its word")
         finally:
             closed(postgres, to_all=False)
-        wait_until(lambda: "the database is back" in log.read_text(encoding="utf-8"), 60, "its return")
+        wait_until(lambda: "the database is back" in log.read_text(encoding="utf-8"), "its return")
         assert "Traceback" not in log.read_text(encoding="utf-8")

@@ -292,9 +292,9 @@ def test_a_revoked_agent_gets_no_data_and_does_not_come_back(place: Place) -> No
         assert plane.wait_for(4)
         return not agent.messages(1, 0.2)
 
-    wait_until(silenced, 5, "the silence")
+    wait_until(silenced, "the silence")
     assert time.monotonic() - revoked < 5.0
-    wait_until(lambda: place.connect(place.site.folder / "line-1.pair", "line-1").code != 0, 5, "the refusal")
+    wait_until(lambda: place.connect(place.site.folder / "line-1.pair", "line-1").code != 0, "the refusal")
     plane.publish(f"{AGENTS}/line-2/desired", b"still", 1)
     assert other.messages(1)[0][1] == b"still"
     assert place.agent("line-2")
@@ -312,13 +312,13 @@ def test_an_agent_that_enrolls_now_is_admitted_now(place: Place) -> None:
         plane.publish(f"{AGENTS}/line-3/desired", b"hello", 1)
         return bool(agent.messages(1, 0.5))
 
-    wait_until(heard, 5, "the first message")
+    wait_until(heard, "the first message")
 
 
 def test_a_replaced_boxs_certificate_is_refused_while_its_name_lives_on(place: Place) -> None:
     old = place.site.folder / "line-1.pair"
     new = place.site.pair("line-1", place.site.folder / "new.pair")
-    wait_until(lambda: place.connect(old, "line-1").code != 0, 5, "the refusal of the old certificate")
+    wait_until(lambda: place.connect(old, "line-1").code != 0, "the refusal of the old certificate")
     assert place.connect(new, "line-1").code == 0
     assert place.connect(old, "line-1").code != 0
 
@@ -332,7 +332,7 @@ def test_an_old_revocation_list_locks_nobody_out(place: Place) -> None:
     publish_admission(site.enrolment.authority, agents, revoked, site.now - timedelta(days=390))
     for follower in site.followers:
         follower()
-    wait_until(lambda: place.connect(site.folder / "line-2.pair", "line-2").code != 0, 5, "the refusal")
+    wait_until(lambda: place.connect(site.folder / "line-2.pair", "line-2").code != 0, "the refusal")
     for _ in range(3):
         assert place.agent("line-1")
 
@@ -342,10 +342,10 @@ def test_a_new_issuing_authority_is_noticed_by_nobody(place: Place) -> None:
     site.enrolment.authority.rotate(site.now, keep_root=True)
     site.publisher.publish()
     new = site.pair("line-3", site.folder / "line-3.pair")
-    wait_until(lambda: place.connect(new, "line-3").code == 0, 5, "the new issuer's certificate")
+    wait_until(lambda: place.connect(new, "line-3").code == 0, "the new issuer's certificate")
     assert place.agent("line-1"), "the old issuer's certificate"
     site.enrolment.revoke("line-1", reason="x", actor="x", now=site.now)
-    wait_until(lambda: place.connect(site.folder / "line-1.pair").code != 0, 5, "a revocation under the old issuer")
+    wait_until(lambda: place.connect(site.folder / "line-1.pair").code != 0, "a revocation under the old issuer")
     assert place.connect(new, "line-3").code == 0
 
 
@@ -359,13 +359,13 @@ def test_a_new_authority_cuts_nobody_off(tmp_path: Path) -> None:
         site.enrolment.authority.rotate(site.now)
         site.publisher.publish()
         site.pair("line-3", site.folder / "line-3.pair")
-        wait_until(lambda: place.connect(site.folder / "line-3.pair").code == 0, 5, "the new certificate")
+        wait_until(lambda: place.connect(site.folder / "line-3.pair").code == 0, "the new certificate")
         assert place.agent("line-1", "again").code == 0, "the old certificate is good"
         stale = Probe(place.port, "line-2", {}, tls=old_trust)
         assert stale.code == 0, "who trusts only the old root still trusts the broker"
         refresh_site(site.enrolment.authority.retire(), site.now)
         assert stale.closed_by_peer(5), "the trust was withdrawn: everybody proves himself again"
-        wait_until(lambda: place.connect(site.folder / "line-1.pair").code is None, 5, "the refusal of the old one")
+        wait_until(lambda: place.connect(site.folder / "line-1.pair").code is None, "the refusal of the old one")
         assert place.agent("line-3")
 
 
@@ -479,7 +479,7 @@ def test_an_agent_that_floods_on_and_on_is_cut_off_for_a_while(tmp_path: Path) -
         assert place.connect(place.site.folder / "line-1.pair", "line-1").code == 3
         place.plane().publish(f"{AGENTS}/line-2/ack", b"calm", 1)
         assert good.messages(1)[0][1] == b"calm"
-        wait_until(lambda: place.connect(place.site.folder / "line-1.pair").code == 0, 10, "the second chance")
+        wait_until(lambda: place.connect(place.site.folder / "line-1.pair").code == 0, "the second chance")
 
 
 def test_a_burst_is_no_flood(tmp_path: Path) -> None:

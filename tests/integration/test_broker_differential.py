@@ -241,4 +241,4 @@ def test_a_broken_packet_closes_the_connection(port: int, rubbish: bytes) -> Non
     a = client(port, "broken")
     a.send(rubbish)
     assert a.closed_by_peer()
-    wait_until(lambda: Probe(port, "after", {"user": "tester", "password": "x"}).code == 0, 3, "a living broker")
+    wait_until(lambda: Probe(port, "after", {"user": "tester", "password": "x"}).code == 0, "a living broker")

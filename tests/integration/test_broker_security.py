@@ -178,7 +178,7 @@ def test_a_removed_identity_loses_its_connection(place) -> None:
         found.append(Probe(port, "line-9", {"user": "line-9", "password": password}))
         return found[-1].code == 0
 
-    wait_until(admitted, 5, "the new identity")
+    wait_until(admitted, "the new identity")
     remove_identity(path, "line-9")
     assert found[-1].closed_by_peer(5)
     assert Probe(port, "line-9", {"user": "line-9", "password": password}).code == 4

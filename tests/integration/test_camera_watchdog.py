@@ -91,18 +91,18 @@ def line(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Watched]:
 
 def test_a_camera_that_hangs_is_named_made_safe_and_back(line: Watched, request: pytest.FixtureRequest) -> None:
     action = request.node.callspec.params["line"]
-    wait_until(lambda: line.beat is not None and line.beat.items_on_bundle > 5, 20, "items")
+    wait_until(lambda: line.beat is not None and line.beat.items_on_bundle > 5, "items")
     line.say("hang")
-    wait_until(lambda: "camera.stalled" in line.codes, 5, "the fault")
-    wait_until(lambda: line.beat.camera_fault == "camera.stalled" == line.beat.live.camera_fault, 3, "the beat")
+    wait_until(lambda: "camera.stalled" in line.codes, "the fault")
+    wait_until(lambda: line.beat.camera_fault == "camera.stalled" == line.beat.live.camera_fault, "the beat")
     assert not line.beat.belt_running
     line.say("good")
-    wait_until(lambda: "camera.recovered" in line.codes, 6, "the return")
-    wait_until(lambda: "line.fail_safe_over" in line.codes, 3, "the end of the fail-safe")
+    wait_until(lambda: "camera.recovered" in line.codes, "the return")
+    wait_until(lambda: "line.fail_safe_over" in line.codes, "the end of the fail-safe")
     items = line.beat.items_on_bundle
-    wait_until(lambda: line.beat.items_on_bundle > items + 5 and line.beat.belt_running, 10, "items again")
+    wait_until(lambda: line.beat.items_on_bundle > items + 5 and line.beat.belt_running, "items again")
     said = {faulted.fault.code: faulted.fault.message for faulted in line.faults}
     assert said["line.fail_safe"] == f"{action} because of camera.stalled."
-    wait_until(lambda: any("camera.stalled" in w.window.camera for w in line.windows), 3, "a window that knows")
+    wait_until(lambda: any("camera.stalled" in w.window.camera for w in line.windows), "a window that knows")
     shots = sum(w.window.camera.get("blind_shots", 0) for w in line.windows)
     assert (shots > 0) == (action == "eject-all")

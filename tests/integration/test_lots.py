@@ -61,27 +61,27 @@ def test_a_rollout_waits_for_the_lot_that_a_command_names_and_windows_show_it(pl
     def say(sent: Command, *copies: bytes) -> Response:
         for payload in (encode(sent), *copies):
             plane.client.publish(COMMANDS, payload, 1)
-        wait_until(lambda: sent.request_id in answers, 20, "the answer")
+        wait_until(lambda: sent.request_id in answers, "the answer")
         return answers.pop(sent.request_id)
 
     process = agent(plane, tmp_path / "state")
     try:
         first, second = plane.offer(tmp_path / "a"), plane.offer(tmp_path / "b")
         plane.wish(first, 1)
-        wait_until(lambda: plane.phase(Phase.COMMITTED, first), 60, "the first commit")
+        wait_until(lambda: plane.phase(Phase.COMMITTED, first), "the first commit")
         plane.wish(second, 2, swap=Swap.LOT_CHANGE)
-        wait_until(lambda: plane.phase(Phase.TRIAL, second), 60, "the bundle that waits")
+        wait_until(lambda: plane.phase(Phase.TRIAL, second), "the bundle that waits")
         late = say(command(1, "too-late", late_s=120.0))
         assert late.fault.code == "command.expired"
         assert not any(w.bundle == second for w in plane.windows())
         taken = command(2, "B-1182")
         # What is no command, and a repetition, change nothing and hinder nobody.
         assert say(taken, b"{", b"x" * 9000, encode(taken)).fault is None
-        wait_until(lambda: plane.phase(Phase.COMMITTED, second), 60, "the commit in the new lot")
-        wait_until(lambda: any(w.lot == "B-1182" and w.items for w in plane.windows()), 30, "a window of the new lot")
+        wait_until(lambda: plane.phase(Phase.COMMITTED, second), "the commit in the new lot")
+        wait_until(lambda: any(w.lot == "B-1182" and w.items for w in plane.windows()), "a window of the new lot")
         assert {(w.lot, w.variety) for w in plane.windows()} == {("", ""), ("B-1182", "gala")}
         assert {w.lot for w in plane.windows() if w.bundle == second} == {"B-1182"}
-        wait_until(lambda: plane.reported.lot.begun, 20, "the report")
+        wait_until(lambda: plane.reported.lot.begun, "the report")
         shown = plane.reported.lot
         assert (shown.lot, shown.source, shown.terms) == ("B-1182", LotSource.CONTROL_PLANE, "recipe")
         assert plane.reported.counters["refused_command.expired"] == 1
@@ -93,7 +93,7 @@ def test_a_rollout_waits_for_the_lot_that_a_command_names_and_windows_show_it(pl
         process = agent(plane, tmp_path / "state")
         boots = {w.lot for w in plane.windows()}
         plane.reported = None
-        wait_until(lambda: plane.reported and plane.reported.lot.begun, 60, "the lot after a power cut")
+        wait_until(lambda: plane.reported and plane.reported.lot.begun, "the lot after a power cut")
         assert plane.reported.lot.lot == "B-1182"
         assert {w.lot for w in plane.windows()} == boots
 
@@ -109,7 +109,7 @@ def test_a_rollout_waits_for_the_lot_that_a_command_names_and_windows_show_it(pl
         said = json.loads(done.stdout)
         assert (said["taken_up"], said["lot"], said["variety"]) == (True, "C-9", "fuji")
         assert "the recipe's own" in said["terms"]
-        wait_until(lambda: any(w.lot == "C-9" for w in plane.windows()), 30, "a window of the operator's lot")
+        wait_until(lambda: any(w.lot == "C-9" for w in plane.windows()), "a window of the operator's lot")
         assert plane.reported.lot.source is LotSource.OPERATOR
         # A delayed command that was issued before one that was obeyed.
         assert say(command(3, "old", late_s=55.0)).fault.code == "command.overtaken"
@@ -128,7 +128,7 @@ def control_plane(root: Path, broker: int) -> Iterator[tuple[Services, str]]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_until(lambda: server.started and services.connection.connected, 20, "the control plane")
+        wait_until(lambda: server.started and services.connection.connected, "the control plane")
         yield services, f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
@@ -161,17 +161,17 @@ def test_the_command_names_a_lot_and_hears_what_the_agent_says(
         for allowed in ("true", "false"):
             environment = os.environ | {"SORTLINE_AGENT__LOT_COMMANDS": allowed}
             with running(start, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL):
-                wait_until(lambda: (found := services.board.one("line-1")) and found.lot, 30, "the agent")
+                wait_until(lambda: (found := services.board.one("line-1")) and found.lot, "the agent")
                 if allowed == "true":
                     assert main([*named, "--json"]) == 0
                     answer = json.loads(capsys.readouterr().out)
                     assert (answer["state"], answer["lot"], answer["actor"]) == ("accepted", "B-1182", "ida")
-                    wait_until(lambda: services.board.one("line-1").lot["begun"], 30, "the lot to begin")
+                    wait_until(lambda: services.board.one("line-1").lot["begun"], "the lot to begin")
                 else:
-                    wait_until(lambda: services.board.one("line-1").link.connection == "live", 30, "its second life")
+                    wait_until(lambda: services.board.one("line-1").link.connection == "live", "its second life")
                     assert main(named) == 3
                     assert "command.not_allowed" in capsys.readouterr().err
                     assert services.board.one("line-1").lot["lot"] == "B-1182"
-            wait_until(lambda: services.board.one("line-1").link.connection == "offline", 20, "its end")
+            wait_until(lambda: services.board.one("line-1").link.connection == "offline", "its end")
         assert main(named) == 3
         assert "agent.not_connected" in capsys.readouterr().err

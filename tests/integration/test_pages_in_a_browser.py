@@ -67,7 +67,7 @@ def serving(services: Services) -> Iterator[Site]:
     )
     thread = threading.Thread(target=server.run)
     thread.start()
-    wait_until(lambda: server.started, 10, "the server")
+    wait_until(lambda: server.started, "the server")
     try:
         yield Site(services, f"http://127.0.0.1:{port}", server)
     finally:
@@ -159,7 +159,7 @@ def test_every_page_opens_without_an_error(site: Site, page: Page, path: str) ->
 def test_a_lot_is_named_on_the_page_of_an_agent(page: Page, tmp_path: Path) -> None:
     with embedded_broker(tmp_path) as broker, serving(make_services(tmp_path / "plane", port=broker)) as site:
         services, url, _ = site
-        wait_until(lambda: services.connection.connected, 20, "the connection")
+        wait_until(lambda: services.connection.connected, "the connection")
         say(services, "line-1", lot=RunningLot(lot="A-1", source=LotSource.OPERATOR, begun=True, terms="recipe"))
         answers: list[Fault | None] = [Fault(code="command.from_future", message="The clock is behind."), None]
         heard: list[Command] = []

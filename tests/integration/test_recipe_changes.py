@@ -32,7 +32,7 @@ def url(tmp_path: Path) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
-    wait_until(lambda: server.started, 20, "the server")
+    wait_until(lambda: server.started, "the server")
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join(10)
@@ -80,11 +80,11 @@ def test_a_changed_recipe_is_signed_and_rolled_out_like_a_model_and_its_budget_i
     try:
         plane.offer(tmp_path / "before")
         plane.wish(before.digest, 1)
-        wait_until(lambda: plane.phase(Phase.COMMITTED, before.digest), 60, "the first commit")
+        wait_until(lambda: plane.phase(Phase.COMMITTED, before.digest), "the first commit")
         plane.offer(tmp_path / "after")
         plane.wish(changed.digest, 2)
-        wait_until(lambda: plane.phase(Phase.COMMITTED, changed.digest), 60, "the second commit")
-        wait_until(lambda: "recipe.over_budget" in events(), 60, "the event")
+        wait_until(lambda: plane.phase(Phase.COMMITTED, changed.digest), "the second commit")
+        wait_until(lambda: "recipe.over_budget" in events(), "the event")
     finally:
         assert end(process) == 0
     by_bundle = {w.bundle: w for w in plane.windows() if w.items}

@@ -25,7 +25,7 @@ def start_broker(site: Site, port: int, ready: Path) -> subprocess.Popen:
     ready.unlink(missing_ok=True)
     command = [sys.executable, "-m", "control_plane.broker", "--port", str(port), "--site", str(site.files)]
     process = subprocess.Popen([*command, "--ready-file", str(ready)], stdout=subprocess.DEVNULL, cwd=ROOT)
-    wait_until(lambda: ready.exists() or process.poll() is not None, 20, "the broker")
+    wait_until(lambda: ready.exists() or process.poll() is not None, "the broker")
     assert process.poll() is None
     return process
 
@@ -62,17 +62,17 @@ def test_two_hundred_agents_are_back_within_a_minute_and_the_server_stays_quick(
     manner = Manner(window_s=10.0, reconnect_s=(1.0, 30.0))
     try:
         with running(serve, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL):
-            wait_until(lambda: answers(http, "/readyz"), 40, "the server")
+            wait_until(lambda: answers(http, "/readyz"), "the server")
             with SimulatedFleet(port, COUNT, manner=manner, prepare=prepare) as fleet:
-                wait_until(lambda: fleet.connected() == COUNT, 90, "all agents")
+                wait_until(lambda: fleet.connected() == COUNT, "all agents")
                 broker.send_signal(signal.SIGKILL)
                 broker.wait()
-                wait_until(lambda: fleet.connected() == 0, 20, "the loss")
+                wait_until(lambda: fleet.connected() == 0, "the loss")
                 lags, stop = [], threading.Event()
                 watcher = threading.Thread(target=measure, args=(http, lags, stop))
                 watcher.start()
                 broker, started = start_broker(site, port, tmp_path / "ready.json"), time.monotonic()
-                wait_until(lambda: fleet.connected() == COUNT, 60, "everyone to be back")
+                wait_until(lambda: fleet.connected() == COUNT, "everyone to be back")
                 elapsed = time.monotonic() - started
                 stop.set()
                 watcher.join()

@@ -77,7 +77,7 @@ class Site:
         self.planes.append(plane)
         self.urls.append(f"http://127.0.0.1:{port}")
         if wait:
-            wait_until(lambda: self.ready(-1) or plane.poll() is not None, 90, "a control plane")
+            wait_until(lambda: self.ready(-1) or plane.poll() is not None, "a control plane")
         return plane
 
     def log(self, number: int) -> str:
@@ -160,7 +160,7 @@ def manner(**changes: object) -> Manner:
 def test_killed_at_every_transition_a_rollout_goes_on_where_the_database_is(site: Site) -> None:
     with SimulatedFleet(site.broker, 6, manner=manner()) as fleet:
         site.start()
-        wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 6, 15, "all agents to report")
+        wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 6, "all agents to report")
         rollout_id = site.create(waves=[1, 3, "100%"])
         site.planes[-1].kill()
         lives = 0
@@ -176,7 +176,7 @@ def test_killed_at_every_transition_a_rollout_goes_on_where_the_database_is(site
         site.start()
         for agent in fleet.agents.values():
             agent.manner.window_s = 0.0
-        wait_until(lambda: fleet.waiting() == 0, 20, "every record to be acknowledged")
+        wait_until(lambda: fleet.waiting() == 0, "every record to be acknowledged")
         site.check(rollout_id, fleet, waves=3)
         stored = site.stored()
         assert sorted(stored) == sorted(fleet.produced())
@@ -187,23 +187,23 @@ def test_killed_at_every_transition_a_rollout_goes_on_where_the_database_is(site
 def test_of_two_replicas_one_leads_and_the_one_that_slept_writes_nothing(site: Site) -> None:
     sleeper = site.start("stop-after-lease")
     with SimulatedFleet(site.broker, 9, manner=manner()) as fleet:
-        wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 9, 15, "all agents to report")
+        wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 9, "all agents to report")
         fence = site.lease().fence
         site.start()
         rollout_id = site.create(waves=[2, 5, "100%"])
         stopped = Path(f"/proc/{sleeper.pid}/stat")
-        wait_until(lambda: stopped.read_text().rsplit(")")[1].split()[0] == "T", 10, "the leader to be stopped")
+        wait_until(lambda: stopped.read_text().rsplit(")")[1].split()[0] == "T", "the leader to be stopped")
         # A busy machine may see the first wave only when the second has begun.
-        wait_until(lambda: site.rollout(rollout_id).wave >= 1, 60, "the second replica to lead")
+        wait_until(lambda: site.rollout(rollout_id).wave >= 1, "the second replica to lead")
         assert site.lease().fence == fence + 1
         holder = site.lease().holder
         sleeper.send_signal(signal.SIGCONT)
-        wait_until(lambda: "nothing was written" in site.log(0), 10, "the sleeper to notice")
-        wait_until(lambda: site.rollout(rollout_id).state == RolloutState.COMPLETED, 60, "the rollout")
+        wait_until(lambda: "nothing was written" in site.log(0), "the sleeper to notice")
+        wait_until(lambda: site.rollout(rollout_id).state == RolloutState.COMPLETED, "the rollout")
         assert (site.lease().holder, site.lease().fence) == (holder, fence + 1), "the sleeper does not lead again"
         for agent in fleet.agents.values():
             agent.manner.window_s = 0.0
-        wait_until(lambda: fleet.waiting() == 0, 20, "every record to be acknowledged")
+        wait_until(lambda: fleet.waiting() == 0, "every record to be acknowledged")
         site.check(rollout_id, fleet, waves=3)
         stored = site.stored()
         assert len(stored) == len(set(stored)) == len(fleet.produced())
@@ -237,8 +237,8 @@ def test_while_the_database_is_away_nothing_is_acknowledged_and_nothing_is_lost(
 ) -> None:
     site.start()
     with SimulatedFleet(site.broker, 5, manner=manner()) as fleet:
-        wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 5, 15, "all agents to report")
-        wait_until(lambda: fleet.figures()["counters"].get("acknowledged", 0) > 5, 15, "records to flow")
+        wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 5, "all agents to report")
+        wait_until(lambda: fleet.figures()["counters"].get("acknowledged", 0) > 5, "records to flow")
         with locked(site, request):
             time.sleep(1.5)  # what was on its way has arrived
             before = fleet.figures()["counters"]["acknowledged"]
@@ -254,37 +254,37 @@ def test_while_the_database_is_away_nothing_is_acknowledged_and_nothing_is_lost(
             time.sleep(4.0)
             assert fleet.figures()["counters"]["acknowledged"] == before, "no acknowledgement without a commit"
             assert fleet.waiting() > 5 * 5
-        wait_until(lambda: site.ready(-1), 15, "the control plane to be ready again")
+        wait_until(lambda: site.ready(-1), "the control plane to be ready again")
         for agent in fleet.agents.values():
             agent.manner.window_s = 0.0
-        wait_until(lambda: fleet.waiting() == 0, 30, "every record to be acknowledged")
+        wait_until(lambda: fleet.waiting() == 0, "every record to be acknowledged")
         stored = site.stored()
         assert sorted(stored) == sorted(fleet.produced())
         online = {a["id"]: a["connection"] for a in site.call("GET", "/api/v1/agents").json()}
         assert set(online.values()) == {"live"}
         rollout_id = site.create(waves=["100%"])
-        wait_until(lambda: site.rollout(rollout_id).state == RolloutState.COMPLETED, 20, "the rollout")
+        wait_until(lambda: site.rollout(rollout_id).state == RolloutState.COMPLETED, "the rollout")
 
 
 def test_an_abort_reaches_who_is_online_and_who_comes_back_later(site: Site) -> None:
     site.start()
     with SimulatedFleet(site.broker, 4, manner=manner()) as fleet:
-        wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 4, 15, "all agents to report")
+        wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 4, "all agents to report")
         first = site.bundle
         site.create(waves=["100%"])
-        wait_until(lambda: fleet.running(first) == 4, 20, "the first bundle")
+        wait_until(lambda: fleet.running(first) == 4, "the first bundle")
         second = site.register("second", bias=1.0)
         for agent in fleet.agents.values():
             agent.manner.verdict = "hang"
         rollout_id = site.create(model=second, waves=["100%"])
-        wait_until(lambda: all(len(a.taken) == 2 for a in fleet.agents.values()), 15, "all agents to begin")
+        wait_until(lambda: all(len(a.taken) == 2 for a in fleet.agents.values()), "all agents to begin")
         fleet.do(lambda agent: agent.cut(600.0), "sim-003")
         answer = site.call("POST", f"/api/v1/rollouts/{rollout_id}/abort", json={"reason": "r", "actor": "t"})
         assert answer.json()["state"] == "aborted"
         online = [agent for agent in fleet.agents.values() if agent.id != "sim-003"]
-        wait_until(lambda: all(len(agent.taken) == 3 for agent in online), 10, "the recall to reach who is online")
+        wait_until(lambda: all(len(agent.taken) == 3 for agent in online), "the recall to reach who is online")
         assert all(agent.held.active == first for agent in online)
         fleet.do(lambda agent: agent.cut(0.0), "sim-003")
         late = fleet.agents["sim-003"]
-        wait_until(lambda: late.held.active == first and len(late.taken) == 3, 15, "the recall to reach who was not")
+        wait_until(lambda: late.held.active == first and len(late.taken) == 3, "the recall to reach who was not")
         assert late.taken[-1][1] == first

@@ -33,7 +33,7 @@ def port(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
 def plane(port: int, tmp_path: Path) -> Iterator[Services]:
     services = make_services(tmp_path / "plane", port=port)
     services.start_fleet()
-    wait_until(lambda: services.connection.connected, 10, "the control plane's connections")
+    wait_until(lambda: services.connection.connected, "the control plane's connections")
     services.rollouts.start()
     yield services
     services.rollouts.stop()
@@ -62,20 +62,20 @@ def test_a_fleet_takes_a_rollout_and_its_records_arrive_once(plane: Services, po
     bundle = register_tiny(plane, tmp_path / "b", padding=150_000)
     manner = Manner(window_s=0.3, items_per_s=200.0, retry_s=1.0, report_s=2.0, reconnect_s=(0.1, 0.5))
     with SimulatedFleet(port, 20, manner=manner) as fleet:
-        wait_until(lambda: len(known(plane)) == 20, 15, "all agents to report")
+        wait_until(lambda: len(known(plane)) == 20, "all agents to report")
         fleet.agents["sim-003"].manner.verdict = "fail"
         rollout = start_rollout(plane, waves=("100%",), policy=lenient())
-        wait_until(lambda: state_of(plane, rollout).state == RolloutState.COMPLETED, 20, "the rollout")
+        wait_until(lambda: state_of(plane, rollout).state == RolloutState.COMPLETED, "the rollout")
         assert fleet.running(bundle) == 19
         assert fleet.agents["sim-003"].held.blocked == (bundle,)
         # Power cuts and pulled cables: the broker's will arrives, what was not acknowledged comes again.
         fleet.do(lambda agent: agent.reboot(), "sim-000", "sim-001")
         fleet.do(lambda agent: agent.cut(1.0), "sim-002")
-        wait_until(lambda: not known(plane)["sim-002"].online, 10, "the will of an agent whose cable was pulled")
-        wait_until(lambda: fleet.connected() == 20 and known(plane)["sim-002"].online, 15, "everyone to be back")
+        wait_until(lambda: not known(plane)["sim-002"].online, "the will of an agent whose cable was pulled")
+        wait_until(lambda: fleet.connected() == 20 and known(plane)["sim-002"].online, "everyone to be back")
         assert fleet.agents["sim-000"].held.phase is Phase.COMMITTED
         for agent in fleet.agents.values():
             agent.manner.window_s = 0.0
-        wait_until(lambda: fleet.waiting() == 0, 15, "every record to be acknowledged")
+        wait_until(lambda: fleet.waiting() == 0, "every record to be acknowledged")
         assert stored(plane) == fleet.produced()
         assert all(len({g for g, _ in a.taken}) == len(a.taken) == 1 for a in fleet.agents.values())

@@ -17,7 +17,7 @@ def plc_process(port: int) -> Iterator[subprocess.Popen]:
     """The PLC on a port of this machine, once it listens."""
     command = [sys.executable, "-m", "tests.simulators.plc", str(port)]
     with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_until(lambda: _listens(port) or process.poll() is not None, 20, "the PLC")
+        wait_until(lambda: _listens(port) or process.poll() is not None, "the PLC")
         yield process
 
 

@@ -50,7 +50,7 @@ def private_postgres(root: Path, port: int = 0) -> Iterator[str]:
             engine.dispose()
 
     try:
-        wait_until(answers, 20, "PostgreSQL")
+        wait_until(answers, "PostgreSQL")
         yield url
     finally:
         server.send_signal(signal.SIGINT)  # the fast shutdown: a plain SIGTERM waits for clients that keep a pool

@@ -17,17 +17,16 @@ MOSQUITTO = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
 
 
 HANG_S = 300.0
-"""No test waits longer for anything. A limit near what a quiet machine needs would make a busy one fail."""
+"""Seconds after which a test counts as hung. A limit near what a quiet machine needs would fail on a busy one."""
 
 
-def wait_until(done: Callable[[], object], timeout: float = HANG_S, what: str = "condition") -> None:
-    """Polls until `done()` is true; fails with `what` after `timeout` or `HANG_S` seconds, whichever is more."""
-    limit_s = max(timeout, HANG_S)
-    until = time.monotonic() + limit_s
+def wait_until(done: Callable[[], object], what: str = "the condition") -> None:
+    """Polls until `done()` is true; fails the test with `what` after `HANG_S` seconds."""
+    until = time.monotonic() + HANG_S
     event = threading.Event()
     while not done():
         if time.monotonic() > until:
-            pytest.fail(f"{what} did not come within {limit_s:g} s")
+            pytest.fail(f"{what} did not come within {HANG_S:g} s")
         event.wait(0.02)
 
 
@@ -39,14 +38,14 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(command: list[str], **options: object) -> Iterator[subprocess.Popen]:
-    """A process that is ended, kindly and then not."""
+    """Starts a process; at the end it gets SIGTERM, and SIGKILL if it is still there after `HANG_S` seconds."""
     process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
     try:
         yield process
     finally:
         process.terminate()
         try:
-            process.wait(300)
+            process.wait(HANG_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -59,7 +58,7 @@ def embedded_broker(folder: Path, *arguments: str) -> Iterator[int]:
     access = () if {"--credentials", "--site"} & set(arguments) else ("--anonymous",)
     command = [sys.executable, "-m", "control_plane.broker", "--port", "0", "--ready-file", str(ready)]
     with running([*command, *access, *arguments], stdout=subprocess.DEVNULL) as process:
-        wait_until(lambda: ready.exists() or process.poll() is not None, 20, "the broker")
+        wait_until(lambda: ready.exists() or process.poll() is not None, "the broker")
         yield int(json.loads(ready.read_text())["port"])
 
 
@@ -74,7 +73,7 @@ def mosquitto_broker(folder: Path) -> Iterator[int]:
         f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 10000\nset_tcp_nodelay true\n"
     )
     with running([MOSQUITTO, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-        wait_until(lambda: listens(port), 10, "mosquitto")
+        wait_until(lambda: listens(port), "mosquitto")
         yield port
 
 

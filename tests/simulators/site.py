@@ -183,7 +183,7 @@ def device_listener(site: Site) -> Iterator[tuple[str, DeviceListener]]:
     server = DeviceListener(app, listener, site.files / "server.pem", site.publisher, lambda _name: None)
     server.start()
     try:
-        wait_until(lambda: server.started, 10, "the listener")
+        wait_until(lambda: server.started, "the listener")
         yield f"https://127.0.0.1:{listener.getsockname()[1]}", server
     finally:
         server.stop()
@@ -210,7 +210,7 @@ def mosquitto_mtls(site: Site, folder: Path) -> Iterator[int]:
     site.followers.append(follow)
     try:
         with running([MOSQUITTO, "-c", str(profile / "mosquitto.conf")], stderr=subprocess.DEVNULL):
-            wait_until(lambda: listens(port), 10, "mosquitto")
+            wait_until(lambda: listens(port), "mosquitto")
             yield port
     finally:
         site.followers.remove(follow)

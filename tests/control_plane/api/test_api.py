@@ -214,7 +214,7 @@ def test_an_agents_page_shows_its_ejectors_and_what_its_camera_missed(
         camera={"camera.frozen": 1, "blind_mm": 2290},
     )
     services.ingest.take(agent_topic("line-1", Channel.BATCH), batch(seen, first=2))
-    wait_until(lambda: client.get("/api/v1/agents/line-1").json().get("shots"), 10, "the window")
+    wait_until(lambda: client.get("/api/v1/agents/line-1").json().get("shots"), "the window")
     status = client.get("/api/v1/agents/line-1").json()
     assert (status["lead_ms"], status["camera"]["camera.frozen"]) == ({"0/reject": 33.9}, 1)
     text = client.get("/agents/line-1").text

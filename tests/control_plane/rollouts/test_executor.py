@@ -422,7 +422,7 @@ def test_writers_of_one_process_take_turns_in_the_order_in_which_they_asked() ->
     for number in range(5):
         threads.append(threading.Thread(target=write, args=(str(number),)))
         threads[-1].start()
-        wait_until(lambda n=number: len(turns._waiting) == n + 1, 5, "the writer to queue up")
+        wait_until(lambda n=number: len(turns._waiting) == n + 1, "the writer to queue up")
     assert not turns.take(0.01), "a turn that does not come in time is given up"
     assert len(turns._waiting) == 5
     turns.give_back()

@@ -51,7 +51,7 @@ def heard(said: "queue.Queue[object]", kind: type) -> object:
 def test_it_says_nothing_but_that_it_waits_and_is_the_line_when_told(
     child: LineProcess, config: LineConfig, said: "queue.Queue[object]", tmp_path: Path
 ) -> None:
-    wait_until(lambda: child.waiting, 60, "the standby")
+    wait_until(lambda: child.waiting, "the standby")
     assert said.empty()
     assert not child.ready
     child.go(Go(lifetime_items=41, lot="L7", variety="gala"))
@@ -60,7 +60,7 @@ def test_it_says_nothing_but_that_it_waits_and_is_the_line_when_told(
     beat = next(beat for beat in iter(lambda: heard(said, Beat), None) if beat.items_on_bundle)
     assert (beat.digest, beat.lot, beat.variety) == (config.digest, "L7", "gala")
     assert heard(said, WindowClosed).window.lifetime_items > 41
-    wait_until(lambda: child.ready, 5, "what it said")
+    wait_until(lambda: child.ready, "what it said")
     other = tiny_bundle(tmp_path / "other", bias=1.0)
     child.load(other.digest, tmp_path / "other")
     assert heard(said, Swapped).digest == other.digest
@@ -88,13 +88,13 @@ def test_before_it_is_told_neither_camera_nor_plc_hears_of_it(
         )
         child = LineProcess(real, lambda event: said.put(event) or True, standby=True)
         try:
-            wait_until(lambda: child.waiting, 60, "the standby")
+            wait_until(lambda: child.waiting, "the standby")
             for device in (camera, plc):
                 with pytest.raises(BlockingIOError):
                     device.accept()
             child.go(Go(lifetime_items=0, lot="", variety=""))
-            wait_until(lambda: accepted(camera), 20, "the camera")
-            wait_until(lambda: accepted(plc), 20, "the PLC")
+            wait_until(lambda: accepted(camera), "the camera")
+            wait_until(lambda: accepted(plc), "the PLC")
         finally:
             child.kill()
 
