@@ -131,6 +131,8 @@ class Link:
         self._complaints = Complaints(clock)
         self._since_s = 0.0
         """When the present connection began."""
+        self.address = ""
+        """This box's own address in the connection made last; empty before the first one."""
         self._short: deque[float] = deque(maxlen=_THROWN_OUT)
         """When connections that did not last ended."""
         self._shared = False
@@ -218,9 +220,17 @@ class Link:
             return
         self._complaints.over()
         self._since_s = self._clock()
+        self.address = self._own_address() or self.address
         self.counters["connected"] += 1
         self._connected.set()
         self._offer(LinkChanged(connected=True))
+
+    def _own_address(self) -> str:
+        connection = self._client.socket()
+        try:
+            return str(connection.getsockname()[0]) if connection is not None else ""
+        except OSError:  # the connection ended meanwhile
+            return ""
 
     def _on_disconnect(self, _client: object, _data: object, _flags: object, reason: Any, _props: object) -> None:
         self._lost(str(reason))

@@ -29,7 +29,7 @@ from control_plane.database.tables.identities import Identity, IdentityState
 from control_plane.fleet.intake import Intake, Message
 from control_plane.fleet.labels import bounded, effective
 from control_plane.fleet.lot_commands import record_response
-from control_plane.fleet.spooled import Row, refused_row, rows_of, storable, time_of
+from control_plane.fleet.spooled import Row, refused_row, rows_of, storable, time_of, twins_event
 from control_plane.fleet.twins import TwinWatch
 from models.errors import MessageError
 from models.messages import MAX_REPORTED_BYTES, Ack, Presence, Reported, Request, Response, decode
@@ -45,6 +45,8 @@ _IDLE_S: Final = 0.5
 _LOG_AGAIN_S: Final = 60.0
 _UNCHANGED: Final = timedelta(seconds=60)
 """A report that says what the last one said is stored again after this."""
+_DESCRIBED_WITHIN: Final = timedelta(seconds=30)
+"""The event of two boxes under one identity waits so long for the reports that say where they are."""
 _TABLES: Final[dict[Any, Any]] = {
     WindowRow: SQLModel.metadata.tables["window"],
     EventRow: SQLModel.metadata.tables["event"],
@@ -345,7 +347,11 @@ class Ingest:
         if twins is not None:
             self._counters["identity_twins"] += 1
             self._say(f"twins {message.agent_id}", "two boxes speak as %s in turn: %s", message.agent_id, twins)
-            changes["twins"] = _storable(twins)
+            changes["twins"] = _storable(twins.stored())
+            if twins.described or message.at - twins.began >= _DESCRIBED_WITHIN:
+                work.rows[EventRow].append(
+                    {"agent_id": message.agent_id, "received_at": message.at} | twins_event(twins)
+                )
 
     def _insert(self, session: Session, table: type[WindowRow] | type[EventRow], rows: list[dict[str, Any]]) -> int:
         """Inserts what is not there yet; returns how many rows were new."""

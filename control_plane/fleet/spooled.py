@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, NamedTuple
 import msgspec
 
 from control_plane.database.tables.agents import EventRow, WindowRow
+from control_plane.fleet.twins import Twins
 from control_plane.fleet.window_payload import pack_window
 from models.errors import MessageError
 from models.messages import (
@@ -144,6 +145,17 @@ def _event(
         "message": storable(message),
         "facts": {storable(key[:80]): storable(value[:longest]) for key, value in kept.items()},
     }
+
+
+def twins_event(twins: Twins) -> dict[str, Any]:
+    """Returns the event of the control plane that names both boxes under one identity; the same case has one key.
+
+    Boot ids of agents are hexadecimal, so that the key of this one is never an agent's.
+    """
+    at_ms = round(twins.began.timestamp() * 1000)
+    facts = {f"boot_{n}": f"{boot['boot_id']} {boot['box']}".strip() for n, boot in enumerate(twins.boots, 1)}
+    message = f"Two boxes use this identity in turn: {twins}."
+    return {"boot_id": f"cp-{at_ms}", "seq": 0} | _event(at_ms, "identity.twins", message[:600], facts)
 
 
 def _first(pairs: Iterable[tuple[str, str]], most: int) -> Iterable[tuple[str, str]]:

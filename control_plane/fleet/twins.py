@@ -23,7 +23,38 @@ class _Seen:
     current: str = ""
     returns: list[tuple[datetime, str, str]] = field(default_factory=list)
     """When, the boot id that came back, the one it took over from."""
+    began: datetime | None = None
+    """When the present case was found; None = one box."""
     saved_at: datetime | None = None
+    saved: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """Two boxes under one identity.
+
+    Attributes:
+        began: When they were found; it names the case.
+        boots: `boot_id` and `box` (what is known of the box; empty = nothing) of each, in the order of the boot ids.
+        last_at: When the boot id changed last.
+    """
+
+    began: datetime
+    boots: list[dict[str, str]]
+    last_at: datetime
+
+    def stored(self) -> dict[str, Any]:
+        """Returns the form kept in `Agent.twins`, which `twins_of` reads."""
+        return {"boots": self.boots, "last_at": self.last_at.isoformat()}
+
+    @property
+    def described(self) -> bool:
+        """Whether something is known of both boxes."""
+        return all(boot["box"] for boot in self.boots)
+
+    def __str__(self) -> str:
+        """Returns both boxes in one line."""
+        return named(self.boots)
 
 
 class TwinWatch:
@@ -32,7 +63,7 @@ class TwinWatch:
     def __init__(self) -> None:
         self._agents: dict[str, _Seen] = {}
 
-    def observe(self, agent_id: str, boot_id: str, at: datetime, box: str) -> dict[str, Any] | None:
+    def observe(self, agent_id: str, boot_id: str, at: datetime, box: str) -> Twins | None:
         """Takes notice of one message that is no retained one.
 
         Args:
@@ -42,7 +73,7 @@ class TwinWatch:
             box: What is known of the box, such as its address; empty = nothing.
 
         Returns:
-            What shall be stored in `Agent.twins` when two boxes were found and it was not stored lately, else None.
+            The two boxes when they were found and what is known of them changed or was not returned lately; else None.
         """
         seen = self._agents.setdefault(agent_id, _Seen())
         before, seen.current = seen.current, boot_id
@@ -52,12 +83,19 @@ class TwinWatch:
         seen.boots[boot_id] = (at, box or seen.boots.get(boot_id, (at, ""))[1])
         for old in sorted(seen.boots, key=lambda b: seen.boots[b][0])[:-_BOOTS]:
             del seen.boots[old]
-        if len(seen.returns) < RETURNS or (seen.saved_at is not None and at - seen.saved_at < _SAVED):
+        if len(seen.returns) < RETURNS:
+            seen.began = seen.saved_at = None
             return None
-        seen.saved_at = at
-        pair = seen.returns[-1][1:]
-        known = [{"boot_id": boot, "box": seen.boots.get(boot, (at, ""))[1]} for boot in sorted(pair)]
-        return {"boots": known, "last_at": seen.returns[-1][0].isoformat()}
+        known = [{"boot_id": boot, "box": seen.boots.get(boot, (at, ""))[1]} for boot in sorted(seen.returns[-1][1:])]
+        if seen.saved_at is not None and at - seen.saved_at < _SAVED and known == seen.saved:
+            return None
+        seen.began, seen.saved_at, seen.saved = seen.began or at, at, known
+        return Twins(seen.began, known, seen.returns[-1][0])
+
+
+def named(boots: list[dict[str, str]]) -> str:
+    """Returns both boxes in one line, each by the start of its boot id and what is known of it."""
+    return " and ".join(f"{b['boot_id'][:8]} ({b['box']})" if b["box"] else b["boot_id"][:8] for b in boots)
 
 
 def twins_of(stored: dict[str, Any], now: datetime) -> list[dict[str, str]]:

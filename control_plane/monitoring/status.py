@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from control_plane.fleet.reports import NO_REPORT, age_s, connection_of
+from control_plane.fleet.twins import named
 from control_plane.monitoring.figures import LATENCY_BUDGET_MS, NO_DRIFT, NO_FIGURES, Drift, Figures, flat
 from models.messages import Live, Mode, Phase, Reported, ShadowPhase
 
@@ -252,10 +253,13 @@ _Rule = tuple[State, bool, str]
 
 def _failures(facts: Facts, link: Link) -> list[_Rule]:
     reported = facts.reported
-    boots = " and ".join(f"{t['boot_id'][:8]} ({t['box']})" if t["box"] else t["boot_id"][:8] for t in facts.twins)
     lost = link.connection in {"offline", "never", "silent"}
     return [
-        (State.FAILURE, bool(facts.twins), f"identity.twins: two boxes use this identity in turn, boots {boots}"),
+        (
+            State.FAILURE,
+            bool(facts.twins),
+            f"identity.twins: two boxes use this identity in turn: {named(facts.twins)}",
+        ),
         (State.OFFLINE, lost, f"no sign of life ({link.connection})"),
         (State.FAILURE, bool(reported.camera_fault), reported.camera_fault),
         (State.FAILURE, not reported.line_running, "the line process does not run"),

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +65,22 @@ class Report:
             spool_dropped=self.spool.dropped,
             counters={**self.journal.counters, **{f"link_{k}": v for k, v in self.link.counters.items()}},
             versions={"python": platform.python_version()},
-            hardware={"machine": platform.machine(), "cores": str(os.cpu_count() or 1), **self.line.tuned},
+            hardware=box_facts(self.link.address) | self.line.tuned,
             trust=self.verifier.facts,
             lanes=self.line.lanes,
             labels=self.config.labels,
             rss_mb=resident_mb((os.getpid(), *self.line.keeper.pids)),
         )
+
+
+def box_facts(address: str) -> dict[str, str]:
+    """Describes this box; host name and address distinguish two boxes that use one identity.
+
+    Args:
+        address: Its own address in the connection to the broker; empty = not known.
+    """
+    facts = {"machine": platform.machine(), "cores": str(os.cpu_count() or 1), "host": socket.gethostname()[:64]}
+    return facts | ({"address": address} if address else {})
 
 
 def resident_mb(pids: Iterable[int]) -> float:

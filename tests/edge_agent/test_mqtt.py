@@ -149,6 +149,7 @@ def test_being_thrown_out_again_and_again_is_named_once(broker: Broker) -> None:
     assert trouble.code == "identity.shared"
     assert [event.code for event in heard.events if isinstance(event, LinkTrouble)] == ["identity.shared"]
     assert link.counters["thrown_out"] == 1
+    assert link.address == "127.0.0.1"
 
 
 def test_a_connection_that_lasts_ends_the_suspicion() -> None:

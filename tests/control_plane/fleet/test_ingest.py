@@ -179,11 +179,12 @@ def test_two_boots_in_turn_are_two_boxes_and_a_restart_is_none(services: Service
     # One return may be a message that was overtaken; two are proof.
     assert watch.observe("line-1", BOOT, now + timedelta(seconds=5), "address 10.0.0.7") is None
     found = watch.observe("line-1", OTHER, now + timedelta(seconds=6), "address 10.0.0.9")
-    assert [(t["boot_id"], t["box"]) for t in twins_of(found, now)] == [
+    assert found is not None
+    assert [(t["boot_id"], t["box"]) for t in twins_of(found.stored(), now)] == [
         (BOOT, "address 10.0.0.7"),
         (OTHER, "address 10.0.0.9"),
     ]
-    assert twins_of(found, now + WITHIN + timedelta(seconds=7)) == []
+    assert twins_of(found.stored(), now + WITHIN + timedelta(seconds=7)) == []
     assert twins_of({}, now) == []
     for boot in (BOOT, OTHER, BOOT, OTHER):
         say(services, Channel.PRESENCE, encode(Presence(online=True, boot_id=boot)))
@@ -191,6 +192,45 @@ def test_two_boots_in_turn_are_two_boxes_and_a_restart_is_none(services: Service
     assert status.state == "failure"
     assert status.reason.startswith("identity.twins")
     assert {twin["boot_id"] for twin in status.twins} == {BOOT, OTHER}
+
+
+def test_two_boxes_under_one_identity_are_named_with_both_addresses_in_state_page_and_one_event(
+    services: Services,
+) -> None:
+    from tests.simulators.plane import make_client
+
+    client = make_client(services)
+    for boot, address in ((BOOT, "10.0.0.7"), (OTHER, "10.0.0.9")) * 3:
+        say(services, Channel.PRESENCE, encode(Presence(online=True, boot_id=boot)))
+        box = {"host": "grader-3", "address": address, "cores": "4"}
+        say(services, Channel.REPORTED, encode(reported(boot_id=boot, hardware=box)))
+    boxes = ("address 10.0.0.7, host grader-3", "address 10.0.0.9, host grader-3")
+    status = services.board.one("line-1")
+    assert status is not None
+    assert all(box in status.reason for box in boxes)
+    (event,) = rows(services, EventRow)
+    assert event.code == "identity.twins"
+    assert all(box in event.message for box in boxes)
+    assert set(event.facts.values()) == {f"{BOOT} {boxes[0]}", f"{OTHER} {boxes[1]}"}
+    page = client.get("/agents/line-1").text
+    assert page.count("10.0.0.7") >= 2
+    assert page.count("10.0.0.9") >= 2
+
+
+def test_an_agent_that_reports_no_address_is_named_by_its_boot_after_a_while() -> None:
+    watch, now = TwinWatch(), datetime(2026, 3, 1, tzinfo=UTC)
+    found = [
+        watch.observe("line-1", boot, now + timedelta(seconds=10 * turn), "")
+        for turn, boot in enumerate((BOOT, OTHER) * 4)
+    ]
+    first, *later = [twins for twins in found if twins is not None]
+    assert not first.described
+    assert str(first) == f"{BOOT[:8]} and {OTHER[:8]}"
+    assert {twins.began for twins in later} == {first.began}
+    # A case that is over and comes back is another case.
+    late = now + timedelta(hours=1)
+    again = [watch.observe("line-1", (BOOT, OTHER)[turn % 2], late + timedelta(seconds=turn), "") for turn in range(5)]
+    assert [twins.began > first.began for twins in again if twins is not None] == [True]
 
 
 def test_a_lot_for_an_agent_without_a_sign_of_life_is_refused(services: Services) -> None:

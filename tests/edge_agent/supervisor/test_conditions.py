@@ -1,5 +1,6 @@
 """What stands until it recovers: a weak ejector stays weak in the report, though its event has passed."""
 
+import socket
 from pathlib import Path
 
 import msgspec
@@ -8,7 +9,8 @@ import pytest
 from edge_agent.cli.commands import main
 from edge_agent.supervisor.conditions import Conditions
 from edge_agent.supervisor.connection_file import Connection, connection_file
-from models.messages import MAX_CONDITIONS, Fault, Reported, encode
+from edge_agent.supervisor.report import box_facts
+from models.messages import MAX_CONDITIONS, Fault, Reported, decode, encode
 
 
 def fault(code: str, message: str = "") -> Fault:
@@ -64,6 +66,14 @@ def test_a_report_with_every_condition_stays_small() -> None:
     assert len(conditions.standing) == MAX_CONDITIONS
     report = Reported(boot_id="0" * 16, at_ms=1, conditions=conditions.standing)
     assert len(encode(report)) < 8 * 1024
+
+
+def test_a_report_says_which_box_it_comes_from() -> None:
+    facts = box_facts("10.0.0.7")
+    assert (facts["host"], facts["address"]) == (socket.gethostname(), "10.0.0.7")
+    assert "address" not in box_facts("")
+    report = Reported(boot_id="0" * 16, at_ms=1, hardware=facts)
+    assert decode(encode(report), Reported) == report
 
 
 @pytest.mark.parametrize(
