@@ -1,4 +1,4 @@
-"""Mutual TLS on both brokers: what an agent may do, what is revoked, stolen or past its time, what nobody proved."""
+"""Mutual TLS on both brokers: revocation, expiry and rotation of certificates, and unauthenticated peers."""
 
 import contextlib
 import socket
@@ -6,81 +6,34 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from control_plane.identity.certificates import (
     AGENT_URI,
-    PLANE_URI,
     certificate_pem,
     issue_client,
-    issue_server,
 )
 from control_plane.identity.publication import publish_admission, refresh_site
 from models.messages import KEEP_ALIVE_S
 from models.topics import bin_of, bin_topic
+from tests.simulators.broker_place import BROKERS, Place, open_place
 from tests.simulators.mqtt_probe import OPENED, Probe, close_probes, packet, text
 from tests.simulators.processes import wait_until
-from tests.simulators.site import Site, embedded_mtls, key_text, make_site, mosquitto_mtls, new_key
+from tests.simulators.site import embedded_mtls, key_text, new_key
 
 AGENTS = "sortline/v1/agents"
 BLOB = f"sortline/v1/blobs/{'ab' * 32}"
 BIN = bin_topic(bin_of("line-1"))
-BROKERS = [
-    pytest.param(embedded_mtls, id="embedded"),
-    pytest.param(mosquitto_mtls, id="mosquitto", marks=pytest.mark.mosquitto),
-]
 
 
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
     yield
     close_probes()
-
-
-class Place(NamedTuple):
-    site: Site
-    port: int
-    embedded: bool
-
-    def connect(self, pair: Path | None, client_id: str = "x", **options: object) -> Probe:
-        return Probe(self.port, client_id, options, tls=self.site.tls(pair))
-
-    def agent(self, name: str = "line-1", client_id: str = "", **options: object) -> Probe:
-        found = self.connect(self.site.folder / f"{name}.pair", client_id or name, **options)
-        assert found.code == 0, f"{name} was refused: {found.code}"
-        return found
-
-    def plane(self, stem: str = "control", **options: object) -> Probe:
-        found = self.connect(self.site.files / f"{stem}.pem", stem, **options)
-        assert found.code == 0
-        return found
-
-    def forge(self, name: str, **how: object) -> Path:
-        """A pair that the site's own issuer signed, without anybody having enrolled."""
-        key, path = new_key(), self.site.folder / f"{name}.forged"
-        now = self.site.now - timedelta(days=float(how.pop("days_ago", 0)))  # type: ignore[arg-type]
-        issuer = self.site.enrolment.authority.issuer
-        if how.pop("server", False):
-            leaf = issue_server(issuer, key.public_key(), [name], now)
-        else:
-            leaf = issue_client(issuer, key.public_key(), name, str(how.pop("uri", AGENT_URI + name)), now)
-        path.write_bytes(key_text(key) + certificate_pem(leaf) + self.site.enrolment.authority.chain_pem)
-        return path
-
-
-@contextlib.contextmanager
-def open_place(opened: Callable, root: Path) -> Iterator[Place]:
-    site = make_site(root)
-    for name in ("line-1", "line-2"):
-        site.pair(name, site.folder / f"{name}.pair")
-    with opened(site, root) as port:
-        yield Place(site, port, opened is embedded_mtls)
-    site.engine.dispose()
 
 
 @pytest.fixture(scope="module", params=BROKERS)
@@ -95,184 +48,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """A broker of its own for a test that changes trust, admission or certificates."""
     with open_place(request.param, tmp_path) as found:
         yield found
-
-
-# -- what an agent may do: the table ----------------------------------------------------------------------------------
-
-SAYS = ("presence", "reported", "batch", "live", "request", "response")
-HEARS = ("desired", "ack", "blob", "command")
-CHANNELS = (*SAYS, *HEARS, "other")
-TOPICS = (
-    *(f"{AGENTS}/line-1/{channel}" for channel in CHANNELS),
-    *(f"{AGENTS}/line-2/{channel}" for channel in CHANNELS),
-    f"{AGENTS}/line-1",
-    f"{AGENTS}/line-1/batch/deeper",
-    f"{AGENTS}/batch",
-    "sortline/v1/tuf",
-    BIN,
-    f"sortline/v1/tuf/{bin_of('line-2')}",
-    f"{BIN}/deeper",
-    "sortline/v1/sentinel",
-    BLOB,
-    f"{BLOB}/0",
-    "sortline/v1/blobs",
-    "sortline/v2/tuf",
-    "other",
-)
-MAY_PUBLISH = {f"{AGENTS}/line-1/{channel}" for channel in SAYS}
-MAY_RECEIVE = {
-    *(f"{AGENTS}/line-1/{channel}" for channel in HEARS),
-    "sortline/v1/tuf",
-    BIN,
-    "sortline/v1/sentinel",
-    BLOB,
-}
-
-
-def drain(probe: Probe, marker: bytes) -> set[tuple[str, bytes]]:
-    """Everything that arrives up to the marker."""
-    found: set[tuple[str, bytes]] = set()
-    while True:
-        (message,) = probe.messages(1, 5.0)
-        if message[1] == marker:
-            return found
-        found.add(message[:2])
-
-
-def test_an_agent_publishes_under_its_own_name_only(shared: Place) -> None:
-    watcher = shared.plane()
-    watcher.subscribe(("sortline/#", 1))
-    watcher.messages(200, 0.3)
-    agent = shared.agent()
-    for topic in TOPICS:
-        agent.publish(topic, b"said", 1)
-        assert agent.wait_for(4), topic
-    agent.publish(f"{AGENTS}/line-1/live", b"end", 1)
-    assert {topic for topic, _ in drain(watcher, b"end")} == MAY_PUBLISH
-
-
-def test_an_agents_will_is_published_under_its_own_name_only(shared: Place) -> None:
-    watcher = shared.plane()
-    watcher.subscribe(("sortline/#", 1))
-    watcher.messages(200, 0.3)
-    for topic in TOPICS:
-        agent = shared.connect(shared.site.folder / "line-1.pair", "line-1", will=(topic, b"gone", 1, False))
-        agent.close(kindly=False)
-        if topic in MAY_PUBLISH:
-            assert watcher.messages(1, 5.0)[0][:2] == (topic, b"gone")
-    shared.agent().publish(f"{AGENTS}/line-1/live", b"end", 1)
-    assert drain(watcher, b"end") == set()
-
-
-@pytest.mark.parametrize("how", ["live", "retained", "queued"])
-def test_an_agent_receives_its_own_and_what_is_for_all(shared: Place, how: str) -> None:
-    plane, agent = shared.plane("bulk"), shared.agent(clean=how != "queued")
-    say = f"{how}".encode()
-
-    def publish() -> None:
-        for topic in TOPICS:
-            plane.publish(topic, say, 1, retain=how == "retained")
-            assert plane.wait_for(4)
-
-    if how == "retained":
-        publish()
-    for topic in TOPICS:
-        agent.subscribe((topic, 1))
-    if how == "live":
-        publish()
-    if how == "queued":
-        agent.close()
-        publish()
-        agent = shared.agent(clean=False)
-    plane.publish(f"{AGENTS}/line-1/ack", b"end", 1)
-    assert drain(agent, b"end") == {(topic, say) for topic in MAY_RECEIVE}
-    agent.close()
-    shared.agent(clean=True).close()
-    if how == "retained":
-        for topic in TOPICS:
-            plane.publish(topic, b"", 1, retain=True)
-            assert plane.wait_for(4)
-
-
-@pytest.mark.parametrize(
-    "wanted", ["#", "sortline/#", f"{AGENTS}/+/desired", f"{AGENTS}/#", "$SYS/#", "+/+/+/+/+", "sortline/v1/tuf/+"]
-)
-def test_a_wildcard_brings_an_agent_nothing_that_is_not_its_own(shared: Place, wanted: str) -> None:
-    plane, agent = shared.plane("bulk"), shared.agent()
-    codes = agent.subscribe((wanted, 1))
-    if shared.embedded:
-        assert codes == [0x80]
-    agent.subscribe((f"{AGENTS}/line-1/ack", 1))
-    for topic in TOPICS:
-        plane.publish(topic, b"x", 1)
-        assert plane.wait_for(4)
-    plane.publish(f"{AGENTS}/line-1/ack", b"end", 1)
-    assert {topic for topic, _ in drain(agent, b"end")} <= MAY_RECEIVE
-
-
-# -- who may connect --------------------------------------------------------------------------------------------------
-
-
-def test_who_proves_nothing_is_refused(shared: Place) -> None:
-    (shared.site.folder / "evil").mkdir(exist_ok=True)
-    other = make_site(shared.site.folder / "evil", other=True)
-    foreign = other.pair("line-1", shared.site.folder / "foreign.pair")
-    other.engine.dispose()
-    assert shared.connect(None).code is None, "no certificate"
-    assert shared.connect(foreign, "line-1").code is None, "another authority's line-1"
-    assert shared.connect(shared.forge("line-1", server=True), "line-1").code is None, "a server's certificate"
-    assert shared.connect(shared.forge("line-1", days_ago=40), "line-1").code is None, "past its time"
-    plain = Probe(shared.port, "line-1", {"user": "line-1", "password": "x"})
-    assert plain.code is None, "no TLS at all"
-    assert shared.agent("line-1")
-
-
-def test_a_certificate_of_nobody_who_enrolled_gets_and_says_nothing(shared: Place) -> None:
-    watcher = shared.plane()
-    watcher.subscribe(("sortline/#", 1))
-    watcher.messages(200, 0.3)
-    ghost = shared.connect(shared.forge("ghost"), "ghost")
-    if shared.embedded:
-        assert ghost.code == 5
-    else:
-        ghost.subscribe((f"{AGENTS}/ghost/desired", 1), ("sortline/v1/tuf", 1))
-        ghost.publish(f"{AGENTS}/ghost/batch", b"boo", 1)
-        shared.plane("bulk").publish("sortline/v1/tuf", b"x", 1)
-        assert ghost.messages(1, 0.5) == []
-    shared.agent().publish(f"{AGENTS}/line-1/live", b"end", 1)
-    assert {topic for topic, _ in drain(watcher, b"end")} <= {"sortline/v1/tuf"}
-
-
-def test_a_certificate_that_gives_itself_a_role_gets_none(shared: Place) -> None:
-    for uri in (AGENT_URI, PLANE_URI):  # also a control plane that the site does not know
-        sly = shared.connect(shared.forge("control-plane-x", uri=uri + "control-plane-x"), "x")
-        assert sly.code == (5 if shared.embedded else 0)
-        if sly.code == 0:
-            sly.subscribe(("sortline/#", 1))
-            shared.agent().publish(f"{AGENTS}/line-1/live", b"secret", 1)
-            assert sly.messages(1, 0.5) == []
-
-
-def test_another_agents_client_id_takes_nothing_over(shared: Place) -> None:
-    victim = shared.agent("line-1", clean=False)
-    victim.subscribe((f"{AGENTS}/line-1/desired", 1))
-    for clean in (True, False):
-        thief = shared.connect(shared.site.folder / "line-2.pair", "line-1", clean=clean, user="line-1", password="x")
-        assert not thief.present
-        thief.subscribe((f"{AGENTS}/line-1/desired", 1))
-        shared.plane("bulk").publish(f"{AGENTS}/line-1/desired", b"yours", 1)
-        assert victim.messages(1)[0][1] == b"yours"
-        assert thief.messages(1, 0.3) == []
-    victim.close()
-    shared.agent("line-1", clean=True).close()
-
-
-def test_the_same_agent_connecting_again_takes_its_old_connection_over(shared: Place) -> None:
-    first = shared.agent("line-1", "one")
-    second = shared.agent("line-1", "two")
-    assert first.closed_by_peer(5)
-    second.send(packet(12, 0, b""))
-    assert second.wait_for(13)
 
 
 # -- revocation, expiry, rotation -------------------------------------------------------------------------------------
@@ -315,7 +90,7 @@ def test_an_agent_that_enrolls_now_is_admitted_now(place: Place) -> None:
     wait_until(heard, "the first message")
 
 
-def test_a_replaced_boxs_certificate_is_refused_while_its_name_lives_on(place: Place) -> None:
+def test_the_old_certificate_is_refused_after_a_box_was_replaced(place: Place) -> None:
     old = place.site.folder / "line-1.pair"
     new = place.site.pair("line-1", place.site.folder / "new.pair")
     wait_until(lambda: place.connect(old, "line-1").code != 0, "the refusal of the old certificate")
@@ -323,7 +98,7 @@ def test_a_replaced_boxs_certificate_is_refused_while_its_name_lives_on(place: P
     assert place.connect(old, "line-1").code != 0
 
 
-def test_an_old_revocation_list_locks_nobody_out(place: Place) -> None:
+def test_an_old_revocation_list_locks_no_agent_out(place: Place) -> None:
     """The upkeep did not run for a year: good agents still connect, revoked ones still do not."""
     site = place.site
     site.enrolment.revoke("line-2", reason="x", actor="x", now=site.now)
@@ -337,7 +112,7 @@ def test_an_old_revocation_list_locks_nobody_out(place: Place) -> None:
         assert place.agent("line-1")
 
 
-def test_a_new_issuing_authority_is_noticed_by_nobody(place: Place) -> None:
+def test_a_new_issuing_authority_interrupts_no_agent(place: Place) -> None:
     site = place.site
     site.enrolment.authority.rotate(site.now, keep_root=True)
     site.publisher.publish()
@@ -349,7 +124,7 @@ def test_a_new_issuing_authority_is_noticed_by_nobody(place: Place) -> None:
     assert place.connect(new, "line-3").code == 0
 
 
-def test_a_new_authority_cuts_nobody_off(tmp_path: Path) -> None:
+def test_a_new_authority_cuts_no_agent_off(tmp_path: Path) -> None:
     """On the embedded broker; mosquitto reads its trust only when it starts."""
     with open_place(embedded_mtls, tmp_path) as place:
         site = place.site
@@ -362,9 +137,9 @@ def test_a_new_authority_cuts_nobody_off(tmp_path: Path) -> None:
         wait_until(lambda: place.connect(site.folder / "line-3.pair").code == 0, "the new certificate")
         assert place.agent("line-1", "again").code == 0, "the old certificate is good"
         stale = Probe(place.port, "line-2", {}, tls=old_trust)
-        assert stale.code == 0, "who trusts only the old root still trusts the broker"
+        assert stale.code == 0, "a client that trusts only the old root still trusts the broker"
         refresh_site(site.enrolment.authority.retire(), site.now)
-        assert stale.closed_by_peer(5), "the trust was withdrawn: everybody proves himself again"
+        assert stale.closed_by_peer(5), "the trust was withdrawn: every client must authenticate again"
         wait_until(lambda: place.connect(site.folder / "line-1.pair").code is None, "the refusal of the old one")
         assert place.agent("line-3")
 
@@ -382,11 +157,11 @@ def test_a_certificate_that_ends_ends_its_connection(tmp_path: Path) -> None:
         assert agent.closed_by_peer(10)
 
 
-# -- who proved nothing yet -------------------------------------------------------------------------------------------
+# -- unauthenticated peers -------------------------------------------------------------------------------------------
 
 
 def broker_process(port: int) -> Path:
-    """The folder in /proc of the broker that listens on a port."""
+    """Returns the folder in /proc of the broker that listens on a port."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             arguments = (folder / "cmdline").read_bytes().decode(errors="replace")
@@ -396,7 +171,7 @@ def broker_process(port: int) -> Path:
 
 
 def resident(process: Path) -> int:
-    """Bytes."""
+    """Returns the resident memory of a process in bytes."""
     return int((process / "status").read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
@@ -411,7 +186,7 @@ def _listens(pid: str, port: int) -> bool:
 
 
 def raw_tls(place: Place, name: str) -> ssl.SSLSocket:
-    """A connection that has proved its certificate and said nothing yet."""
+    """Returns a connection whose TLS handshake is complete and that has sent no MQTT packet yet."""
     connection = socket.create_connection(("127.0.0.1", place.port), timeout=300)
     OPENED.append(connection)
     found = place.site.tls(place.site.folder / f"{name}.pair").wrap_socket(connection, server_hostname="127.0.0.1")
@@ -423,7 +198,7 @@ def raw_tls(place: Place, name: str) -> ssl.SSLSocket:
 def test_unproven_peers_cost_little_and_are_gone_in_five_seconds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Silent sockets, a handshake that stops half-way, a certificate whose CONNECT is endless or never comes."""
+    """The peers are silent sockets, half a handshake, and certificates whose CONNECT is endless or never comes."""
     with open_place(embedded_mtls, tmp_path) as place:
         victim = place.agent("line-2")
         place.agent("line-1").close()  # what a first TLS connection takes once is not counted
@@ -453,7 +228,7 @@ def test_unproven_peers_cost_little_and_are_gone_in_five_seconds(
 
 
 @pytest.mark.slow
-def test_an_agent_that_floods_on_and_on_is_cut_off_for_a_while(tmp_path: Path) -> None:
+def test_an_agent_that_keeps_flooding_is_disconnected_for_a_while(tmp_path: Path) -> None:
     limits = ("--limit", "quarantine_after_s=2", "--limit", "quarantine_s=3", "--limit", "agent_messages_per_s=50")
     with open_place(lambda site, folder: embedded_mtls(site, folder, *limits), tmp_path) as place:
         good = place.agent("line-2")

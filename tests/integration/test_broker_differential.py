@@ -119,7 +119,7 @@ def test_what_was_not_acknowledged_is_sent_again_with_dup(port: int) -> None:
     a = client(port, "dup-a")
     a.publish("sortline/dup", b"once", 1)
     assert b.messages(1, acknowledge=False) == [("sortline/dup", b"once", 1, False, False)]
-    b.close(kindly=False)
+    b.close(clean=False)
     b = client(port, "dup-b", clean=False)
     assert b.messages(1) == [("sortline/dup", b"once", 1, False, True)]
     b.close()
@@ -137,7 +137,7 @@ def test_a_clean_session_forgets(port: int) -> None:
     assert not client(port, "clean-b", clean=False).present
 
 
-@pytest.mark.parametrize("how", ["abrupt", "keep-alive", "kindly"])
+@pytest.mark.parametrize("how", ["abrupt", "keep-alive", "disconnect"])
 def test_the_will_is_published_unless_the_client_says_goodbye(port: int, how: str) -> None:
     topic = f"sortline/will/{how}"
     watcher = client(port, f"will-w-{how}")
@@ -145,10 +145,10 @@ def test_the_will_is_published_unless_the_client_says_goodbye(port: int, how: st
     will = (topic, b"gone", 1, False)
     dying = client(port, f"will-d-{how}", will=will, keep_alive=1 if how == "keep-alive" else 60)
     if how != "keep-alive":
-        dying.close(kindly=how == "kindly")
+        dying.close(clean=how == "disconnect")
     # mosquitto looks at idle clients every five seconds only.
-    found = watcher.messages(1, 9.0 if how != "kindly" else 0.5)
-    assert [m[1] for m in found] == ([] if how == "kindly" else [b"gone"])
+    found = watcher.messages(1, 9.0 if how != "disconnect" else 0.5)
+    assert [m[1] for m in found] == ([] if how == "disconnect" else [b"gone"])
 
 
 def test_a_second_connection_takes_over_and_the_first_is_closed(port: int) -> None:

@@ -172,8 +172,8 @@ class Probe:
                 found.append((topic, payload, qos, retain, dup))
         return found
 
-    def close(self, *, kindly: bool = True) -> None:
-        if kindly:
+    def close(self, *, clean: bool = True) -> None:
+        if clean:
             with contextlib.suppress(OSError):
                 self.send(packet(14, 0, b""))
         self.socket.close()

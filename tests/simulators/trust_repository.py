@@ -1,5 +1,6 @@
 """A whole installation's keys in a folder, and what a control plane signs: made by the real code."""
 
+import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +18,8 @@ from models.trust import Outcome, verify
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 PASSPHRASE = "correct horse battery"
+MY_BIN, OTHER = bin_of("line-1"), "line-9"
+"""The bin that lists line-1, and an agent of another bin."""
 
 
 def manifest(name: str = "apples", content: bytes = b"model") -> Manifest:
@@ -154,3 +157,20 @@ def resigned(data: bytes, signers: list[Signer], **changes: object) -> bytes:
         setattr(metadata.signed, name, value)
     metadata.signatures.clear()
     return md.sign(metadata, signers)
+
+
+def code(outcome: Outcome) -> str:
+    """Returns the code of a refusal; fails where something was accepted."""
+    assert outcome.assignment is None
+    return outcome.error.code if outcome.error else ""
+
+
+def assigned(repository: Repository, generation: int = 1, content: bytes = b"model") -> tuple[Signed, bytes]:
+    """Releases a bundle and assigns it to line-1; returns the signed parts and the assignment document."""
+    document = repository.assign("line-1", repository.release(content), generation)
+    return repository.sign_changes(), document
+
+
+def parse_desired(document: bytes) -> str:
+    """Returns the digest of the bundle that an assignment names."""
+    return str(json.loads(document)["bundle"])
