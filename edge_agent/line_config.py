@@ -138,6 +138,8 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Folder of real photographs that the simulated line rolls."""
     defect_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.25
     """Share of defective items among the simulated ones."""
+    hollow_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    """Share of the simulated items without a visible defect that are hollow: light for their size, for the scale."""
     lifetime_items: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Number of items judged before this start; set by the supervisor."""
     bundle: str = ""

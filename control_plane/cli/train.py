@@ -54,12 +54,32 @@ class TrainOptions:
     abstain_budget: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Largest share of items that may take the unsure outlet, 0 to 1.")
     ] = 0.0
+    scalar: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measured column of labels.csv to learn from, such as weight_g; may be given several times. Without "
+            "it, weight_g and length_mm where they exist.",
+            show_default=False,
+        ),
+    ] = None
+    no_scalars: Annotated[bool, typer.Option("--no-scalars", help="Learn from the photographs alone.")] = False
     precision: Annotated[
         str, typer.Option(help="`float32`, or `int8`: smaller and faster, refused where it costs accuracy.")
     ] = "float32"
 
     def settings(self) -> dict[str, Any]:
-        """Returns the options as training and the API take them."""
+        """Returns the options as training and the API take them.
+
+        Raises:
+            InputError: `training.bad_option`: scalars are named and refused at once.
+        """
+        if self.no_scalars and self.scalar:
+            raise InputError(
+                "training.bad_option",
+                "The options `scalar` and `no-scalars` exclude each other.",
+                expected="one of the two",
+                got=", ".join(self.scalar)[:120],
+            )
         return {
             "name": self.name,
             "effort": self.effort,
@@ -67,6 +87,7 @@ class TrainOptions:
             "seed": self.seed,
             "good_class": self.good_class,
             "abstain_budget": self.abstain_budget,
+            "scalars": [] if self.no_scalars else self.scalar or None,
             "precision": self.precision,
         }
 

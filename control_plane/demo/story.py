@@ -126,12 +126,13 @@ def _start_agents(run: DemoRun, client: Client) -> None:
             "SORTLINE_AGENT__LABELS__LINE": str(number + 1),
         }
         flags = ["--seed", str(100 + number), "--lanes", str(options.lanes), "--items-per-s", str(run.items_per_s)]
+        flags += ["--hollow-share", "0.1"]
         run.start(name, [*agent_command(), "run", *flags], environment)
 
 
 def _collect(run: DemoRun) -> None:
     command = [*agent_command(), "collect", "--output", str(run.root / f"views-{secrets.token_hex(3)}"), "--json"]
-    command += ["--items", str(run.options.items), "--seed", "7", "--defect-share", "0.5"]
+    command += ["--items", str(run.options.items), "--seed", "7", "--defect-share", "0.5", "--hollow-share", "0.3"]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0:
         raise UnavailableError("demo.no_views", done.stderr.decode(errors="replace")[-500:])
@@ -157,12 +158,23 @@ def _train(run: DemoRun, client: Client) -> None:
     run.facts["training"] = result
     item, view, parity = result["metrics"]["item"], result["metrics"]["view"], result["parity"]
     run.console.print(
-        f"  item AUC {_figure(item['auc'])}, balanced accuracy {_figure(item['balanced_accuracy'])}, "
+        f"  item AUC {_figure(item['auc'])}, balanced accuracy {_figure(item['balanced_accuracy'])}{_blind(result)}, "
         f"view AUC {_figure(view['auc'])}; parity on {parity['views']} views: largest difference "
         f"{parity['max_difference']:.1e}, {parity['flips']} flips; bundle {result['bundle'][:12]}, "
         f"{result['size_bytes'] / 1024:.0f} KB",
         highlight=False,
     )
+
+
+def _blind(result: dict[str, Any]) -> str:
+    """Returns what the same model says of hollow items without the scale."""
+    metrics = result["metrics"]
+    blind = metrics.get("item_without_scalars")
+    if blind is None or "hollow" not in metrics["item"].get("classes", []):
+        return ""
+    place = metrics["item"]["classes"].index("hollow")
+    caught = [f"{one['confusion_shares'][place][place]['value']:.0%}" for one in (metrics["item"], blind)]
+    return f", hollow items found {caught[0]} with the scale and {caught[1]} without"
 
 
 def _figure(figure: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ MAX_SEED: Final = 2**32 - 1
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN, max_length=MAX_NAME)]
 ClassName = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=MAX_NAME)]
 Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+MAX_SCALARS: Final = 16
+Scalars = Annotated[list[ScalarName], msgspec.Meta(max_length=MAX_SCALARS)]
 
 
 class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +29,7 @@ class TrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     folds: Annotated[int, msgspec.Meta(ge=2, le=50)] = 5
     good_class: ClassName = ""
     abstain_budget: Share = 0.0
-    scalars: list[ScalarName] | None = None
+    scalars: Scalars | None = None
     precision: Literal["float32", "int8"] = "float32"
 
 
@@ -49,7 +51,7 @@ class ImportRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         msgspec.field(default_factory=lambda: [1.0] * 3)
     )
     logits: bool = True
-    scalars: list[ScalarName] = []
+    scalars: Scalars = []
     unseen: bool = False
 
 
@@ -59,7 +61,9 @@ def check_training(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: `training.bad_option`, with the option, what it may be and what came.
     """
-    return dict(msgspec.to_builtins(_checked(values, TrainRequest, "training.bad_option")))
+    request = _checked(values, TrainRequest, "training.bad_option")
+    _check_scalars(values.get("scalars"), "training.bad_option")
+    return dict(msgspec.to_builtins(request))
 
 
 def check_import(path: str | Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +77,7 @@ def check_import(path: str | Path, values: Mapping[str, Any]) -> dict[str, Any]:
         InputError: `import.bad_settings`, `import.unreadable`.
     """
     _checked(values, ImportRequest, "import.bad_settings")
+    _check_scalars(values.get("scalars"), "import.bad_settings")
     if len(values.get("classes", ())) == 1:
         raise InputError(
             "import.bad_settings",
@@ -94,7 +99,7 @@ _EXPECTED: Final = {
     "abstain_budget": "a share, 0 to 1",
     "precision": "float32 or int8",
     "classes": "two or more class names, or none where the model's file names them",
-    "scalars": "names of measured columns, such as weight_g",
+    "scalars": f"at most {MAX_SCALARS} different names of columns in small letters, digits and `_`, such as weight_g",
     "data": "a folder",
     "view_px": "a whole number, 16 to 512",
     "layout": "nchw or nhwc",
@@ -117,6 +122,11 @@ def _checked(values: Mapping[str, Any], kind: type[msgspec.Struct], code: str) -
             raise InputError(code, f"The options are not usable: {message}.", expected=", ".join(_EXPECTED)) from error
         got = repr(values.get(option))[:120]
         raise InputError(code, f"The option `{option}` is not usable.", expected=_EXPECTED[option], got=got) from error
+
+
+def _check_scalars(names: list[str] | None, code: str) -> None:
+    if names and len(set(names)) < len(names):
+        raise InputError(code, "The option `scalars` is not usable.", expected=_EXPECTED["scalars"], got=names)
 
 
 def _is_file(path: str | Path) -> bool:

@@ -17,7 +17,7 @@ import msgspec
 from models.connection import parse_broker
 from models.errors import InputError
 
-_LINE_FLAGS = ("camera", "lanes", "items_per_s", "seed", "photos", "defect_share", "trouble")
+_LINE_FLAGS = ("camera", "lanes", "items_per_s", "seed", "photos", "defect_share", "hollow_share", "trouble")
 
 
 def line_options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,7 @@ def line_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="simulated: which world")
     parser.add_argument("--photos", metavar="DIR", help="simulated: roll these real photographs")
     parser.add_argument("--defect-share", type=float, help="simulated: share of defective items")
+    parser.add_argument("--hollow-share", type=float, help="simulated: share of the others that only a scale reveals")
     parser.add_argument("--trouble", metavar="SCHEDULE", help='simulated: such as "30s brightness=0.7; 60s clear"')
 
 

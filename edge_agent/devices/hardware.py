@@ -313,6 +313,7 @@ def simulation_config(config: LineConfig) -> SimulationConfig:
         belt_mm_s=config.belt_mm_s,
         items_per_s=config.items_per_s,
         defect_share=config.defect_share,
+        hollow_share=config.hollow_share,
         photos=config.photos,
         reject_mm=config.outlets_mm.get("reject", 700.0),
         valve_delay_ms=config.valve_delay_ms,

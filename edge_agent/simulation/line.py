@@ -29,6 +29,7 @@ from edge_agent.simulation.rendering import (
     draw_belt,
     draw_dirt,
     draw_noise,
+    hollowed,
     load_photos,
     render_library,
 )
@@ -37,6 +38,8 @@ from models.errors import CameraError, ConfigError
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 _SETTLE_MM: Final = 80.0
+_GROUPS: Final = {"sound": "sound", "hollow": "hollow"}
+"""Kind -> group of the library; every other kind is a defect."""
 
 
 class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,6 +58,8 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     touching_share: Share = 0.05
     """Share of the items that touch the one before."""
     defect_share: Share = 0.25
+    hollow_share: Share = 0.0
+    """Share of the items without a visible defect that are hollow: they weigh four fifths of a sound one."""
     varieties: tuple[str, ...] = ("red", "golden", "bicolour")
     apples: Annotated[int, msgspec.Meta(ge=8, le=2000)] = 32
     """Number of different apples that are drawn; each item on the belt is one of them."""
@@ -192,11 +197,15 @@ class SimulatedLine:
         config = self.config
         if config.photos:
             items = load_photos(Path(config.photos), mm_per_px=config.mm_per_px)
+            if config.hollow_share:
+                items += [hollowed(item) for item in items if item.kind == Kind.SOUND]
         else:
-            items = render_library(rng, apples=config.apples, varieties=config.varieties, mm_per_px=config.mm_per_px)
+            hollow = max(2, config.apples // 4) if config.hollow_share else 0
+            look = {"varieties": config.varieties, "mm_per_px": config.mm_per_px}
+            items = render_library(rng, apples=config.apples, hollow=hollow, **look)
         library: dict[str, list[RollingItem]] = {}
         for item in items:
-            library.setdefault("sound" if item.kind == Kind.SOUND else "defect", []).append(item)
+            library.setdefault(_GROUPS.get(item.kind, "defect"), []).append(item)
         return library
 
     # -- camera -----------------------------------------------------------------------------------------------
@@ -344,6 +353,8 @@ class SimulatedLine:
         draws = rng.random(5)
         share = config.defect_share if trouble.defect_share < 0.0 else trouble.defect_share
         group = "defect" if draws[0] < share else "sound"
+        if group == "sound" and config.hollow_share and rng.random() < config.hollow_share and not trouble.variety:
+            group = "hollow"
         candidates = self._library.get(group) or next(iter(self._library.values()))
         if trouble.variety:
             candidates = self._foreign(trouble.variety, group)
@@ -361,7 +372,7 @@ class SimulatedLine:
             item_mm=item_mm,
             apple=apple,
             phase=float(self._roll[lane].random()) if config.again else float(draws[3]),
-            weight_g=0.00045 * apple.length_mm**3 * (0.95 + 0.1 * float(draws[4])),
+            weight_g=_density(apple) * apple.length_mm**3 * (0.95 + 0.1 * float(draws[4])),
         )
 
     def _foreign(self, variety: str, group: str) -> list[RollingItem]:
@@ -454,6 +465,11 @@ class LoadCell:
         """Returns the weight of the item at this place, grams."""
         near = [i for i in self.line.items() if i.lane == self.lane and abs(i.item_mm - item_mm) <= 30.0]
         return min(near, key=lambda i: abs(i.item_mm - item_mm)).weight_g if near else None
+
+
+def _density(apple: RollingItem) -> float:
+    """Returns grams per cubic millimetre of length; a hollow apple has four fifths."""
+    return 0.00036 if apple.kind == Kind.HOLLOW else 0.00045
 
 
 def _judge_shot(hit: SimulatedItem | None, aimed: SimulatedItem | None) -> str:

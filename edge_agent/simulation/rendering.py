@@ -8,7 +8,7 @@ notion of time or belts.
 
 import csv
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -35,6 +35,8 @@ class Kind(StrEnum):
     WORM = "worm"
     BRUISE = "bruise"
     SCAB = "scab"
+    HOLLOW = "hollow"
+    """Looks sound and is light for its size: only a scale reveals it."""
 
 
 DEFECTS: Final = (Kind.ROT, Kind.WORM, Kind.BRUISE, Kind.SCAB)
@@ -70,23 +72,25 @@ class RollingItem:
     shares: tuple[float, ...]
     """Share (0..1) of the visible disc that is defect, for each phase."""
     labels: tuple[str, ...]
-    """Label of the view for each phase: the kind where the defect shows, else `sound`."""
+    """Label of the view for each phase: the kind where the defect shows, else `sound`; always `hollow` where it is."""
     length_mm: float
     name: str
 
 
 def render_library(
-    rng: np.random.Generator, *, apples: int, varieties: tuple[str, ...], mm_per_px: float
+    rng: np.random.Generator, *, apples: int, varieties: tuple[str, ...], mm_per_px: float, hollow: int = 0
 ) -> list[RollingItem]:
-    """Draws `apples` apples: about half of them sound, the rest spread over the defects.
+    """Draws `apples` apples: about half of them sound, the rest spread over the defects; and hollow ones besides.
 
     Args:
         rng: Decides everything.
         apples: How many.
+        hollow: How many hollow ones, drawn last.
         varieties: Names from `VARIETIES`, taken in turn.
         mm_per_px: Of the camera.
     """
     kinds = [Kind.SOUND if at % 2 == 0 else DEFECTS[at // 2 % len(DEFECTS)] for at in range(apples)]
+    kinds += [Kind.HOLLOW] * hollow
     # Variety changes only after each kind had its turn, so that no defect belongs to one variety.
     period = 2 * len(DEFECTS)
     return [
@@ -116,9 +120,15 @@ def _render(rng: np.random.Generator, kind: Kind, variety: str, mm_per_px: float
         shaded = np.ascontiguousarray(_squeezed(lit, aspect) * coverage[:, :, None], np.uint8)
         sprites.append(Sprite(shaded, keeps))
         shares.append(float(visible[inside > 0.5].mean()))
-    needed = VISIBLE_SHARE.get(kind, 1.0)
+    needed = 0.0 if kind is Kind.HOLLOW else VISIBLE_SHARE.get(kind, 1.0)
     labels = tuple(str(kind) if share >= needed else str(Kind.SOUND) for share in shares)
     return RollingItem(str(kind), variety, tuple(sprites), tuple(shares), labels, length_mm, name)
+
+
+def hollowed(item: RollingItem) -> RollingItem:
+    """Returns a hollow item that looks like this one."""
+    labels = (str(Kind.HOLLOW),) * len(item.labels)
+    return replace(item, kind=str(Kind.HOLLOW), labels=labels, name=f"{item.name}-hollow")
 
 
 def _squeezed(picture: Floats, aspect: float) -> Floats:
@@ -192,7 +202,7 @@ def _surface(rng: np.random.Generator, kind: Kind, variety: str) -> tuple[Floats
     ).astype(np.float32)
     colour = _skin(rng, points, longitude, variety)
     colour = _ends(rng, colour, points)
-    if kind is Kind.SOUND:
+    if kind in {Kind.SOUND, Kind.HOLLOW}:
         return colour, np.zeros((_ROWS, _COLUMNS), np.float32)
     return _blemish(rng, colour, points, kind)
 

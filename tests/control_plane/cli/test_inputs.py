@@ -37,6 +37,8 @@ def run(arguments: list[str], capsys) -> tuple[int, str]:
         (["--name", "x", "--effort", "fast", "--output", NOWHERE], "training.bad_option"),
         (["--name", "x", "--precision", "fp16"], "training.bad_option"),
         (["--name", "x", "--seed", "-1"], "training.bad_option"),
+        (["--name", "x", "--scalar", "Weight"], "training.bad_option"),
+        (["--name", "x", "--scalar", "weight_g", "--no-scalars"], "training.bad_option"),
         (["--name", "x", "--output", NOWHERE], "output.not_writable"),
         (["--name", "x", "--output", "/"], "bundle.exists"),
     ],
