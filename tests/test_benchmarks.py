@@ -64,7 +64,7 @@ def test_a_missed_bound_and_a_figure_that_is_no_number_fail_the_run(tmp_path: Pa
         figures.table("stage", rows, {"misspelt": ("<=", 2.0)})
 
 
-def test_what_did_not_come_is_later_than_anything_that_came() -> None:
+def test_a_missing_value_counts_as_later_than_any_other() -> None:
     came = [float(k) for k in range(1, 101)]
     assert p99(came) == 99.0
     assert p99(came[:99], 1) == 99.0

@@ -95,7 +95,7 @@ def base() -> Iterator[str]:
 
 @pytest.mark.images
 @pytest.mark.parametrize("path", DOCKERFILES, ids=role)
-def test_the_image_builds_without_a_registry_and_runs_as_nobody_special(path: Path, base: str, kit: Path) -> None:
+def test_the_image_builds_without_a_registry_and_runs_unprivileged(path: Path, base: str, kit: Path) -> None:
     image = f"sortline-test-{role(path)}"
     buildah(
         "bud",

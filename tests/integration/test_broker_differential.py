@@ -113,7 +113,7 @@ def test_a_persistent_session_keeps_what_came_meanwhile_in_order(port: int) -> N
     client(port, "per-b", clean=True).close()
 
 
-def test_what_was_not_acknowledged_is_sent_again_with_dup(port: int) -> None:
+def test_an_unacknowledged_message_is_sent_again_with_dup(port: int) -> None:
     b = client(port, "dup-b", clean=False)
     b.subscribe(("sortline/dup", 1))
     a = client(port, "dup-a")
@@ -129,7 +129,7 @@ def test_what_was_not_acknowledged_is_sent_again_with_dup(port: int) -> None:
     client(port, "dup-b", clean=True).close()
 
 
-def test_a_clean_session_forgets(port: int) -> None:
+def test_a_clean_session_keeps_nothing(port: int) -> None:
     b = client(port, "clean-b", clean=False)
     b.subscribe(("sortline/clean", 1))
     b.close()
@@ -138,7 +138,7 @@ def test_a_clean_session_forgets(port: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["abrupt", "keep-alive", "disconnect"])
-def test_the_will_is_published_unless_the_client_says_goodbye(port: int, how: str) -> None:
+def test_the_will_is_published_unless_the_client_disconnects(port: int, how: str) -> None:
     topic = f"sortline/will/{how}"
     watcher = client(port, f"will-w-{how}")
     watcher.subscribe((topic, 1))

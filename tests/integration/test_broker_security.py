@@ -98,7 +98,7 @@ def test_an_agent_may_read_chunks_and_its_own_topics(place) -> None:
 
 
 @pytest.mark.parametrize("topic", [f"{AGENT}/line-1/batch", f"{AGENT}/rogue/desired", "sortline/v1/sentinel", "other"])
-def test_a_forbidden_publication_is_acknowledged_but_reaches_nobody(place, topic: str) -> None:
+def test_a_forbidden_publication_is_acknowledged_but_delivered_to_no_client(place, topic: str) -> None:
     watcher = login(place, "control-plane", "watch")
     watcher.subscribe(("sortline/#", 1))
     watcher.messages(50, 0.2)

@@ -9,7 +9,7 @@ from tests.chaos.run import Chaos
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)])
-def test_whatever_dies_loses_and_lies_the_books_balance(tmp_path: Path, kind: str) -> None:
+def test_the_books_balance_after_random_faults(tmp_path: Path, kind: str) -> None:
     outcome = Chaos(tmp_path, kind, agents=20, seed=7).run(25.0)
     assert outcome.ok, outcome
     assert sum(outcome.faults.values()) >= 5

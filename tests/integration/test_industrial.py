@@ -68,7 +68,7 @@ def test_a_counter_is_polled_across_its_end(plc: int, program: ModbusPort) -> No
         assert encoder.counters["lost_track"] == 0
 
 
-def test_a_plc_that_dies_makes_the_encoder_stale_and_its_return_is_noticed() -> None:
+def test_a_dead_plc_makes_the_encoder_stale_and_its_return_is_noticed() -> None:
     port = free_port()
     url = f"modbus://127.0.0.1:{port}/input/100?mm_per_pulse=0.1&poll_ms=5&stale_ms=500"
     with closing(open_encoder(url)) as encoder:
@@ -89,7 +89,7 @@ def test_registers_that_do_not_exist_are_refused_and_the_poll_goes_on(plc: int) 
         assert encoder.stale
 
 
-def test_a_device_that_speaks_something_else_never_gives_a_reading(tmp_path: Path) -> None:
+def test_a_device_with_another_protocol_never_gives_a_reading(tmp_path: Path) -> None:
     script = (
         "import os,socket,sys\n"
         "s=socket.create_server(('127.0.0.1',0)); print(s.getsockname()[1],flush=True)\n"
@@ -131,7 +131,7 @@ def test_weights_are_read_once_per_sequence_and_joined(plc: int, program: Modbus
         assert sensor.join.value_for(-152.0) == pytest.approx(182.5)
 
 
-def test_the_belt_is_stopped_by_a_register_that_nobody_touches_before(plc: int, program: ModbusPort) -> None:
+def test_the_belt_is_stopped_by_a_register_that_is_written_only_then(plc: int, program: ModbusPort) -> None:
     program.write(400, [7])
     with closing(open_belt(f"modbus://127.0.0.1:{plc}/holding/400?every_ms=50&timeout_ms=5000")) as belt:
         time.sleep(0.2)

@@ -157,7 +157,7 @@ def manner(**changes: object) -> Manner:
     return Manner(**(values | changes))
 
 
-def test_killed_at_every_transition_a_rollout_goes_on_where_the_database_is(site: Site) -> None:
+def test_a_rollout_killed_at_every_transition_continues_from_the_database(site: Site) -> None:
     with SimulatedFleet(site.broker, 6, manner=manner()) as fleet:
         site.start()
         wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 6, "all agents to report")
@@ -184,7 +184,7 @@ def test_killed_at_every_transition_a_rollout_goes_on_where_the_database_is(site
 
 # A process that is stopped within a transaction keeps a SQLite file locked: replicas need PostgreSQL.
 @pytest.mark.parametrize("site", [pytest.param("postgresql", marks=pytest.mark.postgresql)], indirect=True)
-def test_of_two_replicas_one_leads_and_the_one_that_slept_writes_nothing(site: Site) -> None:
+def test_one_of_two_replicas_leads_and_one_that_slept_writes_nothing(site: Site) -> None:
     sleeper = site.start("stop-after-lease")
     with SimulatedFleet(site.broker, 9, manner=manner()) as fleet:
         wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 9, "all agents to report")
@@ -266,7 +266,7 @@ def test_while_the_database_is_away_nothing_is_acknowledged_and_nothing_is_lost(
         wait_until(lambda: site.rollout(rollout_id).state == RolloutState.COMPLETED, "the rollout")
 
 
-def test_an_abort_reaches_who_is_online_and_who_comes_back_later(site: Site) -> None:
+def test_an_abort_reaches_agents_online_and_those_that_come_back_later(site: Site) -> None:
     site.start()
     with SimulatedFleet(site.broker, 4, manner=manner()) as fleet:
         wait_until(lambda: len(site.call("GET", "/api/v1/agents").json()) == 4, "all agents to report")

@@ -25,7 +25,7 @@ from tests.simulators.trust_repository import Repository, Signed
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_what_a_thief_publishes_changes_nothing_on_a_running_line(tmp_path: Path) -> None:
+def test_publications_of_a_thief_change_nothing_on_a_running_line(tmp_path: Path) -> None:
     """The thief has the broker; then also the online keys of another installation; then an old set of this one."""
     tiny_bundle(tmp_path / "good")
     tiny_bundle(tmp_path / "evil", bias=1.0)

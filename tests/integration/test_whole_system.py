@@ -282,7 +282,7 @@ def test_a_model_that_fails_late_is_rolled_back(plane: Plane, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_line_that_dies_in_the_trial_is_replaced_at_once_by_the_old_bundle_and_after_two_tries_for_good(
+def test_a_line_that_dies_in_the_trial_falls_back_at_once_and_after_two_tries_for_good(
     plane: Plane, tmp_path: Path
 ) -> None:
     tiny_bundle(tmp_path / "good")

@@ -136,7 +136,7 @@ def test_rubbish_and_oversize_manifests_are_refused() -> None:
         assert caught.value.code == code
 
 
-def test_a_manifest_that_lies_about_sizes_is_refused(bundle: Path) -> None:
+def test_a_manifest_with_wrong_sizes_is_refused(bundle: Path) -> None:
     value = json.loads((bundle / MANIFEST).read_bytes())
     value["files"][0]["size_bytes"] += 200_000
     (bundle / MANIFEST).write_bytes(msgspec.json.encode(value))

@@ -53,7 +53,7 @@ def test_the_rolling_hash_is_the_documented_sum() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 2.0), st.integers(1, 50)), max_size=60))
-def test_a_bucket_never_gives_more_than_burst_and_rate(steps: list[tuple[float, int]]) -> None:
+def test_a_bucket_never_exceeds_burst_and_rate(steps: list[tuple[float, int]]) -> None:
     now, taken, largest = 0.0, 0.0, 0
     bucket = TokenBucket(10.0, 40.0, lambda: now)
     for wait, amount in steps:
@@ -64,7 +64,7 @@ def test_a_bucket_never_gives_more_than_burst_and_rate(steps: list[tuple[float, 
         assert taken <= 40.0 + 10.0 * now + largest + 1e-6
 
 
-def test_a_dry_bucket_says_how_long_to_wait() -> None:
+def test_an_empty_bucket_gives_the_time_to_wait() -> None:
     now = 0.0
     bucket = TokenBucket(10.0, 40.0, lambda: now)
     assert bucket.take(90)

@@ -93,7 +93,7 @@ def test_no_secret_of_an_address_is_shown(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["/dev/video0", "http://host:80/x?lane=1", "a@b.c", "expected 1, got 2", "simulated"])
-def test_what_holds_no_secret_is_shown_as_it_is(text: str) -> None:
+def test_text_without_a_secret_is_shown_unchanged(text: str) -> None:
     assert mask(text) == text
 
 

@@ -165,7 +165,7 @@ def test_a_command_survives_the_wire(lot: str, variety: str, issued: int, expire
     st.binary(max_size=300)
     | st.dictionaries(st.sampled_from(sorted(command())), st.integers()).map(msgspec.json.encode)
 )
-def test_what_is_no_command_is_refused_by_name(data: bytes) -> None:
+def test_a_malformed_command_is_refused_by_name(data: bytes) -> None:
     with pytest.raises(MessageError) as caught:
         decode(data, Command)
     assert caught.value.code == "message.malformed"

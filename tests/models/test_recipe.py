@@ -194,7 +194,7 @@ def test_a_recipe_that_contradicts_itself_is_refused(change: dict[str, object], 
 
 
 @pytest.mark.parametrize("data", [b"", b"[" * 100_000, b"\xff", b"null", b'{"schema_version": "x"}'])
-def test_what_is_no_recipe_is_refused(data: bytes) -> None:
+def test_a_malformed_recipe_is_refused(data: bytes) -> None:
     with pytest.raises(BundleError) as caught:
         parse_recipe(data)
     assert caught.value.code == "recipe.malformed"

@@ -83,7 +83,7 @@ def test_a_service_manager_that_is_gone_is_counted_and_tried_again(manager: sock
     assert heard(manager) == [b"WATCHDOG=1"]
 
 
-def test_what_a_process_waits_for_is_said_until_it_is_ready(manager: socket.socket) -> None:
+def test_the_notice_names_what_a_process_waits_for_until_it_is_ready(manager: socket.socket) -> None:
     notice = ServiceNotice(Counter(), {"NOTIFY_SOCKET": manager.getsockname()})
     notice.waiting("waits for the database")
     notice.alive()

@@ -20,7 +20,7 @@ from models.text import visible
         ("\u2028", "\\u2028"),
     ],
 )
-def test_what_a_terminal_would_obey_is_written_out(given_text: str, shown: str) -> None:
+def test_control_characters_of_a_terminal_are_escaped(given_text: str, shown: str) -> None:
     assert visible(given_text) == shown
 
 

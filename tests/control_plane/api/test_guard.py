@@ -226,7 +226,7 @@ def test_head_is_get_without_a_body(client: TestClient) -> None:
         ("GET", "/api/v1/training-runs?limit=-1", 422, "api.malformed"),
     ],
 )
-def test_what_is_not_there_is_404_and_what_is_malformed_422(
+def test_a_missing_object_is_404_and_a_malformed_request_422(
     client: TestClient, method: str, path: str, status: int, code: str
 ) -> None:
     answer = client.request(method, path, json={} if method == "POST" else None)
@@ -250,14 +250,14 @@ def test_what_is_not_there_is_404_and_what_is_malformed_422(
         "\xff",
     ],
 )
-def test_what_no_table_can_hold_is_the_callers_mistake(client: TestClient, body: str) -> None:
+def test_a_value_that_no_column_can_hold_is_the_callers_mistake(client: TestClient, body: str) -> None:
     path = "/api/v1/datasets" if '"root"' in body else "/api/v1/rollouts"
     answer = client.post(path, content=body.encode("latin-1"), headers={"content-type": "application/json"})
     assert 400 <= answer.status_code < 500
     assert answer.json()["code"] == "api.malformed"
 
 
-def test_what_a_body_names_and_nobody_knows_is_no_missing_route(client: TestClient) -> None:
+def test_an_unknown_name_in_a_body_is_no_missing_route(client: TestClient) -> None:
     answer = client.post("/api/v1/rollouts", json={"model": "none"})
     assert (answer.status_code, answer.json()["code"]) == (422, "registry.unknown_version")
     assert client.get("/api/v1/versions/none").status_code == 404

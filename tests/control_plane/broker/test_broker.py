@@ -35,7 +35,7 @@ def test_a_publish_survives_any_cutting_of_the_stream(topic, payload, qos, retai
 
 
 @given(st.binary(max_size=400))
-def test_rubbish_never_breaks_the_codec(data: bytes) -> None:
+def test_random_bytes_never_crash_the_codec(data: bytes) -> None:
     reader = PacketReader(200)
     reader.feed(data)
     parsers = {
@@ -92,7 +92,7 @@ def test_filters_and_topics_are_checked() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "a/b", "+", "a/+", "#", "a/#"]), st.integers(0, 3), st.integers(0, 1))))
-def test_the_index_finds_whoever_asked_each_once_at_the_highest_qos(subscriptions) -> None:
+def test_the_index_finds_each_subscriber_once_at_its_highest_qos(subscriptions) -> None:
     index: SubscriptionIndex[int] = SubscriptionIndex()
     wanted: dict[tuple[str, int], int] = {}
     for name, subscriber, qos in subscriptions:

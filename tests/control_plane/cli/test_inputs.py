@@ -94,7 +94,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
         (errno.EIO, "file.unusable"),
     ],
 )
-def test_what_the_system_refuses_in_the_middle_is_one_line(number: int, code: str, monkeypatch, capsys) -> None:
+def test_an_error_of_the_operating_system_is_one_line(number: int, code: str, monkeypatch, capsys) -> None:
     def broken(**_options: object) -> None:
         raise OSError(number, "reason", "/some/[file]")
 

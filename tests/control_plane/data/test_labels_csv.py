@@ -180,7 +180,7 @@ def test_headers_are_normalised_and_near_misses_are_named(root: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["path,label,label\na.png,x,y\n", "path,label\nimg/0,0.png,sound\n"])
-def test_tables_whose_cells_cannot_be_told_apart_are_refused(root: Path, text: str) -> None:
+def test_tables_with_ambiguous_cells_are_refused(root: Path, text: str) -> None:
     (root / "labels.csv").write_text(text)
     with pytest.raises(InputError) as caught:
         load_dataset(root, SPEC)

@@ -77,7 +77,7 @@ def test_one_class_and_a_class_with_one_item_are_refused(tmp_path: Path) -> None
     assert refused("dataset.too_few_items", root).got == 1
 
 
-def test_a_label_without_file_is_refused_and_a_file_without_label_is_told(tmp_path: Path) -> None:
+def test_a_label_without_file_is_refused_and_a_file_without_label_is_reported(tmp_path: Path) -> None:
     root = folder(tmp_path / "d", items=4)
     (root / "stray.jpg").write_bytes(b"x")
     assert any("no label" in warning for warning in load_dataset(root, SPEC).report.warnings)

@@ -51,7 +51,7 @@ def test_a_defect_seen_once_in_eight_views_counts_and_one_bad_crop_does_not() ->
     assert condemned < 0.05
 
 
-def test_where_bad_crops_look_like_defects_more_than_one_view_must_say_so() -> None:
+def test_where_bad_crops_look_like_defects_several_views_must_agree() -> None:
     items, bad = world(np.random.default_rng(3), seen=3, crop=3.5)
     learnt = learn_fusion(items, bad)
     assert learnt.spec.top_k in {2, 3}
@@ -87,7 +87,7 @@ def test_the_sigmoid_is_the_one_scikit_learn_finds(gap: float) -> None:
     assert fit_platt(evidence, bad) == pytest.approx((model.coef_[0, 0], model.intercept_[0]), abs=2e-5)
 
 
-def test_what_is_reported_of_an_item_was_learnt_without_it() -> None:
+def test_an_items_reported_result_was_learnt_without_it() -> None:
     items, bad = world(np.random.default_rng(6), seen=2, crop=0.5, items=60)
     flipped = bad.copy()
     flipped[0] = not flipped[0]

@@ -75,7 +75,7 @@ def push(services: Services, folder: Path, *, seed: int = 0, card: bytes = b"# t
     return release(services, digest)
 
 
-def test_a_blob_is_published_once_whoever_asks_and_whoever_restarts(services: Services, tmp_path: Path) -> None:
+def test_a_blob_is_published_once_across_requests_and_restarts(services: Services, tmp_path: Path) -> None:
     digest, broker = push(services, tmp_path / "a", wish="line-1"), Broker()
     sent = publisher(services, broker).publish_bundle(digest)
     assert sent == broker.bytes_held > 8 * CHUNK_BYTES
@@ -86,7 +86,7 @@ def test_a_blob_is_published_once_whoever_asks_and_whoever_restarts(services: Se
     assert len(broker.sent) == len(broker.held)
 
 
-def test_what_was_not_confirmed_is_sent_again(services: Services, tmp_path: Path) -> None:
+def test_an_unconfirmed_blob_is_sent_again(services: Services, tmp_path: Path) -> None:
     digest, broker = push(services, tmp_path / "a", wish="line-1"), Broker()
     first = publisher(services, broker)
 
@@ -103,7 +103,7 @@ def test_what_was_not_confirmed_is_sent_again(services: Services, tmp_path: Path
     assert sent == broker.bytes_held > 8 * CHUNK_BYTES
 
 
-def test_what_nobody_runs_or_shall_run_is_removed(services: Services, tmp_path: Path) -> None:
+def test_a_blob_that_no_agent_runs_or_shall_run_is_removed(services: Services, tmp_path: Path) -> None:
     old, broker = push(services, tmp_path / "a", seed=1, wish="line-1"), Broker()
     found = publisher(services, broker)
     found.publish_bundle(old)
@@ -155,7 +155,7 @@ def test_a_rollout_that_does_not_fit_is_refused_when_it_is_asked_for(services: S
         assert client.get("/api/v1/rollouts").json() == []
 
 
-def test_a_missed_blob_is_republished_then_sent_directly_and_strangers_get_nothing(
+def test_a_missed_blob_is_republished_then_sent_directly_and_unknown_agents_get_nothing(
     services: Services, tmp_path: Path
 ) -> None:
     digest, broker, now = push(services, tmp_path / "a", wish="line-1"), Broker(), 100.0

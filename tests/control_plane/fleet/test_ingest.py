@@ -135,7 +135,7 @@ def test_a_retained_message_is_no_sign_of_life(services: Services) -> None:
     assert services.board.one("line-1").link.connection == "live"
 
 
-def test_a_report_that_says_nothing_new_is_not_stored_again(services: Services) -> None:
+def test_an_unchanged_report_is_not_stored_again(services: Services) -> None:
     say(services, Channel.REPORTED, encode(reported(at_ms=1)))
     first = agent(services)
     say(services, Channel.REPORTED, encode(reported(at_ms=10_000)))
@@ -264,7 +264,7 @@ def test_a_page_of_windows_goes_on_where_the_one_before_ended_while_more_arrive(
     assert caught.value.code == "windows.bad_cursor"
 
 
-def test_what_lies_in_the_database_is_smaller_and_reads_as_it_came() -> None:
+def test_a_stored_payload_is_smaller_and_reads_back_equal() -> None:
     data = msgspec.msgpack.encode(window(9, latency_ms={"zero": 0, "buckets": dict.fromkeys(range(40), 1)}))
     assert unpack_window(pack_window(data)) == data
     assert len(pack_window(data)) < len(data) / 2

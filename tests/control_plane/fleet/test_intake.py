@@ -34,7 +34,7 @@ def room() -> Room:
     return Room()
 
 
-def test_of_many_reports_that_wait_the_newest_of_each_agent_is_kept(room: Room) -> None:
+def test_the_newest_waiting_report_of_each_agent_is_kept(room: Room) -> None:
     for number in range(50):
         room.put(Channel.REPORTED, str(number).encode(), f"line-{number % 5}")
     assert [m.payload for m in room.intake.take(0.0)] == [b"45", b"46", b"47", b"48", b"49"]
@@ -119,7 +119,7 @@ def test_hostile_topics_and_sizes_are_counted_and_kept_out(room: Room) -> None:
     assert room.counters["refused_topic.unknown"] == 3
 
 
-def test_live_figures_are_subscribed_to_while_somebody_looks(room: Room) -> None:
+def test_live_figures_are_subscribed_to_while_a_page_is_open(room: Room) -> None:
     assert not room.live.watched
     room.live.watch()
     assert room.live.watched

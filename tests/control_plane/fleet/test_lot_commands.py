@@ -47,7 +47,7 @@ def seen(services: Services, at: timedelta = timedelta()) -> dict:
         return lot_status(session.get_one(Agent, "line-1").lot_asked, NOW + at)
 
 
-def test_who_named_which_lot_and_why_stands_in_the_audit_trail(services: Services, agent: str) -> None:
+def test_the_audit_trail_holds_the_lot_its_actor_and_the_reason(services: Services, agent: str) -> None:
     command = named(services)
     assert (command.lot, command.variety) == ("B-1182", "gala")
     assert command.expires_at_ms - command.issued_at_ms == LIFE.total_seconds() * 1000
@@ -58,7 +58,7 @@ def test_who_named_which_lot_and_why_stands_in_the_audit_trail(services: Service
     assert entry.details == {"lot": "B-1182", "variety": "gala", "reason": "truck 7", "request_id": FIRST}
 
 
-def test_nobody_is_told_who_would_hear_it_later(services: Services, agent: str) -> None:
+def test_an_offline_agent_is_sent_no_lot(services: Services, agent: str) -> None:
     with writing(services.engine) as session, pytest.raises(InputError) as unknown:
         ask(session, "none", "B", "", actor="x", reason="", request_id=FIRST, now=NOW)
     assert unknown.value.code == "agent.unknown"
@@ -69,7 +69,7 @@ def test_nobody_is_told_who_would_hear_it_later(services: Services, agent: str) 
     assert seen(services) == {}
 
 
-def test_what_is_asked_later_says_so_also_on_a_replica_whose_clock_is_behind(services: Services, agent: str) -> None:
+def test_later_commands_have_later_times_on_a_replica_whose_clock_is_behind(services: Services, agent: str) -> None:
     first, second = named(services), named(services, SECOND, at=timedelta(seconds=-30))
     assert second.issued_at_ms == first.issued_at_ms + 1
 
@@ -105,7 +105,7 @@ def test_an_agent_answers_for_itself_alone(services: Services, agent: str) -> No
         say(services, Channel.COMMAND, b"{}")
 
 
-def test_what_runs_is_what_the_agent_reports_with_an_age_by_its_own_clock(services: Services, agent: str) -> None:
+def test_the_lot_is_what_the_agent_reports_with_an_age_by_its_own_clock(services: Services, agent: str) -> None:
     lot = RunningLot(
         lot="B-1182", variety="gala", source=LotSource.OPERATOR, since_ms=5_000, begun=True, terms="recipe"
     )

@@ -16,7 +16,7 @@ def test_a_report_survives_being_stored() -> None:
 
 
 @pytest.mark.parametrize("stored", [{}, {"boot_id": "short", "at_ms": 1}, {"boot_id": BOOT, "at_ms": 1, "phase": "x"}])
-def test_what_is_no_report_counts_as_none(stored: dict[str, object]) -> None:
+def test_a_malformed_report_counts_as_none(stored: dict[str, object]) -> None:
     assert parse_report(stored) is NO_REPORT
     assert (NO_REPORT.generation, NO_REPORT.active, NO_REPORT.line_running) == (0, "", False)
 

@@ -253,7 +253,7 @@ def test_an_expired_box_needs_its_old_key_and_a_persons_approval(site: Site) -> 
     assert code_of(caught) == "identity.approval_needed", "an approval works once"
 
 
-def test_what_is_revoked_stays_revoked(site: Site) -> None:
+def test_a_revoked_certificate_stays_revoked(site: Site) -> None:
     old = new_key()
     answer = site.enrol("line-1", old)
     site.enrol("line-2")
@@ -292,7 +292,7 @@ def test_every_step_is_in_the_audit_trail(here: Site) -> None:
     assert actions == ["identity.invite", "identity.enrol", "identity.renew", "identity.revoke"]
 
 
-def test_what_a_revoked_agent_still_sends_is_not_taken_in(tmp_path: Path) -> None:
+def test_messages_of_a_revoked_agent_are_not_stored(tmp_path: Path) -> None:
     """A broker that was not told yet delivers it; nothing is stored, nothing acknowledged."""
     from control_plane.database.tables.agents import Agent
     from models.errors import MessageError
@@ -421,7 +421,7 @@ def test_a_replica_of_the_control_plane_gets_a_pair_and_a_name_of_its_own(here: 
     assert code_of(caught) == "ca.bad_name"
 
 
-def test_revocation_lists_last_a_year_and_are_made_anew_each_week(here: Site) -> None:
+def test_revocation_lists_last_a_year_and_are_renewed_each_week(here: Site) -> None:
     here.enrol("line-1")
     here.enrolment.revoke("line-1", reason="x", actor="x", now=here.now)
     path = here.files / "crl.pem"

@@ -77,7 +77,7 @@ def test_a_model_that_is_not_there_is_refused_before_it_is_queued(path: str) -> 
     assert caught.value.code == "import.unreadable"
 
 
-def test_the_door_knows_every_option_of_training_and_import() -> None:
+def test_the_check_covers_every_option_of_training_and_import() -> None:
     from control_plane.training.foreign.onnx_import import ImportSettings
     from control_plane.training.pipeline import TrainSettings
 

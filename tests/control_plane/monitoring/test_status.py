@@ -54,7 +54,7 @@ def status(**changes: object) -> AgentStatus:
     return agent_status(replace(facts, **changes))
 
 
-def test_nothing_is_good_without_a_fresh_sign_of_life() -> None:
+def test_no_status_is_good_without_a_fresh_sign_of_life() -> None:
     assert status().state is State.GOOD
     old = utc_now() - timedelta(seconds=60)
     assert status(seen_at=old).state is State.OFFLINE
@@ -104,7 +104,7 @@ def test_two_boxes_under_one_identity_are_named_with_both_boots() -> None:
     assert all(part in found.reason for part in ("identity.twins", BOOT[:8], "10.0.0.7", "ffffffff"))
 
 
-def test_ages_grow_and_never_is_said_only_of_what_never_was() -> None:
+def test_ages_grow_and_never_is_shown_only_where_nothing_ever_came() -> None:
     now = utc_now()
     old = status(window_at=now - timedelta(days=3), seen_at=now - timedelta(days=2))
     assert (old.link.window_age_s, old.link.seen_age_s) == pytest.approx((259_200, 172_800), abs=60)
@@ -178,7 +178,7 @@ def test_a_bundle_that_is_not_known_here_shows_no_figure_instead_of_a_wrong_one(
     assert known.class_order == ("export quality", "rot")
 
 
-def test_completeness_says_nothing_when_nothing_is_known() -> None:
+def test_completeness_is_empty_without_any_record() -> None:
     assert completeness_of([]) is None
     assert completeness_of([(BOOT, 1), (BOOT, 4), ("x", 0)]) == pytest.approx(3 / 5)
 

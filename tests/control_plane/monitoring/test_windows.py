@@ -47,7 +47,7 @@ def test_windows_that_do_not_add_are_left_out() -> None:
     assert merged_window([], A) is None
 
 
-def test_a_board_that_remembers_shows_what_a_new_one_finds(services: Services) -> None:
+def test_a_board_with_a_cache_shows_the_same_as_a_new_one(services: Services) -> None:
     say(services, Channel.PRESENCE, encode(Presence(online=True, boot_id=BOOT)))
     say(services, Channel.REPORTED, encode(reported(active=A, phase=Phase.COMMITTED)))
     services.board.all()
@@ -69,7 +69,7 @@ def test_a_board_that_remembers_shows_what_a_new_one_finds(services: Services) -
     assert services.board.one("none") is None
 
 
-def test_what_runs_through_agents_and_what_a_challenger_judged_is_read_from_windows(services: Services) -> None:
+def test_windows_give_champions_and_challengers(services: Services) -> None:
     beside = window(10, shadow={"pass>pass": 8, "pass>reject": 2, "skipped": 5}, shadow_bundle=B)
     say(services, Channel.BATCH, batch(window(20), beside, window(4, classes={"sound": 1})))
     with reading(services.engine) as session:

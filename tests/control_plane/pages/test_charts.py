@@ -42,7 +42,7 @@ def test_both_charts_of_a_page_share_their_time_axis() -> None:
     assert places[0] == places[1] != []
 
 
-def test_words_from_outside_are_escaped_and_too_little_is_said() -> None:
+def test_foreign_text_is_escaped_and_missing_data_is_stated() -> None:
     points = [(at(0), 1.0), (at(10), 2.0)]
     assert "<b>" not in str(lines([("p50", points)], budget=1.0, marks=[(at(5), "<b>")]))
     assert "Not enough" in str(lines([("p50", points[:1])], budget=1.0, marks=[]))

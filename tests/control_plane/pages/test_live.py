@@ -32,7 +32,7 @@ def events(chunk: bytes) -> dict[str, dict[str, object]]:
     return {name: json.loads(data) for name, data in found}
 
 
-def test_a_page_that_knows_nothing_gets_every_row_and_one_that_is_up_to_date_none(feed: RowFeed) -> None:
+def test_a_new_page_gets_every_row_and_one_that_is_up_to_date_none(feed: RowFeed) -> None:
     chunk, version = feed.news("", False)
     first = events(chunk)["rows"]
     assert [row["id"] for row in first["rows"]] == ["line-1", "line-2"]
@@ -87,7 +87,7 @@ def test_compressed_answers_are_shared_and_make_one_gzip_stream(
     assert not inflater.eof
 
 
-def test_a_page_is_told_that_the_control_plane_is_behind(feed: RowFeed, services: Services) -> None:
+def test_a_page_shows_that_the_control_plane_is_behind(feed: RowFeed, services: Services) -> None:
     _, version = feed.news("", False)
     assert "waiting" not in events(feed.news(version, False)[0])["tick"]
     for number in range(20):

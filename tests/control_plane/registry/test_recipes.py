@@ -114,7 +114,7 @@ def test_a_change_becomes_a_version_with_its_reason_author_and_origin(client: Te
     assert entry.details["change"]["terms"]["prices"] == {"sound": 0.3}
 
 
-def test_a_preview_changes_nothing_and_tells_what_the_change_would_cost(reader: TestClient) -> None:
+def test_a_preview_changes_nothing_and_shows_the_cost_of_the_change(reader: TestClient) -> None:
     plain = reader.get(RECIPE_URL).json()
     other = reader.post(f"{RECIPE_URL}/preview", json={"terms": {"escaped": 5.0}}).json()
     assert other["thresholds"]["defect"]["threshold"] < plain["thresholds"]["defect"]["threshold"]
@@ -224,7 +224,7 @@ def test_the_command_shows_tunes_and_sets(bundle: Path, tmp_path: Path, capsys: 
     assert shown["thresholds"]["defect"]["threshold"] == pytest.approx(tuned["thresholds"]["defect"]["threshold"])
 
 
-def test_the_share_of_unsure_items_is_told_per_agent(client: TestClient, services: Services) -> None:
+def test_the_share_of_unsure_items_is_shown_per_agent(client: TestClient, services: Services) -> None:
     services.ingest.take(agent_topic("line-1", Channel.PRESENCE), encode(Presence(online=True, boot_id=BOOT)))
     services.ingest.take(agent_topic("line-1", Channel.REPORTED), encode(reported(active=A)))
     payload = batch(window(40, grades={"sound": 37, "unsure": 3}), window(60, grades={"sound": 60}))

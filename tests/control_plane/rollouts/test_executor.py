@@ -138,7 +138,7 @@ def test_a_rollout_that_fails_stops_itself_and_goes_back_to_what_ran_before(
         person(services, second, "resume")
 
 
-def test_a_rollout_with_nothing_to_go_back_to_wishes_for_nothing(plane: Services, tmp_path: Path) -> None:
+def test_a_rollout_without_a_former_bundle_assigns_none(plane: Services, tmp_path: Path) -> None:
     bundle = register_tiny(plane, tmp_path / "1")
     fleet_of(plane, 1)
     rollout_id = start_rollout(plane, waves=("100%",))
@@ -149,7 +149,7 @@ def test_a_rollout_with_nothing_to_go_back_to_wishes_for_nothing(plane: Services
     assert desired(plane)["line-0"] == (2, "")
 
 
-def test_an_offline_agent_comes_back_to_the_newest_wish_only(services: Services, tmp_path: Path) -> None:
+def test_an_offline_agent_comes_back_to_the_newest_assignment_only(services: Services, tmp_path: Path) -> None:
     for number in range(3):
         register_tiny(services, tmp_path / str(number), bias=float(number))
     fleet_of(services, 1)
@@ -240,7 +240,7 @@ def test_a_rollout_without_agents_or_model_is_refused(plane: Services, tmp_path:
     assert state_of(plane, start_rollout(plane, agents=("line-1",))).selector["agents"] == ["line-1"]
 
 
-def test_the_wish_carries_mode_and_changeover_to_the_agent(plane: Services, tmp_path: Path) -> None:
+def test_the_assignment_carries_mode_and_changeover_to_the_agent(plane: Services, tmp_path: Path) -> None:
     register_tiny(plane, tmp_path / "1")
     fleet_of(plane, 1)
     sent: list[bytes] = []
@@ -297,7 +297,7 @@ def test_a_leader_that_slept_beyond_its_lease_writes_nothing(services: Services,
     assert [(part.attempt, part.generation) for part in parts] == [(1, 1), (1, 1)]
 
 
-def test_what_a_dead_leader_committed_but_did_not_tell_is_told_by_the_next(plane: Services, tmp_path: Path) -> None:
+def test_what_a_dead_leader_committed_is_published_by_the_next(plane: Services, tmp_path: Path) -> None:
     bundle = register_tiny(plane, tmp_path / "1")
     fleet_of(plane, 2)
     start_rollout(plane, waves=("100%",))

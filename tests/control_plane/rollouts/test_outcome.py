@@ -69,7 +69,7 @@ def test_an_agent_times_out_from_when_it_took_the_bundle_up() -> None:
     assert observe(offline, rollout(policy=policy), T0 + timedelta(days=9))[0] is Outcome.QUEUED
 
 
-def test_an_agent_that_finds_no_proof_for_long_has_rejected_the_wish() -> None:
+def test_an_agent_without_proof_for_long_has_rejected_the_assignment() -> None:
     doubting = given_bundle(generation=2, fault={"code": "trust.not_released", "message": "unknown"})
     assert observe(doubting, rollout(), T0 + timedelta(seconds=59))[0] is Outcome.QUEUED
     found = observe(doubting, rollout(), T0 + timedelta(seconds=60))
@@ -78,7 +78,7 @@ def test_an_agent_that_finds_no_proof_for_long_has_rejected_the_wish() -> None:
     assert observe(elsewhere, rollout(), T0 + timedelta(days=1))[0] is Outcome.QUEUED
 
 
-def test_a_newer_wish_takes_an_agent_over_and_what_was_concluded_stays() -> None:
+def test_a_newer_assignment_takes_an_agent_over_and_concluded_results_stay() -> None:
     working = replace(given_bundle(phase="fetching"), desired_generation=4)
     assert observe(working, rollout(), T0)[0] is Outcome.CANCELED
     done = replace(working, outcome=Outcome.SUCCEEDED)

@@ -107,7 +107,7 @@ def test_the_laws_of_the_planner_hold_on_any_rollout(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 5), st.randoms(use_true_random=False))
-def test_a_healthy_rollout_always_ends_with_everybody_on_the_bundle(sizes: list[int], rate: int, rng: object) -> None:
+def test_a_healthy_rollout_always_ends_with_every_agent_on_the_bundle(sizes: list[int], rate: int, rng: object) -> None:
     w = world(sizes, policy={"jobExecutionsRolloutConfig": {"maximumPerMinute": rate}})
     for _ in range(400):
         if w.course.state is not RolloutState.RUNNING:
@@ -123,7 +123,7 @@ def test_a_healthy_rollout_always_ends_with_everybody_on_the_bundle(sizes: list[
 
 
 @pytest.mark.parametrize("state", [s for s in RolloutState if s is not RolloutState.RUNNING])
-def test_a_rollout_that_does_not_run_gives_the_bundle_to_nobody(state: RolloutState) -> None:
+def test_a_rollout_that_is_not_in_progress_gives_the_bundle_to_no_agent(state: RolloutState) -> None:
     w = world([2], state=state, policy={"schedulingConfig": {"startTime": "2030-01-01T00:00"}})
     assert not [step for step in w.turn() if isinstance(step, Assign | OpenWave)]
 
@@ -260,7 +260,7 @@ def test_a_rollout_waits_for_its_start_and_its_windows_and_ends_in_time() -> Non
     assert w.members["a1-0"].outcome is Outcome.CANCELED
 
 
-def test_after_its_end_a_rollout_waits_for_who_has_begun_and_tells_nobody_further() -> None:
+def test_after_its_end_a_rollout_waits_for_agents_that_have_begun_and_asks_no_others() -> None:
     policy = {
         "jobExecutionsRolloutConfig": {"maximumPerMinute": 1},
         "schedulingConfig": {"endTime": "2026-03-02T09:00"},
@@ -290,7 +290,7 @@ def test_a_rollout_that_is_cut_off_at_its_end_recalls_who_is_not_done() -> None:
     assert w.members["a0-0"].returned_generation
 
 
-def test_what_timed_out_is_tried_again_and_what_the_agent_blocked_is_not() -> None:
+def test_a_timed_out_agent_is_tried_again_and_one_that_blocked_the_bundle_is_not() -> None:
     policy = {
         "timeoutConfig": {"inProgressTimeoutInMinutes": 1},
         "jobExecutionsRetryConfig": {"criteriaList": [{"failureType": "ALL", "numberOfRetries": 1}]},
@@ -335,7 +335,7 @@ def test_a_finding_of_a_gate_stops_the_rollout_with_its_words() -> None:
     assert steps[-1] == ChangeState(RolloutState.ROLLING_BACK, "shadow: 12 % of the verdicts differ")
 
 
-def test_what_a_person_may_do_is_a_table() -> None:
+def test_the_actions_of_a_person_are_a_table() -> None:
     assert next_state(RolloutState.RUNNING, "pause") is RolloutState.PAUSED
     with pytest.raises(ConflictError) as caught:
         next_state(RolloutState.COMPLETED, "resume")

@@ -185,7 +185,7 @@ def _changed(path: str, value: object) -> dict[str, object]:
         ("jobExecutionRolloutConfig", {}),
     ],
 )
-def test_what_is_out_of_bounds_is_refused_with_its_place(path: str, value: object) -> None:
+def test_a_value_out_of_bounds_is_refused_with_its_place(path: str, value: object) -> None:
     with pytest.raises(InputError) as caught:
         parse_policy(_changed(path, value))
     assert caught.value.code in {"rollout.bad_policy", "rollout.bad_time", "rollout.bad_cron"}
@@ -235,7 +235,7 @@ def test_waves_that_are_none_are_refused(waves: list[object]) -> None:
     assert caught.value.code == "rollout.bad_waves"
 
 
-def test_the_blast_radius_is_told_in_lanes_and_items() -> None:
+def test_the_blast_radius_is_given_in_lanes_and_items() -> None:
     loads = {"a": AgentLoad(2, 10.0), "b": AgentLoad(2, 20.0), "c": AgentLoad(4, None)}
     criteria = [{"failureType": "ALL", "thresholdPercentage": 50, "minNumberOfExecutedThings": 2}]
     policy = parse_policy({"abortConfig": {"criteriaList": criteria}})

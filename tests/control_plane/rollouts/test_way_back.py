@@ -205,7 +205,7 @@ def test_a_box_that_is_off_does_not_hold_up_its_wave_for_ever() -> None:
     assert w.members["a0-1"].outcome is Outcome.REMOVED
 
 
-def test_a_wave_of_which_nobody_is_left_proves_nothing() -> None:
+def test_a_wave_without_any_agent_left_proves_nothing() -> None:
     w = world([1, 1])
     w.turn()
     w.change("a0-0", gone="it was forgotten")

@@ -78,7 +78,7 @@ def members(items: int, useful: bool, seed: int = 1) -> tuple[np.ndarray, np.nda
 
 
 @pytest.mark.parametrize(("items", "useful", "kept"), [(80, True, (0, 1)), (80, False, (0,)), (20, False, (0,))])
-def test_an_optional_member_votes_only_if_it_knows_items_it_has_not_seen(
+def test_an_optional_member_votes_only_if_it_is_good_on_unseen_items(
     items: int, useful: bool, kept: tuple[int, ...]
 ) -> None:
     features, truth, names = members(items, useful)

@@ -30,7 +30,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return output, found.summary()
 
 
-def test_training_makes_a_bundle_that_works_and_tells_its_figures(trained: tuple[Path, dict]) -> None:
+def test_training_makes_a_working_bundle_and_reports_its_figures(trained: tuple[Path, dict]) -> None:
     output, summary = trained
     bundle = read_bundle(output)
     bundle.golden.check(OnnxClassifier(bundle.model))
@@ -59,7 +59,7 @@ def test_evaluating_judges_a_folder_as_an_agent_would(trained: tuple[Path, dict]
     assert json.loads(json.dumps(report)) == report
 
 
-def test_training_stops_when_told(data: Path, tmp_path: Path) -> None:
+def test_training_stops_on_request(data: Path, tmp_path: Path) -> None:
     class Stop(Exception):  # noqa: N818
         pass
 

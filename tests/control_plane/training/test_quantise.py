@@ -106,7 +106,7 @@ def test_eight_bits_are_used_and_the_rest_of_the_graph_is_as_it_was() -> None:
     assert 0.0 < difference.max() < 0.05
 
 
-def test_a_quantised_bundle_has_its_own_golden_views_and_tells_its_cost(bundle: Path, tmp_path: Path) -> None:
+def test_a_quantised_bundle_has_its_own_golden_views_and_reports_its_cost(bundle: Path, tmp_path: Path) -> None:
     made = quantised(bundle, tmp_path / "small", *views_of())
     before, after = read_bundle(bundle), read_bundle(tmp_path / "small")
     assert after.golden.check(OnnxClassifier(after.model)) <= after.golden.tolerance
@@ -151,7 +151,7 @@ def test_a_model_that_eight_bits_hurt_is_refused() -> None:
     assert cost_of(float32, flipped, labels, items).flips == pytest.approx(0.1)
 
 
-def test_what_cannot_be_quantised_is_refused() -> None:
+def test_a_graph_that_cannot_be_quantised_is_refused() -> None:
     views, _, _ = views_of(4)
     with pytest.raises(InputError) as caught:
         quantise(conv_graph(), views[:, :32, :32])

@@ -97,7 +97,7 @@ def hollow_folder(root: Path, *, seed: int = 0, items: int = 60, unknown: float 
     return root
 
 
-def test_a_class_that_only_weight_reveals_is_learnt_and_missed_without_the_scale(tmp_path: Path) -> None:
+def test_a_class_visible_by_weight_alone_is_learnt_and_missed_without_the_scale(tmp_path: Path) -> None:
     data = hollow_folder(tmp_path / "data", unknown=0.05)
     found = train(data, TrainSettings(name="fruit", effort="quick", folds=3), tmp_path / "b")
     item, blind = found.metrics["item"], found.metrics["item_without_scalars"]

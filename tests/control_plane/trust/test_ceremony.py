@@ -80,7 +80,7 @@ def versions(data: Signed) -> dict[str, int]:
     return common | {name: version_of(data) for name, data in data.bins.items()}
 
 
-def test_what_is_assigned_is_accepted_by_that_agent(
+def test_an_assignment_is_accepted_by_its_agent(
     engine: Engine, repository: Repository, assignments: OnlineSigner, tmp_path: Path
 ) -> None:
     digest = release(engine, repository, assignments)
@@ -256,7 +256,7 @@ def test_rotated_online_keys_come_into_force_with_their_root(
         assign(engine, assignments, {}, NOW + timedelta(hours=3))
 
 
-def test_people_are_told_before_a_bin_is_too_large_for_a_broker_and_then_nothing_is_committed(
+def test_a_bin_that_grows_too_large_is_reported_first_and_then_refused(
     engine: Engine, repository: Repository, assignments: OnlineSigner
 ) -> None:
     digest = release(engine, repository, assignments)
@@ -304,7 +304,7 @@ def test_a_changed_row_is_signed_once_and_a_cleared_one_is_a_recall(
         assert not assignments.is_sealed(session, agent)
 
 
-def test_people_are_told_in_time_what_only_offline_keys_can_renew(engine: Engine, assignments: OnlineSigner) -> None:
+def test_renewals_that_need_offline_keys_are_reported_in_time(engine: Engine, assignments: OnlineSigner) -> None:
     def told(now: datetime) -> str:
         assign(engine, assignments, {}, now)
         with reading(engine) as session:
@@ -413,7 +413,7 @@ def test_ceremonies_refuse_what_makes_no_sense(repository: Repository) -> None:
         ceremony.initialise(ceremony.TrustFolder(repository.root / "x"), [], Path("y"), lambda _: PASSPHRASE, NOW)
 
 
-def test_the_command_for_people_fails_when_something_is_nearly_full(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_keys_status_fails_when_a_bin_is_nearly_full(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     keys = importlib.import_module("control_plane.cli.keys")  # the folder's `keys` is the group of commands
     found = {"development": False, "roles": [], "fill": {"set": 0.79, "bin": 0.8}}
     keys = importlib.import_module("control_plane.cli.keys")

@@ -168,7 +168,7 @@ def test_a_board_is_measured_along_the_belt_of_a_turned_camera(frames: list[Fram
     assert -0.02 < found.anisotropy < -0.005, "a pixel is shorter along the belt than across it"
 
 
-def test_an_empty_belt_a_standing_belt_and_too_few_frames_are_told_apart(frames: list[Frame]) -> None:
+def test_an_empty_belt_a_standing_belt_and_too_few_frames_are_distinguished(frames: list[Frame]) -> None:
     empty = record(msgspec.structs.replace(WORLD, items_per_s=0.001), 5)
     noise = np.random.default_rng(1)
 
@@ -312,7 +312,7 @@ def test_the_interval_of_the_item_scale_narrows_with_items() -> None:
         (Target(item_mm=75.0, lanes=0), DATE, 100, "calibration.bad_count"),
     ],
 )
-def test_what_is_asked_wrongly_is_refused_before_the_camera_is_opened(
+def test_a_wrong_request_is_refused_before_the_camera_is_opened(
     target: Target, date: str, frames: int, code: str
 ) -> None:
     def never() -> Replay:

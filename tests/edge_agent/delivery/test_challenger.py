@@ -135,7 +135,7 @@ def test_it_waits_while_the_champion_is_fetched_tested_or_tried(bench: Bench) ->
     assert bench.phase is ShadowPhase.FETCHING
 
 
-def test_a_live_wish_ends_it_and_an_older_wish_changes_nothing(bench: Bench) -> None:
+def test_a_live_assignment_ends_it_and_an_older_one_changes_nothing(bench: Bench) -> None:
     bench.until_shadow(generation=5)
     bench.wish(4, TWO)
     assert bench.found.state.digest == ONE
@@ -153,13 +153,13 @@ def test_a_newer_generation_of_the_same_challenger_goes_on_without_a_break(bench
     assert bench.found.state.generation == 2
 
 
-def test_what_failed_as_a_champion_is_refused(bench: Bench) -> None:
+def test_a_bundle_that_failed_as_a_champion_is_refused(bench: Bench) -> None:
     bench.wish(1, blocked=(ONE,))
     assert bench.phase is ShadowPhase.IDLE
     assert bench.site.faults == ["agent.digest_blocked"]
 
 
-def test_a_self_test_that_fails_ends_it_until_a_newer_wish(bench: Bench) -> None:
+def test_a_failed_self_test_ends_it_until_a_newer_assignment(bench: Bench) -> None:
     bench.wish(1)
     bench.wire.whole = True
     bench.found.tick(settled=True)
@@ -176,7 +176,7 @@ def test_a_self_test_of_the_champion_is_not_taken(bench: Bench) -> None:
     assert not bench.found.tested(SelfTestDone(ONE, None))
 
 
-def test_a_self_test_overtaken_by_a_newer_wish_is_dropped_and_the_new_one_tested(bench: Bench) -> None:
+def test_a_self_test_overtaken_by_a_newer_assignment_is_dropped_and_the_new_one_tested(bench: Bench) -> None:
     bench.wish(1)
     bench.wire.whole = True
     bench.found.tick(settled=True)
@@ -191,7 +191,7 @@ def test_a_self_test_overtaken_by_a_newer_wish_is_dropped_and_the_new_one_tested
     assert bench.tests == [ONE, TWO]
 
 
-def test_a_line_that_dies_twice_soon_after_taking_it_gets_it_no_more(bench: Bench) -> None:
+def test_a_challenger_is_withdrawn_after_the_line_died_twice_soon_after_taking_it(bench: Bench) -> None:
     bench.until_shadow()
     for _ in range(4):
         bench.found.line_gone()
@@ -202,7 +202,7 @@ def test_a_line_that_dies_twice_soon_after_taking_it_gets_it_no_more(bench: Benc
     assert bench.site.faults == ["shadow.line_died"]
 
 
-def test_a_line_that_lived_a_minute_with_it_is_believed(bench: Bench) -> None:
+def test_a_death_of_the_line_after_a_minute_does_not_count_against_the_challenger(bench: Bench) -> None:
     bench.until_shadow()
     for _ in range(5):
         bench.now_s += 61.0
@@ -260,7 +260,7 @@ def test_a_power_cut_after_any_step_goes_on_with_the_same_challenger(bench: Benc
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"\xff" * 40, b'[{"schema_version":1},"00"]', b"x" * 20_000])
-def test_a_broken_state_file_starts_afresh_and_the_retained_wish_brings_it_back(tmp_path: Path, data: bytes) -> None:
+def test_a_broken_state_file_is_replaced_and_the_retained_assignment_restores_it(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "challenger.json").write_bytes(data)
     bench = Bench(tmp_path)
     assert bench.phase is ShadowPhase.IDLE

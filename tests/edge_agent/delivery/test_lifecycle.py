@@ -53,7 +53,7 @@ def test_a_failed_self_test_never_touches_what_runs() -> None:
     assert (state.active, state.blocked, state.target) == (A, (B,), "")
 
 
-def test_a_trial_that_is_overtaken_goes_back_without_blame() -> None:
+def test_an_overtaken_trial_goes_back_without_blocking_its_bundle() -> None:
     state = desired(committed(A), B, 2)
     for trigger in (Trigger.FETCHED, Trigger.TEST_STARTED, Trigger.TEST_PASSED, Trigger.TRIAL_STARTED):
         state = advance(state, trigger)
@@ -73,7 +73,7 @@ def on_trial(before: SlotState, digest: str, generation: int = 2) -> SlotState:
     return state
 
 
-def test_what_was_committed_before_survives_a_trial_that_fails() -> None:
+def test_the_committed_bundle_survives_a_failed_trial() -> None:
     state = advance(on_trial(committed(A), B), Trigger.TRIAL_PASSED)
     assert (state.active, state.previous) == (B, A)
     for end in (Trigger.TRIAL_FAILED, Trigger.DROPPED):
@@ -102,7 +102,7 @@ def test_the_bundle_before_the_previous_one_is_written_in_a_trial_only() -> None
     assert b"before" in msgspec.json.encode(on_trial(state, C, 3))
 
 
-def test_what_the_table_does_not_list_is_refused() -> None:
+def test_transitions_outside_the_table_are_refused() -> None:
     for phase in Phase:
         for trigger in Trigger:
             state = SlotState(phase=phase, active=A, previous=C, target=B)
@@ -202,7 +202,7 @@ def test_files_of_format_1_are_read() -> None:
     assert (lot.lot, lot.variety, lot.source, len(lot.requests)) == ("B-1182", "gala", LotSource.OPERATOR, 2)
 
 
-def test_what_is_written_is_what_the_golden_files_hold(tmp_path: Path) -> None:
+def test_the_written_state_equals_the_golden_files(tmp_path: Path) -> None:
     golden = Path(__file__).parents[2] / "golden" / "state-v1"
     for file in (champion_file, challenger_file, lot_file):
         state = file(golden).read()

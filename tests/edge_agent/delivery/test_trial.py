@@ -152,7 +152,7 @@ def test_without_a_usable_bundle_before_a_trial_goes_on_at_once_after_a_power_cu
     assert (trial.state.tries, trial.updater.judging) == (1, trial.new)
 
 
-def test_a_newer_wish_ends_the_waiting(trial: Trial) -> None:
+def test_a_newer_assignment_ends_the_waiting(trial: Trial) -> None:
     trial.updater.desire(Desired(generation=3, bundle="33" * 32, trial_items=5))
     assert (trial.state.phase, trial.updater.judging) == (Phase.FETCHING, trial.old)
     assert trial.host.loads == [], "the line has the old bundle"
@@ -260,7 +260,7 @@ def test_a_death_that_cannot_be_written_down_is_written_later(
 
 
 @pytest.mark.parametrize("passed", [True, False])
-def test_what_the_self_test_found_waits_for_a_disk_that_is_full(
+def test_the_result_of_the_self_test_waits_for_a_full_disk(
     trial: Trial, monkeypatch: pytest.MonkeyPatch, passed: bool
 ) -> None:
     trial.updater.state = trial.testing

@@ -39,7 +39,7 @@ def test_a_camera_that_is_unplugged_and_comes_back_is_read_on() -> None:
     assert given(0, "absent", "absent", "failed", 4, 5) == [0, 4, 5]
 
 
-def test_a_camera_that_never_was_there_is_named_at_once() -> None:
+def test_a_camera_that_is_absent_from_the_start_is_reported_at_once() -> None:
     for error in ("absent", "failed"):
         with pytest.raises(CameraError, match=error):
             given(error, 1, 2)

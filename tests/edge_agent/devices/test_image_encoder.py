@@ -158,7 +158,7 @@ def test_too_few_pictures_that_differ_show_no_belt(frames: list[Frame]) -> None:
     assert belt_of(frame.image for frame in frames[20:60]) is not None
 
 
-def test_a_camera_without_encoder_measures_the_belt_from_the_picture_unless_told_otherwise(
+def test_without_an_encoder_the_belt_is_measured_from_the_picture_by_default(
     tmp_path: Path, frames: list[Frame]
 ) -> None:
     for frame in frames[40:80]:

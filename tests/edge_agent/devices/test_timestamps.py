@@ -57,7 +57,7 @@ def test_the_cameras_own_clock_takes_the_jitter_of_a_network_out() -> None:
     assert found == sorted(found)
 
 
-def test_a_camera_whose_stamps_run_at_another_pace_is_not_believed() -> None:
+def test_time_stamps_that_run_at_another_pace_are_not_used() -> None:
     for pace in (0.8, 1.3):
         clock = CameraClock()
         arrivals = [5.0 + k * P for k in range(400)]

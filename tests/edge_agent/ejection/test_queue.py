@@ -64,7 +64,7 @@ def test_a_late_shot_is_refused_and_a_standing_belt_fires_nothing() -> None:
     assert valve.items == [2, 3]
 
 
-def test_what_could_only_be_fired_behind_its_window_is_dropped_and_the_next_one_is_not() -> None:
+def test_a_shot_behind_its_window_is_dropped_and_the_next_one_is_not() -> None:
     belt, valve = Belt(), Valve()
     queue = queue_of(belt, valve, window_mm=20.0)
     for item, place in ((1, 200.0), (2, 240.0)):

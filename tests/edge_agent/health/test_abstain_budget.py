@@ -30,7 +30,7 @@ def test_one_bad_window_is_no_trend_and_many_are() -> None:
     assert watch.share > 0.1
 
 
-def test_a_few_items_accuse_nobody() -> None:
+def test_a_few_items_raise_no_alarm() -> None:
     watch = AbstainWatch()
     assert not watch.update(4, 1, 0.01)
     assert not watch.update(40, 40, 0.01)

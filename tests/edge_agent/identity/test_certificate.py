@@ -87,7 +87,7 @@ def test_a_box_gets_the_root_of_signatures_with_its_first_certificate_and_keeps_
     assert anchor.read_text() == '{"root": 1}', "later roots come signed by the earlier ones, not by this way"
 
 
-def test_a_server_that_is_not_the_tokens_site_never_sees_the_secret(site: Site, url: str, tmp_path: Path) -> None:
+def test_a_server_of_another_site_never_gets_the_secret(site: Site, url: str, tmp_path: Path) -> None:
     (tmp_path / "evil").mkdir()
     evil = make_site(tmp_path / "evil", other=True)
     with https(evil) as false_url, pytest.raises(ConflictError) as caught:
@@ -97,7 +97,7 @@ def test_a_server_that_is_not_the_tokens_site_never_sees_the_secret(site: Site, 
     evil.engine.dispose()
 
 
-def test_a_server_that_shows_the_right_root_but_is_not_its_own_never_sees_the_secret(
+def test_a_server_that_presents_a_foreign_chain_never_gets_the_secret(
     site: Site, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "evil").mkdir()
@@ -196,7 +196,7 @@ def test_the_listener_shows_the_certificate_that_another_process_renewed(site: S
         assert not renew(folder, time.time())
 
 
-def test_a_revoked_box_is_told_and_keeps_what_it_has(site: Site, url: str, tmp_path: Path) -> None:
+def test_a_revoked_box_reports_it_and_keeps_its_certificate(site: Site, url: str, tmp_path: Path) -> None:
     folder = tmp_path / "id"
     enrol(folder, invite(site), url)
     site.enrolment.revoke("line-1", reason="x", actor="x", now=site.now)

@@ -34,7 +34,7 @@ def test_a_bundle_takes_over_when_what_it_waits_for_has_come(
     assert is_due(loaded, waited_s=waited_s, line_within_s=2.0, at_gap=at_gap, lot_changed=lot_changed) is due
 
 
-def test_the_changeover_travels_from_the_wish_to_the_line(tmp_path) -> None:
+def test_the_changeover_travels_from_the_assignment_to_the_line(tmp_path) -> None:
     import socket
 
     wish = Desired(generation=3, bundle="a" * 64, swap=Swap.LOT_CHANGE, swap_within_s=900.0)
@@ -53,6 +53,6 @@ def test_the_changeover_travels_from_the_wish_to_the_line(tmp_path) -> None:
         end.close()
 
 
-def test_a_wish_of_an_older_control_plane_changes_over_at_a_gap() -> None:
+def test_an_assignment_of_an_older_control_plane_changes_over_at_a_gap() -> None:
     old = decode(b'{"schema_version":1,"generation":1,"bundle":"%s"}' % (b"a" * 64), Desired)
     assert (old.swap, old.swap_within_s) == (Swap.BELT_GAP, None)

@@ -215,7 +215,7 @@ def test_an_item_in_the_picture_is_where_the_truth_says() -> None:
     assert matched > 200
 
 
-def test_what_is_collected_is_what_would_have_been_judged(tmp_path: Path) -> None:
+def test_collected_views_are_those_that_would_have_been_judged(tmp_path: Path) -> None:
     found = collect(LineConfig(), tmp_path / "views", items=12)
     assert found.views >= 60
     rows = (tmp_path / "views" / "labels.csv").read_text().splitlines()

@@ -48,7 +48,7 @@ def heard(said: "queue.Queue[object]", kind: type) -> object:
             return message
 
 
-def test_it_says_nothing_but_that_it_waits_and_is_the_line_when_told(
+def test_a_standby_reports_only_that_it_waits_and_takes_over_on_command(
     child: LineProcess, config: LineConfig, said: "queue.Queue[object]", tmp_path: Path
 ) -> None:
     wait_until(lambda: child.waiting, "the standby")
@@ -66,7 +66,9 @@ def test_it_says_nothing_but_that_it_waits_and_is_the_line_when_told(
     assert heard(said, Swapped).digest == other.digest
 
 
-def test_one_that_cannot_load_its_bundle_ends(config: LineConfig, tmp_path: Path, said: "queue.Queue[object]") -> None:
+def test_a_standby_that_cannot_load_its_bundle_ends(
+    config: LineConfig, tmp_path: Path, said: "queue.Queue[object]"
+) -> None:
     wrong = msgspec.structs.replace(config, digest="11" * 32)
     child = LineProcess(wrong, lambda event: said.put(event) or True, standby=True)
     gone = said.get(timeout=300)
@@ -75,7 +77,7 @@ def test_one_that_cannot_load_its_bundle_ends(config: LineConfig, tmp_path: Path
     assert not child.waiting
 
 
-def test_before_it_is_told_neither_camera_nor_plc_hears_of_it(
+def test_a_standby_opens_neither_camera_nor_plc_before_the_command(
     config: LineConfig, tmp_path: Path, said: "queue.Queue[object]"
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as camera, socket.create_server(("127.0.0.1", 0)) as plc:

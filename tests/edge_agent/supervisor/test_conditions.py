@@ -31,7 +31,7 @@ def test_a_weak_ejector_stands_until_that_ejector_recovers() -> None:
     assert conditions.standing == ()
 
 
-def test_of_one_camera_the_newest_fault_stands_alone() -> None:
+def test_only_the_newest_fault_of_a_camera_stands() -> None:
     conditions = Conditions()
     for code in ("camera.stalled", "camera.absent"):
         conditions.note(fault(code))
@@ -42,14 +42,14 @@ def test_of_one_camera_the_newest_fault_stands_alone() -> None:
     assert conditions.standing == ()
 
 
-def test_what_has_no_end_stands_nowhere_and_what_ended_before_it_began_is_nothing() -> None:
+def test_events_without_an_end_never_stand_and_an_end_without_a_beginning_is_ignored() -> None:
     conditions = Conditions()
     assert not conditions.note(fault("bundle.swapped"))
     assert not conditions.note(fault("camera.recovered"))
     assert conditions.standing == ()
 
 
-def test_a_new_line_process_finds_out_anew_but_the_identity_is_not_the_lines() -> None:
+def test_a_new_line_process_clears_its_own_conditions_but_not_the_identitys() -> None:
     conditions = Conditions()
     for code in ("camera.absent", "ejector.weak", "recipe.over_budget", "identity.shared"):
         conditions.note(fault(code))

@@ -108,7 +108,7 @@ def bench() -> Bench:
         (Standby.NEVER, Phase.TRIAL, ""),
     ],
 )
-def test_what_a_standby_holds(mode: Standby, phase: Phase, wanted: str) -> None:
+def test_a_standby_stands_for_one_bundle(mode: Standby, phase: Phase, wanted: str) -> None:
     assert standby_for(mode, SlotState(phase=phase, active=NEW, previous=OLD)) == wanted
 
 
@@ -117,7 +117,7 @@ def test_the_first_bundle_of_an_agent_has_nothing_to_stand_by_with(bench: Bench)
     assert bench.keeper.covered("")
 
 
-def test_a_line_that_had_lived_long_is_replaced_at_once_and_one_that_keeps_dying_later_and_later(bench: Bench) -> None:
+def test_a_line_that_ran_long_is_replaced_at_once_and_one_that_keeps_dying_ever_later(bench: Bench) -> None:
     bench.tick()
     bench.tick(after_s=61.0)
     assert bench.keeper.gone(bench.keeper.line, "")
@@ -171,7 +171,7 @@ def test_it_takes_over_without_the_pause_of_a_line_that_keeps_dying(bench: Bench
     assert bench.keeper.line is spare
 
 
-def test_how_long_the_line_was_away_is_told(bench: Bench) -> None:
+def test_the_time_without_a_line_is_reported(bench: Bench) -> None:
     line, spare = bench.covered_line()
     bench.keeper.gone(line, OLD)
     bench.now_s += 0.25
@@ -200,7 +200,7 @@ def test_a_standby_with_another_bundle_than_wanted_is_ended_and_never_takes_over
     assert not bench.keeper.line.standby
 
 
-def test_a_standby_that_nobody_needs_any_more_is_ended(bench: Bench) -> None:
+def test_a_standby_that_is_no_longer_needed_is_ended(bench: Bench) -> None:
     line, spare = bench.covered_line()
     bench.tick(NEW)
     assert spare.killed
@@ -233,7 +233,7 @@ def test_a_standby_that_hangs_while_it_waits_or_never_gets_warm_is_ended(bench: 
     assert bench.counters["standby_stalled"] == 1
 
 
-def test_a_standby_that_cannot_be_started_keeps_nobody_from_watching_the_line(
+def test_a_standby_that_cannot_be_started_does_not_stop_the_watch_of_the_line(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.tick()
@@ -258,7 +258,7 @@ def test_a_standby_that_cannot_be_started_keeps_nobody_from_watching_the_line(
     assert line.killed
 
 
-def test_a_standby_that_does_not_hear_is_ended_and_a_line_started(bench: Bench) -> None:
+def test_a_standby_that_does_not_respond_is_ended_and_a_line_started(bench: Bench) -> None:
     line, spare = bench.covered_line()
     spare.deaf = True
     bench.keeper.gone(line, OLD)
@@ -280,7 +280,7 @@ def test_a_line_that_starts_with_the_wanted_bundle_is_not_asked_to_load_it(bench
     assert line.killed
 
 
-def test_what_warms_up_has_a_low_priority_and_what_sorts_has_not() -> None:
+def test_a_process_that_warms_up_has_a_low_priority_and_one_that_sorts_has_not() -> None:
     def priority() -> int:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 

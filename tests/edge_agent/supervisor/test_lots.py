@@ -135,7 +135,7 @@ def test_a_command_that_must_not_count_is_refused_by_name_and_answered(
     assert host.lots == [("lot-8", "gala")]
 
 
-def test_a_clock_that_is_off_by_less_than_the_slack_hinders_nobody(host: Host, clock: Clock) -> None:
+def test_a_clock_that_is_off_by_less_than_the_slack_is_accepted(host: Host, clock: Clock) -> None:
     for number, off_ms in enumerate((-CLOCK_SLACK_MS, 0, 60_000)):
         clock.ms = NOW + off_ms + number
         opened(host, clock).command(encode(command(number, issued=NOW + number)))
@@ -188,7 +188,7 @@ def test_a_flood_of_commands_is_no_flood_of_writes_and_windows(host: Host, clock
     assert host.lots == [("lot-1", "gala"), ("lot-2", "gala")]
 
 
-def test_what_was_obeyed_with_both_clocks_years_ahead_does_not_keep_everything_out(host: Host, clock: Clock) -> None:
+def test_a_command_accepted_with_both_clocks_years_ahead_does_not_block_later_ones(host: Host, clock: Clock) -> None:
     ahead = 10 * 365 * 86_400_000
     clock.ms += ahead
     opened(host, clock).command(encode(command(1, issued=NOW + ahead)))
@@ -208,7 +208,7 @@ def test_an_agent_may_take_its_lot_from_the_line_alone(host: Host, clock: Clock)
 
 
 @pytest.mark.parametrize("payload", [b"", b"{}", b"x" * 9000, encode(command()).replace(b"set-lot", b"set-belt")])
-def test_what_is_no_command_is_not_answered(host: Host, clock: Clock, payload: bytes) -> None:
+def test_a_malformed_command_is_not_answered(host: Host, clock: Clock, payload: bytes) -> None:
     with pytest.raises(MessageError, match="Command"):
         opened(host, clock).command(payload)
     assert host.answers == []
@@ -224,7 +224,7 @@ def test_the_same_lot_named_again_goes_on_since_it_began(host: Host, clock: Cloc
     assert host.events == ["lot.changed"]
 
 
-def test_a_full_disk_changes_nothing_and_the_operators_word_waits(
+def test_a_full_disk_changes_nothing_and_the_operators_request_waits(
     host: Host, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lots = opened(host, clock)
@@ -244,7 +244,7 @@ def test_a_full_disk_changes_nothing_and_the_operators_word_waits(
 # -- the operator -----------------------------------------------------------------------------------------------------
 
 
-def test_the_operators_word_counts_with_any_clock_and_commands_go_on_counting(host: Host, clock: Clock) -> None:
+def test_the_operators_request_counts_with_any_clock_and_later_commands_count(host: Host, clock: Clock) -> None:
     lots = opened(host, clock)
     lots.command(encode(command(1)))
     clock.ms = 0  # no battery: 1970
@@ -257,7 +257,7 @@ def test_the_operators_word_counts_with_any_clock_and_commands_go_on_counting(ho
     assert not any(path.exists() for path in (host.places.lot_request, host.places.lot_taken))
 
 
-def test_a_word_that_is_said_while_another_is_read_is_not_lost(host: Host, clock: Clock) -> None:
+def test_a_request_written_while_another_is_read_is_not_lost(host: Host, clock: Clock) -> None:
     lots = opened(host, clock)
     submit_lot_request(host.root, "B-7", "gala", "e" * 32)
     heard = host.set_lot
@@ -273,7 +273,7 @@ def test_a_word_that_is_said_while_another_is_read_is_not_lost(host: Host, clock
     assert host.lots == [("B-7", "gala"), ("B-8", "gala")]
 
 
-def test_a_word_that_comes_back_after_a_power_cut_is_not_obeyed_twice(host: Host, clock: Clock) -> None:
+def test_a_request_that_returns_after_a_power_cut_is_not_applied_twice(host: Host, clock: Clock) -> None:
     lots = opened(host, clock)
     submit_lot_request(host.root, "B-7", "gala", "e" * 32)
     said = host.places.lot_request.read_bytes()
@@ -286,7 +286,7 @@ def test_a_word_that_comes_back_after_a_power_cut_is_not_obeyed_twice(host: Host
 
 
 @pytest.mark.parametrize("rubbish", [b"", b"\xff", b"x" * 20_000, msgspec.json.encode({"lot": "A", "variety": "b"})])
-def test_a_broken_wish_is_named_once_and_thrown_away(host: Host, clock: Clock, rubbish: bytes) -> None:
+def test_a_broken_request_is_reported_once_and_removed(host: Host, clock: Clock, rubbish: bytes) -> None:
     lots = opened(host, clock)
     host.places.lot_request.write_bytes(rubbish)
     for _ in range(3):
@@ -295,14 +295,14 @@ def test_a_broken_wish_is_named_once_and_thrown_away(host: Host, clock: Clock, r
 
 
 @pytest.mark.parametrize("lot", ["a\nb", "x" * 65, "\x00", "\u2028"])
-def test_what_is_no_name_is_refused_before_it_is_written(tmp_path: Path, lot: str) -> None:
+def test_an_invalid_name_is_refused_before_it_is_written(tmp_path: Path, lot: str) -> None:
     with pytest.raises(InputError) as caught:
         submit_lot_request(tmp_path, lot, "gala", "e" * 32)
     assert caught.value.code == "lot.bad_name"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_at_the_line_leaves_the_word_and_shows_it(host: Host, clock: Clock, capsys) -> None:
+def test_the_command_at_the_line_leaves_the_request_and_shows_it(host: Host, clock: Clock, capsys) -> None:
     state_dir = ["--state-dir", str(host.root)]
     assert main(["lot", *state_dir]) == 2
     assert "agent.no_state" in capsys.readouterr().err
@@ -324,7 +324,7 @@ def test_the_command_at_the_line_leaves_the_word_and_shows_it(host: Host, clock:
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
-def test_the_configuration_counts_until_somebody_speaks_and_again_when_it_was_changed(host: Host, clock: Clock) -> None:
+def test_the_configured_lot_counts_until_a_lot_is_named_and_again_after_a_change(host: Host, clock: Clock) -> None:
     lots = opened(host, clock, ("A", "gala"))
     assert (lots.state.lot, lots.state.source) == ("A", LotSource.CONFIGURATION)
     lots.command(encode(command(1)))
@@ -352,7 +352,7 @@ def test_a_broken_file_is_set_aside_and_the_configuration_counts(host: Host, clo
     assert len(list(host.root.glob("lot.json.broken-*"))) == 1
 
 
-def test_a_power_cut_anywhere_forgets_neither_a_lot_the_line_heard_of_nor_an_operators_word(
+def test_a_power_cut_anywhere_loses_neither_the_lot_of_the_line_nor_a_request(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "agent"

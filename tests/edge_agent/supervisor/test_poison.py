@@ -24,7 +24,7 @@ slow = pytest.mark.slow
         pytest.param("", set(), marks=slow),
     ],
 )
-def test_what_harms_is_found_out_before_it_reaches_the_line(tmp_path: Path, poison: str, codes: set[str]) -> None:
+def test_a_harmful_model_is_found_before_it_reaches_the_line(tmp_path: Path, poison: str, codes: set[str]) -> None:
     digest = tiny_bundle(tmp_path / "b", poison=poison, view_px=64).digest
     # A wide budget of time for good models on a busy machine; the slow one is slower than that by far.
     done = run_selftest_process(tmp_path / "b", digest, 100.0 if poison == "slow" else 2000.0, 120.0, 2048)

@@ -151,7 +151,7 @@ def test_beyond_the_budget_the_gap_is_exact_and_the_last_alarms_stay(tmp_path: P
     held.close()
 
 
-def test_alarms_go_before_windows_but_never_all_of_them(tmp_path: Path) -> None:
+def test_alarms_go_before_windows_without_starving_them(tmp_path: Path) -> None:
     held, plane = spool(tmp_path, max_bytes=1_000_000), Plane()
     for number in range(800):
         held.append(RecordKind.WINDOW, b"%05d" % number + b"x" * 600)
@@ -197,7 +197,7 @@ def test_every_number_is_waiting_acknowledged_or_in_a_gap(tmp_path_factory: pyte
     held.close()
 
 
-def test_what_comes_after_a_partition_goes_ahead_of_what_waited(tmp_path: Path) -> None:
+def test_records_after_a_partition_go_ahead_of_those_that_waited(tmp_path: Path) -> None:
     held, plane = spool(tmp_path), Plane()
     for number in range(5000):
         held.append(RecordKind.WINDOW, b"%05d" % number)

@@ -97,7 +97,7 @@ def test_a_proven_assignment_passes_once_in_whatever_order_it_came(
     assert gate.facts["timestamp_version"] == "2"
 
 
-def test_a_set_on_its_way_is_no_attack_and_a_set_that_never_comes_is_reported(
+def test_a_late_set_is_no_attack_and_a_missing_one_is_reported(
     repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
     offered, document = assigned(repository)
@@ -140,7 +140,7 @@ def test_three_parts_that_come_a_second_apart_are_no_attack(
     assert max(found.generation for found in accepted if found) == 2
 
 
-def test_a_bin_that_never_comes_is_reported_and_made_good_when_it_does(
+def test_a_missing_bin_is_reported_until_it_arrives(
     repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
     offered, document = assigned(repository)
@@ -246,7 +246,7 @@ def test_a_verifier_that_crashes_accepts_nothing(
     assert turn(gate, host, 31.0) is not None
 
 
-def test_what_is_trusted_is_on_disk_before_the_answer(repository: Repository, tmp_path: Path) -> None:
+def test_trusted_metadata_is_on_disk_before_the_answer(repository: Repository, tmp_path: Path) -> None:
     offered, document = assigned(repository)
     root = tmp_path / "root.json"
     root.write_bytes(repository.anchor)

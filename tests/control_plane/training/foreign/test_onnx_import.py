@@ -112,7 +112,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(data: Path, tmp_path: Pa
     assert not (tmp_path / "b").exists()
 
 
-def test_what_is_no_model_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_model_is_refused(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     for content in (b"", b"rubbish", exported(tmp_path / "x.onnx").read_bytes()[:60]):
         path.write_bytes(content)

@@ -40,7 +40,7 @@ def test_a_reading_claimed_by_two_items_is_counted() -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, True, "1", math.nan, math.inf, 10**400, -1.0, 2001.0, [1]])
-def test_what_is_no_value_is_counted_and_ignored(wrong: object) -> None:
+def test_an_invalid_value_is_counted_and_ignored(wrong: object) -> None:
     join = ScalarJoin(sensor_mm=0.0, tolerance_mm=20.0, low=0.0, high=2000.0)
     assert not join.add(1.0, wrong)
     assert not join.add(math.nan, 5.0)
@@ -120,7 +120,7 @@ def test_a_published_weight_is_scaled_and_placed() -> None:
         "mqtt://broker/" + "a" * 4000,
     ],
 )
-def test_a_wrong_address_of_an_encoder_is_told(url: str) -> None:
+def test_a_wrong_address_of_an_encoder_is_refused(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         open_encoder(url)
     assert caught.value.code in {"driver.bad_url", "driver.bad_option"}
@@ -142,13 +142,13 @@ def test_a_wrong_address_of_an_encoder_is_told(url: str) -> None:
         "gpio:///dev/gpiochip0?valve=0:reject:-1",
     ],
 )
-def test_a_wrong_address_of_an_ejector_is_told(url: str) -> None:
+def test_a_wrong_address_of_an_ejector_is_refused(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         open_ejector(url, PulseEncoder(mm_per_pulse=0.1))
     assert caught.value.code in {"driver.bad_url", "driver.bad_option"}
 
 
-def test_a_wrong_address_of_a_sensor_is_told() -> None:
+def test_a_wrong_address_of_a_sensor_is_refused() -> None:
     with pytest.raises(ConfigError, match="value"):
         open_scalar("modbus://plc/input/1?value=text", PulseEncoder(mm_per_pulse=0.1), sensor_mm=0.0, tolerance_mm=5.0)
 

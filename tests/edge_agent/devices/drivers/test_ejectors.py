@@ -114,7 +114,7 @@ def test_sequences_skip_zero_when_they_wrap() -> None:
     assert [words[0] for _, words in plc.writes[1:]] == [0xFFFF, 1]
 
 
-def test_what_the_plc_does_not_know_is_refused() -> None:
+def test_an_address_that_the_plc_lacks_is_refused() -> None:
     clock = Clock()
     ejector, _, _ = plc_ejector(clock)
     assert not ejector.announce(shot(1, 50.0, outlet="moon"), 10.0)
@@ -209,7 +209,7 @@ def test_closing_closes_every_valve_and_nothing_opens_any_more() -> None:
         ejector.fire(shot(1, 0.0), 10.0)
 
 
-def test_without_gpiod_the_operator_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gpiod_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gpiod", None)
     belt = PulseEncoder(mm_per_pulse=0.1)
     with pytest.raises(ConfigError, match=r"sortline\[gpio\]"):
@@ -219,7 +219,7 @@ def test_without_gpiod_the_operator_is_told_what_to_install(monkeypatch: pytest.
         GpiodPins("/dev/gpiochip0", [17])
 
 
-def test_without_pymodbus_the_operator_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pymodbus_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pymodbus.client", None)
     with pytest.raises(ConfigError, match=r"sortline\[industrial\]"):
         open_encoder("modbus://plc/input/1?mm_per_pulse=0.1")

@@ -67,7 +67,7 @@ def test_before_the_first_reading_the_belt_stands_at_zero() -> None:
 
 
 @pytest.mark.parametrize("wrong", [True, None, 1.0, "7", -1, 2**32, 10**400, math.nan, [1], b"1"])
-def test_what_is_no_count_is_counted_and_ignored(wrong: object) -> None:
+def test_an_invalid_count_is_counted_and_ignored(wrong: object) -> None:
     clock = Clock()
     encoder = encoder_at(clock, 0, 100)
     assert not encoder.feed(wrong, clock.now_s + 0.01)

@@ -91,7 +91,7 @@ def test_a_message_of_an_unknown_eye_is_counted() -> None:
     assert (eyes.counters["unknown_eye"], eyes.counters["seen"]) == (1, 1)
 
 
-def test_what_the_eyes_saw_confirms_shots_and_teaches_the_lead() -> None:
+def test_sightings_of_the_eyes_confirm_shots_and_correct_the_lead() -> None:
     clock = Clock()
     belt = belt_at(clock)
     eyes = PhotoEyes(belt)
