@@ -1,9 +1,13 @@
-"""Histograms with logarithmic buckets that add exactly."""
+"""Counts that add exactly: histograms with logarithmic buckets, and counts in fixed bins packed into few bytes."""
 
 import math
 from typing import Annotated, Final
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import MessageError
 
 LATENCY_SCALE: Final = 16
 """Buckets per doubling."""
@@ -11,6 +15,8 @@ MAX_BUCKETS: Final = 480
 LEAST_BUCKET: Final = -240
 LAST_BUCKET: Final = 239
 """The buckets cover 2**-15 to 2**15 of the unit; values beyond are counted in the last bucket."""
+MOST_COUNTED: Final = 2**32 - 1
+"""Largest count in a packed bin."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
@@ -64,3 +70,39 @@ class Histogram(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
         total = self.count
         over = sum(n for index, n in self.buckets.items() if 2.0 ** (index / LATENCY_SCALE) >= value)
         return over / total if total else math.nan
+
+
+def pack_counts(counts: NDArray[np.integer]) -> bytes:
+    """Packs counts in the smallest of uint8, uint16 and uint32 (little-endian) that holds the largest of them.
+
+    The width follows from the number of bytes. Law: `unpack_counts(pack_counts(c), c.size) == c`, flattened.
+
+    Args:
+        counts: Integers of any shape, 0 to 2**32 - 1.
+    """
+    most = int(counts.max(initial=0))
+    return counts.astype("u1" if most < 2**8 else "<u2" if most < 2**16 else "<u4").tobytes()
+
+
+def unpack_counts(packed: bytes, size: int) -> NDArray[np.int64]:
+    """Reads packed counts.
+
+    Args:
+        packed: Bytes of `pack_counts`, whatever the width.
+        size: Number of counts.
+
+    Returns:
+        int64 (size,).
+
+    Raises:
+        MessageError: `window.inconsistent`: the number of bytes fits no width.
+    """
+    width, rest = divmod(len(packed), size) if size else (1, len(packed))
+    if rest or width not in {1, 2, 4}:
+        raise MessageError(
+            "window.inconsistent",
+            "Packed counts have a strange length.",
+            expected=f"1, 2 or 4 times {size} bytes",
+            got=len(packed),
+        )
+    return np.frombuffer(packed, f"<u{width}").astype(np.int64)

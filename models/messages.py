@@ -378,7 +378,7 @@ def decode(payload: bytes, kind: type[T], *, limit: int = MAX_CONTROL_BYTES) -> 
 
 def encode_batch(batch: Batch) -> bytes:
     """Compresses MessagePack with zlib. Law: `decode_batch(encode_batch(b)) == b`."""
-    return zlib.compress(msgspec.msgpack.encode(batch), 1)
+    return zlib.compress(msgspec.msgpack.encode(batch), 6)
 
 
 def decode_batch(payload: bytes) -> Batch:

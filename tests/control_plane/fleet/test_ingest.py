@@ -12,11 +12,9 @@ from control_plane.database.engine import reading
 from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.fleet.intake import Message
 from control_plane.fleet.twins import WITHIN, TwinWatch, twins_of
-from control_plane.fleet.window_payload import _DICTIONARY, pack_window, unpack_window
 from control_plane.monitoring.windows import windows_of
 from control_plane.services import Services
-from models.bundle import sha256
-from models.errors import InputError, MessageError
+from models.errors import InputError
 from models.messages import Ack, Event, Presence, Record, RecordKind, encode
 from models.topics import Channel, agent_topic
 from tests.control_plane.fleet.test_fleet import BOOT, batch, reported, say, window
@@ -262,17 +260,6 @@ def test_a_page_of_windows_goes_on_where_the_one_before_ended_while_more_arrive(
     with reading(services.engine) as session, pytest.raises(InputError) as caught:
         windows_of(session, before="nonsense")
     assert caught.value.code == "windows.bad_cursor"
-
-
-def test_a_stored_payload_is_smaller_and_reads_back_equal() -> None:
-    data = msgspec.msgpack.encode(window(9, latency_ms={"zero": 0, "buckets": dict.fromkeys(range(40), 1)}))
-    assert unpack_window(pack_window(data)) == data
-    assert len(pack_window(data)) < len(data) / 2
-    assert unpack_window(data) == data, "a row from before compression"
-    with pytest.raises(MessageError):
-        unpack_window(pack_window(data)[:-9] + b"123456789")
-    # Rows that were written with it need these very bytes for ever.
-    assert sha256(_DICTIONARY) == "e08fc9f4dff577c137b7ae36d23ebb2a5e68d0b6d062c1f0fe2eb3ba30cd28e9"
 
 
 def test_messages_are_taken_in_the_order_in_which_they_arrived(services: Services) -> None:
