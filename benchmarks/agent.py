@@ -1,13 +1,13 @@
-"""A whole agent as its operator starts it: resident memory of its processes, how soon it judges, and how soon again.
+"""A whole agent as its operator starts it: resident memory, time to the first verdict, and the gap after a crash.
 
 Real processes: the embedded broker, `sortline-agent run` (the supervisor) and the line process that it starts. The
-bundle lies committed in its slot, as after any reboot. Cold start counts from starting the program to the line's log
+bundle is committed in its slot, as after any reboot. Cold start counts from starting the program to the line's log
 record of its first verdict, so it holds the interpreter, the libraries, verifying and loading the bundle, and the
 travel of the first item through the picture.
 
 The gap counts from SIGKILL of the line to the first verdict after it, with a standby and without one. Either begins on
-an empty simulated belt, which takes half a second to bring an item; a line that has not lived for a minute also has a
-pause before its successor starts.
+an empty simulated belt, which takes half a second to bring an item; a line that ran for less than a minute also has
+a pause before its successor starts.
 """
 
 import json
@@ -38,7 +38,7 @@ _BUDGET_MB = 200.0
 
 
 def stage(figures: Figures, bundle: Path, seconds: float, starts: int) -> None:
-    """Starts the agent some times; the last one runs for a while and is measured."""
+    """Starts the agent several times, and measures the memory of the last one after a while."""
     first_s: list[float] = []
     memory: dict[str, float] = {}
     with ExitStack() as stack:
@@ -75,7 +75,7 @@ def _broker(scratch: Path, stack: ExitStack) -> int:
 
 
 def _install(bundle: Path, state: Path) -> None:
-    """The bundle as it lies after its trial was passed."""
+    """Installs the bundle as it is stored after a passed trial."""
     digest = read_bundle(bundle).digest
     shutil.copytree(bundle, state / "slots" / digest)
     champion_file(state).save(SlotState(generation=1, phase=Phase.COMMITTED, active=digest))
@@ -94,7 +94,7 @@ def _run(state: Path, port: int, log: Path, seconds: float, memory: dict[str, fl
 
 
 def gaps(figures: Figures, bundle: Path, deaths: int) -> None:
-    """Kills the line some times, with a standby and without one."""
+    """Kills the line several times, with a standby and without one."""
     memory: dict[str, float] = {}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -153,7 +153,7 @@ def _agent(state: Path, port: int, log: Path, standby: str = "trial") -> Iterato
 
 
 def _await(process: subprocess.Popen[bytes], log: Path, what: re.Pattern[str], count: int) -> list[str]:
-    """Waits until the log says this so often."""
+    """Waits until the log holds `count` matches of the pattern, and returns them."""
     until = time.monotonic() + 60.0
     while len(found := what.findall(log.read_text(errors="replace"))) < count:
         if process.poll() is not None or time.monotonic() > until:
@@ -163,7 +163,7 @@ def _await(process: subprocess.Popen[bytes], log: Path, what: re.Pattern[str], c
 
 
 def _verdicts(process: subprocess.Popen[bytes], log: Path, count: int) -> list[float]:
-    """When the lines so far gave their first verdicts, seconds since 1970; waits for as many."""
+    """Waits for `count` first verdicts; returns when each line gave its own, in seconds since 1970."""
     stamps = _await(process, log, _STAMP, count)
     return [datetime.fromisoformat(stamp.replace(",", ".") + "+00:00").timestamp() for stamp in stamps]
 

@@ -6,9 +6,9 @@ the exposure was and where the belt stood. Shots go back over a second socket wi
 and the belt answers with what its photo-eyes saw.
 
     python -m benchmarks.belt belt ...    draws, publishes, takes shots; prints the truth as JSON at its end
-    python -m benchmarks.belt line ...    the agent's line process with that belt as its world
+    python -m benchmarks.belt line ...    the agent's line process with that belt as its hardware
 
-Refuses to know: what is measured. It starts nothing and pins nothing.
+The module contains no measurement; it starts no process and pins none.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def ring(config: LineConfig, memory_fd: int) -> np.ndarray:
 
 
 def run_belt(config: LineConfig, memory_fd: int, frames: socket.socket, shots: socket.socket) -> dict[str, object]:
-    """Until the line is gone or SIGTERM; returns the truth."""
+    """Runs the belt until the line is gone or SIGTERM comes; returns the truth."""
     cv2.setNumThreads(1)
     slots = ring(config, memory_fd)
     line = SimulatedLine(simulation_config(config), schedule=config.trouble)
@@ -81,7 +81,7 @@ def run_belt(config: LineConfig, memory_fd: int, frames: socket.socket, shots: s
             continue
         slots[published % SLOTS] = frame.image
         try:
-            # Numbered as published: a gap is a frame that the line lost, never one that was not drawn in time.
+            # Frames are numbered when they are published, so a gap is always a frame that the line lost.
             frames.send(_FILLED.pack(published, frame.captured_s, frame.belt_mm))
         except BlockingIOError:
             unread += 1
@@ -104,7 +104,7 @@ def _take_shots(line: SimulatedLine, shots: socket.socket) -> None:
 
 
 class RingCamera:
-    """Frames as they lie in the ring, without a copy, as a driver's buffers would give them."""
+    """Reads frames from the ring without a copy, like the buffers of a camera driver."""
 
     def __init__(self, config: LineConfig, memory_fd: int, frames: socket.socket) -> None:
         self._slots = ring(config, memory_fd)
@@ -162,7 +162,7 @@ class RemoteBelt:
 
 
 def run_line(config: LineConfig, memory_fd: int, frames: socket.socket, shots: socket.socket, pipe: Pipe) -> int:
-    """The agent's own line process, with this world instead of one of its own."""
+    """Runs the agent's own line process with this belt as its hardware."""
     camera = RingCamera(config, memory_fd, frames)
     belt = RemoteBelt(camera, shots, config.belt_mm_s)
     world = LineHardware(camera, belt, belt, None, "a belt in another process", belt)

@@ -53,7 +53,7 @@ def fetch_all(root: Path, directory: Path) -> Counter[str]:
 
 
 def differences(figures: Figures, scratch: Path, megabytes: int) -> None:
-    """Bytes an agent fetches when little has changed; the model's graph is a real one of this size."""
+    """Measures the bytes an agent fetches when little has changed; the model's graph is a real one of this size."""
     padding = megabytes * 1_000_000
     files = tiny_files(padding=padding)
     size = sum(map(len, files.values()))
@@ -81,7 +81,7 @@ def differences(figures: Figures, scratch: Path, megabytes: int) -> None:
 
 
 class Direct:
-    """A link that ends in the control plane's own intake, with its database."""
+    """A link to the control plane's own ingest, with its database."""
 
     connected = True
 
@@ -100,7 +100,7 @@ class Direct:
 
 
 def partition(figures: Figures, scratch: Path, records: int) -> None:
-    """A day at ten records a second without connection, then all of it into the control plane's database."""
+    """Measures a day at ten records a second without connection, then its transfer into the database."""
     root = scratch / "spool"
     root.mkdir()
     spool = Spool(root, "0123456789abcdef", max_bytes=256_000_000, ballast_bytes=4 << 20)
@@ -136,14 +136,14 @@ def partition(figures: Figures, scratch: Path, records: int) -> None:
             ("on disk, a day of it", used * 864_000 / records, "MB"),
             ("drained into the database", records / drained, "records/s on this machine now"),
             ("drained, spool and database in one process", records / used_s, "records per second of processor"),
-            ("what came up meanwhile, late by", fresh, "s"),
+            ("a record made meanwhile, late by", fresh, "s"),
             ("missing", records + 1 - stored, "records"),
             ("duplicates", services.counters["duplicates"], "records"),
         ],
         {
             "on disk, a day of it": ("<=", 256.0),
             "drained, spool and database in one process": (">=", 10_000.0),
-            "what came up meanwhile, late by": ("<=", 5.0),
+            "a record made meanwhile, late by": ("<=", 5.0),
             "missing": ("<=", 0.0),
             "duplicates": ("<=", 0.0),
         },
@@ -153,7 +153,7 @@ def partition(figures: Figures, scratch: Path, records: int) -> None:
 
 
 def event(number: int) -> bytes:
-    """An event of about 150 bytes."""
+    """Returns an event of about 150 bytes."""
     facts = {"number": f"{number:08d}", "filler": "x" * 70}
     return msgspec.msgpack.encode(Event(at_ms=1_700_000_000_000 + number, code="benchmark.record", facts=facts))
 
@@ -162,7 +162,7 @@ def event(number: int) -> bytes:
 
 
 def rollout(figures: Figures, scratch: Path, count: int, kind: str) -> None:
-    """From the order to 95 % of the agents reporting the bundle committed."""
+    """Measures the time from the order until 95 % of the agents report the bundle committed."""
     with broker(kind, scratch) as (port, _):
         services = make_services(scratch / f"rollout-{kind}", port=port)
         services.start_fleet()
@@ -240,7 +240,7 @@ def _agents() -> Any:
 
 
 def cost(figures: Figures, scratch: Path, *, quick: bool) -> None:
-    """CPU per delivered message, embedded against mosquitto."""
+    """Measures processor time per delivered message, embedded broker against mosquitto."""
     rows: list[Row] = []
     with broker_cost.brokers(scratch, mutual_tls=False) as found:
         for name, qos, size, subscribers, messages in broker_cost.CASES:
@@ -256,11 +256,11 @@ def cost(figures: Figures, scratch: Path, *, quick: bool) -> None:
     figures.table("CPU per message, embedded broker", rows, {name: ("<=", 1.7) for name, _, _ in rows})
 
 
-# -- rogues and crowds ----------------------------------------------------------------------------------------
+# -- floods ----------------------------------------------------------------------------------------
 
 
 def floods(figures: Figures, scratch: Path, kinds: list[str], *, quick: bool) -> None:
-    """One agent floods while others speak; then all agents come back at once (`benchmarks.flood`)."""
+    """Measures a flood of one agent, then the return of all agents at once (`benchmarks.flood`)."""
     for kind in kinds:
         flood(figures, scratch, kind, count=10 if quick else 20, seconds=3.0 if quick else 10.0)
     for kind in kinds:

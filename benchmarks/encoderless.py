@@ -1,4 +1,4 @@
-"""How well items keep their identity on lines without an encoder, and what measuring the belt from the picture costs.
+"""Identities of items on lines without an encoder, and the cost of measuring the belt from the picture.
 
 The simulated line is filmed as people film real ones: in jerks (six pictures a second, each repeated five times at
 thirty frames a second), by a hand that trembles, through changes of speed and stops. The truth of every picture is
@@ -32,7 +32,7 @@ MOST_MS: Final = 6.0
 
 @dataclass(frozen=True, slots=True)
 class Film:
-    """How the line is filmed.
+    """One way of filming the line.
 
     Attributes:
         repeated: Each picture is shown so many times.
@@ -91,7 +91,7 @@ def filmed(film: Film, *, frames: int, seed: int = 1) -> Iterator[tuple[Frame, l
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of the items of one film."""
+    """The identities that the items of one film received."""
 
     items: int
     given: int

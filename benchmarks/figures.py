@@ -15,7 +15,7 @@ from rich.table import Table
 
 Value = float | str
 Row = tuple[str, Value, str]
-"""Name, value, unit."""
+"""One row of a table: name, value, unit."""
 Bound = tuple[str, float]
 """`<=` or `>=`, and the limit."""
 

@@ -1,9 +1,9 @@
-"""What a fleet costs the control plane: `python -m benchmarks.fleet [--quick] [--agents N] [--database URL]`.
+"""Cost of a fleet for the control plane: `python -m benchmarks.fleet [--quick] [--agents N] [--database URL]`.
 
-Processor time of the work itself, because wall time says more about the neighbours than about the program: storing what
-agents send, one look at the fleet, what a page that watches it gets, the page of one agent with a long history. Then a
-stall of the database: another connection holds the write lock while the agents go on, and the time from its end until
-nothing waits any more is taken. Windows have the shape of those of a real line (two lanes, nine items a second each,
+The figures are processor time, because wall time depends on the other processes of the machine: storing what agents
+send, one snapshot of the fleet, the rows for one open page, the page of one agent with a long history. Then the
+database stalls: another connection holds the write lock while the agents go on, and the time from its end until no
+message waits is measured. Windows have the shape of those of a real line (two lanes, nine items a second each,
 twenty-one monitored features); agents are messages, not processes. The broker's client is measured over mosquitto.
 """
 
@@ -164,7 +164,7 @@ class Site:
         self.drain()
 
     def second(self, second: int) -> Iterator[tuple[str, bytes]]:
-        """What the agents send in one second: a tenth of them a window and a report each."""
+        """Yields the messages of one second: a tenth of the agents send a window and a report each."""
         for line in self.lines[second % PERIOD_S :: PERIOD_S]:
             yield agent_topic(line.id, Channel.BATCH), line.batch()
             yield agent_topic(line.id, Channel.REPORTED), line.report()
@@ -390,7 +390,7 @@ def wire(figures: Figures, folder: Path, agents: int, seconds: int) -> None:
         while not services.connection.connected:
             time.sleep(0.05)
         spent = {}
-        for name, watched in (("nobody looks", False), ("somebody looks, live figures too", True)):
+        for name, watched in (("no page is open", False), ("one page is open, with live figures", True)):
             if watched:
                 services.live.watch()
                 time.sleep(1.5)
@@ -415,7 +415,7 @@ def wire(figures: Figures, folder: Path, agents: int, seconds: int) -> None:
     figures.table(
         f"Over mosquitto, {agents} agents, {seconds} s",
         rows,
-        {"nobody looks, per agent and second": ("<=", INGEST_MS)},
+        {"no page is open, per agent and second": ("<=", INGEST_MS)},
         note="processor time of the control plane: broker client, storing, acknowledging",
     )
 

@@ -1,9 +1,9 @@
-"""What a rogue agent and a whole fleet that comes back cost the others: stages of `benchmarks.delivery`.
+"""Delays that a rogue agent or a returning fleet causes to other agents: stages of `benchmarks.delivery`.
 
 *Flood*: an enrolled agent publishes under its own name as fast as its socket takes it, over mutual TLS and under the
-limits and the profile that are shipped; what others say reaches the control plane's two connections all the while. The
-clean run goes before it, with the same connections. Everybody is a process of its own: nobody shares an interpreter
-with who is measured, but all share this machine's processors.
+limits and the profile that are shipped, while messages of other agents arrive on the control plane's two connections.
+A run without the flood goes before it, with the same connections. Each role is a process of its own, so the measured
+one shares no interpreter with another, but all share this machine's processors.
 
 *Return*: the broker is killed and started again; all agents come back at once. Measured is the event loop of the
 control plane: how much later than it asked for a task that sleeps ten milliseconds is woken.
@@ -40,14 +40,14 @@ from tests.simulators.site import Site, make_site
 
 ROGUE: Final = "rogue"
 _HEAR: Final = {"control": Channel.REPORTED, "bulk": Channel.BATCH}
-"""Connection of the control plane -> what others say there that is measured."""
+"""Connection of the control plane -> the ending of the topics that are measured on it."""
 _SIZES: Final = {Channel.REPORTED: 600, Channel.BATCH: 2000}
 _PROBE_S: Final = 0.01
 _PATIENCE_S: Final = 10.0
-"""So long after the last message was sent a connection goes on listening for those that are missing."""
+"""Seconds after the last message was sent for which a connection still reads missing ones."""
 
 
-# -- brokers and people ---------------------------------------------------------------------------------------
+# -- brokers and agents ---------------------------------------------------------------------------------------
 
 
 def broker_command(kind: str, site: Site, port: int) -> list[str]:
@@ -64,7 +64,7 @@ def broker_command(kind: str, site: Site, port: int) -> list[str]:
 
 @contextlib.contextmanager
 def started(command: list[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that listens by now."""
+    """Starts a process and waits until it listens."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait(lambda: listens(port), 20.0)
@@ -77,12 +77,12 @@ def started(command: list[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
 def wait(done: Any, seconds: float) -> None:
     until = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, f"the condition did not hold within {seconds:g} s"
         time.sleep(0.02)
 
 
 def enrolled(root: Path, names: list[str]) -> Site:
-    """A site with these agents; a pair of key and chain lies beside it for each."""
+    """Makes a site with these agents, and writes a pair of key and chain for each."""
     root.mkdir()
     site = make_site(root)
     for name in names:
@@ -102,7 +102,7 @@ def connect(options: argparse.Namespace, name: str, pair: Path) -> Probe:
 
 
 def pour(options: argparse.Namespace) -> None:
-    """The rogue: small messages under its own name, as many as the socket takes."""
+    """Runs the rogue: small messages under its own name, as many as the socket takes."""
     probe = connect(options, ROGUE, options.site / f"{ROGUE}.pem")
     body = packet(3, 0, text(agent_topic(ROGUE, Channel.LIVE)) + b"x" * 150) * 50
     say("ready")
@@ -112,7 +112,7 @@ def pour(options: argparse.Namespace) -> None:
 
 
 def speak(options: argparse.Namespace) -> None:
-    """The others: reports and batches with the time of their sending, evenly spread."""
+    """Runs the other agents: reports and batches that hold the time of their sending, evenly spread."""
     names = [f"calm-{number:03d}" for number in range(options.count)]
     probes = {name: connect(options, name, options.site / f"{name}.pem") for name in names}
     say("ready")
@@ -140,16 +140,16 @@ def drain(probe: Probe) -> None:
 
 
 def hear(options: argparse.Namespace) -> None:
-    """A connection of the control plane: how late the others' messages come, how many of the rogue's."""
+    """Runs a connection of the control plane; prints the delays of the others' messages and the rate of the rogue's."""
     probe = connect(options, options.stem, options.site / "identity" / SITE / f"{options.stem}.pem")
     channels = {"control": ("presence", "reported", "response"), "bulk": ("batch", "live", "request")}[options.stem]
     probe.subscribe(*((f"sortline/v1/agents/+/{channel}", 1) for channel in channels))
     wanted: list[float] = []
 
-    def told() -> None:
+    def read_end() -> None:
         wanted.extend((float(sys.stdin.readline()), time.monotonic() + _PATIENCE_S))
 
-    threading.Thread(target=told, daemon=True).start()
+    threading.Thread(target=read_end, daemon=True).start()
     say("ready")
     late_ms: list[float] = []
     rogue: list[float] = []
@@ -174,7 +174,7 @@ def say(line: str) -> None:
 
 
 class Role:
-    """One of these processes."""
+    """One process of the benchmark in one of its roles."""
 
     def __init__(self, role: str, port: int, site: Path, *more: str) -> None:
         command = [sys.executable, "-m", "benchmarks.flood", role, "--port", str(port), "--site", str(site), *more]
@@ -187,9 +187,9 @@ class Role:
         assert found, "a process of the benchmark failed"
         return found
 
-    def end(self, told: int) -> dict[str, Any]:
-        """Tells how many messages were sent, and asks for what was found."""
-        found: dict[str, Any] = json.loads(self.process.communicate(f"{told}\n", timeout=_PATIENCE_S + 30.0)[0])
+    def end(self, sent: int) -> dict[str, Any]:
+        """Passes on how many messages were sent, and returns what the process measured."""
+        found: dict[str, Any] = json.loads(self.process.communicate(f"{sent}\n", timeout=_PATIENCE_S + 30.0)[0])
         return found
 
     def kill(self) -> None:
@@ -198,7 +198,7 @@ class Role:
 
 
 def heard(port: int, site: Path, count: int, seconds: float, *, flood: bool) -> dict[str, dict[str, Any]]:
-    """Lets the others speak for so long; what either connection of the control plane heard."""
+    """Lets the other agents send for some seconds; returns the measurements of both connections."""
     hearers = {stem: Role("hear", port, site, "--stem", stem) for stem in _HEAR}
     rogue = Role("pour", port, site) if flood else None
     if rogue is not None:
@@ -213,13 +213,13 @@ def heard(port: int, site: Path, count: int, seconds: float, *, flood: bool) -> 
 
 
 def p99(values: list[float], missing: int = 0) -> float:
-    """The 99th percentile, where what did not come at all came later than anything; infinite = it is one of these."""
+    """Returns the 99th percentile, in which a missing message counts as infinitely late."""
     ordered = sorted(values) + [math.inf] * missing
     return ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else math.nan
 
 
 def flood(figures: Figures, scratch: Path, kind: str, *, count: int, seconds: float) -> None:
-    """Others' messages without and with a rogue that floods under its own name."""
+    """Measures the other agents' messages without and with a rogue that floods under its own name."""
     names = [f"calm-{number:03d}" for number in range(count)]
     site = enrolled(scratch / f"flood-{kind}", [ROGUE, *names])
     root, port = site.folder.parent, free_port()
@@ -239,7 +239,7 @@ def flood(figures: Figures, scratch: Path, kind: str, *, count: int, seconds: fl
             (f"{what}: ratio", "-" if never else loud / calm, "x"),
             (f"{what}: missing", lost, "messages"),
         ]
-        # mosquitto has no limit of rates: what that means is shown, and is no bound of ours.
+        # mosquitto has no limit of rates: its figures are shown without a bound.
         if kind == "embedded":
             bounds[f"{what}: missing"] = ("<=", 0.0)
             bounds[f"{what}: p99 with"] = ("<=", 50.0)
@@ -248,7 +248,7 @@ def flood(figures: Figures, scratch: Path, kind: str, *, count: int, seconds: fl
     figures.table(f"A rogue agent floods, {kind} broker", rows, bounds, note=note)
 
 
-# -- everybody comes back -------------------------------------------------------------------------------------
+# -- the fleet comes back -------------------------------------------------------------------------------------
 
 
 class Served:
@@ -256,7 +256,7 @@ class Served:
 
     def __init__(self, app: Any, port: int, *, lifespan: Literal["auto", "off"] = "auto") -> None:
         self.late_ms: list[tuple[float, float]] = []
-        """(monotonic, milliseconds)."""
+        """Pairs of the monotonic time in seconds and the delay in milliseconds."""
         config = uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=1, lifespan=lifespan)
         self.server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="control-plane")
@@ -287,7 +287,7 @@ class Served:
 
 
 def came_back(figures: Figures, scratch: Path, kind: str, *, count: int, watch_s: float) -> None:
-    """The broker dies and is started again; so many agents reconnect by mutual TLS within a second or two.
+    """Kills the broker and starts it again; so many agents reconnect by mutual TLS within a second or two.
 
     Args:
         figures: Get the table.
@@ -346,7 +346,7 @@ def came_back(figures: Figures, scratch: Path, kind: str, *, count: int, watch_s
 
 
 class Fleet:
-    """A fleet in a process of its own, with what it said last."""
+    """Starts a fleet in a process of its own; yields it with its last reports."""
 
     def __init__(self, command: list[str]) -> None:
         self.connected = -1

@@ -57,7 +57,7 @@ def cached_bundle(console: Console) -> Path:
 
 
 def stages(figures: Figures, bundle: Path, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """What can be measured, by name, in the order of the run."""
+    """Returns the measurements by name, in the order of the run."""
     quick = options.quick
     soak_s = options.soak or (12.0 if quick else 600.0)
     return {

@@ -1,4 +1,4 @@
-"""What others would run on the same frames: a loop as users write it, and Roboflow's tracker where it is installed."""
+"""Alternatives on the same frames: a loop as users write it, and Roboflow's tracker where it is installed."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ TRACKER = Path(__file__).with_name("peer_tracker.py")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One item in one frame, as the plain loop has it."""
+    """One item in one frame, as the plain loop finds it."""
 
     identity: int
     x_px: float
@@ -72,7 +72,7 @@ class PlainLoop:
 
 @dataclass(frozen=True, slots=True)
 class PeerTracks:
-    """What the peer's tracker said."""
+    """The result of the peer's tracker."""
 
     name: str
     ids: list[list[int]]
@@ -81,7 +81,7 @@ class PeerTracks:
 
 
 def tracker_works(python: str) -> str:
-    """Empty when this Python has the peer's tracker, else what to do."""
+    """Returns an empty text when this Python has the peer's tracker, else what to install."""
     if shutil.which(python) is None:
         return f"there is no Python {python}"
     done = subprocess.run([python, "-c", "import supervision"], capture_output=True, check=False)
@@ -94,7 +94,7 @@ def tracker_works(python: str) -> str:
 
 
 def peer_tracks(python: str, places: list[list[Detection]], frames_per_s: float) -> PeerTracks:
-    """Their tracker on our places, in its own process.
+    """Runs the peer's tracker on the same boxes, in its own process.
 
     Raises:
         RuntimeError: It failed.
@@ -111,5 +111,5 @@ def peer_tracks(python: str, places: list[list[Detection]], frames_per_s: float)
         done = subprocess.run([python, str(TRACKER), str(source), str(target)], capture_output=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr.decode(errors="replace")[-1500:])
-        told = json.loads(target.read_text(encoding="utf-8"))
-    return PeerTracks(told["name"], told["ids"], float(told["seconds"]))
+        result = json.loads(target.read_text(encoding="utf-8"))
+    return PeerTracks(result["name"], result["ids"], float(result["seconds"]))

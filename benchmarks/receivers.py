@@ -160,7 +160,7 @@ def main() -> int:
                 raise TimeoutError(f"{len(waiting)} of {given.count} receivers wait for bytes")
             key.data.read()
             if key.data.done:
-                # Not read any more: the end of its connection is no loss while others still receive.
+                # This receiver is done: the end of its connection is no loss while others still receive.
                 selector.unregister(key.fileobj)
                 waiting.discard(key.data)
     elapsed = time.perf_counter() - started

@@ -1,8 +1,8 @@
-"""From `rollout start` to 95 % committed, with many simulated agents: `python -m benchmarks.rollouts [--quick]`.
+"""Time from `rollout start` to 95 % committed, with many simulated agents: `python -m benchmarks.rollouts [--quick]`.
 
 A real broker, a real control plane and the fleet are processes of their own. The baseline is the same fleet, broker
-and size of bundle with nobody in between: every blob and every wish is published at once by a bare client. The rest of
-the time belongs to the agents (fetch, self-test, trial), so the ratio says what the rollout costs.
+and size of bundle without the control plane: a bare client publishes every blob and every assignment at once. The rest
+of the time is the agents' (fetch, self-test, trial), so the ratio gives the cost of the rollout.
 """
 
 import argparse
@@ -34,16 +34,16 @@ from tests.simulators.tiny_bundle import tiny_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 WORST_RATIO = 4.0
-"""A rollout in one wave takes at most so many times as long as telling everybody at once."""
+"""Largest ratio of the time of a rollout in one wave to that of publishing all assignments at once."""
 TRIAL = {"trial_items": 20, "trial_s": 60.0}
 
 
 def wait(done: Callable[[], object], timeout_s: float, what: str, *, every_s: float = 0.02) -> float:
-    """Seconds until `done()`; what asks the control plane itself asks seldom, or it would measure the asking."""
+    """Returns the seconds until `done()`. A condition that queries the control plane is polled seldom (`every_s`)."""
     began = time.monotonic()
     while not done():
         if time.monotonic() - began > timeout_s:
-            raise SystemExit(f"waited {timeout_s:g} s for {what} in vain")
+            raise SystemExit(f"{what} did not come within {timeout_s:g} s")
         time.sleep(every_s)
     return time.monotonic() - began
 
@@ -99,7 +99,7 @@ def site(folder: Path) -> Iterator[tuple[int, Plane, subprocess.Popen]]:
 
 
 def tell_at_once(port: int, fleet: SimulatedFleet, bundle: Bundle, directory: Path) -> None:
-    """Publishes every blob and every wish, with nobody in between."""
+    """Publishes every blob and every assignment with a bare client."""
     client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="bare", protocol=mqtt.MQTTv311)
     client.username_pw_set("control-plane", "x")
     client.max_inflight_messages_set(64)
@@ -108,8 +108,8 @@ def tell_at_once(port: int, fleet: SimulatedFleet, bundle: Bundle, directory: Pa
     for digest, data in blobs_of(bundle.manifest, lambda entry: (directory / entry.path).read_bytes()):
         client.publish(blob_topic(digest), data, 1, retain=True)
     for agent in fleet.agents.values():
-        wish = Desired(generation=agent.held.generation + 1, bundle=bundle.digest, **TRIAL)
-        last = client.publish(agent_topic(agent.id, Channel.DESIRED), encode(wish), 1, retain=True)
+        desired = Desired(generation=agent.held.generation + 1, bundle=bundle.digest, **TRIAL)
+        last = client.publish(agent_topic(agent.id, Channel.DESIRED), encode(desired), 1, retain=True)
     last.wait_for_publish(30.0)
     client.disconnect()
     client.loop_stop()
@@ -159,7 +159,11 @@ def measure(agents: int, size_bytes: int) -> dict[str, Any]:
                 for agent in fleet.agents.values():
                     agent.manner.verdict = "hang"
                 bad = plane.post("rollouts", model="bench:4", waves=["100%"], **TRIAL)
-                wait(lambda: all(a.taken[-1][1] == bundles[3].digest for a in fleet.agents.values()), 60.0, "the wish")
+                wait(
+                    lambda: all(a.taken[-1][1] == bundles[3].digest for a in fleet.agents.values()),
+                    60.0,
+                    "the assignment",
+                )
                 plane.post(f"rollouts/{bad['id']}/abort", reason="benchmark")
                 found["abort_95_s"] = wait(
                     lambda: sum(a.taken[-1][1] != bundles[3].digest for a in fleet.agents.values()) >= share,

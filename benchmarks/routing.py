@@ -1,4 +1,4 @@
-"""Does each item end where it should? Routing, end-to-end accuracy and repeatability on the simulated line.
+"""Routing, end-to-end accuracy and repeatability of items on the simulated line.
 
 Three different questions, kept apart:
 
@@ -37,7 +37,7 @@ UNSTEADY: Final = (
 
 @dataclass(slots=True)
 class Passed:
-    """What became of the items of one run."""
+    """The items of one run, with their verdicts and outlets."""
 
     items: dict[int, SimulatedItem] = field(default_factory=dict)
     verdicts: dict[int, list[str]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Passed:
     settled: set[int] = field(default_factory=set)
 
     def outlet(self, item_id: int) -> str:
-        """Where the item ended."""
+        """Returns the outlet in which the item ended."""
         return self.items[item_id].ejected_to or "pass"
 
     @property
@@ -112,7 +112,7 @@ def stage(figures: Figures, bundle: Path, seconds: float) -> None:
 
 
 def repeatability(figures: Figures, judge: Judge, frames: int) -> None:
-    """The same items again: same lane, next lane."""
+    """Measures repeatability: the same items again in the same lane and in the next one."""
     config = SimulationConfig(seed=41, lanes=2, items_per_s=9.0)
     first = _by_place(run(config, judge, frames), 0, config.lanes)
     rows: list[Row] = []

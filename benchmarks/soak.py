@@ -54,7 +54,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Soaked:
-    """What a soak gave."""
+    """The samples of a soak, and the truth of its belt."""
 
     samples: list[Sample] = field(default_factory=list)
     belt: dict[str, Any] = field(default_factory=dict)
@@ -136,10 +136,10 @@ def run(config: LineConfig, seconds: float, console: Console) -> Soaked:
         )
         _watch(channel, line, soaked, seconds, console)
         belt.terminate()
-        told, _ = belt.communicate(timeout=10)
-        if not told:
+        printed, _ = belt.communicate(timeout=10)
+        if not printed:
             raise RuntimeError((scratch / "errors.log").read_text(errors="replace")[-2000:])
-        soaked.belt = json.loads(told)
+        soaked.belt = json.loads(printed)
         channel.send(Stop())
     return soaked
 

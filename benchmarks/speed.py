@@ -1,4 +1,4 @@
-"""What a frame costs: against the bare library calls, against a plain loop, and until a core is full."""
+"""Processor time per frame, against the bare library calls and a plain loop, and the number of lines per core."""
 
 import statistics
 import time
@@ -34,7 +34,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(slots=True)
 class Film:
-    """Frames drawn beforehand: drawing is not what is measured."""
+    """Frames that are drawn before the measurement."""
 
     line: SimulatedLine
     frames: list[Frame] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Film:
 
     @classmethod
     def of(cls, config: SimulationConfig, count: int) -> "Film":
-        """So many frames of a belt that is full."""
+        """Returns frames of a full belt."""
         film = cls(SimulatedLine(config, virtual=True))
         for number in range(count + _SPARE_FRAMES):
             frame = film.line.read(1.0)
@@ -59,7 +59,7 @@ class Film:
 
 
 def core_of(line: SimulatedLine, judge: Judge) -> LineCore:
-    """A line without a clock: the queue takes every shot and fires none."""
+    """A line without a clock: the queue accepts every shot and fires none."""
     counter = LineCounter(line.config.lanes, clock=lambda: 0.0)
     queue = EjectionQueue(line, line, clock=lambda: 0.0)
     core = LineCore(geometry=line.geometry, counter=counter, queue=queue, clock=lambda: 0.0)
@@ -109,7 +109,7 @@ def overhead(figures: Figures, bundle: Path, count: int) -> None:
     whole_s: list[float] = []
     bare_s: list[float] = []
     for number, frame in enumerate(film.frames):
-        # In turns, and in turns first: whoever comes second finds the frame in the processor's cache.
+        # Alternating, and alternately first: the second one finds the frame in the processor's cache.
         steps = [
             (whole_s, lambda f=frame: core.process(f)),
             (bare_s, lambda f=frame, n=number: bare.process(f, boxes[n])),
@@ -194,8 +194,8 @@ def plain_loop(figures: Figures, bundle: Path, count: int) -> None:
         ("ours, per frame", 1e3 * ours_s / count, "ms of processor time"),
         ("plain loop, per frame", 1e3 * theirs_s / count, "ms of processor time"),
         ("ours / plain loop, time", ours_s / theirs_s, ""),
-        ("ours: good and bad told apart", 100.0 * statistics.mean(ours[k] for k in both), f"% of {len(both)} items"),
-        ("plain loop: good and bad told apart, best threshold", 100.0 * best, "% in hindsight"),
+        ("ours: good and bad distinguished", 100.0 * statistics.mean(ours[k] for k in both), f"% of {len(both)} items"),
+        ("plain loop: good and bad distinguished, best threshold", 100.0 * best, "% in hindsight"),
         ("plain loop: MOTA", found["mota"], ""),
         ("plain loop: IDF1", found["idf1"], ""),
     ]

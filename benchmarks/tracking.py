@@ -1,4 +1,4 @@
-"""How well identities are kept, and at what cost: CLEAR MOT and IDF1 on boxes whose truth is known.
+"""Quality and cost of tracking: CLEAR MOT and IDF1 on boxes whose truth is known.
 
 MOTA = 1 - (misses + false positives + identity switches) / truth boxes (Bernardin & Stiefelhagen, "Evaluating multiple
 object tracking performance: the CLEAR MOT metrics", 2008). IDF1 = 2 IDTP / (truth boxes + given boxes), with the
@@ -113,7 +113,7 @@ def stage(figures: Figures, frames: int, peers_python: str) -> None:
 
 @dataclass(slots=True)
 class _Ours:
-    """What our tracker did on one case."""
+    """The result of the product's tracker on one case."""
 
     places: list[list[Detection]] = field(default_factory=list)
     """Per frame, whole items only: what both trackers are given."""

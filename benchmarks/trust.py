@@ -1,4 +1,4 @@
-"""What trust costs: bytes per agent, time of verifying on the agent, time of signing on the control plane.
+"""Cost of trust: bytes per agent, time of verifying on the agent, time of signing on the control plane.
 
 `python -m benchmarks.trust [--json PATH] [--quick]`. Exit status 1 when a bound is missed.
 """
@@ -51,7 +51,7 @@ def installation(folder: ceremony.TrustFolder, now: datetime) -> tuple[bytes, by
 
 @dataclass
 class Fleet:
-    """What the control plane signs for so many agents."""
+    """The signed metadata of a fleet of one size."""
 
     root: bytes
     common: bytes
@@ -77,7 +77,7 @@ def signed_fleet(folder: ceremony.TrustFolder, agents: int, now: datetime) -> Fl
 
 
 def median_ms(action: Callable[[], object], times: int) -> float:
-    """Of several runs, the first one left out."""
+    """Returns the median time of several runs in milliseconds, without the first one."""
     action()
     found = []
     for _ in range(times):
@@ -88,7 +88,7 @@ def median_ms(action: Callable[[], object], times: int) -> float:
 
 
 def measure(figures: Figures, root_folder: Path, agents: int, runs: int, processes: int) -> None:
-    """One fleet size, seen from the agent whose bin is the largest."""
+    """Measures one fleet size from the agent whose bin is the largest."""
     now = datetime.now(UTC).replace(microsecond=0)
     fleet = signed_fleet(ceremony.TrustFolder(root_folder / f"trust-{agents}"), agents, now)
     agent_id = max(fleet.documents, key=lambda name: len(fleet.bins[bin_of(name)]))
@@ -193,7 +193,7 @@ def measure_signing(figures: Figures, root_folder: Path, agents: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry."""
+    """Runs the benchmark; returns 1 when a bound is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trust", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="PATH")
     parser.add_argument("--quick", action="store_true")

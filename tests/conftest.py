@@ -1,4 +1,4 @@
-"""What every test may rely on: skips are failures where they are forbidden, slow tests are asked for by name."""
+"""Rules for every test: skips are failures where they are forbidden, and slow tests run on request."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Who may import whom, what an agent may load, how large a file may grow, and that documents tell the truth.
+"""Allowed imports, modules that an agent may load, sizes of files, and statements of documents about the tree.
 
 The tables below are the architecture: a room (folder or ground-floor module) imports only rooms of lower layers.
 """
@@ -61,7 +61,7 @@ LAYERS: Final[dict[str, tuple[frozenset[str], ...]]] = {
         frozenset({"__main__"}),
     ),
 }
-"""From the ground up. Rooms of one layer do not import each other, except those of the lowest layer."""
+"""Layers of rooms, lowest first. Rooms of one layer do not import each other, except those of the lowest layer."""
 
 SIDES: Final = (
     {"supervisor", "delivery", "trust", "telemetry", "identity"},

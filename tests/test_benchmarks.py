@@ -58,8 +58,8 @@ def test_a_missed_bound_and_a_figure_that_is_no_number_fail_the_run(tmp_path: Pa
     figures.table("stage", rows, {"fine": ("<=", 2.0), "slow": ("<=", 2.0), "unknown": ("<=", 2.0)})
     assert [line.partition(" is ")[0] for line in figures.missed] == ["stage: slow", "stage: unknown"]
     figures.write(tmp_path / "figures.json", {})
-    told = json.loads((tmp_path / "figures.json").read_text())
-    assert told["figures"]["stage"] == {"fine": 1.0, "slow": 3.0, "unknown": None}
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["figures"]["stage"] == {"fine": 1.0, "slow": 3.0, "unknown": None}
     with pytest.raises(ValueError, match="without a figure"):
         figures.table("stage", rows, {"misspelt": ("<=", 2.0)})
 
@@ -99,7 +99,7 @@ def test_routing_is_right_and_falls_when_the_valves_are_late(judge: Judge) -> No
     assert len(good.settled) > 90
     assert good.routed_right >= 0.99 * len(good.settled)
     assert good.strangers == 0
-    # Nobody compensates a valve that takes 60 ms at 1 m/s: its items ride past, and the figure must show it.
+    # A valve that takes 60 ms is not compensated at 1 m/s: its items ride past, and the figure must show it.
     slow = routing.run(msgspec.structs.replace(TWO_LANES, valve_delay_ms=60.0), judge, 260)
     assert slow.routed_right < 0.95 * len(slow.settled)
 

@@ -1,1 +1,1 @@
-"""Chaos: everything dies, loses and lies at random, and at the end the books must balance."""
+"""Chaos: random faults in every part of the system, after which every record must be accounted for."""

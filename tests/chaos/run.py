@@ -1,8 +1,8 @@
-"""One run: a broker, the control plane, a real agent and many light ones, a bad network, and a seeded hand that hurts.
+"""One run: a broker, the control plane, a real agent and many light ones, a bad network, and seeded random faults.
 
-The oracle is what was produced: every record the light agents made, every number the real agent's spool gave out, and
-the bundles that were wished for. After the last fault everything gets time to come to rest; then every record must be
-in the database once, nobody may run anything but a bundle that was wished, and everybody must run the last one.
+The oracle is what was produced: every record of the light agents, every number that the real agent's spool gave out,
+and the bundles that were assigned. After the last fault the system gets time to settle; then every record must be in
+the database once, no agent may run a bundle that was never assigned, and every agent must run the last one.
 """
 
 import contextlib
@@ -44,14 +44,14 @@ from tests.simulators.tiny_bundle import tiny_bundle
 ROOT = Path(__file__).resolve().parents[2]
 REAL = "line-1"
 SETTLE_S = 120.0
-WISHED = 3
-"""Bundles that are wished for in turn while things go wrong. A trial may fail by what is done to it, which blocks the
-bundle; the last wish is therefore one that nobody has tried, and everybody must come to run it."""
+ASSIGNED = 3
+"""Bundles that are assigned in turn during the faults. A fault may fail a trial, which blocks its bundle; the last
+assignment is therefore a bundle that no agent has tried, and every agent must come to run it."""
 
 
 @dataclass
 class Outcome:
-    """What one run did and found."""
+    """The faults of one run, its counts, and the result of each check."""
 
     broker: str
     agents: int
@@ -174,7 +174,7 @@ class Chaos:
         return self.outcome
 
     def _make_bundles(self, services: Services) -> None:
-        for number in range(WISHED + 1):
+        for number in range(ASSIGNED + 1):
             directory = self.folder / f"bundle-{number}"
             tiny_bundle(directory, bias=0.1 * number, padding=300_000 + number)
             with writing(services.engine) as session:
@@ -193,12 +193,12 @@ class Chaos:
             "packets lost, repeated, overtaken": lambda: self._noise(proxy),
             "light agents rebooted": lambda: self._reboot(fleet),
             "flood by a rogue": self._flood,
-            "wish changed": lambda: self._wish(services),
+            "assignment changed": lambda: self._assign(services),
         }
         if self._may_fill:
             faults["disk full"] = self._fill_disk
         until = time.monotonic() + seconds
-        self._wish(services)
+        self._assign(services)
         names = list(faults)
         while time.monotonic() < until:
             # Each fault once in random order, then again: none is left out by bad luck.
@@ -276,11 +276,11 @@ class Chaos:
                 rogue.sendall(packet(3, 0, text(f"sortline/v1/agents/rogue/{channel}") + body))
             rogue.close()
 
-    def _wish(self, services: Services, last: str = "") -> None:
+    def _assign(self, services: Services, last: str = "") -> None:
         """Everybody shall run another bundle, or this one."""
         with contextlib.suppress(Exception), writing(services.engine) as session:
             self._generation += 1
-            bundle = last or self.bundles[self._generation % WISHED]
+            bundle = last or self.bundles[self._generation % ASSIGNED]
             for name in [REAL, *(f"sim-{number:03d}" for number in range(self.count))]:
                 agent = session.get(Agent, name) or Agent(id=name)
                 agent.generation = max(agent.generation, int(agent.reported.get("generation", 0))) + 1
@@ -311,7 +311,7 @@ class Chaos:
     # -- the oracle -------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """What the real agent would load at any moment is a whole bundle that was wished for."""
+        """Checks again and again that the bundle the real agent would load is whole and was assigned."""
         while not self._watching.wait(0.2):
             if not (self.state / "state.json").exists():
                 continue
@@ -332,8 +332,8 @@ class Chaos:
         (self.state / "filler").unlink(missing_ok=True)
         agent.kill()
         agent.start()
-        last = self.bundles[WISHED]
-        self._wish(services, last)
+        last = self.bundles[ASSIGNED]
+        self._assign(services, last)
         cut_s, until = time.monotonic(), time.monotonic() + SETTLE_S
         while time.monotonic() < until:
             with contextlib.suppress(OSError):
@@ -382,16 +382,18 @@ class Chaos:
                     select(table.agent_id, table.boot_id, table.seq).where(col(table.agent_id) != "rogue")
                 )
                 keys += [(agent_id, boot_id, seq) for agent_id, boot_id, seq in rows]
-            told = session.exec(select(EventRow).where(EventRow.code == "spool.gap", EventRow.agent_id == REAL)).all()
+            gaps_reported = session.exec(
+                select(EventRow).where(EventRow.code == "spool.gap", EventRow.agent_id == REAL)
+            ).all()
         stored, produced = set(keys), fleet.produced()
         light = {key for key in stored if key[0] != REAL}
         real = {key for key in stored if key[0] == REAL}
         written, waiting = self._spooled()
         # A record whose acknowledgement was lost may be stored and later be dropped: one number, accounted for twice.
-        # One that a full disk refused has a number, is told as a gap, and was never written.
+        # One that a full disk refused has a number, is reported as a gap, and was never written.
         gone = {
             (REAL, row.facts["boot_id"], number)
-            for row in told
+            for row in gaps_reported
             for first, last in _ranges(row.facts["ranges"])
             for number in range(int(first), int(last) + 1)
         }
@@ -400,31 +402,31 @@ class Chaos:
         o.counts |= {
             "records produced by light agents": len(produced),
             "records produced by the real agent": written,
-            "... more that its full disk refused, told as gaps": max(0, len(known) - written),
+            "... more that its full disk refused, reported as gaps": max(0, len(known) - written),
             "packets lost": proxy.counters["lost"],
             "packets repeated": proxy.counters["repeated"],
             "packets overtaken": proxy.counters["delayed"],
             "times the real agent's bundle was looked at": sum(self.seen_active.values()),
-            "wishes": self._generation,
+            "assignments": self._generation,
         }
         o.oracle["records of light agents lost"] = (len(produced - light), 0)
         o.oracle["records of light agents never produced"] = (len(light - produced), 0)
         o.oracle["records stored twice"] = (len(keys) - len(stored), 0)
-        o.oracle["numbers of the real agent that nobody accounts for"] = (_holes(known), 0)
-        o.oracle["records of the real agent stored, waiting or told as gaps"] = (min(len(known), written), written)
+        o.oracle["numbers of the real agent not accounted for"] = (_holes(known), 0)
+        o.oracle["records of the real agent stored, waiting or reported as gaps"] = (min(len(known), written), written)
         o.oracle["looks at a bundle that was neither old nor new"] = (
             len(self.strange) + sum(n for digest, n in self.seen_active.items() if digest not in self.bundles),
             0,
         )
-        wished = set(self.bundles) | {""}
-        o.oracle["light agents with a bundle nobody wished"] = (
-            sum(a.held.active not in wished for a in fleet.agents.values()),
+        assigned = set(self.bundles) | {""}
+        o.oracle["light agents with a bundle that was never assigned"] = (
+            sum(a.held.active not in assigned for a in fleet.agents.values()),
             0,
         )
 
 
 def _holes(keys: set[tuple[str, str, int]]) -> int:
-    """Numbers below the highest of each boot that are missing."""
+    """Counts the missing numbers below the highest of each boot."""
     numbers: dict[str, list[int]] = {}
     for _, boot_id, seq in keys:
         numbers.setdefault(boot_id, []).append(seq)

@@ -1,4 +1,4 @@
-"""What the tests of deployment share: a kit made once for the whole run."""
+"""The installation kit that the tests of deployment share, made once per run."""
 
 import shutil
 import subprocess

@@ -90,7 +90,7 @@ def test_the_architecture_page_names_every_room() -> None:
 
 
 def test_the_first_screen_answers_five_questions() -> None:
-    """What it is, for whom, why not the alternatives, a picture, two commands: within the first forty lines."""
+    """The first forty lines say what it is, for whom, why not the alternatives, and hold a picture and two commands."""
     screen = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40])
     assert "visual sorting lines" in screen
     assert "For packing houses" in screen

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_without_its_libraries_sortline_explains_itself() -> None:
-    """As on a box from `agent.lock`: no traceback, the right command by name, the exit status of a wrong set-up."""
+    """On a box from `agent.lock` the command names the right one, without traceback, with the set-up exit status."""
     code = "import sys; sys.modules['typer'] = None; from control_plane.__main__ import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Services start in any order: whoever needs another waits for it, says so once, and goes on when it is there."""
+"""Services start in any order: each waits for those it needs, logs that once, and goes on when they are there."""
 
 import contextlib
 import json

@@ -66,7 +66,7 @@ class Bench:
             self.items |= {item.item_id: item.item_mm for item in self.line.items()}
 
     def verdicts(self) -> list[int]:
-        """How many verdicts each item got that crossed the picture."""
+        """Counts the verdicts of each item that crossed the picture."""
         to_mm = self.line.position_mm(self.line.now()) - 460.0
         return [
             sum(abs(place - item_mm) < 30.0 for place in self.places)

@@ -125,7 +125,7 @@ def test_a_new_issuing_authority_interrupts_no_agent(place: Place) -> None:
 
 
 def test_a_new_authority_cuts_no_agent_off(tmp_path: Path) -> None:
-    """On the embedded broker; mosquitto reads its trust only when it starts."""
+    """Runs on the embedded broker only: mosquitto reads its trust when it starts."""
     with open_place(embedded_mtls, tmp_path) as place:
         site = place.site
         before = place.agent("line-1")

@@ -1,4 +1,4 @@
-"""Attacks on the embedded broker: nobody gets in, nobody reads what is not theirs, nobody slows the others."""
+"""Attacks on the embedded broker: no stranger connects, reads foreign messages, or slows other clients."""
 
 import random
 import socket

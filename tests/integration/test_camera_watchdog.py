@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 class Watched:
-    """The supervisor's end."""
+    """The supervisor's end of the pipe to a real line process."""
 
     def __init__(self, root: Path, action: str) -> None:
         self.state = root / "camera.state"
@@ -103,6 +103,6 @@ def test_a_camera_that_hangs_is_named_made_safe_and_back(line: Watched, request:
     wait_until(lambda: line.beat.items_on_bundle > items + 5 and line.beat.belt_running, "items again")
     said = {faulted.fault.code: faulted.fault.message for faulted in line.faults}
     assert said["line.fail_safe"] == f"{action} because of camera.stalled."
-    wait_until(lambda: any("camera.stalled" in w.window.camera for w in line.windows), "a window that knows")
+    wait_until(lambda: any("camera.stalled" in w.window.camera for w in line.windows), "a window with the fault")
     shots = sum(w.window.camera.get("blind_shots", 0) for w in line.windows)
     assert (shots > 0) == (action == "eject-all")

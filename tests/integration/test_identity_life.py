@@ -74,7 +74,7 @@ def test_a_rotation_loses_no_record_and_a_revocation_ends_it(tmp_path: Path) -> 
         return asked(lambda: client.get("/api/v1/agents/line-1/windows?limit=1000")) or []
 
     def whole() -> bool:
-        """Whether every number from the first to the newest has arrived."""
+        """Returns whether every number from the first to the newest has arrived."""
         events = client.get("/api/v1/agents/line-1/events?limit=1000")
         seqs = sorted(row["seq"] for row in [*windows(), *events])
         return seqs == list(range(len(seqs)))

@@ -139,7 +139,7 @@ def test_the_belt_is_stopped_by_a_register_that_is_written_only_then(plc: int, p
         belt.stop("camera.frozen")
         wait_until(lambda: program.read("holding", 400, 1) == [1], what="the stop")
         program.write(400, [0])
-        wait_until(lambda: program.read("holding", 400, 1) == [1], what="the wish again")
+        wait_until(lambda: program.read("holding", 400, 1) == [1], what="the request again")
         belt.run()
         wait_until(lambda: program.read("holding", 400, 1) == [0], what="the release")
 

@@ -67,15 +67,15 @@ def test_a_rollout_waits_for_the_lot_that_a_command_names_and_windows_show_it(pl
     process = agent(plane, tmp_path / "state")
     try:
         first, second = plane.offer(tmp_path / "a"), plane.offer(tmp_path / "b")
-        plane.wish(first, 1)
+        plane.desire(first, 1)
         wait_until(lambda: plane.phase(Phase.COMMITTED, first), "the first commit")
-        plane.wish(second, 2, swap=Swap.LOT_CHANGE)
+        plane.desire(second, 2, swap=Swap.LOT_CHANGE)
         wait_until(lambda: plane.phase(Phase.TRIAL, second), "the bundle that waits")
         late = say(command(1, "too-late", late_s=120.0))
         assert late.fault.code == "command.expired"
         assert not any(w.bundle == second for w in plane.windows())
         taken = command(2, "B-1182")
-        # What is no command, and a repetition, change nothing and hinder nobody.
+        # A malformed command and a repetition change nothing and disturb no other agent.
         assert say(taken, b"{", b"x" * 9000, encode(taken)).fault is None
         wait_until(lambda: plane.phase(Phase.COMMITTED, second), "the commit in the new lot")
         wait_until(lambda: any(w.lot == "B-1182" and w.items for w in plane.windows()), "a window of the new lot")
@@ -111,7 +111,7 @@ def test_a_rollout_waits_for_the_lot_that_a_command_names_and_windows_show_it(pl
         assert "the recipe's own" in said["terms"]
         wait_until(lambda: any(w.lot == "C-9" for w in plane.windows()), "a window of the operator's lot")
         assert plane.reported.lot.source is LotSource.OPERATOR
-        # A delayed command that was issued before one that was obeyed.
+        # A delayed command that was issued before one that was applied.
         assert say(command(3, "old", late_s=55.0)).fault.code == "command.overtaken"
     finally:
         end(process)

@@ -166,13 +166,13 @@ def test_a_lot_is_named_on_the_page_of_an_agent(page: Page, tmp_path: Path) -> N
         agent = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="line-1", protocol=mqtt.MQTTv311)
         agent.username_pw_set("line-1", "x")
 
-        def obey(_client: object, _data: object, message: mqtt.MQTTMessage) -> None:
+        def respond(_client: object, _data: object, message: mqtt.MQTTMessage) -> None:
             heard.append(decode(message.payload, Command))
             answer = Response(request_id=heard[-1].request_id, at_ms=1, fault=answers.pop(0))
             agent.publish(agent_topic("line-1", Channel.RESPONSE), encode(answer), 1)
 
         subscribed = threading.Event()
-        agent.on_message, agent.on_subscribe = obey, lambda *_: subscribed.set()
+        agent.on_message, agent.on_subscribe = respond, lambda *_: subscribed.set()
         agent.on_connect = lambda *_: agent.subscribe(agent_topic("line-1", Channel.COMMAND), 1)
         agent.connect("127.0.0.1", broker)
         agent.loop_start()

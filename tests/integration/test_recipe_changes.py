@@ -79,10 +79,10 @@ def test_a_changed_recipe_is_signed_and_rolled_out_like_a_model_and_its_budget_i
     process = agent(plane, tmp_path / "state", "--camera", "simulated")
     try:
         plane.offer(tmp_path / "before")
-        plane.wish(before.digest, 1)
+        plane.desire(before.digest, 1)
         wait_until(lambda: plane.phase(Phase.COMMITTED, before.digest), "the first commit")
         plane.offer(tmp_path / "after")
-        plane.wish(changed.digest, 2)
+        plane.desire(changed.digest, 2)
         wait_until(lambda: plane.phase(Phase.COMMITTED, changed.digest), "the second commit")
         wait_until(lambda: "recipe.over_budget" in events(), "the event")
     finally:

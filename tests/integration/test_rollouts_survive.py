@@ -211,7 +211,7 @@ def test_one_of_two_replicas_leads_and_one_that_slept_writes_nothing(site: Site)
 
 @contextmanager
 def locked(site: Site, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Nobody else can write: another process' transaction (SQLite), or the server is stopped (PostgreSQL)."""
+    """Blocks every write: by another process' transaction (SQLite), or by stopping the server (PostgreSQL)."""
     if not site.database:
         connection = sqlite3.connect(site.root / "data" / "sortline.sqlite", isolation_level=None)
         connection.execute("BEGIN IMMEDIATE")

@@ -38,7 +38,7 @@ def test_publications_of_a_thief_change_nothing_on_a_running_line(tmp_path: Path
             good = plane.offer(tmp_path / "good")
             old_document = repository.assign("line-1", good, 1)
             old_set = repository.sign_changes()
-            plane.wish(good, 2)
+            plane.desire(good, 2)
             wait_until(lambda: plane.phase(Phase.COMMITTED, good), "the commit")
             stranger = Repository(tmp_path / "stranger", now=datetime.now(UTC))
             thief = Plane(port, stranger, site)
@@ -62,7 +62,7 @@ def test_publications_of_a_thief_change_nothing_on_a_running_line(tmp_path: Path
             publish(old_set, old_document, "trust.rollback")
             held_back = repository.assign("line-1", good, 4)
             publish(replace(repository.sign_changes(), bins=old_set.bins), held_back, "trust.mixed")
-            plane.wish(good, 5)
+            plane.desire(good, 5)
             wait_until(lambda: plane.reported.generation == 5, "the true one again")
         finally:
             assert end(process) == 0
@@ -167,8 +167,10 @@ def test_a_plant_with_offline_keys_from_ceremony_to_stick(
         # After a theft: new online keys, signed by two root keys; the agent follows without being touched.
         trust = tmp_path / "plane" / "trust"
         assert "targets 2" in sortline("keys", "pull", "--trust", str(trust), "--server", url)
-        told = sortline("keys", "rotate", "online", "--trust", str(trust), "--key", keys[0], "--release-key", release)
-        assert "1 more signature" in told
+        printed = sortline(
+            "keys", "rotate", "online", "--trust", str(trust), "--key", keys[0], "--release-key", release
+        )
+        assert "1 more signature" in printed
         sortline("keys", "sign", "--trust", str(trust), "--key", keys[1])
         assert "root 2" in sortline("keys", "push", "--trust", str(trust), "--server", url)
         sortline("models", "push", str(tmp_path / "b2"), "--server", url)

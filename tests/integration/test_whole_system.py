@@ -49,12 +49,12 @@ BROKERS = [
 
 @dataclass
 class Plane:
-    """The control plane's end of the wire, small: publishes bundles and signed wishes, acknowledges batches."""
+    """A small control plane at the other end of the wire: publishes bundles and assignments, acknowledges batches."""
 
     port: int
     repository: Repository
     site: Site | None = None
-    """Whose certificates are shown; None = a broker that admits everyone."""
+    """The site whose certificates are used; None = a broker that admits every client."""
     reported: Reported | None = None
     stored: dict[tuple[str, int], bytes] = field(default_factory=dict)
     window_keys: set[tuple[str, int]] = field(default_factory=set)
@@ -105,7 +105,7 @@ class Plane:
             self.client.publish(blob_topic(digest), b"poison" if poison and digest in model else data, 1, True)
         return bundle.digest
 
-    def wish(self, digest: str, generation: int, **options: object) -> None:
+    def desire(self, digest: str, generation: int, **options: object) -> None:
         document = self.repository.assign("line-1", digest, generation, **({"trial_items": 10} | options))
         self.give(self.repository.sign_changes())
         self.client.publish(agent_topic("line-1", Channel.DESIRED), document, 1, True)
@@ -157,7 +157,7 @@ def test_a_bundle_is_fetched_tested_tried_and_committed_and_windows_arrive_once(
     process = agent(plane, tmp_path / "state")
     try:
         digest = plane.offer(tmp_path / "b")
-        plane.wish(digest, 1)
+        plane.desire(digest, 1)
         wait_until(lambda: plane.phase(Phase.COMMITTED, digest), "the commit")
         wait_until(lambda: len(plane.stored) >= 6, "windows")
     finally:
@@ -175,9 +175,9 @@ def test_a_challenger_judges_in_the_shadow_and_is_promoted_without_a_second_fetc
     champion, challenger = plane.offer(tmp_path / "a"), plane.offer(tmp_path / "b")
     process = agent(plane, tmp_path / "agent")
     try:
-        plane.wish(champion, 1)
+        plane.desire(champion, 1)
         wait_until(lambda: plane.phase(Phase.COMMITTED, champion), "the champion")
-        plane.wish(challenger, 2, mode=Mode.SHADOW)
+        plane.desire(challenger, 2, mode=Mode.SHADOW)
         wait_until(lambda: plane.reported.shadow_running, "the challenger at work")
         wait_until(lambda: any(w.shadow_disagreed for w in plane.windows()), "disagreements")
         reported = plane.reported
@@ -187,7 +187,7 @@ def test_a_challenger_judges_in_the_shadow_and_is_promoted_without_a_second_fetc
         assert {(w.bundle, w.shadow_bundle) for w in shadowed} == {(champion, challenger)}
         assert sum(w.shadow_compared for w in shadowed) <= sum(w.items for w in shadowed)
         wait_until(lambda: any((tmp_path / "agent" / "shadow-samples").glob("*.npz")), what="a sample")
-        plane.wish(challenger, 3)
+        plane.desire(challenger, 3)
         wait_until(lambda: plane.phase(Phase.COMMITTED, challenger), "the promotion")
         assert (plane.reported.shadow, plane.reported.shadow_phase) == ("", ShadowPhase.IDLE)
         assert "fetch_stalled" not in plane.reported.counters
@@ -221,16 +221,16 @@ def test_a_bundle_that_fails_its_self_test_never_reaches_the_line(plane: Plane, 
     process = agent(plane, tmp_path / "state")
     try:
         good = plane.offer(tmp_path / "good")
-        plane.wish(good, 1)
+        plane.desire(good, 1)
         wait_until(lambda: plane.phase(Phase.COMMITTED, good), "the first commit")
         bad = plane.offer(tmp_path / "bad")
-        plane.wish(bad, 2)
+        plane.desire(bad, 2)
         wait_until(lambda: bad in plane.reported.blocked, "the refusal")
         assert plane.reported.active == good
         assert plane.reported.fault is not None
         assert plane.reported.fault.code in {"model.not_finite", "golden.mismatch"}
-        plane.wish(bad, 3)
-        wait_until(lambda: plane.reported.generation == 3, "the third wish")
+        plane.desire(bad, 3)
+        wait_until(lambda: plane.reported.generation == 3, "the third assignment")
         assert plane.reported.active == good
         assert plane.reported.fault.code == "agent.digest_blocked"
     finally:
@@ -243,9 +243,9 @@ def test_a_trial_that_judges_too_little_goes_back(plane: Plane, tmp_path: Path) 
     process = agent(plane, tmp_path / "state")
     try:
         first, second = plane.offer(tmp_path / "a"), plane.offer(tmp_path / "b")
-        plane.wish(first, 1)
+        plane.desire(first, 1)
         wait_until(lambda: plane.phase(Phase.COMMITTED, first), "the first commit")
-        plane.wish(second, 2, trial_items=100_000, trial_s=2.0)
+        plane.desire(second, 2, trial_items=100_000, trial_s=2.0)
         wait_until(lambda: plane.phase(Phase.ROLLED_BACK, first), "the rollback")
         assert plane.reported.blocked == (second,)
     finally:
@@ -265,9 +265,9 @@ def test_a_model_that_fails_late_is_rolled_back(plane: Plane, tmp_path: Path) ->
     process = agent(plane, tmp_path / "state")
     try:
         good, late = plane.offer(tmp_path / "good"), plane.offer(tmp_path / "late")
-        plane.wish(good, 1)
+        plane.desire(good, 1)
         wait_until(lambda: plane.phase(Phase.COMMITTED, good), "the first commit")
-        plane.wish(late, 2, trial_items=1000, trial_s=60.0)
+        plane.desire(late, 2, trial_items=1000, trial_s=60.0)
         wait_until(lambda: late in plane.reported.blocked, "the rollback")
         assert (plane.reported.phase, plane.reported.active) == (Phase.ROLLED_BACK, good)
         codes = lambda: [event.code for event in events(plane)]  # noqa: E731
@@ -291,9 +291,9 @@ def test_a_line_that_dies_in_the_trial_falls_back_at_once_and_after_two_tries_fo
     state = lambda: champion_file(tmp_path / "state").load()  # noqa: E731
     try:
         good, new = plane.offer(tmp_path / "good"), plane.offer(tmp_path / "new")
-        plane.wish(good, 1)
+        plane.desire(good, 1)
         wait_until(lambda: plane.phase(Phase.COMMITTED, good), "the first commit")
-        plane.wish(new, 2, trial_items=100_000, trial_s=600.0)
+        plane.desire(new, 2, trial_items=100_000, trial_s=600.0)
         for tries in (1, 2):
             wait_until(lambda: plane.phase(Phase.TRIAL, new) and plane.reported.items_on_active > 0, "the trial")
             assert state().tries == tries
@@ -329,7 +329,7 @@ def test_a_line_that_is_killed_comes_back_with_the_same_bundle(plane: Plane, tmp
     process = agent(plane, tmp_path / "state")
     try:
         digest = plane.offer(tmp_path / "a")
-        plane.wish(digest, 1)
+        plane.desire(digest, 1)
         wait_until(lambda: plane.phase(Phase.COMMITTED, digest), "the commit")
         before = plane.reported.items_on_active
         (line,) = children(process.pid)
@@ -352,7 +352,7 @@ def test_a_power_cut_in_any_phase_ends_in_the_right_bundle(plane: Plane, tmp_pat
     process = agent(plane, tmp_path / "state")
     try:
         digest = plane.offer(tmp_path / "a")
-        plane.wish(digest, 1, trial_items=30)
+        plane.desire(digest, 1, trial_items=30)
         wait_until(lambda: plane.reported and plane.reported.phase in {phase, Phase.COMMITTED}, phase)
         killed = children(process.pid)
         process.kill()
@@ -377,7 +377,7 @@ def test_poisoned_chunks_are_reported_and_never_committed(plane: Plane, tmp_path
     process = agent(plane, tmp_path / "state")
     try:
         digest = plane.offer(tmp_path / "a", poison=True)
-        plane.wish(digest, 1)
+        plane.desire(digest, 1)
         wait_until(
             lambda: plane.reported and plane.reported.fault and plane.reported.fault.code == "delivery.poisoned_chunk",
             "the report",

@@ -133,11 +133,11 @@ class SimulatedFleet:
         assert done.wait(300.0), "the simulated fleet does not run"
 
     def connected(self) -> int:
-        """How many agents have a connection."""
+        """Returns the number of agents with a connection."""
         return sum(agent.connected for agent in self.agents.values())
 
     def running(self, bundle: str) -> int:
-        """How many agents have committed this bundle."""
+        """Returns the number of agents that have committed this bundle."""
         return sum(a.held.active == bundle and a.held.phase is Phase.COMMITTED for a in self.agents.values())
 
     def produced(self) -> set[tuple[str, str, int]]:
@@ -149,7 +149,7 @@ class SimulatedFleet:
         return sum(len(agent.held.records) for agent in self.agents.values())
 
     def figures(self) -> dict[str, Any]:
-        """What a report needs, as plain JSON."""
+        """Returns the facts of this fleet for a report, as plain JSON."""
         total: Counter[str] = Counter()
         for agent in self.agents.values():
             total.update(agent.counters)

@@ -1,7 +1,7 @@
 """A line process whose camera hangs in its driver; started as `python -m edge_agent.line.process` is.
 
 The capture gives the simulated line's frames in real time. A file beside the configuration (`camera.state`) says what
-it does: `good`, `hang` (read() blocks for ever for whoever is in it), `gone` (nothing opens).
+it does: `good`, `hang` (a running `read()` blocks for ever), `gone` (nothing opens).
 """
 
 import argparse

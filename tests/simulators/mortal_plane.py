@@ -3,8 +3,8 @@
 `python -m tests.simulators.mortal_plane POINT`: SIGKILL at the first turn that has something to do, at
 
 * `before-commit`: the steps are written in the transaction, which is not committed;
-* `before-publish`: committed, nobody has been told;
-* `after-publish`: told;
+* `before-publish`: committed and not yet published;
+* `after-publish`: published;
 * `stop-after-lease`: SIGSTOP (not KILL) after the lease was taken and before the turn's transaction;
 * `never`.
 
@@ -46,7 +46,7 @@ class MortalExecutor(RolloutExecutor):
         return super()._advance(rollout_id, fence, now)
 
     def to_do(self, rollout_id: int) -> bool:
-        """Whether somebody still waits for the bundle."""
+        """Returns whether an agent still waits for the bundle."""
         from sqlmodel import select
 
         from control_plane.database.engine import reading

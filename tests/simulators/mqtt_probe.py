@@ -1,4 +1,4 @@
-"""A raw MQTT 3.1.1 client for probes: writes what it is told, reads what comes. Its codec is its own on purpose."""
+"""A raw MQTT 3.1.1 client for probes: writes given packets and reads all others. Its codec is separate on purpose."""
 
 import contextlib
 import socket

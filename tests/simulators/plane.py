@@ -1,4 +1,4 @@
-"""A control plane in this process, on a database and a folder of its own; no broker unless a test wants one."""
+"""A control plane in this process, with its own database and folder, and a broker only where a test needs one."""
 
 from collections.abc import Callable
 from pathlib import Path

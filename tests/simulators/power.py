@@ -18,7 +18,7 @@ import pytest
 class Op:
     kind: str
     inode: int
-    """Of the file for data, of the folder for names."""
+    """The file or folder that is written; an fsync makes the data of a file durable, or the names in a folder."""
     name: str = ""
     target: int = 0
     offset: int = 0
@@ -96,7 +96,7 @@ class Recorder:
         self.begin = self._image()
 
     def mark(self, fact: object) -> None:
-        """From here on this fact must survive."""
+        """Records a fact that must survive every later power cut."""
         self.marks.append((len(self.ops), fact))
 
     # -- what is watched --------------------------------------------------------------------------------------

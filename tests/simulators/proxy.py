@@ -1,4 +1,4 @@
-"""A bad network: a TCP proxy that knows MQTT packets, and loses, repeats and reorders them, or cuts the line."""
+"""A bad network: a TCP proxy that splits MQTT packets and loses, repeats or reorders them, or cuts connections."""
 
 import random
 import selectors
@@ -47,7 +47,7 @@ class Proxy:
         self.port = int(self._listener.getsockname()[1])
         self.noise = Noise()
         self.partitioned = False
-        """While set nothing moves and nobody gets in; connections stay open, as with a pulled cable."""
+        """While set, no byte moves and no connection is accepted; open ones stay open, as with a pulled cable."""
         self.counters: Counter[str] = Counter()
         self._selector = selectors.DefaultSelector()
         self._ways: dict[socket.socket, _Way] = {}
@@ -69,7 +69,7 @@ class Proxy:
         self._listener.close()
 
     def cut(self) -> None:
-        """Closes every connection."""
+        """Closes every connection that is open now."""
         self._cut.set()
 
     def _run(self) -> None:

@@ -83,7 +83,7 @@ class Host:
 
 @dataclass
 class Box:
-    """One agent: the real updater, and what the model knows of it."""
+    """One agent: the real updater, and the model's record of it."""
 
     name: str
     root: Path
@@ -244,7 +244,7 @@ class History:
         self.executor.step(self.now)
 
     def report(self, box: Box) -> None:
-        """What ingest does with a report, and that a box which is behind gets its desired state again."""
+        """Stores a report as ingest does, and publishes the desired state again to a box that is behind."""
         if not box.connected:
             return
         with writing(self.engine) as session:
@@ -279,5 +279,5 @@ class History:
             return list(session.exec(query.order_by(Rollout.id)))
 
     def moved(self, agent: Agent, part: RolloutAgent) -> bool:
-        """Whether something newer than this part's return was asked of the agent."""
+        """Returns whether the agent was asked for something newer than this part's return."""
         return agent.generation > part.returned_generation

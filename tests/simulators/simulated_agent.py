@@ -2,7 +2,7 @@
 
 Everything on the wire is as a real agent does it: birth and last will, retained reports at every phase, exact
 subscriptions to a window of chunks whose digests are checked, one batch in flight until its acknowledgement, only the
-newest desired state counts, a blocked digest is never tried again. What lies behind the wire is simulated: no camera,
+newest desired state counts, a blocked digest is never tried again. Everything behind the wire is simulated: no camera,
 no line process, no disk; "power" (`reboot`) keeps what a real agent keeps on its disk.
 """
 
@@ -46,7 +46,7 @@ MAX_BATCH: Final = 200
 
 @dataclass
 class Manner:
-    """How an agent behaves; tests change it while the agent runs."""
+    """The behaviour of an agent; tests change it while the agent runs."""
 
     verdict: str = "commit"
     """`commit`, `reject` (self-test fails), `fail` (rolled back in the trial) or `hang` (the trial never ends)."""
@@ -65,7 +65,7 @@ class Manner:
 
 @dataclass
 class Held:
-    """What a real agent keeps on its disk: survives `reboot`."""
+    """The state that a real agent keeps on its disk; it survives `reboot`."""
 
     generation: int = 0
     phase: Phase = Phase.IDLE
@@ -81,7 +81,7 @@ class Held:
 
 
 class Loop(Protocol):
-    """What drives the sockets of many agents."""
+    """The reactor that drives the sockets of many agents."""
 
     host: str
     port: int
@@ -267,7 +267,7 @@ class SimulatedAgent:
         wanted = [blob_topic(digest) for digest in digests]
         now = time.monotonic()
         if now - self._progress_s > self.manner.stall_s:
-            # As a real agent: what does not come is subscribed anew and asked for.
+            # As in a real agent, a missing blob is subscribed to again and requested.
             self._progress_s = now
             self.counters["stalls"] += 1
             self.client.unsubscribe(sorted(self._subscribed) or wanted)
@@ -333,7 +333,7 @@ class SimulatedAgent:
         self.store(RecordKind.EVENT, msgspec.msgpack.encode(Event(at_ms=wall_ms(), code=code, facts=facts)))
 
     def store(self, kind: RecordKind, payload: bytes) -> None:
-        """Spools a record."""
+        """Adds one record to the simulated spool."""
         record = Record(boot_id=self.boot_id, seq=self.held.next_seq, kind=kind, payload=payload)
         self.held.next_seq += 1
         self.held.records.append(record)
@@ -402,7 +402,7 @@ class SimulatedAgent:
         self.client.publish(self._topic(Channel.REPORTED), encode(reported), qos=1, retain=True)
 
     def tick(self, now: float) -> None:
-        """Lets time pass."""
+        """Advances the agent to the given time."""
         passed_s, self._last_s = now - self._last_s, now
         self._items += passed_s * self.manner.items_per_s
         self._window_items += passed_s * self.manner.items_per_s

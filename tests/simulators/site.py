@@ -41,7 +41,7 @@ def new_key() -> ec.EllipticCurvePrivateKey:
 
 
 def request(key: ec.EllipticCurvePrivateKey, name: str = "x", *extensions: x509.ExtensionType) -> str:
-    """A certificate request, also for things nobody should get."""
+    """Returns a certificate request, also for names and extensions that must be refused."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(
         x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     )

@@ -31,19 +31,19 @@ def manifest(name: str = "apples", content: bytes = b"model") -> Manifest:
 
 @dataclass(frozen=True)
 class Signed:
-    """What travels: the set for all, and bins by name."""
+    """The signed parts that travel: the set for all agents, and the bins by name."""
 
     set: bytes
     bins: dict[str, bytes] = field(default_factory=dict)
 
     def bin(self, agent_id: str = "line-1") -> bytes:
-        """What this agent gets; empty when there is none."""
+        """Returns the bin of this agent; empty when there is none."""
         return self.bins.get(bin_of(agent_id), b"")
 
 
 @dataclass
 class Repository:
-    """Signs what a test wants signed, with any keys, in any order.
+    """Signs any metadata with any keys in any order.
 
     Args:
         root: Folder of keys and metadata.
@@ -115,7 +115,7 @@ class Repository:
         return version_of(self.parts.get(role, b"")) + 1
 
     def set(self, **changed: bytes) -> Signed:
-        """What is current, with some parts replaced."""
+        """Returns the current parts, with some of them replaced."""
         parts = self.parts | changed
         bins = {name: data for name, data in parts.items() if name not in ROLES}
         return Signed(make_set(self.folder.roots(), {role: parts[role] for role in ROLES}), bins)

@@ -1,4 +1,4 @@
-"""Who acts is decided in one place, and nothing is approved without a name."""
+"""The actor of a request is decided in one place, and nothing is approved without a name."""
 
 from collections.abc import Iterator
 from pathlib import Path

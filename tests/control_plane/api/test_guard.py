@@ -1,4 +1,4 @@
-"""What stands before every route: tokens, origins, addresses, sizes, methods."""
+"""The guard before every route checks tokens, origins, addresses, sizes and methods."""
 
 import json
 import re

@@ -12,7 +12,7 @@ from models.errors import BundleError, InputError
 from tests.simulators.tiny_bundle import tiny_bundle
 
 NOWHERE = "/sys/sortline"
-"""A place where nobody may write, not even the superuser."""
+"""A folder that is read-only even for the superuser."""
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def rates(spec: FusionSpec, items: list[np.ndarray], bad: np.ndarray) -> tuple[f
 def test_a_defect_seen_once_in_eight_views_counts_and_one_bad_crop_does_not() -> None:
     items, bad = world(np.random.default_rng(1), seen=1, crop=-0.5)
     learnt = learn_fusion(items, bad)
-    assert learnt.spec.top_k == 1, "nothing but the one view tells"
+    assert learnt.spec.top_k == 1, "only the one view shows the defect"
     caught, condemned = rates(learnt.spec, *world(np.random.default_rng(2), seen=1, crop=-0.5, items=2000))
     assert caught > 0.97
     assert condemned < 0.05

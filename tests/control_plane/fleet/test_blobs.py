@@ -1,4 +1,4 @@
-"""What the broker holds: each blob once, nothing that nobody needs, never more than the budget, repaired on demand."""
+"""The broker holds each needed blob once and no other, within its budget; missing ones are published again."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Published:
 
 
 class Broker:
-    """Retains."""
+    """A broker that keeps the last payload of each topic."""
 
     def __init__(self) -> None:
         self.held: dict[str, bytes] = {}
@@ -65,29 +65,29 @@ def publisher(services: Services, broker: Broker, clock=lambda: 0.0, **options: 
     return Publisher(config, services.engine, services.store, broker, Counter(), clock)
 
 
-def push(services: Services, folder: Path, *, seed: int = 0, card: bytes = b"# tiny\n", wish: str = "") -> str:
+def push(services: Services, folder: Path, *, seed: int = 0, card: bytes = b"# tiny\n", desired_by: str = "") -> str:
     write_bundle(folder, "tiny", tiny_files(padding=8 * CHUNK_BYTES + seed) | {"card.md": card})
     with writing(services.engine) as session:
         digest = register(session, services.store, folder, actor="t", now=utc_now()).bundle
-        if wish:
-            session.merge(Agent(id=wish, generation=1, desired_bundle=digest))
+        if desired_by:
+            session.merge(Agent(id=desired_by, generation=1, desired_bundle=digest))
         session.commit()
     return release(services, digest)
 
 
 def test_a_blob_is_published_once_across_requests_and_restarts(services: Services, tmp_path: Path) -> None:
-    digest, broker = push(services, tmp_path / "a", wish="line-1"), Broker()
+    digest, broker = push(services, tmp_path / "a", desired_by="line-1"), Broker()
     sent = publisher(services, broker).publish_bundle(digest)
     assert sent == broker.bytes_held > 8 * CHUNK_BYTES
     assert publisher(services, broker).publish_bundle(digest) == 0
     # Another bundle with another card only: its manifest and its card.
-    other = push(services, tmp_path / "b", card=b"# another\n", wish="line-1")
+    other = push(services, tmp_path / "b", card=b"# another\n", desired_by="line-1")
     assert publisher(services, broker).publish_bundle(other) < 3000
     assert len(broker.sent) == len(broker.held)
 
 
 def test_an_unconfirmed_blob_is_sent_again(services: Services, tmp_path: Path) -> None:
-    digest, broker = push(services, tmp_path / "a", wish="line-1"), Broker()
+    digest, broker = push(services, tmp_path / "a", desired_by="line-1"), Broker()
     first = publisher(services, broker)
 
     class Lost(Broker):
@@ -104,10 +104,10 @@ def test_an_unconfirmed_blob_is_sent_again(services: Services, tmp_path: Path) -
 
 
 def test_a_blob_that_no_agent_runs_or_shall_run_is_removed(services: Services, tmp_path: Path) -> None:
-    old, broker = push(services, tmp_path / "a", seed=1, wish="line-1"), Broker()
+    old, broker = push(services, tmp_path / "a", seed=1, desired_by="line-1"), Broker()
     found = publisher(services, broker)
     found.publish_bundle(old)
-    new = push(services, tmp_path / "b", seed=2, wish="line-1")
+    new = push(services, tmp_path / "b", seed=2, desired_by="line-1")
     found.publish_bundle(new)
     with writing(services.engine) as session:
         agent = session.get(Agent, "line-1")
@@ -128,11 +128,11 @@ def test_a_blob_that_no_agent_runs_or_shall_run_is_removed(services: Services, t
 
 
 def test_the_budget_refuses_before_the_first_byte_and_counts_no_garbage(services: Services, tmp_path: Path) -> None:
-    first, broker = push(services, tmp_path / "a", seed=1, wish="line-1"), Broker()
+    first, broker = push(services, tmp_path / "a", seed=1, desired_by="line-1"), Broker()
     found = publisher(services, broker, retained_max_bytes=12 * CHUNK_BYTES)
     found.publish_bundle(first)
     held = dict(broker.held)
-    second = push(services, tmp_path / "b", seed=2, wish="line-2")
+    second = push(services, tmp_path / "b", seed=2, desired_by="line-2")
     with pytest.raises(CapacityError) as caught:
         found.publish_bundle(second)
     assert caught.value.code == "delivery.retained_full"
@@ -146,7 +146,7 @@ def test_the_budget_refuses_before_the_first_byte_and_counts_no_garbage(services
 
 
 def test_a_rollout_that_does_not_fit_is_refused_when_it_is_asked_for(services: Services, tmp_path: Path) -> None:
-    release(services, push(services, tmp_path / "a", wish="line-1"))
+    release(services, push(services, tmp_path / "a", desired_by="line-1"))
     services.blobs._config = msgspec.structs.replace(services.config.broker, retained_max_bytes=100_000)
     with make_client(services) as client:
         answer = client.post("/api/v1/rollouts", json={"model": "tiny", "waves": ["100%"]})
@@ -158,7 +158,7 @@ def test_a_rollout_that_does_not_fit_is_refused_when_it_is_asked_for(services: S
 def test_a_missed_blob_is_republished_then_sent_directly_and_unknown_agents_get_nothing(
     services: Services, tmp_path: Path
 ) -> None:
-    digest, broker, now = push(services, tmp_path / "a", wish="line-1"), Broker(), 100.0
+    digest, broker, now = push(services, tmp_path / "a", desired_by="line-1"), Broker(), 100.0
     found = publisher(services, broker, lambda: now)
     total = found.publish_bundle(digest)
     chunk = services.store.manifest(digest).files[3].chunks[0].sha256
@@ -177,7 +177,7 @@ def test_a_missed_blob_is_republished_then_sent_directly_and_unknown_agents_get_
 
 
 def test_without_retained_blobs_every_agent_gets_its_own(services: Services, tmp_path: Path) -> None:
-    digest, broker = push(services, tmp_path / "a", wish="line-1"), Broker()
+    digest, broker = push(services, tmp_path / "a", desired_by="line-1"), Broker()
     found = publisher(services, broker, retained_max_bytes=0)
     assert found.publish_bundle(digest) == 0
     found.answer("line-1", Request(digests=(digest,)))
@@ -195,7 +195,7 @@ def test_one_agent_cannot_ask_without_end(services: Services) -> None:
 
 
 def test_the_rate_is_kept(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest, broker = push(services, tmp_path / "a", wish="line-1"), Broker()
+    digest, broker = push(services, tmp_path / "a", desired_by="line-1"), Broker()
     now = [0.0]
     found = publisher(services, broker, lambda: now[0], bundle_bytes_per_s=200_000.0)
 

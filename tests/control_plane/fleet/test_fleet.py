@@ -1,4 +1,4 @@
-"""What agents say is taken in once, refused by name, and never hurts; rollouts are planned purely and resume."""
+"""Messages of agents are stored once or refused by name; assignments and commands reach their agent."""
 
 from datetime import timedelta
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""No odd record silences an agent, a retained message is no sign of life, and labels and boots are kept apart."""
+"""A malformed record never blocks an agent, a retained message is no sign of life, and boots are kept apart."""
 
 import zlib
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""A lot is named to a connected agent, once, by somebody; what it answered and what it runs are told apart."""
+"""A lot is sent once to a connected agent, with its actor; the answer and the running lot are kept apart."""
 
 from datetime import timedelta
 from pathlib import Path

@@ -293,7 +293,7 @@ def test_every_step_is_in_the_audit_trail(here: Site) -> None:
 
 
 def test_messages_of_a_revoked_agent_are_not_stored(tmp_path: Path) -> None:
-    """A broker that was not told yet delivers it; nothing is stored, nothing acknowledged."""
+    """A broker with an older revocation list delivers it; nothing is stored and nothing acknowledged."""
     from control_plane.database.tables.agents import Agent
     from models.errors import MessageError
     from models.messages import Presence, encode
@@ -323,7 +323,7 @@ def test_messages_of_a_revoked_agent_are_not_stored(tmp_path: Path) -> None:
 
 
 def verify(certificates_pem: str, anchors_pem: bytes, site: Site) -> None:
-    """By a verifier that is not ours: cryptography's path building of RFC 5280."""
+    """Verifies a chain with an independent verifier, cryptography's path building of RFC 5280."""
     from cryptography.x509.verification import PolicyBuilder, Store
 
     chain = x509.load_pem_x509_certificates(certificates_pem.encode())
@@ -345,7 +345,7 @@ def test_a_new_root_is_followed_by_agents_that_were_away(here: Site) -> None:
     here.publisher.publish()
     server = (here.files / "server.pem").read_text()
     after = here.enrol("line-2")
-    verify(after.certificate_pem, old_roots, here)  # who knows only the old root
+    verify(after.certificate_pem, old_roots, here)  # a verifier that has only the old root
     roots = here.enrolment.authority.anchors_pem
     verify(before.certificate_pem, roots, here)
     assert len(x509.load_pem_x509_certificates(roots)) == 2

@@ -1,4 +1,4 @@
-"""What may be asked of a job is checked in one place, before anything long begins."""
+"""The options of a job are checked in one place, before anything long begins."""
 
 from pathlib import Path
 from typing import Any

@@ -57,7 +57,7 @@ def client(services: Services, bundle: Path) -> Iterator[TestClient]:
 
 @pytest.fixture(scope="module")
 def reader(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """For tests that change nothing."""
+    """A registry for the tests that change nothing."""
     services = make_services(tmp_path_factory.mktemp("reader") / "plane")
     with make_client(services) as found:
         assert found.post("/api/v1/versions?actor=test", content=pack(bundle)).status_code == 201

@@ -33,7 +33,7 @@ from tests.simulators.processes import wait_until
 
 @pytest.fixture
 def plane(tmp_path: Path) -> Iterator[Services]:
-    """On SQLite alone: what these tests look at does not depend on the database."""
+    """Services on SQLite alone; the behaviour under test does not depend on the database."""
     found = make_services(tmp_path / "plane")
     yield found
     found.engine.dispose()
@@ -63,7 +63,7 @@ def person(plane: Services, rollout_id: int, action: str, *, actor: str = "t", r
         session.commit()
 
 
-def told(plane: Services, rollout_id: int) -> dict[str, object]:
+def rollout_facts(plane: Services, rollout_id: int) -> dict[str, object]:
     with reading(plane.engine) as session:
         from control_plane.database.tables.rollouts import Rollout
 
@@ -79,7 +79,7 @@ def test_a_rollout_goes_wave_by_wave_and_only_what_agents_report_counts(services
     assert step(utc_now()) == 0
     assert {a: d for a, (_, d) in desired(services).items()} == {"line-0": bundle, "line-1": "", "line-2": ""}
     report_done(services, "line-0", bundle, items_on_active=0)
-    assert told(services, rollout_id)["counts"] == {"QUEUED": 2, "IN_PROGRESS": 1}
+    assert rollout_facts(services, rollout_id)["counts"] == {"QUEUED": 2, "IN_PROGRESS": 1}
     step(utc_now())
     assert state_of(services, rollout_id).wave == 0, "committed, but no item judged"
     report_done(services, "line-0", bundle)
@@ -91,7 +91,7 @@ def test_a_rollout_goes_wave_by_wave_and_only_what_agents_report_counts(services
     step(utc_now())
     step(utc_now())
     assert state_of(services, rollout_id).state == RolloutState.COMPLETED
-    facts = told(services, rollout_id)
+    facts = rollout_facts(services, rollout_id)
     assert facts["counts"] == {"SUCCEEDED": 3}
     assert [w["size"] for w in facts["wave_progress"]] == [1, 2]
     with reading(services.engine) as session:
@@ -163,11 +163,11 @@ def test_an_offline_agent_comes_back_to_the_newest_assignment_only(services: Ser
     with reading(services.engine) as session:
         newest = session.get(Agent, "line-0").rollout_id
     assert newest == rollouts[2]
-    assert [told(services, r)["counts"] for r in rollouts] == [{"CANCELED": 1}, {"CANCELED": 1}, {"QUEUED": 1}]
+    assert [rollout_facts(services, r)["counts"] for r in rollouts] == [{"CANCELED": 1}, {"CANCELED": 1}, {"QUEUED": 1}]
     generations = [g for g, _ in published]
     assert generations == sorted(generations)
     assert published[-1] == (generation, bundle)
-    # It reports the old world; it is told the newest wish again, nothing else.
+    # It reports its former state; only the newest assignment is published to it again.
     published.clear()
     say(services, Channel.REPORTED, encode(reported(generation=0)), "line-0")
     services.outbox._publish_behind()

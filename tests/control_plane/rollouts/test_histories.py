@@ -82,13 +82,13 @@ def machine(database: Path, bundles: dict[str, Path]) -> type[RuleBasedStateMach
         def withdraw_or_release(self, bundle: int) -> None:
             self.history.release(self.history.released ^ {self.history.digests[bundle]})
 
-        @rule(which=WHICH, outcome=st.sampled_from(OUTCOMES), steps=st.integers(1, 5), tells=st.booleans())
-        def work(self, which: int, outcome: str, steps: int, tells: bool) -> None:
+        @rule(which=WHICH, outcome=st.sampled_from(OUTCOMES), steps=st.integers(1, 5), reports=st.booleans())
+        def work(self, which: int, outcome: str, steps: int, reports: bool) -> None:
             box = self.box(which)
             box.hear(self.history.released)
             for _ in range(steps):
                 box.work(outcome)
-            if tells:  # else the report is lost
+            if reports:  # else the report is lost
                 self.history.report(box)
                 self.history.turn()
 

@@ -1,4 +1,4 @@
-"""What became of one agent in a rollout, told from what it reports and when."""
+"""The outcome of one agent in a rollout follows from its reports and their times."""
 
 from dataclasses import replace
 from datetime import timedelta

@@ -96,7 +96,7 @@ def test_the_laws_of_the_planner_hold_on_any_rollout(
     times = [at for at, _, _ in w.given]
     for at in times:
         assert sum(at - timedelta(seconds=60) < other <= at for other in times) <= limit
-    # Once ended, nobody is given the bundle.
+    # Once it has ended, no agent is given the bundle.
     if w.course.state in {RolloutState.ABORTED, RolloutState.ROLLING_BACK, RolloutState.COMPLETED}:
         before = len(w.given)
         for _ in range(3):
@@ -252,7 +252,7 @@ def test_a_rollout_waits_for_its_start_and_its_windows_and_ends_in_time() -> Non
     w.now = datetime(2026, 3, 3, 1, 0, tzinfo=UTC)
     for _ in range(3):
         w.turn()
-    assert len(w.given) == 1, "outside the windows nobody is given anything"
+    assert len(w.given) == 1, "outside the windows no agent is given the bundle"
     w.now = datetime(2026, 3, 4, 0, 0, tzinfo=UTC)
     w.turn()
     assert w.course.state is RolloutState.COMPLETED

@@ -1,4 +1,4 @@
-"""Where agents go back to, and what is said of it: only what they reported as committed, and only what they report."""
+"""Agents go back only to a bundle they reported as committed, and "back" is only what they report."""
 
 from dataclasses import replace
 from datetime import timedelta

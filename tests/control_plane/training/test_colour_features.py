@@ -67,7 +67,7 @@ def test_directions_are_spread_and_of_length_one() -> None:
 
 
 def members(items: int, useful: bool, seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A first member that knows a little; a second that knows more of every item, or only who the item is."""
+    """Makes the scores of a weak first member, and of a second that is better or has only memorised the items."""
     rng = np.random.default_rng(seed)
     names = np.repeat(np.arange(items), 6)
     truth = names % 2

@@ -21,7 +21,7 @@ from tests.simulators.photographs import small_views
 
 
 def skins_and_marks(rng: np.random.Generator, *, telling: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of one scale of four filters: a mark tells a defect; the skin does by accident, or not at all."""
+    """Makes features of one scale of four filters: one marks the defect, the skin correlates by accident or not."""
     kind = np.arange(12) % 2
     labels, items = np.repeat(kind, 20), np.repeat([f"i{k}" for k in range(12)], 20)
     features = np.abs(rng.normal(1.0, 0.1, (240, 12)))

@@ -1,4 +1,4 @@
-"""From photographs to a bundle, and the figures of a bundle on a folder."""
+"""Training makes a bundle from photographs; evaluation gives the figures of a bundle on a folder."""
 
 import json
 from pathlib import Path

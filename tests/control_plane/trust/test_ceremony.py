@@ -263,18 +263,18 @@ def test_a_bin_that_grows_too_large_is_reported_first_and_then_refused(
     names = (name for n in itertools.count() if bin_of(name := f"line-{n:050}") == bin_of("line-1"))
     crowd = {name: Desired(generation=1, bundle=digest) for name in itertools.islice(names, 900)}
 
-    def told(agents: int) -> str:
+    def summary(agents: int) -> str:
         assign(engine, assignments, dict(itertools.islice(crowd.items(), agents)))
         with reading(engine) as session:
             assignments.look(session, NOW)
         return assignments.kind
 
-    assert told(500) == "ok"
-    assert told(600) == f"signatures: bin {assignments.fill['bin']:.0%} full (sortline keys status)"
+    assert summary(500) == "ok"
+    assert summary(600) == f"signatures: bin {assignments.fill['bin']:.0%} full (sortline keys status)"
     assert 0.8 <= assignments.fill["bin"] < 1.0
     last = next(reversed(crowd))
     with pytest.raises(TrustError) as caught:
-        told(900)
+        summary(900)
     assert caught.value.code == "trust.oversize"
     assert published(engine, assignments, last)[1] == b""
 
@@ -300,21 +300,21 @@ def test_a_changed_row_is_signed_once_and_a_cleared_one_is_a_recall(
         assert (recall.generation, recall.bundle) == (4, ""), "nothing is desired any more, and that is signed"
         agent.generation, agent.desired_bundle = 5, "f" * 64
         session.add(agent)
-        assert not assignments.sign_changes(session, NOW), "nobody released it"
+        assert not assignments.sign_changes(session, NOW), "the bundle is not released"
         assert not assignments.is_sealed(session, agent)
 
 
 def test_renewals_that_need_offline_keys_are_reported_in_time(engine: Engine, assignments: OnlineSigner) -> None:
-    def told(now: datetime) -> str:
+    def summary(now: datetime) -> str:
         assign(engine, assignments, {}, now)
         with reading(engine) as session:
             assignments.look(session, now)
         return assignments.kind
 
-    assert told(NOW) == "ok"
-    assert told(NOW + timedelta(days=240)) == "ok"
-    assert told(NOW + timedelta(days=250)) == "signatures: targets renew (sortline keys status)"
-    assert "targets expired" in told(NOW + timedelta(days=366))
+    assert summary(NOW) == "ok"
+    assert summary(NOW + timedelta(days=240)) == "ok"
+    assert summary(NOW + timedelta(days=250)) == "signatures: targets renew (sortline keys status)"
+    assert "targets expired" in summary(NOW + timedelta(days=366))
 
 
 def test_development_keys_say_so(tmp_path: Path, engine: Engine) -> None:
@@ -421,8 +421,8 @@ def test_keys_status_fails_when_a_bin_is_nearly_full(monkeypatch: pytest.MonkeyP
     with pytest.raises(typer.Exit) as caught:
         keys.status()
     assert caught.value.exit_code == 1
-    told = capsys.readouterr().err
-    assert "bin 80% full" in told
-    assert "set" not in told
+    printed = capsys.readouterr().err
+    assert "bin 80% full" in printed
+    assert "set" not in printed
     found["fill"]["bin"] = 0.5
     keys.status()

@@ -378,7 +378,7 @@ def test_the_overlay_shows_lanes_and_ruler() -> None:
 
 
 def green_columns(picture: np.ndarray, rows: slice) -> int:
-    """How many columns an arrow reaches over in these rows."""
+    """Returns the number of columns that an arrow covers in these rows."""
     strip = picture[rows].astype(int)
     return int(((strip[:, :, 1] > 150) & (strip[:, :, 2] < 160)).any(axis=0).sum())
 

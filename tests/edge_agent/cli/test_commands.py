@@ -14,7 +14,7 @@ from edge_agent.cli.commands import main
 
 @pytest.fixture(autouse=True)
 def _no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here may get as far as a camera."""
+    """Fails a test in which a long step begins before the inputs were checked."""
 
     def too_late(*_: object, **__: object) -> None:
         pytest.fail("a long step began before the inputs were checked")

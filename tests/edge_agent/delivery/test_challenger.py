@@ -94,11 +94,13 @@ class Bench:
         )
         return self.found
 
-    def wish(self, generation: int, digest: str = ONE, mode: Mode = Mode.SHADOW, blocked: tuple[str, ...] = ()) -> None:
+    def desire(
+        self, generation: int, digest: str = ONE, mode: Mode = Mode.SHADOW, blocked: tuple[str, ...] = ()
+    ) -> None:
         self.found.desire(Desired(generation=generation, bundle=digest, mode=mode), blocked)
 
     def until_shadow(self, digest: str = ONE, generation: int = 1) -> None:
-        self.wish(generation, digest)
+        self.desire(generation, digest)
         self.wire.whole = True
         self.found.tick(settled=True)
         self.found.tick(settled=True)
@@ -128,7 +130,7 @@ def test_it_is_fetched_tested_and_loaded_once(bench: Bench) -> None:
 
 
 def test_it_waits_while_the_champion_is_fetched_tested_or_tried(bench: Bench) -> None:
-    bench.wish(1)
+    bench.desire(1)
     bench.wire.whole = True
     for _ in range(3):
         bench.found.tick(settled=False)
@@ -137,9 +139,9 @@ def test_it_waits_while_the_champion_is_fetched_tested_or_tried(bench: Bench) ->
 
 def test_a_live_assignment_ends_it_and_an_older_one_changes_nothing(bench: Bench) -> None:
     bench.until_shadow(generation=5)
-    bench.wish(4, TWO)
+    bench.desire(4, TWO)
     assert bench.found.state.digest == ONE
-    bench.wish(6, ONE, Mode.LIVE)
+    bench.desire(6, ONE, Mode.LIVE)
     assert bench.phase is ShadowPhase.IDLE
     assert bench.site.loads == [ONE, ""]
     assert not bench.found.running
@@ -147,20 +149,20 @@ def test_a_live_assignment_ends_it_and_an_older_one_changes_nothing(bench: Bench
 
 def test_a_newer_generation_of_the_same_challenger_goes_on_without_a_break(bench: Bench) -> None:
     bench.until_shadow()
-    bench.wish(2)
+    bench.desire(2)
     assert bench.found.running == ONE
     assert bench.site.loads == [ONE]
     assert bench.found.state.generation == 2
 
 
 def test_a_bundle_that_failed_as_a_champion_is_refused(bench: Bench) -> None:
-    bench.wish(1, blocked=(ONE,))
+    bench.desire(1, blocked=(ONE,))
     assert bench.phase is ShadowPhase.IDLE
     assert bench.site.faults == ["agent.digest_blocked"]
 
 
 def test_a_failed_self_test_ends_it_until_a_newer_assignment(bench: Bench) -> None:
-    bench.wish(1)
+    bench.desire(1)
     bench.wire.whole = True
     bench.found.tick(settled=True)
     bench.found.tick(settled=True)
@@ -168,7 +170,7 @@ def test_a_failed_self_test_ends_it_until_a_newer_assignment(bench: Bench) -> No
     bench.found.tick(settled=True)
     assert bench.phase is ShadowPhase.FAILED
     assert not bench.site.loads
-    bench.wish(2)
+    bench.desire(2)
     assert bench.phase is ShadowPhase.FETCHING
 
 
@@ -177,11 +179,11 @@ def test_a_self_test_of_the_champion_is_not_taken(bench: Bench) -> None:
 
 
 def test_a_self_test_overtaken_by_a_newer_assignment_is_dropped_and_the_new_one_tested(bench: Bench) -> None:
-    bench.wish(1)
+    bench.desire(1)
     bench.wire.whole = True
     bench.found.tick(settled=True)
     bench.found.tick(settled=True)
-    bench.wish(2, TWO)
+    bench.desire(2, TWO)
     bench.found.tick(settled=True)
     bench.found.tick(settled=True)
     assert bench.tests == [ONE]
@@ -230,7 +232,7 @@ def test_no_line_no_load(bench: Bench) -> None:
 
 
 def test_bytes_of_no_bundle_end_it(bench: Bench) -> None:
-    bench.wish(1)
+    bench.desire(1)
     bench.wire.refuses = "bundle.malformed"
     bench.found.chunk("topic", b"nonsense")
     assert bench.phase is ShadowPhase.FAILED
@@ -241,7 +243,7 @@ def test_bytes_of_no_bundle_end_it(bench: Bench) -> None:
 @pytest.mark.parametrize("cut", range(5))
 def test_a_power_cut_after_any_step_goes_on_with_the_same_challenger(bench: Bench, cut: int) -> None:
     steps = [
-        lambda: bench.wish(1),
+        lambda: bench.desire(1),
         lambda: bench.found.tick(settled=True),
         lambda: bench.found.tick(settled=True),
         lambda: bench.found.tested(SelfTestDone(ONE, None)),
@@ -251,7 +253,7 @@ def test_a_power_cut_after_any_step_goes_on_with_the_same_challenger(bench: Benc
     for step in steps[: cut + 1]:
         step()
     bench.restarted()
-    bench.wish(1)  # retained: it comes again, and is not newer
+    bench.desire(1)  # retained: it comes again, and is not newer
     for _ in range(4):
         bench.found.tick(settled=True)
         bench.found.tested(SelfTestDone(ONE, None))
@@ -264,7 +266,7 @@ def test_a_broken_state_file_is_replaced_and_the_retained_assignment_restores_it
     (tmp_path / "challenger.json").write_bytes(data)
     bench = Bench(tmp_path)
     assert bench.phase is ShadowPhase.IDLE
-    bench.wish(7)
+    bench.desire(7)
     assert bench.phase is ShadowPhase.FETCHING
 
 

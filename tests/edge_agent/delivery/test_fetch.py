@@ -1,4 +1,4 @@
-"""Delivery: in any order, with lies, losses and power cuts, a bundle arrives whole or not at all."""
+"""Delivery: in any order, with wrong chunks, losses and power cuts, a bundle arrives whole or not at all."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.simulators.tiny_bundle import tiny_bundle, tiny_files
 
 
 class Blobs:
-    """What the broker holds: digest -> bytes."""
+    """The blobs of one bundle as the broker holds them: digest -> bytes."""
 
     def __init__(self, directory: Path) -> None:
         self.bundle = read_bundle(directory)

@@ -88,7 +88,7 @@ class Box:
         self.failed |= set(self.updater.state.blocked)
 
     def act(self, step) -> None:
-        """What the supervisor's loop does: a disk that refuses stops one step, and the next turn tries again."""
+        """Runs a step as the supervisor's loop does: a disk error ends the step, and the next turn tries again."""
         before = self.updater.state
         try:
             step()

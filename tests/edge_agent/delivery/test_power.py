@@ -133,7 +133,7 @@ def recorded(tmp_path: Path, old: Blobs, new: Blobs, monkeypatch: pytest.MonkeyP
 
 
 def fault_of(place: Path, marked: SlotState | None, old: Blobs, new: Blobs) -> str:
-    """What is wrong with a disk after a power cut; empty = nothing."""
+    """Returns what is wrong with a disk after a power cut; empty = nothing."""
     broken: list[str] = []
     state = champion_file(place, lambda _path, why: broken.append(why)).load() or SlotState()
     if broken or any(_broken(place / name) for name in ("state.json", "state.json.bak")):

@@ -1,4 +1,4 @@
-"""When a line changes over: at a gap, at a lot change, at once, and never later than its deadline."""
+"""A line changes over at a gap, at a lot change or at once, and never later than its deadline."""
 
 from typing import Any, cast
 
@@ -37,9 +37,9 @@ def test_a_bundle_takes_over_when_what_it_waits_for_has_come(
 def test_the_changeover_travels_from_the_assignment_to_the_line(tmp_path) -> None:
     import socket
 
-    wish = Desired(generation=3, bundle="a" * 64, swap=Swap.LOT_CHANGE, swap_within_s=900.0)
-    read = decode(encode(wish), Desired)
-    assert read == wish
+    desired = Desired(generation=3, bundle="a" * 64, swap=Swap.LOT_CHANGE, swap_within_s=900.0)
+    read = decode(encode(desired), Desired)
+    assert read == desired
     state = advance(SlotState(), Trigger.DESIRED, target=read.bundle, swap=read.swap, swap_within_s=read.swap_within_s)
     champion_file(tmp_path).save(state)
     kept = champion_file(tmp_path).load()

@@ -398,13 +398,13 @@ def test_rot_as_dark_as_the_belt_stays_part_of_its_apple(shape: str, whole: bool
 
 def test_a_picture_sheet_shows_what_was_judged_or_says_that_nothing_was(bundle: Path, tmp_path: Path) -> None:
     config = LineConfig(paced=False, items_per_s=6.0)
-    told = write_sheet(config, bundle, tmp_path / "line.png", seconds=2.5)
-    assert told["items"] > 8
+    summary = write_sheet(config, bundle, tmp_path / "line.png", seconds=2.5)
+    assert summary["items"] > 8
     picture = cv2.imread(str(tmp_path / "line.png"))
     assert picture is not None
     # A headline, two rows of frames of 340 pixels, and items in two columns.
     assert picture.shape[1] == 1280
-    assert picture.shape[0] > 64 + 2 * 340 + 74 * (told["shown"] // 2)
+    assert picture.shape[0] > 64 + 2 * 340 + 74 * (summary["shown"] // 2)
     with pytest.raises(InputError, match=r"expected an item"):
         write_sheet(config, bundle, tmp_path / "none.png", seconds=0.1)
     assert not (tmp_path / "none.png").exists()

@@ -23,7 +23,7 @@ class Belt:
 
 
 class Queue:
-    """Takes every shot."""
+    """Accepts every shot and keeps it in a list."""
 
     class rules:  # noqa: N801  stands for the queue's own
         close = "hold"

@@ -1,4 +1,4 @@
-"""A challenger sees what the champion saw, moves nothing, and waits for nobody."""
+"""A challenger judges the champion's views, moves nothing, and never delays the line."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_the_same_bundle_never_disagrees_with_itself(tmp_path: Path, bundles: tu
 
 
 def test_a_challenger_that_is_behind_is_skipped_not_waited_for(bundles: tuple[Path, Path]) -> None:
-    shadow = Shadow(Judge(bundles[1]), waiting=4)  # its thread is not started: nobody takes anything
+    shadow = Shadow(Judge(bundles[1]), waiting=4)  # its thread is not started, so the queue only fills
     for _ in range(10):
         shadow.offer(object(), "pass", "", "")  # type: ignore[arg-type]
     assert shadow.counts == {"skipped": 6}

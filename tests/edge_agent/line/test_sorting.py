@@ -1,4 +1,4 @@
-"""From frame to verdict: no verdict waits for a later frame, declared scalars reach the model, outlets must exist."""
+"""The order from frame to verdict: no verdict waits for a later frame, scalars reach the model, outlets must exist."""
 
 from pathlib import Path
 

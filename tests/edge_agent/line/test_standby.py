@@ -1,4 +1,4 @@
-"""A standby as a real process: it touches no camera until it is told to, then it is the line; an orphan ends."""
+"""A standby as a real process: it opens no camera before the command, then it is the line; an orphan ends."""
 
 import queue
 import socket

@@ -94,5 +94,5 @@ def test_a_lot_does_not_wait_for_a_gap_for_ever(since_s: float, lot: str) -> Non
 def test_a_full_outbox_drops_reports_and_counts_them(pipe: Pipe) -> None:
     outbox = Outbox(pipe)
     for _ in range(300):
-        outbox.say_fault("line.fail_safe", "A report that nobody reads.")
+        outbox.say_fault("line.fail_safe", "A report without a reader.")
     assert outbox.dropped == 300 - 256

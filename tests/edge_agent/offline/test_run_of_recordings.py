@@ -1,4 +1,4 @@
-"""What people really record: lost frames, cut files, damaged pictures, another size. The items are counted right."""
+"""Recordings from real lines have lost frames, cut files, damaged pictures, another size. Items are counted right."""
 
 from dataclasses import dataclass
 from pathlib import Path

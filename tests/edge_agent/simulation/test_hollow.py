@@ -1,4 +1,4 @@
-"""Hollow items look sound and weigh less: the simulated scale knows, and without them nothing changes."""
+"""Hollow items look sound and weigh less: only the simulated scale shows it, and without them nothing changes."""
 
 import msgspec
 import numpy as np

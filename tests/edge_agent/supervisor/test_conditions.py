@@ -1,4 +1,4 @@
-"""What stands until it recovers: a weak ejector stays weak in the report, though its event has passed."""
+"""Conditions stand until they recover: a weak ejector stays weak in the report after its event has passed."""
 
 import socket
 from pathlib import Path

@@ -25,7 +25,7 @@ class Process:
         self.pid, self.digest, self.standby = pid, digest, standby
         self.started_s = self.heard_s = now_s
         self.ready = self.waiting = self.killed = self.deaf = self.hangs = False
-        self.told: list[Go] = []
+        self.commands: list[Go] = []
         self.loads: list[str] = []
 
     def load(self, digest: str, directory: Path, *, swap: Swap = Swap.BELT_GAP, swap_within_s: float | None = None):
@@ -41,7 +41,7 @@ class Process:
     def go(self, present: Go) -> None:
         if self.deaf:
             raise UnavailableError("pipe.closed", "The other process does not read.")
-        self.told.append(present)
+        self.commands.append(present)
         self.waiting = False
 
     def kill(self) -> None:
@@ -153,9 +153,9 @@ def test_the_standby_takes_over_once_the_line_was_reaped_and_not_before(bench: B
     for _ in range(60):
         bench.tick(standby=OLD, after_s=0.1)  # the line hangs, is killed, and is not reaped yet
     assert line.killed
-    assert spare.told == []
+    assert spare.commands == []
     assert bench.keeper.gone(line, OLD)
-    assert spare.told == [bench.present]
+    assert spare.commands == [bench.present]
     assert bench.keeper.line is spare
     assert bench.counters["standby_takeovers"] == 1
 
@@ -194,7 +194,7 @@ def test_after_it_took_over_the_next_standby_comes_when_the_line_works(bench: Be
 def test_a_standby_with_another_bundle_than_wanted_is_ended_and_never_takes_over(bench: Bench) -> None:
     line, spare = bench.covered_line()
     bench.keeper.gone(line, NEW)
-    assert spare.told == []
+    assert spare.commands == []
     bench.tick(NEW, standby=NEW, after_s=1.0)
     assert spare.killed
     assert not bench.keeper.line.standby
@@ -206,7 +206,7 @@ def test_a_standby_that_is_no_longer_needed_is_ended(bench: Bench) -> None:
     assert spare.killed
     assert bench.keeper.line is line
     assert not bench.keeper.gone(spare, "")
-    assert bench.counters["standby_died"] == 0, "it was told to"
+    assert bench.counters["standby_died"] == 0, "it ended on command"
 
 
 def test_a_standby_that_keeps_dying_is_counted_and_started_later_and_later(bench: Bench) -> None:

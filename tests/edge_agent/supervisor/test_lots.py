@@ -1,4 +1,4 @@
-"""Which lot runs: the newest word counts, late and repeated ones change nothing, power cuts forget none."""
+"""Which lot runs: the newest request counts, late and repeated ones change nothing, and power cuts lose none."""
 
 import shutil
 from collections import Counter
@@ -56,7 +56,7 @@ class Host:
 
     def set_lot(self, lot: str, variety: str) -> None:
         kept = lot_file(self.root).read()
-        assert (kept.lot, kept.variety) == (lot, variety), "the line hears of a lot that a power cut would forget"
+        assert (kept.lot, kept.variety) == (lot, variety), "the line was given a lot that a power cut would lose"
         self.lots.append((lot, variety))
 
     def respond(self, response: Response) -> None:
@@ -146,7 +146,7 @@ def test_a_repeated_command_is_confirmed_again_and_does_nothing_again(host: Host
     lots = opened(host, clock)
     lots.command(encode(command(1)))
     lots.command(encode(command(2, issued=NOW + 1)))
-    clock.ms += 120_000  # long expired: it was obeyed all the same
+    clock.ms += 120_000  # long expired, but it was applied before
     opened(host, clock).command(encode(command(1)))
     assert [answer.fault for answer in host.answers] == [None, None, None]
     assert host.lots == [("lot-1", "gala"), ("lot-2", "gala")]

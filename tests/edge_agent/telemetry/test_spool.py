@@ -119,8 +119,8 @@ def drain(held: Spool, plane: Plane) -> None:
             uplink.acknowledged(plane.ack_of(number))
 
 
-def told(plane: Plane) -> set[tuple[str, int]]:
-    """Numbers that the control plane was told to be lost."""
+def reported_lost(plane: Plane) -> set[tuple[str, int]]:
+    """Returns the numbers that were reported as lost to the control plane."""
     gaps = [msgspec.msgpack.decode(r.payload, type=Gap) for b in plane.received for r in b.records if r.kind == "gap"]
     return {(g.boot_id, n) for g in gaps for r in g.ranges for n in range(r.first, r.last + 1)}
 
@@ -140,9 +140,9 @@ def test_beyond_the_budget_the_gap_is_exact_and_the_last_alarms_stay(tmp_path: P
     gaps = {key for b in plane.received for r in b.records if r.kind == "gap" for key in [(r.boot_id, r.seq)]}
     stored = set(plane.stored) - gaps
     used = {(OLD, n) for n in range(300)} | {(BOOT, n) for n in range(held._seq)}
-    assert stored | gaps | told(plane) == used
-    assert not stored & told(plane)
-    assert len(told(plane)) == held.dropped > 2000
+    assert stored | gaps | reported_lost(plane) == used
+    assert not stored & reported_lost(plane)
+    assert len(reported_lost(plane)) == held.dropped > 2000
     kinds = [r.kind for b in plane.received for r in b.records]
     assert kinds.count(RecordKind.EVENT) == 30
     assert (BOOT, 2999) in stored
@@ -193,7 +193,7 @@ def test_every_number_is_waiting_acknowledged_or_in_a_gap(tmp_path_factory: pyte
     drain(held, plane)
     used |= {(boots[-1], n) for n in range(held._seq)}
     assert held.depth == 0
-    assert set(plane.stored) | told(plane) == used
+    assert set(plane.stored) | reported_lost(plane) == used
     held.close()
 
 
@@ -237,8 +237,8 @@ def test_a_full_disk_releases_the_ballast_and_counts_what_it_refused(
     held.append(RecordKind.EVENT, b"room again")
     drain(held, plane)
     assert (tmp_path / "ballast").stat().st_size == 1_000_000
-    assert len(told(plane)) == held.dropped >= refused
-    assert set(plane.stored) | told(plane) == {(BOOT, n) for n in range(held._seq)}
+    assert len(reported_lost(plane)) == held.dropped >= refused
+    assert set(plane.stored) | reported_lost(plane) == {(BOOT, n) for n in range(held._seq)}
     held.close()
 
 
@@ -267,7 +267,7 @@ def test_a_commit_that_fails_leaves_nothing_behind(tmp_path: Path, times: int) -
         held.append(RecordKind.WINDOW, b"in between")
     held.append(RecordKind.WINDOW, b"after")
     drain(held, plane)
-    assert set(plane.stored) | told(plane) == {(BOOT, n) for n in range(held._seq)}
+    assert set(plane.stored) | reported_lost(plane) == {(BOOT, n) for n in range(held._seq)}
     held.close()
 
 

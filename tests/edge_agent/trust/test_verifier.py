@@ -74,7 +74,7 @@ def assigned(repository: Repository, generation: int = 1, content: bytes = b"mod
 
 
 def offer(gate: AssignmentVerifier, signed: Signed) -> None:
-    """As the broker gives it: two retained messages."""
+    """Delivers the set as a broker does, in two retained messages."""
     gate.offer_bin(signed.bin())
     gate.offer_set(signed.set)
 

@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(path: Path, *, batch: int | str = 1, classes: int = 2, opset: int = 13, ir: int = 8) -> Path:
-    """What a PyTorch export looks like: float32 NCHW RGB, normalised, one batch size, logits."""
+    """Makes a graph as PyTorch exports it: float32 NCHW RGB, normalised, one batch size, logits."""
     rng = np.random.default_rng(0)
     weights = rng.normal(0, 0.2, (classes, 3)).astype(np.float32)
     weights[0], weights[1] = [1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]

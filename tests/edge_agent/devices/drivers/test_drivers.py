@@ -1,4 +1,4 @@
-"""Sensors and addresses of real lines: readings that lie, addresses that are none, answers nobody expects."""
+"""Sensors and addresses of real lines: wrong readings, malformed addresses, unexpected answers."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_a_polled_sensor_gives_one_reading_per_sequence_at_the_noted_count() -> 
     belt = encoder_at(clock, 0, 100, 200)
     join, plc = ScalarJoin(sensor_mm=0.0, tolerance_mm=2.0, high=2000.0), FakePlc(clock)
     sensor = ModbusScalar(join, belt, plc, "input", 300, ScalarOptions(pulses=True), clock=clock)
-    plc.words[300:305] = [65535, 0x4320, 0, 0, 50]  # 160.0 at 5 mm, but nobody knows since when
+    plc.words[300:305] = [65535, 0x4320, 0, 0, 50]  # 160.0 at 5 mm, but it is unknown since when
     sensor.poller.poll()
     assert join.remembered == 0
     for sequence, high, count in ((0, 0x4320, 150), (0, 0x4320, 150), (2, 0x4348, 180), (3, 0x7FC0, 190)):

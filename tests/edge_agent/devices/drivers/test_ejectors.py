@@ -53,7 +53,7 @@ def test_an_announced_shot_is_not_handed_over_again_when_it_falls_due() -> None:
     ejector.queue.step()
     assert len(plc.writes) == 2
     assert ejector.queue.counters["repeated"] == 1
-    ejector.fire(shot(2, 10.5), clock.now_s)  # nobody announced this one
+    ejector.fire(shot(2, 10.5), clock.now_s)  # a shot that was not announced
     ejector.queue.step()
     assert plc.writes[-1][1][0] == 2
 
@@ -226,7 +226,7 @@ def test_without_pymodbus_the_error_names_what_to_install(monkeypatch: pytest.Mo
 
 
 class FakeGpiod:
-    """What libgpiod's bindings offer."""
+    """Offers the part of libgpiod's bindings that the driver uses."""
 
     class LineSettings:
         def __init__(self, **settings: object) -> None:
