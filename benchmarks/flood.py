@@ -346,7 +346,7 @@ def came_back(figures: Figures, scratch: Path, kind: str, *, count: int, watch_s
 
 
 class Fleet:
-    """Starts a fleet in a process of its own; yields it with its last reports."""
+    """A simulated fleet in a process of its own, and the number of its agents that are connected."""
 
     def __init__(self, command: list[str]) -> None:
         self.connected = -1
