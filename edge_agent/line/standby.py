@@ -37,8 +37,10 @@ def run_at_low_priority(work: Callable[[], T]) -> T:
 
 
 def _lower_priority() -> None:
+    thread = threading.get_native_id()
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        # A privileged process that was started with an even lower priority would otherwise raise its own.
+        os.setpriority(os.PRIO_PROCESS, thread, max(os.getpriority(os.PRIO_PROCESS, thread), _NICE))
 
 
 @contextlib.contextmanager
