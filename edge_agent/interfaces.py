@@ -152,4 +152,4 @@ class Confirmation(Protocol):
     """Photo-eyes or a second camera behind the ejectors. Called by the sorting thread once per frame."""
 
     def sightings(self, until_s: float) -> list[Sighting]:
-        """What was seen since the last call and not after the monotonic time `until_s`; never blocks."""
+        """Returns what was seen since the last call and not after the monotonic time `until_s`; never blocks."""

@@ -110,7 +110,7 @@ class StateDirectory:
         return self.root / _LOCK
 
     def is_owned(self) -> bool:
-        """Whether a supervisor runs on this directory now; changes nothing."""
+        """Returns whether a supervisor runs on this directory now; changes nothing."""
         try:
             with self.lock_file.open("rb") as stream:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -54,7 +54,7 @@ def make_set(roots: list[bytes], parts: dict[str, bytes]) -> bytes:
 
 
 def set_of(roots: list[bytes], parts: dict[str, bytes]) -> TrustSet:
-    """What `make_set` encodes."""
+    """Returns what `make_set` encodes."""
     found = TrustSet(roots=tuple(msgspec.Raw(root) for root in roots))
     return msgspec.structs.replace(found, **{role: msgspec.Raw(data) for role, data in parts.items() if data})
 
@@ -101,7 +101,7 @@ def version_of(data: bytes) -> int:
 
 
 def is_development(root: bytes) -> bool:
-    """Whether a root says that its keys were made for development: all on one machine, threshold 1."""
+    """Returns whether a root says that its keys were made for development: all on one machine, threshold 1."""
     return _claims(root).development
 
 

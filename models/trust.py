@@ -289,7 +289,7 @@ def _check_anchor(anchor: bytes) -> None:
 
 
 def issued_at(signed: Root | Timestamp | Snapshot | Targets) -> datetime | None:
-    """When metadata was signed, by the signer's clock; TUF itself has no such field."""
+    """Returns when metadata was signed, by the signer's clock; TUF itself has no such field."""
     text = signed.unrecognized_fields.get("issued_at")
     try:
         found = datetime.fromisoformat(str(text))

@@ -169,7 +169,7 @@ class Credentials:
         return True
 
     def known(self, identity: Identity) -> bool:
-        """Whether the identity still exists."""
+        """Returns whether the identity still exists."""
         return self._path is None or identity.name in self._entries
 
     def cached(self, username: str | None, password: bytes | None) -> Identity | None:

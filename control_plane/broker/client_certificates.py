@@ -136,7 +136,7 @@ class Certificates:
         return identity if self.known(identity) else None
 
     def known(self, identity: Identity) -> bool:
-        """Whether the identity may (still) be connected."""
+        """Returns whether the identity may (still) be connected."""
         admission = self._admission
         return (
             identity.serial not in admission.revoked_serials

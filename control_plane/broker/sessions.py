@@ -151,7 +151,7 @@ class Quarantine:
         return True
 
     def holds(self, name: str, now_s: float) -> bool:
-        """Whether the agent must not connect now."""
+        """Returns whether the agent must not connect now."""
         end_s, length_s = self._until.get(name, (0.0, 0.0))
         if length_s and now_s > end_s + 4.0 * length_s:
             del self._until[name]  # it behaved for long enough: the next one is short again

@@ -10,7 +10,7 @@ S = TypeVar("S", bound=Hashable)
 
 
 def valid_topic(topic: str) -> bool:
-    """Whether a message may be published under this name."""
+    """Returns whether a message may be published under this name."""
     return (
         0 < len(topic.encode()) <= MAX_TOPIC_BYTES
         and topic.count("/") < MAX_LEVELS
@@ -20,7 +20,7 @@ def valid_topic(topic: str) -> bool:
 
 
 def valid_filter(topic_filter: str) -> bool:
-    """Whether this is a filter: `+` fills a level, `#` only the last one."""
+    """Returns whether this is a filter: `+` fills a level, `#` only the last one."""
     if not 0 < len(topic_filter.encode()) <= MAX_TOPIC_BYTES or topic_filter.count("/") >= MAX_LEVELS:
         return False
     levels = topic_filter.split("/")
@@ -31,12 +31,12 @@ def valid_filter(topic_filter: str) -> bool:
 
 
 def has_wildcard(topic_filter: str) -> bool:
-    """Whether the filter can match more than one topic."""
+    """Returns whether the filter can match more than one topic."""
     return "+" in topic_filter or "#" in topic_filter
 
 
 def matches(topic_filter: str, topic: str) -> bool:
-    """Whether a filter covers a topic; `$...` topics are not covered by a leading wildcard [4.7.2]."""
+    """Returns whether a filter covers a topic; `$...` topics are not covered by a leading wildcard [4.7.2]."""
     if topic.startswith("$") and topic_filter[:1] in {"+", "#"}:
         return False
     wanted, given = topic_filter.split("/"), topic.split("/")

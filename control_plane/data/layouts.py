@@ -49,7 +49,7 @@ _ROBOFLOW: Final = re.compile(r"[._](?:jpe?g|png|bmp|webp)\.rf\.[0-9A-Za-z]+$")
 
 
 def is_left_out(relative: PurePosixPath) -> bool:
-    """Whether a file is hidden, belongs to a system, or lies in such a folder, at any depth."""
+    """Returns whether a file is hidden, belongs to a system, or lies in such a folder, at any depth."""
     return any(part.startswith((".", "~$")) or part.casefold() in _SYSTEM_NAMES for part in relative.parts)
 
 

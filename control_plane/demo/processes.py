@@ -87,7 +87,7 @@ class DemoRun:
 
 
 def vanishes(group: int, timeout_s: float) -> bool:
-    """Whether a process group is empty within the time."""
+    """Returns whether a process group is empty within the time."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         try:

@@ -16,7 +16,7 @@ MAX_VALUE: Final = 128
 
 
 def fits(name: str, value: str) -> bool:
-    """Whether a label is within its bounds: 1 to 63 and at most 128 printable characters."""
+    """Returns whether a label is within its bounds: 1 to 63 and at most 128 printable characters."""
     return 0 < len(name) <= MAX_NAME and len(value) <= MAX_VALUE and (name + value).isprintable()
 
 

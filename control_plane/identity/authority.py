@@ -184,7 +184,7 @@ class Authority:
         return certificate_pem(*found)
 
     def issued(self, certificate: x509.Certificate) -> bool:
-        """Whether a trusted generation signed it."""
+        """Returns whether a trusted generation signed it."""
         return any(issued_by(certificate, self.certificate(f"issuing-{one.number}")) for one in self.trusted)
 
     def revocations_pem(self, revoked: Iterable[tuple[str, datetime]], now: datetime) -> bytes:

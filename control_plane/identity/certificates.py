@@ -292,7 +292,7 @@ def agent_of(certificate: x509.Certificate) -> str:
 
 
 def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    """Whether this issuer's key signed it."""
+    """Returns whether this issuer's key signed it."""
     try:
         certificate.verify_directly_issued_by(issuer)
     except (ValueError, TypeError, InvalidSignature):
@@ -301,7 +301,7 @@ def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 
 def signed(key: ec.EllipticCurvePublicKey, signature: bytes, statement: bytes) -> bool:
-    """Whether the key signed the statement (ECDSA, SHA-256)."""
+    """Returns whether the key signed the statement (ECDSA, SHA-256)."""
     try:
         key.verify(signature, statement, ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:

@@ -128,7 +128,7 @@ def publish_admission(
 
 
 def _revocations_due(path: Path, authority: Authority, now: datetime) -> bool:
-    """Whether the lists are older than a week, or one for an issuer is missing."""
+    """Returns whether the lists are older than a week, or one for an issuer is missing."""
     try:
         blocks = path.read_bytes().split(b"-----END X509 CRL-----\n")[:-1]
         lists = [x509.load_pem_x509_crl(block + b"-----END X509 CRL-----\n") for block in blocks]

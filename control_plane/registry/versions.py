@@ -64,7 +64,7 @@ def register(
 
 
 def _named(name: str) -> ColumnElement[bool]:
-    """Whether a model has this name; upper and lower case make no two models."""
+    """Returns whether a model has this name; upper and lower case make no two models."""
     return func.lower(col(Model.name)) == name.lower()
 
 

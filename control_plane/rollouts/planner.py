@@ -218,7 +218,7 @@ def _reason_to_stop(
 def _reason_to_end(
     rollout: RolloutView, members: Sequence[AgentView], outcomes: dict[str, Outcome], now: datetime
 ) -> ChangeState | None:
-    """What the end time asks for; None before it, and while agents that have begun are to finish."""
+    """Returns what the end time asks for; None before it, and while agents that have begun are to finish."""
     schedule = rollout.policy.scheduling_config
     if schedule.ends_at is not None and now >= schedule.ends_at:
         unfinished = sum(outcome not in DONE for outcome in outcomes.values())

@@ -31,7 +31,7 @@ class Term:
     negated: bool
 
     def holds(self, labels: Mapping[str, str]) -> bool:
-        """Whether these labels meet it."""
+        """Returns whether these labels meet it."""
         there = self.key in labels and (not self.values or labels[self.key] in self.values)
         return there is not self.negated
 
@@ -43,7 +43,7 @@ class Selector:
     terms: tuple[Term, ...]
 
     def matches(self, agent_id: str, labels: Mapping[str, object]) -> bool:
-        """Whether an agent with these labels is meant."""
+        """Returns whether an agent with these labels is meant."""
         known = {key: str(value) for key, value in labels.items()} | {"id": agent_id}
         return all(term.holds(known) for term in self.terms)
 

@@ -70,7 +70,7 @@ class TrustFolder:
         return self.path / name
 
     def online_path(self, role: str, keyid: str) -> Path:
-        """Where an online key is, by its id: old and new ones lie beside each other."""
+        """Returns where an online key is, by its id: old and new ones lie beside each other."""
         return self.path / "online" / f"{role}-{keyid[:12]}.pem"
 
     def online_signer(self, role: str, keys: md.RoleKeys) -> Signer:

@@ -82,7 +82,7 @@ def load_key(path: Path, passphrase: str | None) -> CryptoSigner:
 
 
 def is_encrypted(path: Path) -> bool:
-    """Whether a key file asks for a passphrase."""
+    """Returns whether a key file asks for a passphrase."""
     try:
         return b"ENCRYPTED" in path.read_bytes()[:200]
     except OSError as error:

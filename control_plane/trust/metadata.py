@@ -179,7 +179,7 @@ def new_bin(version: int, documents: Mapping[str, bytes], now: datetime) -> Meta
 
 
 def new_snapshot(version: int, parts: Mapping[str, bytes], now: datetime) -> Metadata[Snapshot]:
-    """What belongs together: versions and hashes of targets, assign and every bin.
+    """Returns what belongs together: versions and hashes of targets, assign and every bin.
 
     Args:
         version: One more than the last.
@@ -192,7 +192,7 @@ def new_snapshot(version: int, parts: Mapping[str, bytes], now: datetime) -> Met
 
 
 def new_timestamp(version: int, snapshot: bytes, now: datetime) -> Metadata[Timestamp]:
-    """What is current."""
+    """Returns what is current."""
     expires, extra = _dates("timestamp", now)
     return Metadata(Timestamp(version, None, expires, _meta(snapshot), unrecognized_fields=extra))
 
@@ -322,20 +322,20 @@ class _Own(msgspec.Struct):
 
 
 def dates_of(data: bytes) -> tuple[datetime, datetime]:
-    """When metadata of ours was issued and when it expires."""
+    """Returns when metadata of ours was issued and when it expires."""
     signed = msgspec.json.decode(data, type=_Own).signed
     return signed.issued_at, signed.expires
 
 
 def fresh_for(data: bytes, keys: RoleKeys, now: datetime, age_limit: timedelta) -> bool:
-    """Whether metadata of ours is signed by one of today's keys of its role and younger than the limit."""
+    """Returns whether metadata of ours is signed by one of today's keys of its role and younger than the limit."""
     own = msgspec.json.decode(data, type=_Own)
     ours = {key.keyid for key in keys.keys} & {signature.keyid for signature in own.signatures}
     return bool(ours) and now - own.signed.issued_at < age_limit
 
 
 def says_the_same(data: bytes, other: Metadata[Targets]) -> bool:
-    """Whether delegation and entries are those of the other, whatever version and dates are."""
+    """Returns whether delegation and entries are those of the other, whatever version and dates are."""
     old = read_targets(data).signed
     return old.targets == other.signed.targets and old.delegations == other.signed.delegations
 

@@ -135,7 +135,7 @@ class OnlineSigner:
             )
 
     def released(self, session: Session) -> dict[str, dict[str, Any]]:
-        """What the release key lists: bundle digest and what it says about it.
+        """Returns what the release key lists: bundle digest and what it says about it.
 
         Raises:
             ConflictError: `trust.not_initialised`.
@@ -214,7 +214,7 @@ class OnlineSigner:
     # -- what is published ------------------------------------------------------------------------------------
 
     def current_set(self, session: Session) -> bytes:
-        """What all agents get, as it was committed; empty before the first signing."""
+        """Returns what all agents get, as it was committed; empty before the first signing."""
         return self._set(session, self._versions(session))
 
     def _set(self, session: Session, versions: Mapping[str, int]) -> bytes:
@@ -259,7 +259,7 @@ class OnlineSigner:
         return self._latest(session, role)
 
     def development(self, session: Session) -> bool:
-        """Whether the keys are development keys."""
+        """Returns whether the keys are development keys."""
         return is_development(self._latest(session, "root"))
 
     # -- rows -------------------------------------------------------------------------------------------------

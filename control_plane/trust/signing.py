@@ -27,7 +27,7 @@ SignerOf = Callable[[str, md.RoleKeys], Signer]
 
 
 def is_bin(role: str) -> bool:
-    """Whether a role is a bin."""
+    """Returns whether a role is a bin."""
     return role.startswith(f"{BIN_PREFIX}-")
 
 
@@ -79,7 +79,7 @@ def sign_changes(
 
 
 def fill(common: bytes, parts: Mapping[str, bytes]) -> dict[str, float]:
-    """How full the set and the fullest bin are, as a share of what may travel.
+    """Returns how full the set and the fullest bin are, as a share of what may travel.
 
     The set grows with released bundles and roots, a bin with agents.
     """

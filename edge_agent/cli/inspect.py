@@ -13,7 +13,7 @@ from models.errors import ConfigError, InputError
 
 
 def add_selftest(commands: Any) -> None:
-    """Adds `selftest`."""
+    """Adds the subcommand `selftest`."""
     selftest = commands.add_parser("selftest", help="try a bundle as an agent would before it accepts it")
     selftest.add_argument("directory", type=Path, metavar="BUNDLE")
     selftest.add_argument("--budget-ms", type=at_least(0.001), default=50.0)
@@ -30,7 +30,7 @@ def _selftest(arguments: argparse.Namespace) -> int:
 
 
 def add_capacity(commands: Any) -> None:
-    """Adds `capacity`."""
+    """Adds the subcommand `capacity`."""
     capacity = commands.add_parser("capacity", help="measure what one core of this machine carries")
     line_options(capacity)
     capacity.add_argument("--bundle", type=Path, metavar="DIR")
@@ -46,7 +46,7 @@ def _capacity(arguments: argparse.Namespace) -> int:
 
 
 def add_status(commands: Any) -> None:
-    """Adds `status`."""
+    """Adds the subcommand `status`."""
     status = commands.add_parser("status", help="what an agent on this machine runs, from its state directory")
     status.add_argument("--state-dir", type=Path, default=Path("sortline-agent-state"))
     status.add_argument("--json", action="store_true")
@@ -72,7 +72,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _broker(state_dir: Path) -> str:
-    """What the agent found out last about its broker, for people."""
+    """Returns what the agent found out last about its broker, for people."""
     from edge_agent.supervisor.connection_file import connection_file  # noqa: PLC0415
 
     try:
@@ -89,7 +89,7 @@ def _broker(state_dir: Path) -> str:
 
 
 def add_config(commands: Any) -> None:
-    """Adds `config`."""
+    """Adds the subcommand `config`."""
     config = commands.add_parser("config", help="check or show the configuration")
     config.add_argument("action", choices=["check", "show"])
     config.add_argument("--config", type=Path, metavar="FILE")

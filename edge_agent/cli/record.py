@@ -38,7 +38,7 @@ _REPLAY_EPILOG = """examples:
 
 
 def add_replay(commands: Any) -> None:
-    """Adds `replay`."""
+    """Adds the subcommand `replay`."""
     replay = commands.add_parser(
         "replay",
         help="judge a recording again: bit-exact with its bundle, a comparison with another",
@@ -75,7 +75,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def add_collect(commands: Any) -> None:
-    """Adds `collect`."""
+    """Adds the subcommand `collect`."""
     collect = commands.add_parser("collect", help="write views for training, from the line's own pipeline")
     line_options(collect)
     collect.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
@@ -96,7 +96,7 @@ def _collect(arguments: argparse.Namespace) -> int:
 
 
 def add_picture(commands: Any) -> None:
-    """Adds `picture`."""
+    """Adds the subcommand `picture`."""
     picture = commands.add_parser("picture", help="draw a sheet of the line at work: frames, items, views, verdicts")
     line_options(picture)
     picture.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="judges")

@@ -20,7 +20,7 @@ from models.errors import ConfigError
 
 
 def add_run(commands: Any) -> None:
-    """Adds `run`."""
+    """Adds the subcommand `run`."""
     run = commands.add_parser("run", help="sort: in a fleet (--broker), or alone with one bundle (--bundle)")
     line_options(run)
     run.add_argument("--id", help="agent id in the fleet: lower-case letters, digits, dashes")
@@ -109,7 +109,7 @@ def _recorder(arguments: argparse.Namespace, config: Any) -> Any:
 
 
 def add_lot(commands: Any) -> None:
-    """Adds `lot`."""
+    """Adds the subcommand `lot`."""
     lot = commands.add_parser("lot", help="say which lot runs from now on, or show it; needs no network")
     lot.add_argument("--lot", metavar="NAME", help="the new lot; '' = not known")
     lot.add_argument("--variety", metavar="NAME", help="what it is, as the recipe calls it; '' = not known")

@@ -21,7 +21,7 @@ from edge_agent.cli.options import (
 
 
 def add_enrol(commands: Any) -> None:
-    """Adds `enrol`."""
+    """Adds the subcommand `enrol`."""
     enrol = commands.add_parser("enrol", help="get this box's certificate for a one-time token")
     enrol.add_argument("--token", required=True, help="from `sortline agents enrol NAME`; - reads it from the input")
     enrol.add_argument("--control-plane", required=True, metavar="URL", help="https://host:port where agents enrol")
@@ -49,7 +49,7 @@ def _enrol(arguments: argparse.Namespace) -> int:
 
 
 def add_calibrate(commands: Any) -> None:
-    """Adds `calibrate`."""
+    """Adds the subcommand `calibrate`."""
     parser = commands.add_parser("calibrate", help="learn scale, lanes, direction and speed from the camera")
     line_options(parser)
     parser.add_argument("--checkerboard", metavar="CxR", help="scale from a board with so many inner corners: 9x6")
@@ -106,7 +106,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def add_import(commands: Any) -> None:
-    """Adds `import`."""
+    """Adds the subcommand `import`."""
     stick = commands.add_parser("import", help="take up what `sortline export` wrote: for a line without network")
     stick.add_argument("folder", type=Path, metavar="DIR", help="for example on a stick")
     stick.add_argument("--id", help="agent id")

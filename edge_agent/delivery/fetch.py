@@ -81,7 +81,7 @@ class Fetch:
         return self._sizes.get(digest, MAX_MANIFEST_BYTES)
 
     def awaits(self, digest: str) -> bool:
-        """Whether this blob is still missing, asked for or not."""
+        """Returns whether this blob is still missing, asked for or not."""
         return not self.done and (digest == self.digest if self._manifest is None else digest in self._missing)
 
     @property
@@ -163,7 +163,7 @@ class Fetch:
         self._progressed()
 
     def _take_whole(self, entry: FileEntry) -> bool:
-        """Whether the whole file is there: fetched before, or linked from another slot."""
+        """Returns whether the whole file is there: fetched before, or linked from another slot."""
         whole = self._parts / entry.sha256
         if _hash_of(whole) == entry.sha256 or self._link_from_slots(entry, whole):
             self.counters["reused_bytes"] += entry.size_bytes

@@ -100,7 +100,7 @@ class StagedImport:
         return bool(self._bundle)
 
     def news(self) -> Export | None:
-        """What a folder says that was not looked at yet; one whose bundle is in a slot is removed."""
+        """Returns what a folder says that was not looked at yet; one whose bundle is in a slot is removed."""
         if self._bundle and self._directory.slot(self._bundle).is_dir():
             shutil.rmtree(self._folder, ignore_errors=True)
             self._bundle = ""
@@ -119,7 +119,7 @@ class StagedImport:
         return found
 
     def blob(self, topic: str) -> bytes | None:
-        """What the folder holds for a topic; checked by whoever asked."""
+        """Returns what the folder holds for a topic; checked by whoever asked."""
         try:
             return _read(self._folder / topic, CHUNK_BYTES) if self._bundle else None
         except InputError:

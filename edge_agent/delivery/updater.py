@@ -85,7 +85,7 @@ class Updater:
         """A newer desired state is being taken up: the trial commits nothing until that is on disk."""
 
     def slot(self, digest: str) -> Path:
-        """Where this bundle is."""
+        """Returns where this bundle is."""
         return self._directory.slot(digest)
 
     @property

@@ -65,7 +65,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def identity_folder(config: AgentConfig) -> Path:
-    """Where this agent's identity is."""
+    """Returns where this agent's identity is."""
     return Path(config.identity.folder or StateDirectory(Path(config.state_dir)).identity).resolve()
 
 

@@ -55,7 +55,7 @@ class LoadedJudge:
 
 
 def is_due(loaded: LoadedJudge, *, waited_s: float, line_within_s: float, at_gap: bool, lot_changed: bool) -> bool:
-    """Whether a bundle that is ready may take over between these two frames. Pure.
+    """Returns whether a bundle that is ready may take over between these two frames. Pure.
 
     Args:
         loaded: The bundle, and what it waits for.

@@ -109,7 +109,7 @@ class Switching:
             self._say(ShadowFailed(digest=shadow.judge.digest, fault=fault_of(error)))
 
     def _may_switch(self, core: LineCore, loaded: LoadedJudge) -> bool:
-        """Whether a bundle may take over now: at once where none judges, else when what it waits for has come.
+        """Returns whether a bundle may take over now: at once where none judges, else when what it waits for has come.
 
         Items in sight keep the bundle that took their first view either way: the gap only spares them two models.
         """

@@ -146,7 +146,7 @@ class LineKeeper:
         return [place.process.pid for place in (self._line, self._standby) if place.process is not None]
 
     def covered(self, standby: str) -> bool:
-        """Whether a standby with this bundle could take over now, or (empty) none is wanted."""
+        """Returns whether a standby with this bundle could take over now, or (empty) none is wanted."""
         spare = self._standby.process
         return not standby or (spare is not None and spare.waiting and spare.digest == standby)
 

@@ -326,7 +326,7 @@ def submit_lot_request(root: Path, lot: str, variety: str, request_id: str) -> N
 
 
 def wait_until_applied(root: Path, request_id: str, *, timeout_s: float) -> bool:
-    """Whether a running agent has kept this wish; waits for it so long."""
+    """Waits up to `timeout_s` until a running agent has kept the request; returns whether it has."""
     until = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(OSError, InputError):
@@ -339,7 +339,7 @@ def wait_until_applied(root: Path, request_id: str, *, timeout_s: float) -> bool
 
 
 def known_lot(root: Path) -> dict[str, str]:
-    """What an agent's state directory says of its lot, for people."""
+    """Returns what an agent's state directory says of its lot, for people."""
     state = lot_file(root).read()
     if state is None:
         return {"lot": "as configured", "source": LotSource.CONFIGURATION}

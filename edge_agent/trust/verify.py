@@ -87,7 +87,7 @@ def _refused(error: SortlineError) -> Answer:
 
 
 def _memory(path: Path) -> tuple[bytes, str]:
-    """What was trusted; a broken file is set aside, and trust begins again at the anchor."""
+    """Returns what was trusted; a broken file is set aside, and trust begins again at the anchor."""
     if not path.exists():
         return b"", ""
     data = _read(path, MAX_TRUSTED_BYTES)
