@@ -48,7 +48,7 @@ Given = Annotated[Services, Depends(services_of)]
 
 
 def create_app(services: Services) -> FastAPI:
-    """The application over these services; it starts and stops the fleet link and the rollouts with itself."""
+    """Returns the application over these services; it starts and stops the fleet link and the rollouts with itself."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -93,7 +93,7 @@ def serve(config: ControlPlaneConfig) -> int:
 
 
 def _device_listener(config: ControlPlaneConfig, services: Services) -> DeviceListener | None:
-    """The HTTPS listener for agents, where the site has a certificate authority."""
+    """Returns the HTTPS listener for agents, where the site has a certificate authority."""
     if services.enrolment is None or services.site_files is None:
         return None
     listener = listen(config.identity.host, config.identity.port, code="server.port_in_use")

@@ -19,7 +19,7 @@ Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the MQTT broker is and who we are there."""
+    """The MQTT broker and this agent's account there."""
 
     host: str = "127.0.0.1"
     """Name or address; a whole address such as `mqtts://broker:8883` is understood."""
@@ -29,7 +29,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     password_file: str = ""
     """File that holds the password, readable by the agent alone."""
     tls_ca: str = ""
-    """CA certificates (PEM), one of which the broker must prove; empty = no TLS. An enrolled agent knows its own."""
+    """CA certificates (PEM), one of which the broker must prove; empty = no TLS. An enrolled agent has its own."""
     tls_cert: str = ""
     """The agent's certificate chain (PEM); with its key in the same file, or in `tls_key`."""
     tls_key: str = ""
@@ -52,7 +52,7 @@ class SpoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Records that wait for the control plane."""
 
     max_bytes: Annotated[int, msgspec.Meta(ge=1024 * 1024)] = 256 * 1024 * 1024
-    """On disk; beyond it the least important, then the oldest records are dropped and told as gaps."""
+    """On disk; beyond it the least important, then the oldest records are dropped and reported as gaps."""
     ballast_bytes: Annotated[int, msgspec.Meta(ge=0)] = 4 * 1024 * 1024
     """Kept aside so that records can still be deleted on a full disk."""
     retry_s: Seconds = 10.0

@@ -18,5 +18,5 @@ def deliver_surely(deliver: Deliver, event: object) -> None:
 
 
 def bounded_queue() -> "queue.Queue[Any]":
-    """The queue all events of a supervisor go through."""
+    """Returns the queue all events of a supervisor go through."""
     return queue.Queue(_MAX_WAITING)

@@ -1,4 +1,4 @@
-"""What the parts of the supervisor's side need of the supervisor: its queue, its journal and its report.
+"""The supervisor's interface for its parts: its queue, its journal and its report.
 
 `edge_agent.supervisor.journal` implements it; `trust`, `delivery` and `supervisor` are written against it.
 """
@@ -16,7 +16,7 @@ class Host(Protocol):
     counters: Counter[str]
     """Counts by name, as they are reported."""
     fault: Fault | None
-    """What is wrong now with the update or the agent, as it is reported."""
+    """The reported fault of the update or the agent; None = there is none."""
 
     def enqueue(self, event: object) -> bool:
         """Hands an event to the loop, from any thread; False when it had to be dropped."""

@@ -86,7 +86,7 @@ class FrameSource(Protocol):
     """A camera, a recording or a simulation. One thread reads it."""
 
     def read(self, timeout_s: float) -> Frame | None:
-        """The freshest frame not given yet, or None when there was none within `timeout_s`.
+        """Returns the freshest frame not given yet, or None when there was none within `timeout_s`.
 
         Raises:
             CameraError: `camera.ended` when a recording is over, `camera.absent`, `camera.corrupt`, ...: see
@@ -104,7 +104,7 @@ class Encoder(Protocol):
         """Belt position at the monotonic time `at_s` (now, or shortly before or after it), millimetres."""
 
     def speed_mm_s(self) -> float:
-        """Present belt speed, millimetres per second; 0 when it stands."""
+        """Returns present belt speed, millimetres per second; 0 when it stands."""
 
 
 class Ejector(Protocol):
@@ -145,7 +145,7 @@ class ItemScalars(Protocol):
     """A sensor beside the belt that gives one number per item, such as a load cell. Never blocks."""
 
     def value_for(self, item_mm: float) -> float | None:
-        """The value of the item with this belt coordinate; None when it is not known."""
+        """Returns the value of the item with this belt coordinate; None when it is not known."""
 
 
 class Confirmation(Protocol):

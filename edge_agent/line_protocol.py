@@ -189,7 +189,7 @@ class Pipe:
             raise UnavailableError("pipe.closed", "The other process does not read.", got=error) from error
 
     def receive(self, kind: object, timeout_s: float) -> ToLine | FromLine | None:
-        """The next message, or None when none came in time.
+        """Returns the next message, or None when none came in time.
 
         Args:
             kind: `ToLine` or `FromLine`.

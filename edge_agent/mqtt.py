@@ -98,7 +98,7 @@ class Complaints:
 
 
 def cause_of(error: Exception) -> str:
-    """The stable code of what keeps a connection from being made."""
+    """Returns the stable code of what keeps a connection from being made."""
     if isinstance(error, SortlineError):
         return error.code
     if isinstance(error, OSError) and error.errno in {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}:

@@ -81,7 +81,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: tuple[FileEntry, ...]
 
     def encoded(self) -> bytes:
-        """Canonical JSON: sorted keys, no white space. Its sha256 is the bundle's digest."""
+        """Returns canonical JSON: sorted keys, no white space. Its sha256 is the bundle's digest."""
         return msgspec.json.encode(self, order="sorted")
 
     @property

@@ -32,7 +32,7 @@ _GEAR: Final[NDArray[np.uint32]] = np.array(
 
 
 def cut(data: bytes) -> Iterator[bytes]:
-    """The chunks of a file in order; an empty file has none."""
+    """Returns the chunks of a file in order; an empty file has none."""
     view, start = memoryview(data), 0
     candidates = _candidates(data)
     while start < len(data):

@@ -101,7 +101,7 @@ def _check_keys(values: Mapping[str, Any], kind: type, where: str) -> None:
 
 
 def _struct_in(kind: Any) -> type | None:
-    """The struct a field holds, also behind `| None`; None for plain values."""
+    """Returns the struct a field holds, also behind `| None`; None for plain values."""
     for candidate in (kind, *getattr(kind, "__args__", ())):
         if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
             return candidate

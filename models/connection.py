@@ -66,7 +66,7 @@ def parse_broker(text: str) -> BrokerAddress:
 
 
 def broker_of(host: str, port: int) -> BrokerAddress:
-    """The broker that the keys `host` and `port` of a configuration name; `host` may be a whole address.
+    """Returns the broker that the keys `host` and `port` of a configuration name; `host` may be a whole address.
 
     Args:
         host: What a person wrote.
@@ -111,7 +111,7 @@ def _no_broker(text: str, got: str) -> ConfigError:
 
 
 def read_secret(path: str) -> str | None:
-    """The broker password in a file; None = no file is named.
+    """Returns the broker password in a file; None = no file is named.
 
     Raises:
         ConfigError: `broker.no_password`: the file cannot be read, or holds no text.
@@ -131,7 +131,7 @@ def read_secret(path: str) -> str | None:
 
 
 def guarded(callback: Callable[..., None], counters: Counter[str], log: logging.Logger) -> Callable[..., None]:
-    """A callback that never raises: an exception in one of paho's ends its thread without a word.
+    """Returns a callback that never raises: an exception in one of paho's ends its thread without a word.
 
     Args:
         callback: Takes whatever it is called with.

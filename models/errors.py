@@ -39,7 +39,7 @@ class SortlineError(Exception):
         return (_rebuild, (type(self), self.code, self.message, self.expected, self.got, self.context))
 
     def as_dict(self) -> dict[str, object]:
-        """The error as it travels in API answers and reports."""
+        """Returns the error as it travels in API answers and reports."""
         facts: dict[str, object] = {"code": self.code, "message": self.message}
         if self.expected is not None:
             facts["expected"] = mask(str(self.expected))

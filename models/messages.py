@@ -344,12 +344,12 @@ T = TypeVar("T")
 
 
 def wall_ms() -> int:
-    """Milliseconds since 1970, UTC, by this machine's clock: every `at_ms`."""
+    """Returns milliseconds since 1970, UTC, by this machine's clock: every `at_ms`."""
     return time.time_ns() // 1_000_000
 
 
 def fault_of(error: SortlineError, at_ms: int = 0) -> Fault:
-    """An error as it travels.
+    """Returns an error as it travels.
 
     Args:
         error: What went wrong.

@@ -37,13 +37,13 @@ class TrustSet(msgspec.Struct, frozen=True, kw_only=True):
     """The bin of the agent that keeps the set; it travels apart from the rest."""
 
     def part(self, role: str) -> bytes:
-        """A role's metadata; empty when there is none."""
+        """Returns a role's metadata; empty when there is none."""
         data = bytes(getattr(self, role))
         return b"" if data == b"null" else data
 
 
 def make_set(roots: list[bytes], parts: dict[str, bytes]) -> bytes:
-    """The document of these metadata files. Law: `parse_set(make_set(r, p))` gives the same bytes back.
+    """Returns the document of these metadata files. Law: `parse_set(make_set(r, p))` gives the same bytes back.
 
     Raises:
         TrustError: `trust.oversize`: it would not fit through a broker.
@@ -96,7 +96,7 @@ def _claims(data: bytes) -> _Claims:
 
 
 def version_of(data: bytes) -> int:
-    """The version a metadata file claims; 0 when it is none."""
+    """Returns the version a metadata file claims; 0 when it is none."""
     return _claims(data).version
 
 

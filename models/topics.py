@@ -37,7 +37,7 @@ class Channel(StrEnum):
 
 
 def check_agent_id(agent_id: str) -> str:
-    """The id itself.
+    """Returns the id itself.
 
     Raises:
         InputError: `agent.bad_id`.
@@ -58,12 +58,12 @@ def agent_topic(agent_id: str, channel: Channel) -> str:
 
 
 def assignment_path(agent_id: str) -> str:
-    """The name under which an agent's desired state is signed."""
+    """Returns the name under which an agent's desired state is signed."""
     return f"assign/{agent_id}.json"
 
 
 def bin_of(agent_id: str) -> str:
-    """The signed document that lists an agent, `assign-bin-00` to `assign-bin-3f`.
+    """Returns the signed document that lists an agent, `assign-bin-00` to `assign-bin-3f`.
 
     The leading bits of the sha256 of the path, as TUF's TAP 15 has it.
     """
@@ -82,7 +82,7 @@ def blob_topic(digest: str) -> str:
 
 
 def parse_agent_topic(topic: str) -> tuple[str, Channel]:
-    """The agent and channel of a topic.
+    """Returns the agent and channel of a topic.
 
     Raises:
         MessageError: `topic.unknown`.

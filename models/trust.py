@@ -162,7 +162,7 @@ def _attempt(
 
 
 def _names_of(agent_id: str) -> dict[str, str]:
-    """Role by part of the set: what the library calls it."""
+    """Returns role by part of the set: what the library calls it."""
     return {role: role for role in ROLES} | {BIN: bin_of(agent_id)}
 
 
@@ -299,7 +299,7 @@ def issued_at(signed: Root | Timestamp | Snapshot | Targets) -> datetime | None:
 
 
 def _floor(kept: TrustSet) -> datetime | None:
-    """The newest time that is proven: the clock cannot be earlier.
+    """Returns the newest time that is proven: the clock cannot be earlier.
 
     Cut at the expiry of root and targets: a stolen online key can refuse changes until then, and no longer.
     """

@@ -15,7 +15,7 @@ class _Versioned(msgspec.Struct):
 
 
 def version_in(data: bytes, *, absent: int, decode: Callable[..., Any] = msgspec.json.decode) -> int | None:
-    """The `schema_version` that a document claims.
+    """Returns the `schema_version` that a document claims.
 
     Args:
         data: The document.

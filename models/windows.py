@@ -338,7 +338,7 @@ _TABLES: Final = (
 
 
 def merge(a: Window, b: Window) -> Window:
-    """The window of both spans: every count is the sum. Identity fields are those of `a`.
+    """Returns the window of both spans: every count is the sum. Identity fields are those of `a`.
 
     Raises:
         MessageError: `window.not_mergeable` when they were judged by different bundles, or count more than fits.

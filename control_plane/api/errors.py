@@ -27,7 +27,7 @@ STATUS: Final[dict[type[SortlineError], int]] = {
 
 
 def status_of(error: SortlineError) -> int:
-    """The status; what is unknown is 404."""
+    """Returns the status; what is unknown is 404."""
     if error.code.endswith((".unknown", ".unknown_version")):
         return 404
     if error.code == "api.oversize":

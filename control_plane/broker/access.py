@@ -65,7 +65,7 @@ class _CredentialsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def authorize(identity: Identity, action: Action, topic: str) -> bool:
-    """The one place that decides.
+    """Returns the one place that decides.
 
     Args:
         identity: Who asks.
@@ -173,7 +173,7 @@ class Credentials:
         return self._path is None or identity.name in self._entries
 
     def cached(self, username: str | None, password: bytes | None) -> Identity | None:
-        """The identity when this very password was verified before: no scrypt, so no thread is needed."""
+        """Returns the identity when this very password was verified before: no scrypt, so no thread is needed."""
         if self._path is None:
             return Identity(username or "anonymous", Role.CONTROL_PLANE)
         if username is None or password is None or username not in self._entries:
@@ -184,7 +184,7 @@ class Credentials:
         return None
 
     def verify(self, username: str | None, password: bytes | None) -> Identity | None:
-        """The identity, or None. Slow on purpose: call it in a thread."""
+        """Returns the identity, or None. Slow on purpose: call it in a thread."""
         entry = self._entries.get(username or "")
         # An unknown name costs as much as a wrong password: names cannot be probed by time.
         salt = base64.b64decode(entry.salt) if entry else b"unknown-identity"

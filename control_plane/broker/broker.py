@@ -48,7 +48,7 @@ class Broker:
     # -- sessions ---------------------------------------------------------------------------------------------
 
     def open_session(self, connection: Peer, connect: Connect, identity: Identity) -> tuple[Session, bool]:
-        """The session of an authenticated client: taken over, resumed or new [3.1.2.4].
+        """Returns the session of an authenticated client: taken over, resumed or new [3.1.2.4].
 
         Returns:
             The session, and whether it was there before.

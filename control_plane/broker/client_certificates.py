@@ -115,7 +115,7 @@ class Certificates:
         self.context, self._trust = context, roots
 
     def identify(self, peer: Any) -> Identity | None:
-        """The identity of a verified certificate; None = this client may not connect.
+        """Returns the identity of a verified certificate; None = this client may not connect.
 
         Args:
             peer: `SSLObject.getpeercert()`.

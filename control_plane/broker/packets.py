@@ -114,7 +114,7 @@ class PacketReader:
         self._buffer += data
 
     def next(self) -> tuple[PacketType, int, bytes] | None:
-        """The next whole packet as (type, flags, body), or None when more bytes are needed.
+        """Returns the next whole packet as (type, flags, body), or None when more bytes are needed.
 
         Raises:
             MalformedPacketError: Wrong type, flags or length, or a packet over the limit.
@@ -345,7 +345,7 @@ PINGRESP = b"\xd0\x00"
 
 
 def publish_head(topic: bytes, payload_size: int, *, qos: int, retain: bool, dup: bool, packet_id: int) -> bytes:
-    """Everything of a PUBLISH but its payload, which stays shared between subscribers."""
+    """Returns everything of a PUBLISH but its payload, which stays shared between subscribers."""
     first = 0x30 | (dup << 3) | (qos << 1) | retain
     variable = _U16.pack(len(topic)) + topic + (_U16.pack(packet_id) if qos else b"")
     return bytes((first,)) + _length(len(variable) + payload_size) + variable

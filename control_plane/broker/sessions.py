@@ -91,7 +91,7 @@ class Session:
     left_at_s: float = 0.0
 
     def packet_id(self) -> int:
-        """A packet id that is not in flight; `inflight` is far below 65,535, so one is free."""
+        """Returns a packet id that is not in flight; `inflight` is far below 65,535, so one is free."""
         while True:
             self.next_packet_id = self.next_packet_id % 65535 + 1
             if self.next_packet_id not in self.inflight:

@@ -13,7 +13,7 @@ from models.errors import ConfigError, UnavailableError
 
 
 def open_database(url: str, *, wait_s: float = 10.0) -> Engine:
-    """An engine for this URL.
+    """Returns an engine for this URL.
 
     Args:
         url: SQLAlchemy's.

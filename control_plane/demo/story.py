@@ -74,7 +74,7 @@ def _measure(run: DemoRun) -> None:
 
 
 def _start_servers(run: DemoRun) -> Client:
-    """The site's authority, then the broker and the control plane under its certificates."""
+    """Returns the site's authority, then the broker and the control plane under its certificates."""
     root, options = run.root, run.options
     plane = root / "control-plane"
     if not (plane / "identity").exists():

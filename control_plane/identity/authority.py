@@ -112,7 +112,7 @@ class Authority:
     # -- what it knows ----------------------------------------------------------------------------------------
 
     def follow(self) -> "Authority":
-        """This authority, or its newer state."""
+        """Returns this authority, or its newer state."""
         return self if _stamp(self.folder / INDEX) == self._stamp else Authority(self.folder)
 
     @property
@@ -136,7 +136,7 @@ class Authority:
         return tuple(one for one in self.index.generations if not one.retired)
 
     def certificate(self, name: str) -> x509.Certificate:
-        """A certificate of the folder by its stem, such as `root-1`.
+        """Returns a certificate of the folder by its stem, such as `root-1`.
 
         Raises:
             ConfigError: `ca.unreadable`.

@@ -40,7 +40,7 @@ class Signer:
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
-    """A fresh P-256 key."""
+    """Returns a fresh P-256 key."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
@@ -69,20 +69,20 @@ def key_fingerprint(public_key: ec.EllipticCurvePublicKey) -> str:
 
 
 def serial_text(certificate: x509.Certificate) -> str:
-    """The serial number as it is kept and as TLS libraries print it: hexadecimal, upper case, whole bytes."""
+    """Returns the serial number as it is kept and as TLS libraries print it: hexadecimal, upper case, whole bytes."""
     text = f"{certificate.serial_number:X}"
     return text if len(text) % 2 == 0 else f"0{text}"
 
 
 def make_root(site: str, now: datetime, *, key: ec.EllipticCurvePrivateKey | None = None) -> Signer:
-    """A self-signed root for ten years."""
+    """Returns a self-signed root for ten years."""
     key = key or new_key()
     name = _authority_name(site, "root", key)
     return Signer(_authority(name, key.public_key(), name, key, now, ROOT_LIFE, path_length=2), key)
 
 
 def cross_sign(new: x509.Certificate, old: Signer, now: datetime) -> x509.Certificate:
-    """The new root's key and name, vouched for by the old root: who trusts only the old one can follow."""
+    """Returns the new root's key and name, vouched for by the old root: who trusts only the old one can follow."""
     key = new.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise InputError("identity.bad_key", "The root's key is not P-256.", expected="P-256", got=type(key).__name__)
@@ -91,7 +91,7 @@ def cross_sign(new: x509.Certificate, old: Signer, now: datetime) -> x509.Certif
 
 
 def make_issuing(site: str, root: Signer, now: datetime) -> Signer:
-    """An intermediate authority for two years, which may sign leaves only."""
+    """Returns an intermediate authority for two years, which may sign leaves only."""
     key = new_key()
     name = _authority_name(site, "issuing", key)
     life = min(ISSUING_LIFE, root.certificate.not_valid_after_utc - now)
@@ -101,7 +101,7 @@ def make_issuing(site: str, root: Signer, now: datetime) -> Signer:
 def issue_client(
     issuer: Signer, public_key: ec.EllipticCurvePublicKey, name: str, uri: str, now: datetime
 ) -> x509.Certificate:
-    """A client's certificate for thirty days.
+    """Returns a client's certificate for thirty days.
 
     Args:
         issuer: Signs.
@@ -117,7 +117,7 @@ def issue_client(
 def issue_server(
     issuer: Signer, public_key: ec.EllipticCurvePublicKey, names: Iterable[str], now: datetime
 ) -> x509.Certificate:
-    """A server's certificate for these DNS names and addresses, for ninety days."""
+    """Returns a server's certificate for these DNS names and addresses, for ninety days."""
     listed = list(names)
     found = x509.SubjectAlternativeName([_general_name(name) for name in listed])
     return _leaf(issuer, public_key, listed[0], found, ExtendedKeyUsageOID.SERVER_AUTH, now, SERVER_LIFE)
@@ -216,7 +216,7 @@ def _usage(*, digital_signature: bool = False, key_cert_sign: bool = False, crl_
 def revocation_list(
     issuer: Signer, revoked: Iterable[tuple[str, datetime]], now: datetime
 ) -> x509.CertificateRevocationList:
-    """The list of one issuer.
+    """Returns the list of one issuer.
 
     Args:
         issuer: Whose certificates they are.
@@ -239,7 +239,7 @@ def revocation_list(
 
 
 def read_request(pem: str) -> ec.EllipticCurvePublicKey:
-    """The public key of a certificate request whose signature proves that the sender holds its private half.
+    """Returns the public key of a certificate request whose signature proves that the sender holds its private half.
 
     Whatever else the request asks for (subject, names, authority, lifetime) is not even looked at.
 
@@ -264,7 +264,7 @@ def read_request(pem: str) -> ec.EllipticCurvePublicKey:
 
 
 def read_certificate(pem: str) -> tuple[x509.Certificate, ec.EllipticCurvePublicKey]:
-    """A client's certificate (the first in the text) and its key.
+    """Returns a client's certificate (the first in the text) and its key.
 
     Raises:
         InputError: `identity.bad_certificate`.
@@ -282,7 +282,7 @@ def read_certificate(pem: str) -> tuple[x509.Certificate, ec.EllipticCurvePublic
 
 
 def agent_of(certificate: x509.Certificate) -> str:
-    """The agent a certificate names; empty when it is no agent's."""
+    """Returns the agent a certificate names; empty when it is no agent's."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):

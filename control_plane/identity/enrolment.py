@@ -149,7 +149,7 @@ class Enrolment:
     # -- what agents do ---------------------------------------------------------------------------------------
 
     def enrol(self, token_text: str, csr_pem: str, *, now: datetime) -> Enrolled:
-        """The first certificate, for a token.
+        """Returns the first certificate, for a token.
 
         Raises:
             InputError: `identity.bad_token`, `identity.bad_request`.
@@ -199,7 +199,7 @@ class Enrolment:
         )
 
     def renew(self, request: RenewalRequest, *, now: datetime) -> Enrolled:
-        """A new certificate for a new key, by proof of the old one.
+        """Returns a new certificate for a new key, by proof of the old one.
 
         Raises:
             InputError: `identity.bad_certificate`, `identity.bad_request`.
@@ -251,7 +251,7 @@ class Enrolment:
     # -- what others ask --------------------------------------------------------------------------------------
 
     def identities(self, now: datetime) -> list[dict[str, Any]]:
-        """Every identity with its newest good certificate, for people."""
+        """Returns every identity with its newest good certificate, for people."""
         with reading(self._engine) as session:
             found = session.exec(select(Identity).order_by(col(Identity.agent_id))).all()
             good = select(Certificate.agent_id, func.max(Certificate.not_after), func.count()).where(

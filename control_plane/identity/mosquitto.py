@@ -63,7 +63,7 @@ log_type notice
 
 
 def access_list(agents: Iterable[str], planes: Iterable[str]) -> str:
-    """The text of `acl`: the control plane's connections, then a block for each agent."""
+    """Returns the text of `acl`: the control plane's connections, then a block for each agent."""
     blocks = ["# Follows every enrolment and revocation; do not edit."]
     blocks += [f"user {name}\ntopic readwrite sortline/#\ntopic read $SYS/#" for name in planes]
     shared = (TRUST_TOPIC, f"{ROOT}/sentinel", f"{ROOT}/blobs/+")

@@ -102,7 +102,7 @@ def _names(held: x509.Certificate) -> set[str]:
 
 
 def _held(path: Path) -> x509.Certificate | None:
-    """The leaf in a file of key and chain; a broken file counts as none and is written again."""
+    """Returns the leaf in a file of key and chain; a broken file counts as none and is written again."""
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError):

@@ -122,7 +122,7 @@ def _rates(curve: Sequence[Row], x: Place, share: Place) -> Markup:
 
 
 def _minimum(best: Row, x: Place, y: Place) -> Markup:
-    """The lowest place of the curve, and the interval in which resampled items put it, at the foot."""
+    """Returns the lowest place of the curve, and the interval in which resampled items put it, at the foot."""
     foot = _TOP + _MIDDLE
     left, right = x(best["low"]), max(x(best["high"]), x(best["low"]) + 2.0)
     line = Markup('<line class="best-line" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(left, right, foot, foot)

@@ -146,7 +146,7 @@ class RolloutCards:
 
 
 def _cards_of(request: Request) -> RolloutCards:
-    """The cards of this application, made at the first look."""
+    """Returns the cards of this application, made at the first look."""
     state = request.app.state
     if not hasattr(state, "rollout_cards"):
         state.rollout_cards = RolloutCards(services_of(request))

@@ -40,7 +40,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def parse_change(values: dict[str, Any]) -> Change:
-    """A change from plain values.
+    """Returns a change from plain values.
 
     Raises:
         InputError: `recipe.bad_change`.
@@ -69,7 +69,7 @@ def parse_change(values: dict[str, Any]) -> Change:
 
 
 def changed(recipe: Recipe, change: Change, held: HeldOut | None) -> Recipe:
-    """The recipe after a change, every abstain band learnt again.
+    """Returns the recipe after a change, every abstain band learnt again.
 
     Args:
         recipe: As it is.
@@ -119,7 +119,7 @@ def changed(recipe: Recipe, change: Change, held: HeldOut | None) -> Recipe:
 
 
 def held_out_in(lineage: dict[str, Any], recipe: Recipe) -> HeldOut | None:
-    """The held-out items of a lineage, or None where it brings none.
+    """Returns the held-out items of a lineage, or None where it brings none.
 
     Raises:
         InputError: `recipe.bad_held_out`.

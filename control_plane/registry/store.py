@@ -28,7 +28,7 @@ class Store:
         return digest
 
     def get(self, digest: str) -> bytes:
-        """The bytes with this digest.
+        """Returns the bytes with this digest.
 
         Raises:
             InputError: `store.unknown`.
@@ -59,7 +59,7 @@ class Store:
         return bundle
 
     def manifest(self, digest: str) -> Manifest:
-        """The manifest of a stored bundle."""
+        """Returns the manifest of a stored bundle."""
         return parse_manifest(self.get(digest), digest=digest)
 
     def part(self, digest: str, path: str) -> bytes:

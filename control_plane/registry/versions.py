@@ -69,7 +69,7 @@ def _named(name: str) -> ColumnElement[bool]:
 
 
 def find_version(session: Session, reference: str) -> tuple[Model, ModelVersion]:
-    """The version that `NAME`, `NAME:NUMBER` or a bundle digest names; a bare name means the newest.
+    """Returns the version that `NAME`, `NAME:NUMBER` or a bundle digest names; a bare name means the newest.
 
     Raises:
         InputError: `registry.unknown_version`.

@@ -109,7 +109,7 @@ def outline(session: Session, rollouts: Sequence[Rollout]) -> list[dict[str, Any
 
 
 def _describe_concluded(part: RolloutAgent) -> dict[str, Any]:
-    """A member by what was concluded of it, without its present report."""
+    """Returns a member by what was concluded of it, without its present report."""
     return {
         "agent": part.agent_id,
         "wave": part.wave,
@@ -163,7 +163,7 @@ def _describe_agent(
 
 
 def _without_way_back(agents: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The agents for which an abort or a rollback would find no bundle, and why; said before anybody acts."""
+    """Returns the agents for which an abort or a rollback would find no bundle, and why; said before anybody acts."""
     return [{"agent": a["agent"], "reason": a["no_way_back"]} for a in agents if a["no_way_back"]]
 
 

@@ -295,7 +295,7 @@ def _moving() -> SelectOfScalar[Rollout]:
 
 
 def _parts_of(session: Session, rollout: Rollout, steps: list[Step]) -> dict[str, RolloutAgent]:
-    """The rows that the steps change, by agent."""
+    """Returns the rows that the steps change, by agent."""
     wanted = [step.agent_id for step in steps if not isinstance(step, Enrol | OpenWave | ChangeState)]
     found: dict[str, RolloutAgent] = {}
     for start in range(0, len(wanted), _ROWS_AT_A_TIME):

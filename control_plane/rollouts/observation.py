@@ -34,7 +34,7 @@ def observe(member: AgentView, rollout: RolloutView, now: datetime) -> tuple[Out
 
 
 def _working(member: AgentView, rollout: RolloutView, now: datetime) -> tuple[Outcome, str]:
-    """An agent that has taken the bundle up."""
+    """Returns an agent that has taken the bundle up."""
     challenger_failed = rollout.mode is Mode.SHADOW and member.reported.shadow_phase is ShadowPhase.FAILED
     refused = challenger_failed and member.reported.shadow == rollout.bundle
     if rollout.bundle in member.reported.blocked or refused:
@@ -60,7 +60,7 @@ def silent_for(member: AgentView, rollout: RolloutView, now: datetime) -> timede
 
 
 def _waiting(member: AgentView, rollout: RolloutView, now: datetime) -> tuple[Outcome, str]:
-    """An agent that has not taken the bundle up: it may refuse it, be silent, or be connected and late."""
+    """Returns an agent that has not taken the bundle up: it may refuse it, be silent, or be connected and late."""
     distrust = distrust_of(member, member.assigned_at, now)
     if distrust:
         return Outcome.REJECTED, distrust

@@ -289,6 +289,6 @@ def parse_policy(given: Mapping[str, Any]) -> RolloutPolicy:
 
 
 def policy_dict(policy: RolloutPolicy) -> dict[str, Any]:
-    """The policy as JSON takes it, by the names it came with."""
+    """Returns the policy as JSON takes it, by the names it came with."""
     found: dict[str, Any] = msgspec.to_builtins(policy)
     return found

@@ -95,7 +95,7 @@ def _revert(member: AgentView, rollout: RolloutView) -> Revert:
 
 
 def _again(member: AgentView, rollout: RolloutView) -> Revert | None:
-    """Another revert where the first rests on what has changed since; None = the first one holds."""
+    """Returns another revert where the first rests on what has changed since; None = the first one holds."""
     if member.gone or member.overtaken_by(rollout.rollout_id) or rollout.mode is Mode.SHADOW:
         return None
     target = member.return_bundle

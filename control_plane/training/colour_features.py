@@ -96,7 +96,7 @@ def directions() -> Floats:
 
 
 def _relative(views: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The first half of the graph in numpy, for fitting: float64 (N, s, s, 3), zero outside; bool (N, s, s)."""
+    """Returns the first half of the graph in numpy, for fitting: float64 (N, s, s, 3), zero outside; bool (N, s, s)."""
     side = views.shape[1] // _SHRINK
     cut = views[:, : side * _SHRINK, : side * _SHRINK].astype(np.float64)
     inside = (cut.max(axis=3) > 0).astype(np.float64)

@@ -195,7 +195,7 @@ def normalised(patches: Floats, noise: float) -> Floats:
 
 
 def shrunk(views: Views, scale: PatchScale) -> tuple[Floats, NDArray[np.bool_]]:
-    """The first step of the graph in numpy, for sampling patches and as the reference in tests.
+    """Returns the first step of the graph in numpy, for sampling patches and as the reference in tests.
 
     Returns:
         float32 (N, s, s, channels): mean colour (or grey) of the item pixels of each block of `shrink` x `shrink`,

@@ -74,7 +74,7 @@ class TrustFolder:
         return self.path / "online" / f"{role}-{keyid[:12]}.pem"
 
     def online_signer(self, role: str, keys: md.RoleKeys) -> Signer:
-        """The online key of a role.
+        """Returns the online key of a role.
 
         Raises:
             ConfigError: `keys.no_online_key`.
@@ -156,7 +156,7 @@ def open_keys(paths: Sequence[Path], passphrase: Passphrase) -> list[Signer]:
 
 
 def release(targets: bytes, root: bytes, manifest: Manifest, signer: Signer, now: datetime) -> bytes:
-    """New targets that list a bundle.
+    """Returns new targets that list a bundle.
 
     Raises:
         InputError: `trust.not_enough_signatures`: this is not the release key.
@@ -172,7 +172,7 @@ def release(targets: bytes, root: bytes, manifest: Manifest, signer: Signer, now
 
 
 def withdraw(targets: bytes, root: bytes, digest: str, signer: Signer, now: datetime) -> bytes:
-    """New targets that no longer list a bundle; agents that run it go on, no agent will start with it.
+    """Returns new targets that no longer list a bundle; agents that run it go on, no agent will start with it.
 
     Raises:
         InputError: `trust.not_released`: it was not listed.
@@ -184,7 +184,7 @@ def withdraw(targets: bytes, root: bytes, digest: str, signer: Signer, now: date
 
 
 def renew_targets(targets: bytes, root: bytes, signers: Sequence[Signer], now: datetime) -> bytes:
-    """The same targets with a later expiry."""
+    """Returns the same targets with a later expiry."""
     return _resign(targets, root, signers, now)
 
 

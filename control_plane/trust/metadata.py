@@ -45,7 +45,7 @@ TOP_ROLES: Final = ("root", "targets", "snapshot", "timestamp")
 
 
 def encode(metadata: Metadata[Any]) -> bytes:
-    """Compact JSON, as it is hashed and sent."""
+    """Returns compact JSON, as it is hashed and sent."""
     return metadata.to_bytes(JSONSerializer(compact=True))
 
 
@@ -70,7 +70,7 @@ class RoleKeys:
 
 
 def new_root(version: int, roles: dict[str, RoleKeys], now: datetime, *, development: bool) -> Metadata[Root]:
-    """A root that names the keys of the four top roles."""
+    """Returns a root that names the keys of the four top roles."""
     expires, extra = _dates("root", now)
     root = Root(version=version, expires=expires, consistent_snapshot=False, unrecognized_fields=extra)
     if development:
@@ -141,7 +141,7 @@ def released_in(targets: bytes) -> list[str]:
 
 
 def assign_keys_of(targets: Targets) -> RoleKeys:
-    """The keys `targets` delegates assignments to.
+    """Returns the keys `targets` delegates assignments to.
 
     Raises:
         InputError: `trust.no_delegation`.
@@ -154,7 +154,7 @@ def assign_keys_of(targets: Targets) -> RoleKeys:
 
 
 def bundle_target(digest: str, manifest: bytes, custom: dict[str, Any]) -> TargetFile:
-    """The entry of a released bundle: its content is the manifest, so its sha256 is the bundle's digest."""
+    """Returns the entry of a released bundle: its content is the manifest, so its sha256 is the bundle's digest."""
     target = TargetFile.from_data(f"bundles/{digest}", manifest, ["sha256"])
     target.unrecognized_fields["custom"] = custom
     return target
@@ -295,7 +295,7 @@ def _check_signed(metadata: Metadata[Any], by: Root, role: str, whose: str) -> N
 
 
 def meta_versions(snapshot: bytes) -> dict[str, int]:
-    """Version by role that a snapshot lists."""
+    """Returns version by role that a snapshot lists."""
     signed: Snapshot = Metadata[Snapshot].from_bytes(snapshot).signed
     return {name.removesuffix(".json"): entry.version for name, entry in signed.meta.items()}
 
@@ -341,7 +341,7 @@ def says_the_same(data: bytes, other: Metadata[Targets]) -> bool:
 
 
 def listed_hashes(data: bytes) -> dict[str, str]:
-    """The sha256 by path that a bin of ours lists."""
+    """Returns the sha256 by path that a bin of ours lists."""
     own = msgspec.json.decode(data, type=_Own)
     return {path: entry.hashes["sha256"] for path, entry in own.signed.targets.items()}
 

@@ -223,7 +223,7 @@ class OnlineSigner:
         return make_set(self._roots(session), self._load(session, {role: versions[role] for role in _COMMON}))
 
     def bin(self, session: Session, agent_id: str) -> bytes:
-        """The bin that lists an agent, as it was signed; empty when there is none."""
+        """Returns the bin that lists an agent, as it was signed; empty when there is none."""
         return self._latest(session, bin_of(agent_id))
 
     def news(self, session: Session, known: Mapping[str, int]) -> list[tuple[str, int, bytes]]:
@@ -245,7 +245,7 @@ class OnlineSigner:
         return row is None if not agent.generation else row is not None and row.generation >= agent.generation
 
     def document(self, session: Session, agent_id: str) -> bytes:
-        """An agent's assignment as it was signed; empty when it has none."""
+        """Returns an agent's assignment as it was signed; empty when it has none."""
         row = session.get(AssignmentRow, agent_id)
         return row.document if row else b""
 
@@ -255,7 +255,7 @@ class OnlineSigner:
         return status(parts["root"], parts, now) if "root" in parts else []
 
     def part(self, session: Session, role: str) -> bytes:
-        """The newest metadata of a role; empty when there is none."""
+        """Returns the newest metadata of a role; empty when there is none."""
         return self._latest(session, role)
 
     def development(self, session: Session) -> bool:
@@ -278,7 +278,7 @@ class OnlineSigner:
         return dict(session.exec(query).all()) if versions else {}
 
     def _newest(self, session: Session) -> dict[str, bytes]:
-        """The newest metadata of every role and bin."""
+        """Returns the newest metadata of every role and bin."""
         return self._load(session, self._versions(session))
 
     def _roots(self, session: Session, *, lock: bool = False) -> list[bytes]:

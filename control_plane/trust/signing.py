@@ -34,7 +34,7 @@ def is_bin(role: str) -> bool:
 def sign_changes(
     parts: Mapping[str, bytes], documents: Mapping[str, bytes], signer_of: SignerOf, now: datetime, *, force: bool
 ) -> dict[str, bytes]:
-    """New metadata by role; empty while everything is right and young enough.
+    """Returns new metadata by role; empty while everything is right and young enough.
 
     Args:
         parts: Newest root and targets, and the newest metadata of every online role and bin there is.

@@ -36,7 +36,7 @@ def line_options(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(arguments: argparse.Namespace) -> Any:
-    """The agent's configuration: defaults < file < environment < flags.
+    """Returns the agent's configuration: defaults < file < environment < flags.
 
     Raises:
         ConfigError: See `models.config.load_config` and `models.connection.parse_broker`.

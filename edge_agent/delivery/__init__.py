@@ -1,4 +1,4 @@
-"""How a bundle gets onto the box and into use, and back when it fails.
+"""Delivery and activation of bundles on the box, and the way back when one fails.
 
 `fetch` collects missing chunks from MQTT and `transfer` writes them; `offline_import` reads them from a stick instead;
 `lifecycle` is the table of states, `state_file` keeps the state on disk; `updater` carries the champion through it,

@@ -1,9 +1,9 @@
 """The challenger of one agent: fetched and self-tested like any bundle, then judging in the shadow of the champion.
 
-A desired state of mode `shadow` says which; one of mode `live` ends it. The champion's life cycle (`updating`) is never
-touched from here: while it fetches, tests or tries a bundle, the challenger waits. Every step is persisted before its
-effect. Rules: a challenger is loaded into a line that already works, never at its start; a line that dies twice soon
-after it took the challenger gets it no more; what failed is tried again only when a newer generation asks for it.
+A desired state of mode `shadow` says which; one of mode `live` ends it. The champion's life cycle (`updater`) is never
+touched by this module: while it fetches, tests or tries a bundle, the challenger waits. Every step is persisted before
+its effect. Rules: a challenger is loaded into a line that already works, never at its start; a challenger whose line
+dies twice soon after taking it is withdrawn; a failed one is tried again only when a newer generation asks for it.
 """
 
 import logging
@@ -27,7 +27,7 @@ from models.messages import Desired, Fault, Mode, ShadowPhase, fault_of
 
 log = logging.getLogger("sortline.challenger")
 _PROVEN_S: Final = 60.0
-"""A line that lived so long with its challenger did not die of it."""
+"""Seconds after which the death of a line no longer counts against its challenger."""
 
 
 class ShadowLine(Protocol):
@@ -90,7 +90,7 @@ class Challenger:
         """Takes up a newer desired state of either mode; an older one changes nothing.
 
         Args:
-            desired: The wish, not older than the champion's.
+            desired: The desired state, not older than the champion's.
             blocked: Bundles that failed here as champions.
         """
         state = self.state
@@ -131,7 +131,7 @@ class Challenger:
         return self.state.phase is ShadowPhase.FETCHING
 
     def tick(self, *, settled: bool) -> None:
-        """One turn.
+        """Runs one turn of the life cycle.
 
         Args:
             settled: The champion neither fetches nor tests nor tries a bundle.
@@ -151,7 +151,7 @@ class Challenger:
             self._tick_shadow()
 
     def chunk(self, topic: str, payload: bytes) -> None:
-        """A chunk came."""
+        """Takes a chunk that arrived for the challenger."""
         try:
             error = self._transfer.take(topic, payload)
         except BundleError as found:
@@ -167,12 +167,12 @@ class Challenger:
         start_selftest(slot, self._testing, self._config, self._line.outlets, self._host.enqueue)
 
     def tested(self, done: SelfTestDone) -> bool:
-        """A self-test ended; returns whether it was the challenger's."""
+        """Takes the result of a self-test; returns whether it was the challenger's."""
         if done.digest != self._testing:
             return False
         self._testing = ""
         if self.state.phase is not ShadowPhase.SELF_TEST or done.digest != self.state.digest:
-            return True  # overtaken by a newer wish
+            return True  # overtaken by a newer desired state
         if done.fault is not None:
             self._fail(done.fault)
             return True
@@ -190,13 +190,13 @@ class Challenger:
                 message = f"The line died {state.tries} times soon after it took the challenger."
                 self._fail(Fault(code="shadow.line_died", message=message))
                 return
-            # The try is counted before the line loads: a line that dies of it cannot forget that.
+            # The try is counted before the line loads, so that it counts even if the line dies of it.
             self._save(advance_challenger(state, Trigger.TRIAL_STARTED))
             self._asked = True
             self._line.load_shadow(state.digest)
 
     def changed(self, message: ShadowChanged) -> None:
-        """The line has this challenger now, or none."""
+        """Records that the line has this challenger now, or none."""
         if message.digest != self.state.digest or self.state.phase is not ShadowPhase.SHADOW:
             return
         self._since_s = self._clock()
@@ -205,13 +205,13 @@ class Challenger:
         self._host.report()
 
     def failed(self, message: ShadowFailed) -> None:
-        """The line could not take the challenger, or had to give it up."""
+        """Records that the line could not take the challenger, or had to give it up."""
         if message.digest == self.state.digest and self.state.phase is ShadowPhase.SHADOW:
             self.running, self._asked = "", False
             self._fail(message.fault)
 
     def line_gone(self) -> None:
-        """The line process ended; its successor is asked again."""
+        """Records that the line process ended; the challenger is offered to the next one."""
         self.running, self._asked = "", False
 
     def _fail(self, fault: Fault) -> None:

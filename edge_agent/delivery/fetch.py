@@ -1,4 +1,4 @@
-"""Fetches a bundle by content, chunk by chunk, from wherever chunks come; knows no socket.
+"""Fetches a bundle by content, chunk by chunk; the caller moves the chunks, so no socket is used here.
 
 The caller asks for `wanted()` and hands in what arrives. Every chunk is checked against the digest in the verified
 manifest before a byte is written; whatever is found on disk after a crash is hashed again, there is no journal. A
@@ -25,7 +25,7 @@ _FIRST_PAUSE_S: Final = 20.0
 """At most three tries of a wrong chunk in the first minute, fewer afterwards."""
 _LONGEST_PAUSE_S: Final = 300.0
 _Place = tuple[FileEntry, int]
-"""Where a chunk goes: a file and the offset in it."""
+"""The place of a chunk: a file and the offset in it."""
 
 
 class Fetch:
@@ -33,7 +33,7 @@ class Fetch:
 
     Args:
         root: The agent's state directory.
-        digest: Of the bundle.
+        digest: Digest of the bundle.
         window: Most chunks wanted at a time.
         reserve_bytes: Disk space that must stay free.
         clock: Monotonic seconds.
@@ -65,7 +65,7 @@ class Fetch:
     # -- what is wanted ---------------------------------------------------------------------------------------
 
     def wanted(self) -> list[str]:
-        """Digests to be asked for now: at most `window`."""
+        """Returns the digests to request now, at most `window`."""
         if self.done:
             return []
         now, found = self._clock(), []
@@ -77,7 +77,7 @@ class Fetch:
         return found
 
     def size_of(self, digest: str) -> int:
-        """Bytes of a wanted digest, as far as it is known."""
+        """Returns the size in bytes of a wanted digest, as far as it is known."""
         return self._sizes.get(digest, MAX_MANIFEST_BYTES)
 
     def awaits(self, digest: str) -> bool:
@@ -86,7 +86,7 @@ class Fetch:
 
     @property
     def progress(self) -> float:
-        """0..1, by chunks."""
+        """The share of the chunks that is there, 0 to 1."""
         if self.done:
             return 1.0
         if self._manifest is None:
@@ -282,7 +282,7 @@ class Fetch:
         part.rename(self._parts / entry.sha256)
 
     def _finish(self) -> None:
-        """All files are there: the slot appears by one rename."""
+        """Makes the slot from the complete files, by one rename."""
         manifest = self._manifest
         if manifest is None:
             return
@@ -302,7 +302,7 @@ class Fetch:
 
 
 def collect_garbage(root: Path, keep: set[str]) -> list[str]:
-    """Removes slots nobody needs and half-fetched files; returns the digests that were removed.
+    """Removes slots that are not kept and half-fetched files; returns the digests that were removed.
 
     Args:
         root: The agent's state directory.
@@ -318,12 +318,12 @@ def collect_garbage(root: Path, keep: set[str]) -> list[str]:
 
 
 def discard_parts(root: Path) -> None:
-    """Forgets a fetch that will not be continued."""
+    """Removes the files of a fetch that will not be continued."""
     shutil.rmtree(StateDirectory(root).fetch, ignore_errors=True)
 
 
 def _places(entry: FileEntry) -> Iterator[tuple[Chunk, int]]:
-    """The chunks of a file with their offsets."""
+    """Returns the chunks of a file with their offsets."""
     offset = 0
     for chunk in entry.chunks:
         yield chunk, offset

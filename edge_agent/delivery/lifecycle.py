@@ -1,8 +1,8 @@
 """The life cycle of bundles on the box: one transition table for the champion and for a challenger. Pure.
 
 The state is persisted before its effect, so whatever line of code the power fails at, the next start finds either the
-old bundle or the new one and the number of its tries. The commit is local and final. Identity and configuration stand
-elsewhere and are never touched here.
+old bundle or the new one and the number of its tries. The commit is local and final. Identity and configuration are
+stored elsewhere and are never touched here.
 
 Laws (property-tested): `active` is always a bundle that passed its self-test, or none; outside a trial it has passed a
 trial too; `previous` was committed before `active`; a blocked digest is neither of them and never tried again; `tries`
@@ -23,7 +23,7 @@ _MAX_BLOCKED: Final = 32
 
 
 class Trigger(StrEnum):
-    """What happens to a bundle."""
+    """Events that move a bundle through its life cycle."""
 
     DESIRED = "desired"
     DROPPED = "dropped"
@@ -119,7 +119,7 @@ class ChallengerState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 def advance(state: SlotState, trigger: Trigger, **changes: object) -> SlotState:
-    """The champion's next state.
+    """Returns the champion's next state.
 
     Args:
         state: Now.
@@ -138,7 +138,7 @@ def advance(state: SlotState, trigger: Trigger, **changes: object) -> SlotState:
         )
     match trigger:
         case Trigger.DESIRED | Trigger.DROPPED:
-            # A trial that is overtaken goes back first; its digest is not to blame.
+            # A trial that is overtaken goes back first; its digest is not blocked.
             changes = {"target": "", "tries": 0} | _returned(state, state.blocked) | changes
             if trigger is Trigger.DROPPED and not state.committed:
                 phase = Phase.IDLE
@@ -162,7 +162,7 @@ def advance(state: SlotState, trigger: Trigger, **changes: object) -> SlotState:
 
 
 def _returned(state: SlotState, blocked: tuple[str, ...]) -> dict[str, object]:
-    """The slots after the end of a trial that did not pass; outside a trial nothing changes."""
+    """Returns the slots after the end of a trial that did not pass; outside a trial nothing changes."""
     if state.phase is not Phase.TRIAL:
         return {}
     return {"active": state.previous, "previous": _unless_blocked(state.before or "", blocked), "before": UNSET}
@@ -179,7 +179,7 @@ def _block(blocked: tuple[str, ...], digest: str) -> tuple[str, ...]:
 
 
 def advance_challenger(state: ChallengerState, trigger: Trigger, **changes: object) -> ChallengerState:
-    """The challenger's next state.
+    """Returns the challenger's next state.
 
     Args:
         state: Now.

@@ -1,4 +1,4 @@
-"""The way in without a network: a folder, for example from a stick, with what the broker would have given.
+"""Import without a network: a folder, for example from a stick, replaces what the broker would deliver.
 
 `stage_import` copies it beside the agent's state, whole or not at all; a running supervisor (or the next one) finds it
 and treats it as if it had arrived over the network: the same verification, the same fetch, self-test and trial. The
@@ -26,7 +26,7 @@ _MAX_FILES: Final = 20_000
 
 
 class Export(NamedTuple):
-    """What a folder says, not verified; the broker would have given the same bytes."""
+    """The unverified content of a folder; the broker would have delivered the same bytes."""
 
     offered: bytes
     own_bin: bytes
@@ -34,7 +34,7 @@ class Export(NamedTuple):
 
 
 def read_export(source: Path) -> Export:
-    """Signed metadata and desired state of a folder.
+    """Returns signed metadata and desired state of a folder.
 
     Raises:
         InputError: `import.not_an_export`.
@@ -44,14 +44,14 @@ def read_export(source: Path) -> Export:
 
 
 def stage_import(source: Path, state_dir: Path) -> Desired:
-    """Puts the content of a folder where the agent looks.
+    """Copies the content of a folder to the place that the agent watches.
 
     Args:
         source: Written by `sortline export`.
         state_dir: Of the agent; it may be running.
 
     Returns:
-        What the folder wants, not verified yet.
+        The desired state of the folder, not verified yet.
 
     Raises:
         InputError: `import.not_an_export`: something is missing, too large or no regular file.
@@ -82,7 +82,7 @@ def stage_import(source: Path, state_dir: Path) -> Desired:
 
 
 class StagedImport:
-    """What was staged, seen from the supervisor.
+    """A staged import, as the supervisor reads it.
 
     Args:
         state_dir: Of the agent.
@@ -96,11 +96,11 @@ class StagedImport:
 
     @property
     def present(self) -> bool:
-        """Whether blobs may be had here."""
+        """Whether the import can still provide blobs."""
         return bool(self._bundle)
 
     def news(self) -> Export | None:
-        """Returns what a folder says that was not looked at yet; one whose bundle is in a slot is removed."""
+        """Returns the content of a folder that was not taken up yet; one whose bundle is in a slot is removed."""
         if self._bundle and self._directory.slot(self._bundle).is_dir():
             shutil.rmtree(self._folder, ignore_errors=True)
             self._bundle = ""
@@ -119,7 +119,7 @@ class StagedImport:
         return found
 
     def blob(self, topic: str) -> bytes | None:
-        """Returns what the folder holds for a topic; checked by whoever asked."""
+        """Returns the bytes that the folder holds for a topic; the caller must verify them."""
         try:
             return _read(self._folder / topic, CHUNK_BYTES) if self._bundle else None
         except InputError:

@@ -19,7 +19,7 @@ log = logging.getLogger("sortline.selftest")
 
 @dataclass(frozen=True, slots=True)
 class SelfTestDone:
-    """A self-test ended; `fault` is None when the bundle is fit."""
+    """The result of a self-test; `fault` is None when the bundle passed."""
 
     digest: str
     fault: Fault | None

@@ -1,4 +1,4 @@
-"""A small checksummed state file, replaced atomically; of the agent's bundles, of its challenger, of its lot.
+"""A small checksummed state file, replaced atomically; the agent's bundles, its challenger and its lot have one each.
 
 A file that is cut, torn or altered is noticed by its checksum and set aside; it never stops an agent. Law:
 `read()` after `save(state)` returns `state`, also after a power cut in between: then the state before.
@@ -24,7 +24,7 @@ _MAX_BYTES: Final = 64 * 1024
 
 
 class Framing(Enum):
-    """How state and checksum stand in a file."""
+    """The layout of state and checksum in a file."""
 
     OBJECT = "object"
     """`{"state": ..., "sha256": "..."}`"""
@@ -41,9 +41,9 @@ class StateFile(Generic[T]):
     """Keeps one state on disk.
 
     Args:
-        path: Of the file.
-        kind: Of the state.
-        framing: How the file is laid out.
+        path: Path of the file.
+        kind: Type of the state.
+        framing: Layout of the file.
         backup: Whether the state before is kept beside it, with `.bak` at the end of its name.
         code: Error code of a file that cannot be read.
         on_quarantine: Called with the new path of a broken file that was set aside, and what was wrong with it.
@@ -68,7 +68,7 @@ class StateFile(Generic[T]):
         return (self._path,) if self._backup is None else (self._path, self._backup)
 
     def read(self) -> T | None:
-        """The state on disk, else its backup; None = there is neither. Changes nothing.
+        """Returns the state on disk, else its backup; None = there is neither. Changes nothing.
 
         Raises:
             InputError: What there is cannot be read.
@@ -86,7 +86,7 @@ class StateFile(Generic[T]):
         return None
 
     def load(self) -> T | None:
-        """As `read`, for the file's owner: a broken file is set aside."""
+        """Reads like `read`, for the owner of the file: a broken file is set aside."""
         for path in self._places:
             try:
                 return self._parse(path)
@@ -103,7 +103,7 @@ class StateFile(Generic[T]):
         """Makes the state durable before its effect takes place.
 
         Raises:
-            OSError: The disk refused; the old state stands.
+            OSError: The disk refused; the old state stays in force.
         """
         body = msgspec.json.encode(state)
         raw, digest = msgspec.Raw(body), sha256(body)
@@ -139,7 +139,7 @@ class StateFile(Generic[T]):
 
 
 def champion_file(root: Path, on_quarantine: Callable[[Path, str], None] = lambda *_: None) -> StateFile[SlotState]:
-    """`state.json` of a state directory: which bundle judges, and what becomes of the next."""
+    """Returns `state.json` of a state directory: the bundle that judges, and the progress of the next one."""
     path = StateDirectory(root).champion
     return StateFile(path, SlotState, framing=Framing.OBJECT, backup=True, on_quarantine=on_quarantine)
 
@@ -147,5 +147,5 @@ def champion_file(root: Path, on_quarantine: Callable[[Path, str], None] = lambd
 def challenger_file(
     root: Path, on_quarantine: Callable[[Path, str], None] = lambda *_: None
 ) -> StateFile[ChallengerState]:
-    """`challenger.json` of a state directory. A lost one is no harm: the retained desired state brings it back."""
+    """Returns `challenger.json` of a state directory. A lost one is restored from the retained desired state."""
     return StateFile(StateDirectory(root).challenger, ChallengerState, on_quarantine=on_quarantine)

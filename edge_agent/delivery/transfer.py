@@ -1,9 +1,9 @@
 """Moves the blobs a `Fetch` wants over the agent's connection: subscriptions, pace, stalls, requests.
 
-It knows topics and time, not what is in a blob (`delivery`) nor what happens with the bundle (`updating`). Rules: at
-most one window of exact subscriptions stands at a time and each ends as soon as its blob came; a rate is kept, so that
-telemetry finds room; what the broker does not give, or gives wrongly, is asked of the control plane, which republishes
-it or answers directly; a disk that is full is asked again after a pause and loses nothing.
+It handles topics and time; `fetch` checks the content of blobs, `updater` uses the bundle. Rules: at most one window of
+exact subscriptions exists at a time, and each ends as soon as its blob came; a rate is kept, so that telemetry finds
+room; blobs that the broker does not deliver, or delivers wrongly, are requested from the control plane, which
+republishes them or answers directly; a full disk is tried again after a pause and nothing is lost.
 """
 
 import time
@@ -45,7 +45,7 @@ class Transfer:
 
     Args:
         root: The agent's state directory.
-        agent_id: Who asks.
+        agent_id: The agent that requests blobs.
         config: Window, pace, reserve, stall.
         link: The connection.
         counters: Where stalls and unwanted chunks are counted.
@@ -68,9 +68,9 @@ class Transfer:
         self._subscribed: set[str] = set()
         """Digests; those of `_refused` are among them."""
         self._refused: set[str] = set()
-        """Digests whose bytes were wrong: we keep listening, so that a repair arrives at once."""
+        """Digests whose bytes were wrong; their subscriptions stay, so that a repair arrives at once."""
         self._direct = False
-        """Whether the control plane's answers are what brings us on: then it is asked without waiting for a stall."""
+        """Whether blobs come as answers of the control plane: then it is asked without waiting for a stall."""
         self._asked: set[str] = set()
         self._retry_s = 0.0
         self._bucket = TokenBucket(
@@ -79,15 +79,15 @@ class Transfer:
 
     @property
     def progress(self) -> float:
-        """0..1 of the bundle that is fetched now."""
+        """The share of the present bundle that is fetched, 0 to 1."""
         return self._fetch.progress if self._fetch else 0.0
 
     def disconnected(self) -> None:
-        """The broker forgot our subscriptions."""
+        """Subscribes again after the broker lost the subscriptions."""
         self._forget()
 
     def drop(self) -> None:
-        """Gives up what is being fetched; its parts are removed."""
+        """Ends the present fetch and removes its parts."""
         self._unsubscribe(self._subscribed)
         if self._fetch is not None and not self._fetch.done:
             discard_parts(self._root)
@@ -125,7 +125,7 @@ class Transfer:
         return None
 
     def _listen_on(self, fetch: Fetch, digest: str) -> SortlineError | None:
-        """Wrong bytes: asks the control plane, and keeps listening as long as half of the window stays free."""
+        """Requests wrong bytes from the control plane; their subscription stays while half of the window is free."""
         self._counters["poisoned_chunks"] += 1
         self._ask([digest])
         if 2 * (len(self._refused) + 1) > self._config.window:
@@ -179,7 +179,7 @@ class Transfer:
         return self._fetch
 
     def _want(self, fetch: Fetch, wanted: list[str]) -> None:
-        """Subscribes to more, as far as window and pace allow; what was refused long enough ago once more."""
+        """Subscribes to more blobs, as window and pace allow, and again to those refused long enough ago."""
         again = self._refused & set(wanted)
         self._unsubscribe(again)
         room = self._config.window - len(self._subscribed)
@@ -203,7 +203,7 @@ class Transfer:
             self._counters["blobs_asked_for"] += len(digests[:8])
 
     def _pause(self) -> None:
-        """The disk is full: everything is looked at again later."""
+        """Postpones everything after the disk was full."""
         self._unsubscribe(self._subscribed)
         self._fetch = None
         self._forget()

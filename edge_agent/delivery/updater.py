@@ -1,7 +1,7 @@
-"""Drives the update's life cycle on the box: fetch, self-test, trial, commit or rollback (`slots` has the table).
+"""Drives the update's life cycle on the box: fetch, self-test, trial, commit or rollback (`lifecycle` has the table).
 
 Every step persists its state before its effect, so a crash or a power cut at any line is continued or undone at the
-next start (`recover`). It knows neither the broker nor the line process: it asks its `Host` for both. The commit is
+next start (`recover`). The broker and the line process are reached only through its `Host` and `line`. The commit is
 local and final; a lost report never changes what runs.
 """
 
@@ -50,8 +50,8 @@ class Updater:
 
     Args:
         root: The agent's state directory.
-        config: Of delivery.
-        file: Where the state is kept.
+        config: The settings of delivery.
+        file: The file of the state.
         transfer: Fetches bundles.
         host: The supervisor.
         line: The line that judges.
@@ -85,19 +85,19 @@ class Updater:
         """A newer desired state is being taken up: the trial commits nothing until that is on disk."""
 
     def slot(self, digest: str) -> Path:
-        """Returns where this bundle is."""
+        """Returns the slot of this bundle."""
         return self._directory.slot(digest)
 
     @property
     def judging(self) -> str:
-        """What the line has to judge with: the bundle on trial only while a try runs; nothing in a safe state."""
+        """The bundle that the line must judge with: the one on trial only while a try runs; none in a safe state."""
         if self._trying:
             return self.state.active
         return "" if self.state.safe_state else self.state.committed
 
     @property
     def safe_state(self) -> SafeState:
-        """What the line has to do instead of judging; a bundle on trial judges all the same."""
+        """The safe state that replaces judging; a bundle on trial judges all the same."""
         return SafeState.NONE if self._trying else self.state.safe_state or SafeState.NONE
 
     @property
@@ -111,15 +111,15 @@ class Updater:
         return Swap.BELT_GAP if self._lot_began else self.state.swap
 
     def lot_began(self) -> None:
-        """Another lot begins: a bundle that waits for one, but for its standby too, need not wait for the next."""
+        """Records that another lot begins, so that a bundle that waits for its standby need not wait for the next."""
         self._lot_began = self._waited_s is not None and self.state.swap is Swap.LOT_CHANGE
 
     def _no_try(self) -> None:
-        """Nothing waits and nothing died: `judging` is the active bundle."""
+        """Whether no try waits and no line died, so that `judging` is the active bundle."""
         self._waited_s, self._died, self._failed = None, "", None
 
     def progress(self, beat: Beat | None) -> float:
-        """0..1 of the phase."""
+        """The progress of the present phase, 0 to 1."""
         if self.state.phase is Phase.FETCHING:
             return self.transfer.progress
         if self.state.phase is Phase.TRIAL and beat is not None and beat.digest == self.state.active:
@@ -127,7 +127,7 @@ class Updater:
         return 1.0 if self.state.phase is Phase.COMMITTED else 0.0
 
     def _save(self, state: SlotState, fault: Fault | None = None) -> None:
-        """Persists before any effect, then tells the world, and why."""
+        """Persists the state before any effect, then reports it with its reason."""
         self._file.save(state)
         self.state = state
         if fault is not None:
@@ -137,16 +137,16 @@ class Updater:
     # -- start ------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """After a start: whatever phase the power failed in is continued or undone.
+        """Continues or undoes, after a start, the phase in which the power failed.
 
         Raises:
-            OSError: The state could not be saved; what must be is tried again by itself.
+            OSError: The state could not be saved; necessary steps are tried again without a call.
         """
         phase = self.state.phase
         if self.state.active and not self._usable(self.state.active):
             self._host.event("slots.active_broken", f"{self.state.active} does not verify; going back.")
             fallback = self.state.previous if self._usable(self.state.previous) else ""
-            # The next start would find the same: what the disk refuses to keep now is kept with the next change.
+            # The next start would find the same: a state that cannot be saved now is saved with the next change.
             self.state = msgspec.structs.replace(
                 self.state,
                 active=fallback,
@@ -185,7 +185,7 @@ class Updater:
         facts = {"generation": desired.generation, "rollout_id": desired.rollout_id}
         log.info("desired generation %s bundle %s", desired.generation, desired.bundle[:12])
         if desired.mode is Mode.SHADOW:
-            # The challenger's business (`challenger`): whatever the champion is doing goes on.
+            # `challenger` handles it; the champion's phase goes on.
             self._save(msgspec.structs.replace(state, generation=desired.generation))
             return
         self._overtaken = True
@@ -235,7 +235,7 @@ class Updater:
     # -- what happens -----------------------------------------------------------------------------------------
 
     def tick(self, elapsed_s: float, beat: Beat | None) -> None:
-        """One turn: whatever the phase is waiting for.
+        """Runs one turn: checks the event that the present phase waits for.
 
         Args:
             elapsed_s: Since the last turn.
@@ -267,7 +267,7 @@ class Updater:
                 self._tick_trial(elapsed_s, beat)
 
     def chunk(self, topic: str, payload: bytes) -> None:
-        """A chunk came."""
+        """Takes a chunk that arrived."""
         try:
             error = self.transfer.take(topic, payload)
         except BundleError as found:
@@ -287,13 +287,13 @@ class Updater:
         start_selftest(self.slot(target), target, self._config, self._line.outlets, self._host.enqueue)
 
     def tested(self, done: SelfTestDone) -> None:
-        """The self-test ended. What it found is kept until the disk has taken it."""
+        """Takes the result of the self-test, which is kept until it is on disk."""
         self._testing, self._found = False, done
         self._judge_found(done)
 
     def _judge_found(self, done: SelfTestDone) -> None:
         if self.state.phase is not Phase.SELF_TEST or done.digest != self.state.target:
-            self._found = None  # overtaken by a newer wish
+            self._found = None  # overtaken by a newer desired state
             return
         self._save(advance(self.state, Trigger.TEST_PASSED if done.fault is None else Trigger.TEST_FAILED), done.fault)
         self._found = None
@@ -321,7 +321,7 @@ class Updater:
         self._start_try()
 
     def _start_try(self) -> None:
-        """Counts the try before the bundle is loaded: a crash cannot forget it."""
+        """Counts the try before the bundle is loaded, so that it counts after a crash, too."""
         self._save(advance(self.state, Trigger.TRIAL_STARTED))
         self._no_try()
         self._trial_running_s = 0.0
@@ -358,7 +358,7 @@ class Updater:
             self._roll_back(Fault(code="trial.timeout", message=message))
 
     def line_died(self, reason: str) -> None:
-        """The line process ended; during a try that counts against the bundle.
+        """Takes the end of the line process, which during a try counts against the bundle.
 
         Raises:
             OSError: The state could not be saved; tried again by itself.
@@ -375,13 +375,13 @@ class Updater:
         self._died = ""
 
     def bundle_failed(self, message: LoadFailed | ModelFailed) -> None:
-        """The line could not load or run a bundle."""
+        """Takes the line's report that it could not load or run a bundle."""
         self._host.event(message.fault.code, message.fault.message, bundle=message.digest)
         if message.digest != self.judging:
             return
         if self.state.phase is Phase.TRIAL and self._waited_s is None:
             self._roll_back(message.fault)
         elif isinstance(message, ModelFailed):
-            # A model that was good enough broke on one input: load it again rather than stop judging.
+            # A committed model failed on one input: it is loaded again, so that judging goes on.
             self._host.set_fault(message.fault)
             self._line.load_judging()

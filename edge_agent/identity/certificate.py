@@ -1,6 +1,6 @@
-"""The agent's identity on disk, and the thread that keeps it fresh. Knows no cryptography: that runs in a child.
+"""The agent's identity on disk, and the thread that renews it. Cryptography runs in a child process only.
 
-The folder lies outside the slots and survives every update: `identity.pem` (key and certificate chain in one file,
+The folder is outside the slots and survives every update: `identity.pem` (key and certificate chain in one file,
 readable by the agent alone, so that a power cut cannot part them), `ca.pem` (the roots it trusts), `identity.json`
 (facts), and `next.key` while a new certificate is being asked for. The line never waits for any of it.
 """
@@ -38,7 +38,7 @@ _CHILD_S: Final = 120.0
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`identity.json`."""
+    """The facts in `identity.json`."""
 
     schema_version: Literal[1] = 1
     agent: AgentId
@@ -52,7 +52,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @classmethod
     def of(cls, answer: Enrolled, control_plane: str) -> "Facts":
-        """From what the control plane answered."""
+        """Returns the facts in an answer of the control plane."""
         return cls(
             agent=answer.agent,
             control_plane=control_plane,
@@ -65,12 +65,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def identity_folder(config: AgentConfig) -> Path:
-    """Returns where this agent's identity is."""
+    """Returns the folder of this agent's identity."""
     return Path(config.identity.folder or StateDirectory(Path(config.state_dir)).identity).resolve()
 
 
 def read_facts(folder: Path) -> Facts | None:
-    """The identity's facts; None when the agent was never enrolled.
+    """Returns the identity's facts; None when the agent was never enrolled.
 
     Raises:
         ConfigError: `identity.unreadable`.
@@ -87,13 +87,13 @@ def read_facts(folder: Path) -> Facts | None:
 
 
 def with_identity(config: AgentConfig) -> AgentConfig:
-    """The configuration of an enrolled agent: its name, its certificates, and the broker it was told of.
+    """Returns the configuration of an enrolled agent: its name, its certificates, and the broker named at enrolment.
 
-    What the configuration says itself about the broker's address stays. An identity that cannot be read is logged: the
+    A broker address in the configuration has priority. An identity that cannot be read is logged: the
     line runs without a broker.
 
     Raises:
-        ConfigError: `identity.other_agent`; `config.bad_value`: TLS is asked for, and nobody is trusted.
+        ConfigError: `identity.other_agent`; `config.bad_value`: TLS without a trusted certificate authority.
     """
     folder = identity_folder(config)
     if config.broker.tls_cert or config.broker.password_file:
@@ -102,7 +102,7 @@ def with_identity(config: AgentConfig) -> AgentConfig:
     try:
         facts = read_facts(folder)
     except ConfigError as error:
-        # The line must run whatever became of this file; the broker is asked by certificate or not at all.
+        # The line must run even without this file; the broker is used with a certificate or not at all.
         log.error("%s", error)  # noqa: TRY400  the message says it all
         return msgspec.structs.replace(config, broker=broker)
     if facts is None:
@@ -121,7 +121,7 @@ def with_identity(config: AgentConfig) -> AgentConfig:
 
 
 def _with_tls(config: AgentConfig) -> AgentConfig:
-    """The same configuration; one that asks for TLS must know whom to trust."""
+    """Returns the same configuration; one with TLS must name a trusted certificate authority."""
     if config.broker.tls and not config.broker.tls_ca:
         raise ConfigError(
             "config.bad_value",
@@ -133,9 +133,10 @@ def _with_tls(config: AgentConfig) -> AgentConfig:
 
 
 def check_dates(context: ssl.SSLContext, not_before_s: int, now_s: float) -> None:
-    """A clock before the day our own certificate was made is wrong for certain (no battery, no network yet).
+    """Ignores the server's dates while this machine's clock is before the start of its own certificate.
 
-    Then the server's dates are not looked at, only who signed it: a box must not be cut off by its clock.
+    Such a clock is certainly wrong (no battery, no network yet). The signature is still checked: a wrong clock must not
+    disconnect the box.
     """
     if now_s < not_before_s - _DAY_S:
         context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
@@ -179,7 +180,7 @@ class BrokerTls:
 
 
 class IdentityUpkeep:
-    """Asks now and then, in a child process, whether the certificate is due, and renews it.
+    """Checks regularly, in a child process, whether the certificate is due, and renews it.
 
     Args:
         folder: The identity.
@@ -205,12 +206,12 @@ class IdentityUpkeep:
         self._thread = threading.Thread(target=self._run, name="identity", daemon=True)
 
     def start(self) -> None:
-        """Begins, where there is an identity."""
+        """Starts the thread where there is an identity."""
         if (self._folder / FACTS).exists():
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends, with the child that may run."""
+        """Ends the thread and a child that may run."""
         self._stopping.set()
         child = self._child
         if child is not None:
@@ -223,7 +224,7 @@ class IdentityUpkeep:
             wait_s = self._check_s * self._rng.uniform(0.8, 1.2)
 
     def look(self) -> None:
-        """One look; what goes wrong is counted and tried again next time."""
+        """Checks once; a failure is counted and tried again next time."""
         try:
             status, said, complaint = self._ask()
             facts = read_facts(self._folder)
@@ -241,7 +242,7 @@ class IdentityUpkeep:
             self._counters["identity_days_left"] = max(0, int((facts.not_after_s - self._clock()) / _DAY_S))
 
     def _ask(self) -> tuple[int, str, str]:
-        """Runs the child; returns its exit status and what it said."""
+        """Runs the child; returns its exit status and its output."""
         with subprocess.Popen(
             [sys.executable, "-m", "edge_agent.identity.enrolment", str(self._folder)],
             stdin=subprocess.DEVNULL,

@@ -44,7 +44,7 @@ def enrol(folder: Path, token_text: str, control_plane: str, *, anchor: Path | N
     """Gets the first certificate for a one-time token, and with it the root of what is signed here.
 
     Args:
-        folder: Of the identity; made when it is not there.
+        folder: Folder of the identity; made when it does not exist.
         token_text: From `sortline agents enrol NAME`.
         control_plane: `https://host:port` of the enrolment listener.
         anchor: Where the trust anchor goes when there is none yet; later roots come signed by the earlier ones.
@@ -65,7 +65,7 @@ def enrol(folder: Path, token_text: str, control_plane: str, *, anchor: Path | N
 
 
 def _pinned_root(control_plane: str, pin: str) -> str:
-    """The root whose digest the token carries, from a server that nobody vouches for yet."""
+    """Returns the root whose digest the token carries, from a server that is not authenticated yet."""
     open_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     open_context.check_hostname = False
     open_context.verify_mode = ssl.CERT_NONE  # only public certificates are read, and compared with the pin
@@ -136,7 +136,7 @@ def _keep(
     *,
     anchor: Path | None = None,
 ) -> Facts:
-    """Trust first, then key and certificate in one file, then the facts; each step may be the last before a cut."""
+    """Writes trust, then key and certificate in one file, then the facts; power may fail after each step."""
     leaf = x509.load_pem_x509_certificate(_blocks(answer.certificate_pem)[0].encode())
     if leaf.public_key() != key.public_key() or answer.agent != agent:
         raise ConflictError(
@@ -154,7 +154,7 @@ def _keep(
 
 
 def _next_key(folder: Path) -> ec.EllipticCurvePrivateKey:
-    """The key that is being certified: the one of an attempt that was cut off, or a new one, on disk before use."""
+    """Returns the key to certify, on disk before use: that of an interrupted attempt, or a new one."""
     path = folder / NEXT_KEY
     if path.exists():
         try:
@@ -188,7 +188,7 @@ def _chain(folder: Path) -> str:
 
 
 def _request(key: ec.EllipticCurvePrivateKey, agent: str) -> str:
-    """A request that proves the key; the name in it is for people, the control plane takes its own."""
+    """Returns a request that proves the key; its name is informative, the control plane uses its own."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, agent)])
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.PEM).decode()
@@ -197,7 +197,7 @@ def _request(key: ec.EllipticCurvePrivateKey, agent: str) -> str:
 def _call(
     control_plane: str, context: ssl.SSLContext, method: str, path: str, kind: Any, body: msgspec.Struct | None = None
 ) -> Any:
-    """One request over TLS; never follows a redirect, never reads more than the limit."""
+    """Sends one request over TLS; it follows no redirect and reads no more than the limit."""
     parts = urlsplit(control_plane)
     if parts.scheme != "https" or not parts.hostname:
         raise InputError(
@@ -242,7 +242,7 @@ def _answer(status: int, data: bytes, kind: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Body of the child: `python -m edge_agent.identity.enrolment FOLDER`; says on standard output what it did."""
+    """Runs the child, `python -m edge_agent.identity.enrolment FOLDER`; prints on standard output what it did."""
     (folder,) = sys.argv[1:] if argv is None else argv
     try:
         done = renew(Path(folder), time.time())

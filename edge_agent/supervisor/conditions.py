@@ -1,8 +1,8 @@
-"""What is wrong and has not recovered yet: the standing conditions of an agent, beside the events that began them.
+"""Standing conditions of an agent: faults that have not recovered yet, beside the events that began them.
 
 An event passes; a weak ejector stays weak. Rules: a condition stands from the event that names it until the event that
-says it is over; of one thing (the camera, one ejector) the newest condition stands alone; what the line said ends with
-its process, because the next one finds out anew and says so.
+ends it; each subject (the camera, one ejector) has at most its newest condition; conditions reported by the line end
+with its process, because the next one detects and reports them again.
 """
 
 from typing import Final
@@ -47,10 +47,10 @@ class Conditions:
         return False
 
     def line_gone(self) -> None:
-        """The line process ended, and with it what it has found out."""
+        """Ends the conditions that the line process reported, after that process has ended."""
         self._standing = {key: fault for key, fault in self._standing.items() if key[0] not in _OF_LINE}
 
     @property
     def standing(self) -> tuple[Fault, ...]:
-        """What stands, oldest first."""
+        """The conditions that stand now, oldest first."""
         return tuple(self._standing.values())[:MAX_CONDITIONS]

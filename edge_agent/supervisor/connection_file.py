@@ -1,4 +1,4 @@
-"""Whether the agent has its broker, and why not: a file beside its state, for `sortline-agent status`."""
+"""The file `connection.json`: whether the agent has its broker, and why not, for `sortline-agent status`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,5 +25,5 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def connection_file(root: Path) -> StateFile[Connection]:
-    """`connection.json` of a state directory."""
+    """Returns `connection.json` of a state directory."""
     return StateFile(StateDirectory(root).connection, Connection)

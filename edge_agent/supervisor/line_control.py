@@ -1,7 +1,7 @@
-"""What the supervisor asks of its line: which bundle judges, which challenger runs beside it, which lot is sorted.
+"""The supervisor's control of its line: the bundle that judges, the challenger beside it, the lot that is sorted.
 
-A line that does not read is no reason to wait: what cannot be sent is logged, and the line that starts next begins with
-what holds then.
+A line that does not read is never waited for: a message that cannot be sent is logged, and the line that starts next
+begins with the state of that moment.
 """
 
 import logging
@@ -34,7 +34,7 @@ class LineControl:
         directory: Its state directory.
         boot_id: Of this start of the supervisor.
         host: The supervisor.
-        updater: Says which bundle judges; it is made after this object, hence a function.
+        updater: Names the bundle that judges; it is made after this object, hence a function.
         lot: The lot that runs.
     """
 
@@ -66,7 +66,7 @@ class LineControl:
     # -- the process ------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """One turn: starts and replaces line and standby."""
+        """Runs one turn: starts and replaces line and standby."""
         self.keeper.tick(self._updater().judging, self.standby)
 
     @property
@@ -80,7 +80,7 @@ class LineControl:
 
     @property
     def present(self) -> Go:
-        """What a standby goes on from."""
+        """Returns the state from which a standby continues."""
         lot = self._lot()
         return Go(lifetime_items=self.lifetime_items, lot=lot.lot, variety=lot.variety)
 
@@ -88,7 +88,7 @@ class LineControl:
         """Starts a line process, or a standby, with this bundle (empty = none)."""
         line = self._config.line
         if not line.threads:
-            # What one line measured holds for those after it.
+            # The measurement of one line serves those after it.
             onnx, opencv = (int(self.tuned.get(f"{library}_threads", 0)) for library in ("onnx", "opencv"))
             opencv = line.opencv_threads or opencv
             if onnx and opencv:
@@ -110,16 +110,16 @@ class LineControl:
         return LineProcess(config, self._host.enqueue, standby=standby)
 
     def came_up(self, ready: Ready) -> None:
-        """The line says that it works."""
+        """Records that the line reported that it works."""
         self.lanes, self.camera = ready.lanes, mask(ready.camera)[:200]
         self.keeper.came_up()
 
     def was_tuned(self, message: Tuned) -> None:
-        """The line has measured how many threads serve it best."""
+        """Keeps the number of threads that the line measured as best."""
         self.tuned |= message.facts
 
     def gone(self, process: object) -> bool:
-        """A process was reaped; returns whether it was the line."""
+        """Handles the end of a process; returns whether it was the line."""
         if not self.keeper.gone(process, self.standby):
             return False
         self.beat = None
@@ -156,7 +156,7 @@ class LineControl:
         elif state.phase is Phase.TRIAL and digest == state.active:
             self.keeper.load(digest, slot, swap=updater.swap, swap_within_s=state.swap_within_s)
         else:
-            # The way back waits for no lot.
+            # A rollback never waits for a lot change.
             self.keeper.load(digest, slot)
 
     def _begin_safe_state(self, safe_state: SafeState) -> None:
@@ -192,7 +192,7 @@ class LineControl:
         self._send("challenger", lambda line: line.load_shadow(digest, slot, samples))
 
     def set_lot(self, lot: str, variety: str) -> None:
-        """Asks the line to begin another lot; one that does not listen is replaced by one that starts with it."""
+        """Asks the line to begin another lot; one that does not respond is replaced by one that starts with it."""
         self._updater().lot_began()
         if not self._send("lot", lambda line: line.set_lot(lot, variety)) and self.keeper.line is not None:
             self.keeper.line.kill()

@@ -1,12 +1,12 @@
 """Keeps a line process running and, where one is wanted, a standby that waits to take over from it.
 
 A standby (`standby`) has everything in memory and touches neither camera nor ejector; one message makes it the line.
-Rules: it is told so only after the line before was reaped, so no two processes ever judge; it holds a bundle that is
-known to be good; it is started only beside a line that works, so it never delays one; one that dies or does not get
-ready is counted and started again later, and is no bundle's fault. A line that had lived long is replaced at once, one
-that keeps dying after a growing pause.
+Rules: the message is sent only after the line before was reaped, so no two processes ever judge; a standby holds a
+bundle that was committed; it is started only beside a line that works, so it never delays one; one that dies or does
+not get ready is counted and started again later, and counts against no bundle. A line that ran long is replaced at
+once, one that keeps dying after a growing pause.
 
-It does not know what a trial is: it is told what the line judges with and what a standby must hold.
+Trials are decided elsewhere: the caller names the bundle that the line judges with and the one a standby must hold.
 """
 
 import logging
@@ -27,14 +27,14 @@ log = logging.getLogger("sortline.keeping")
 _BEAT_TIMEOUT_S: Final = 5.0
 _START_TIMEOUT_S: Final = 60.0
 _PROVEN_S: Final = 60.0
-"""A process that lived so long is replaced without a pause."""
+"""Seconds after which a process that ends is replaced without a pause."""
 _FIRST_PAUSE_S: Final = 0.2
 _LINE_PAUSE_S: Final = 10.0
 _STANDBY_PAUSE_S: Final = 60.0
 
 
 def standby_for(mode: Standby, state: SlotState) -> str:
-    """Which bundle a standby must hold now; empty = none is wanted. Pure."""
+    """Returns the bundle that a standby must hold now; empty = no standby is wanted. Pure."""
     if mode is Standby.NEVER or state.safe_state:
         return ""  # in a safe state the bundle before must not judge again
     if state.phase is Phase.TRIAL:
@@ -43,7 +43,7 @@ def standby_for(mode: Standby, state: SlotState) -> str:
 
 
 class Process(Protocol):
-    """A line process or a standby (`child.LineProcess`). Times are monotonic seconds."""
+    """A line process or a standby (`line_process.LineProcess`). Times are monotonic seconds."""
 
     digest: str
     """The bundle it has, or was last asked to load."""
@@ -69,13 +69,13 @@ class Process(Protocol):
         """Asks it to take this challenger, or none."""
 
     def set_lot(self, lot: str, variety: str) -> None:
-        """Tells it that another lot begins."""
+        """Announces the next lot."""
 
     def go(self, present: Go) -> None:
         """Makes a standby the line: its life as such begins now."""
 
     def kill(self) -> None:
-        """Ends it; the owner is told when it is gone."""
+        """Ends it; the owner is notified when it is gone."""
 
     def stop(self, timeout_s: float) -> None:
         """Asks it to end, then makes it."""
@@ -86,7 +86,7 @@ class Starter(Protocol):
 
     @property
     def present(self) -> Go:
-        """What a standby has to know to go on from here."""
+        """Returns the state from which a standby continues."""
 
     def start_process(self, digest: str, *, standby: bool) -> Process:
         """Starts a line process, or a standby, with this bundle (empty = none)."""
@@ -94,7 +94,7 @@ class Starter(Protocol):
 
 @dataclass(slots=True)
 class _Place:
-    """One process, and when the next one may be started."""
+    """One process, and the time at which the next one may be started."""
 
     name: str
     longest_pause_s: float
@@ -103,7 +103,7 @@ class _Place:
     next_s: float = 0.0
 
     def vacate(self, now_s: float) -> None:
-        """The process is gone."""
+        """Records that the process is gone."""
         proven = self.process is not None and now_s - self.process.started_s > _PROVEN_S
         self.failures = 0 if proven else self.failures + 1
         pause_s = min(_FIRST_PAUSE_S * 2.0**self.failures, self.longest_pause_s)
@@ -126,7 +126,7 @@ class LineKeeper:
         self._line = _Place("line", _LINE_PAUSE_S)
         self._standby = _Place("standby", _STANDBY_PAUSE_S)
         self._up = False
-        """The line has said that it works, and what it said before was heard."""
+        """Whether the line has reported that it works, and its earlier messages were read."""
         self._gap_since_s: float | None = None
         """When the line was gone that a standby is taking over from."""
 
@@ -153,7 +153,7 @@ class LineKeeper:
     # -- what happens -----------------------------------------------------------------------------------------
 
     def tick(self, digest: str, standby: str) -> None:
-        """One turn.
+        """Runs one turn.
 
         Args:
             digest: What the line must judge with when it is started; empty = nothing.
@@ -189,7 +189,7 @@ class LineKeeper:
             process.kill()
 
     def gone(self, process: object, standby: str) -> bool:
-        """A process was reaped; a standby that holds the right bundle takes over at once, before anything is written.
+        """Handles the end of a process; a standby with the right bundle takes over at once, before anything is written.
 
         Args:
             process: Which.
@@ -226,7 +226,7 @@ class LineKeeper:
         return True
 
     def came_up(self) -> None:
-        """The line says that it works."""
+        """Records that the line reported that it works."""
         self._up = True
         if self._gap_since_s is not None and self.line is not None:
             gap_ms = (self._clock() - self._gap_since_s) * 1000.0
@@ -252,7 +252,7 @@ class LineKeeper:
             line.kill()
 
     def stop(self, timeout_s: float) -> None:
-        """Ends both; what the line says last still comes."""
+        """Ends both processes; the last messages of the line are still delivered."""
         if self._standby.process is not None:
             self._standby.process.kill()
         if self.line is not None:

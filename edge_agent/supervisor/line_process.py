@@ -1,4 +1,4 @@
-"""The processes a supervisor starts: the line, and the throw-away self-test. Both speak through its event queue."""
+"""The processes a supervisor starts: the line, and the throw-away self-test. Both report through its event queue."""
 
 import logging
 import os
@@ -141,7 +141,7 @@ class LineProcess:
         self._pipe.send(LoadShadow(digest=digest, directory=str(directory or ""), samples=samples))
 
     def set_lot(self, lot: str, variety: str) -> None:
-        """Tells the line that another lot begins.
+        """Announces the next lot to the line.
 
         Raises:
             UnavailableError: The line does not read.

@@ -1,10 +1,10 @@
-"""Which lot runs on this line, and who may say so: the operator beside it, or a command of the control plane.
+"""The lot that runs on this line, named by the operator beside it or by a command of the control plane.
 
-A lot is a name. What it means for the items is said by the signed recipe of the running bundle, which has terms for
-lots and varieties; this module knows no recipe. Rules: the lot is kept durably before the line hears of it; of
-commands the one that was issued last counts, in whatever order they come; a command that is late, early, repeated or
-not allowed changes nothing, and whoever sent it hears why; an operator's word counts from the moment it is found and
-needs neither network nor clock; the start configuration counts until somebody speaks, and again when it was changed.
+A lot is a name. Its meaning for the items is in the signed recipe of the running bundle, which has terms for lots and
+varieties; no recipe decides here. Rules: the lot is stored durably before the line receives it; the command that was
+issued last counts, in whatever order commands arrive; a command that is late, early, repeated or not allowed changes
+nothing, and its sender is answered with the reason; an operator's request counts from the moment it is found and needs
+neither network nor clock; the start configuration counts until a lot is named, and again after it was changed.
 """
 
 import contextlib
@@ -44,20 +44,20 @@ from models.recipe import parse_recipe
 log = logging.getLogger("sortline.lots")
 T = TypeVar("T", bound=msgspec.Struct)
 MAX_LIFE_MS: Final = 600_000
-"""A command that wants to be valid for longer is none."""
+"""The longest time for which a command may be valid."""
 TERMS: Final = {
     "lot": "of this lot",
     "variety": "of this variety",
     "recipe": "the recipe's own: it has none for this lot or variety",
 }
 PAUSE_S: Final = 1.0
-"""Between two commands that are obeyed: each is written to the disk and closes a window."""
+"""Shortest time between two applied commands, because each is written to the disk and closes a window."""
 _REMEMBERED: Final = 32
 _MAX_BYTES: Final = 16 * 1024
 
 
 class LotState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that must survive."""
+    """The state of the lot that must survive a power cut."""
 
     schema_version: Literal[1] = 1
     lot: LotText = ""
@@ -65,15 +65,15 @@ class LotState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     source: LotSource = LotSource.CONFIGURATION
     since_ms: Counter = 0
     configured: tuple[LotText, LotText] = ("", "")
-    """Lot and variety of the start configuration when this was written: another one there is news."""
+    """Lot and variety of the start configuration when this was written: a different one has been configured since."""
     issued_at_ms: Counter = 0
-    """When the newest command that was carried out had been issued, by the control plane's clock."""
+    """When the newest applied command was issued, by the control plane's clock."""
     requests: Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=_REMEMBERED)] = ()
-    """What was obeyed, newest last: heard again it is confirmed again and changes nothing."""
+    """The applied requests, newest last: a repetition is confirmed again and changes nothing."""
 
 
 class LotRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an operator says at the line; a file in the state directory."""
+    """A request of the operator at the line; a file in the state directory."""
 
     schema_version: Literal[1] = 1
     request_id: RequestId
@@ -82,12 +82,12 @@ class LotRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def accept(state: LotState, command: Command, now_ms: int) -> LotState:
-    """The state after a command; the same one when it was obeyed before. Pure.
+    """Returns the state after a command; the same one when it was applied before. Pure.
 
     Args:
-        state: Now.
-        command: As it came; its sender was checked by the broker alone.
-        now_ms: By this machine's clock.
+        state: The present state.
+        command: The command as received; its sender was checked by the broker alone.
+        now_ms: The time by this machine's clock.
 
     Raises:
         MessageError: `command.bad_times`, `command.expired`, `command.from_future`, `command.overtaken`.
@@ -105,7 +105,7 @@ def accept(state: LotState, command: Command, now_ms: int) -> LotState:
     if late_ms > 0:
         raise MessageError(
             "command.expired",
-            "The command came too late, or this machine's clock is ahead: say it again, or at the line.",
+            "The command came too late, or this machine's clock is ahead: send it again, or set the lot at the line.",
             expected="before it expired",
             got=f"{late_ms / 1000.0:.0f} s later",
         )
@@ -113,17 +113,17 @@ def accept(state: LotState, command: Command, now_ms: int) -> LotState:
     if early_ms > CLOCK_SLACK_MS:
         raise MessageError(
             "command.from_future",
-            "The command is from the future: this machine's clock is behind, or the control plane's ahead. Say it at "
-            "the line.",
+            "The command is from the future: this machine's clock is behind, or the control plane's ahead. Set the lot "
+            "at the line.",
             expected=f"at most {CLOCK_SLACK_MS / 1000.0:.0f} s ahead",
             got=f"{early_ms / 1000.0:.0f} s",
         )
-    # What was obeyed while both clocks were years ahead must not keep everything out until then.
+    # A command applied while both clocks were years ahead must not block all others until then.
     newest_ms = state.issued_at_ms if state.issued_at_ms <= now_ms + CLOCK_SLACK_MS else 0
     if command.issued_at_ms <= newest_ms:
         raise MessageError(
             "command.overtaken",
-            "A newer command was obeyed before.",
+            "A newer command was applied before.",
             expected=f"> {newest_ms}",
             got=command.issued_at_ms,
         )
@@ -131,21 +131,21 @@ def accept(state: LotState, command: Command, now_ms: int) -> LotState:
     return with_lot(state, command, LotSource.CONTROL_PLANE, now_ms)
 
 
-def with_lot(state: LotState, word: Command | LotRequest, source: LotSource, now_ms: int) -> LotState:
-    """The state after somebody who may has named the lot; pure. The same lot named again goes on since when it did."""
-    same = (word.lot, word.variety) == (state.lot, state.variety)
+def with_lot(state: LotState, request: Command | LotRequest, source: LotSource, now_ms: int) -> LotState:
+    """Returns the state after an accepted request; pure. The same lot named again keeps the time of its begin."""
+    same = (request.lot, request.variety) == (state.lot, state.variety)
     return msgspec.structs.replace(
         state,
-        lot=word.lot,
-        variety=word.variety,
+        lot=request.lot,
+        variety=request.variety,
         source=source,
         since_ms=state.since_ms if same else now_ms,
-        requests=(*state.requests, word.request_id)[-_REMEMBERED:],
+        requests=(*state.requests, request.request_id)[-_REMEMBERED:],
     )
 
 
 def lot_file(root: Path, on_quarantine: Callable[[Path, str], None] = lambda *_: None) -> StateFile[LotState]:
-    """`lot.json` of a state directory."""
+    """Returns `lot.json` of a state directory."""
     return StateFile(StateDirectory(root).lot, LotState, code="lot.unreadable", on_quarantine=on_quarantine)
 
 
@@ -158,7 +158,7 @@ class Lots:
         host: The supervisor.
         set_lot: Makes the line begin another lot.
         respond: Answers a command.
-        commands: Whether the control plane may say which lot runs.
+        commands: Whether the control plane may set the lot.
         wall_ms: Milliseconds since 1970 by this machine's clock.
         clock: Monotonic seconds.
     """
@@ -175,10 +175,10 @@ class Lots:
         wall_ms: Callable[[], int] = wall_ms,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._clock, self._obeyed_s = clock, -math.inf
+        self._clock, self._applied_s = clock, -math.inf
         self._file = lot_file(root, self._quarantined)
         directory = StateDirectory(root)
-        self._wish, self._taken = directory.lot_request, directory.lot_taken
+        self._request, self._taken = directory.lot_request, directory.lot_taken
         self._set_lot, self._respond = set_lot, respond
         self._host, self._commands, self._wall_ms = host, commands, wall_ms
         self.state = self._load(configured)
@@ -199,7 +199,7 @@ class Lots:
             since_ms=self._wall_ms(),
             configured=configured,
         )
-        with contextlib.suppress(OSError):  # the configuration says so again at the next start
+        with contextlib.suppress(OSError):  # the configuration applies again at the next start
             self._save(state)
         return state
 
@@ -212,7 +212,7 @@ class Lots:
         self.state = state
 
     def _begin(self, state: LotState, request_id: str) -> None:
-        """Kept first; then the line hears of it, then the world."""
+        """Stores the state first, then passes the lot to the line, then reports the event."""
         before = self.state
         self._save(state)
         if (state.lot, state.variety) == (before.lot, before.variety):
@@ -224,10 +224,10 @@ class Lots:
     # -- the control plane's way ------------------------------------------------------------------------------
 
     def command(self, payload: bytes) -> None:
-        """Obeys a command, or says why not.
+        """Applies a command, or answers why it was refused.
 
         Raises:
-            MessageError: It was refused; count it and go on. Who sent one that can be read was answered.
+            MessageError: It was refused; count it and go on. The sender of a readable one was answered.
             OSError: The disk refused; nothing changed, and the sender was not answered: it may ask again.
         """
         command = decode(payload, Command)
@@ -240,14 +240,16 @@ class Lots:
                     got=command.kind,
                 )
             state = accept(self.state, command, self._wall_ms())
-            if state is not self.state and self._clock() - self._obeyed_s < PAUSE_S:
-                raise MessageError("command.too_soon", "Another command was obeyed just now: say it again.")
+            if state is not self.state and self._clock() - self._applied_s < PAUSE_S:
+                raise MessageError(
+                    "command.too_soon", "Another command was applied less than a second ago: send it again."
+                )
         except MessageError as error:
             self._answer(command, fault_of(error, self._wall_ms()))
             raise
         if state is not self.state:
             self._begin(state, command.request_id)
-            self._obeyed_s = self._clock()
+            self._applied_s = self._clock()
         self._answer(command, None)
         self._host.report()
 
@@ -257,32 +259,32 @@ class Lots:
     # -- the operator's way -----------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Takes up what an operator has said meanwhile.
+        """Takes up a request that an operator has left.
 
         Raises:
             OSError: The disk refused; it is tried again.
         """
         if not self._taken.exists():
-            if not self._wish.exists():
+            if not self._request.exists():
                 return
-            # A wish that is said now replaces none that is being read.
-            self._wish.rename(self._taken)
+            # A request that is written now does not replace the one being read.
+            self._request.rename(self._taken)
         try:
-            wish = _parse(_bounded(self._taken), LotRequest)
+            request = _parse(_bounded(self._taken), LotRequest)
         except InputError as error:
             self._host.counters[f"refused_{error.code}"] += 1
             self._host.event(error.code, str(error))
         else:
-            # Power may have failed between here and the end: then it is known already.
-            if wish.request_id not in self.state.requests:
-                self._begin(with_lot(self.state, wish, LotSource.OPERATOR, self._wall_ms()), wish.request_id)
+            # After a power failure between here and the end the request is already applied.
+            if request.request_id not in self.state.requests:
+                self._begin(with_lot(self.state, request, LotSource.OPERATOR, self._wall_ms()), request.request_id)
         self._taken.unlink()
         self._host.report()
 
     # -- what runs --------------------------------------------------------------------------------------------
 
     def running(self, beat: Beat | None) -> RunningLot:
-        """As it is reported.
+        """Returns the lot as it is reported.
 
         Args:
             beat: The line's last one; None = it does not run.
@@ -300,12 +302,12 @@ class Lots:
 
 
 def submit_lot_request(root: Path, lot: str, variety: str, request_id: str) -> None:
-    """Puts an operator's word where the agent looks; a newer one replaces one that was not taken up.
+    """Leaves an operator's request for the agent; a newer one replaces one that was not taken up.
 
     Args:
         root: The agent's state directory; it may be running or not.
-        lot: Its name.
-        variety: What it is.
+        lot: Name of the lot.
+        variety: Name of the variety.
         request_id: 32 hexadecimal digits, never used before.
 
     Raises:
@@ -339,7 +341,7 @@ def wait_until_applied(root: Path, request_id: str, *, timeout_s: float) -> bool
 
 
 def known_lot(root: Path) -> dict[str, str]:
-    """Returns what an agent's state directory says of its lot, for people."""
+    """Returns the lot in an agent's state directory as text for `sortline-agent status`."""
     state = lot_file(root).read()
     if state is None:
         return {"lot": "as configured", "source": LotSource.CONFIGURATION}

@@ -1,4 +1,4 @@
-"""Builds what an agent reports about itself (`models.messages.Reported`) from the parts that know it."""
+"""Builds what an agent reports about itself (`models.messages.Reported`) from the parts of the supervisor."""
 
 import os
 import platform
@@ -37,7 +37,7 @@ class Report:
     conditions: Conditions
 
     def build(self) -> Reported:
-        """The state of the agent now."""
+        """Returns the state of the agent now."""
         state, beat = self.updater.state, self.line.beat
         shadow = self.challenger.state
         return Reported(
@@ -84,7 +84,7 @@ def box_facts(address: str) -> dict[str, str]:
 
 
 def resident_mb(pids: Iterable[int]) -> float:
-    """Resident memory of these processes together, in megabytes; one that is gone counts nothing."""
+    """Returns the resident memory of these processes together, in megabytes; ended processes count as 0."""
     pages = 0
     for pid in pids:
         try:

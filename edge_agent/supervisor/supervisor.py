@@ -86,7 +86,7 @@ class Supervisor:
             root, self.boot_id, max_bytes=config.spool.max_bytes, ballast_bytes=config.spool.ballast_bytes
         )
         self._wanted: Desired | None = None
-        """Proven, and not yet taken up."""
+        """Desired states that are proven and not yet taken up."""
         self._reported_s = 0.0
         self._last_tick_s = time.monotonic()
         self._stop = threading.Event()
@@ -198,7 +198,7 @@ class Supervisor:
     def _shut_down(self) -> None:
         self._identity.stop()
         self._line.keeper.stop(2.0)
-        # What the line said last (its final window) still goes to the spool.
+        # The line's last messages (its final window) still go to the spool.
         while not self._events.empty():
             event = self._events.get_nowait()
             if isinstance(event, tuple) and isinstance(event[1], WindowClosed):
@@ -279,7 +279,7 @@ class Supervisor:
             log.warning("message refused: %s", error)
 
     def _look_at_stick(self) -> None:
-        """Offers what was imported like what the broker gives."""
+        """Hands an import to the verifier like messages of the broker."""
         news = self._stick.news()
         if news is not None:
             self._journal.event("stick.found", "An imported folder is being looked at.")
@@ -288,7 +288,7 @@ class Supervisor:
             self._verifier.offer_document(news.document)
 
     def _take_wanted(self) -> None:
-        """Takes up what was proven; it is kept until the disk has taken it."""
+        """Takes up a proven desired state, which is kept until it is on disk."""
         if self._wanted is not None:
             self._desire(self._wanted)
             self._wanted = None

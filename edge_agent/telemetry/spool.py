@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 _DROP_AT_ONCE: Final = 256
 _LOG_BYTES: Final = 4 * 1024 * 1024
 EVICTION: Final = (RecordKind.EVENT, RecordKind.WINDOW)
-"""Least important first: counts of a lot are what cannot be had again. Gaps are never dropped."""
+"""Least important first, because the counts of a lot cannot be obtained again. Gaps are never dropped."""
 _KEPT_SHARE: Final = 1.0 / 16.0
 """Share of the budget that a less important kind keeps, so that a day of windows never pushes out the last alarms."""
 
@@ -60,7 +60,7 @@ class Spool:
 
     Args:
         directory: The agent's state directory.
-        boot_id: Of this start; sequence numbers count from 0 in it.
+        boot_id: Identifies this start; sequence numbers count from 0 in it.
         max_bytes: Budget on disk.
         ballast_bytes: Size of the ballast file.
         wall_ms: Milliseconds since 1970.
@@ -80,7 +80,7 @@ class Spool:
         self._boot_id, self._seq = boot_id, 0
         self._max_bytes, self._ballast_bytes, self._wall_ms = max_bytes, ballast_bytes, wall_ms
         self._unwritten: list[tuple[RecordKind, int]] = []
-        """Records that could not be written at all: their numbers are told as a gap once there is room."""
+        """Records that could not be written at all: their numbers are reported as a gap once there is room."""
         self.quarantined = False
         """The file found at start was broken and was set aside."""
         self._database = self._open()
@@ -90,7 +90,7 @@ class Spool:
         self._claim_ballast()
 
     def _open(self) -> sqlite3.Connection:
-        """A broken file is set aside; a full disk is no reason to: the ballast makes the room that opening needs."""
+        """Opens the file; a broken one is set aside. On a full disk the ballast makes the room that opening needs."""
         try:
             return self._connect()
         except sqlite3.OperationalError as error:
@@ -114,7 +114,7 @@ class Spool:
         try:
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=FULL")
-            # The log keeps the size of its largest moment unless told otherwise.
+            # Without this setting the log file keeps its largest size.
             database.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")
             if database.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
@@ -223,10 +223,10 @@ class Spool:
                 self._database.execute("ROLLBACK")
             raise
 
-    # -- reading and forgetting -------------------------------------------------------------------------------
+    # -- reading and deleting -------------------------------------------------------------------------------
 
     def seal_gaps(self) -> None:
-        """Turns what is known of dropped records into `Gap` records, to be sent like any other."""
+        """Turns the ranges of dropped records into `Gap` records, which are sent like any other."""
         boots = self._database.execute("SELECT DISTINCT boot_id FROM gap").fetchall()
         for (boot_id,) in boots:
             with self._transaction():
@@ -258,7 +258,7 @@ class Spool:
         return int(self._database.execute("SELECT COALESCE(MAX(id), 0) FROM record").fetchone()[0])
 
     def read(self, *, after: int, through: int | None = None, most: int) -> Slice | None:
-        """The next neighbouring records of one boot within the limits of one batch; None when there are none.
+        """Returns the next neighbouring records of one boot within the limits of one batch; None when there are none.
 
         Args:
             after: Place the slice begins behind.
@@ -304,7 +304,7 @@ class Spool:
 
     @property
     def depth(self) -> int:
-        """Records waiting."""
+        """The number of records that wait."""
         return int(self._database.execute("SELECT COUNT(*) FROM record").fetchone()[0])
 
     @property
@@ -318,7 +318,7 @@ class Spool:
         return self._fact("lifetime_items", 0)
 
     def used_bytes(self) -> int:
-        """Pages in use (free ones are used again)."""
+        """Returns the number of pages in use (free ones are used again)."""
         count, free, size = (
             int(self._database.execute(f"PRAGMA {name}").fetchone()[0])
             for name in ("page_count", "freelist_count", "page_size")
@@ -333,12 +333,12 @@ class Spool:
         self._database.execute("INSERT OR REPLACE INTO fact (name, value) VALUES (?, ?)", (name, value))
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the database file."""
         self._database.close()
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending numbers as ranges (first, last)."""
+    """Returns ascending numbers as ranges (first, last)."""
     first = last = numbers[0]
     for number in numbers[1:]:
         if number != last + 1:

@@ -1,8 +1,8 @@
 """Sends what the spool holds, a few batches in flight, each again until it is acknowledged.
 
-What came up since the connection stands goes ahead of what waited before, so after a long partition a line is seen as
-it is now while its past is still being told. Rules: a batch is forgotten only by an acknowledgement that names its
-numbers; after a reconnect everything is sent again.
+Records made since the connection began go ahead of those that waited before, so after a long partition the present
+state of a line arrives before its past. Rules: a batch is deleted only by an acknowledgement that names its numbers;
+after a reconnect everything is sent again.
 """
 
 import logging
@@ -45,8 +45,8 @@ class Uplink:
 
     Args:
         spool: Where records wait.
-        link: What sends.
-        topic: Of the batches.
+        link: The connection.
+        topic: Topic of the batches.
         retry_s: Without acknowledgement a batch is sent again after this; the pause doubles.
     """
 
@@ -60,7 +60,7 @@ class Uplink:
         self.repeats = 0
 
     def reset(self) -> None:
-        """After a (re)connect: whatever was in flight is sent again at once."""
+        """Sends everything that was in flight again at once, after a (re)connect."""
         self._flights.clear()
         self._pause_s, self._split = self._retry_s, None
 
@@ -73,7 +73,7 @@ class Uplink:
         if self._spool.has_gaps:
             self._spool.seal_gaps()
         if any(flight.due_s <= now for flight in self._flights):
-            # From the oldest on again: what was in flight beyond it is sent twice at worst.
+            # Starts again at the oldest one; at worst the records in flight beyond it are sent twice.
             self._pause_s = min(self._pause_s * 2.0, _LONGEST_RETRY_S)
             self.repeats += len(self._flights)
             self._flights.clear()
@@ -95,7 +95,7 @@ class Uplink:
         return True
 
     def acknowledged(self, ack: Ack) -> int:
-        """The control plane has these records; returns how many were deleted.
+        """Deletes the records that the control plane acknowledged; returns how many were deleted.
 
         A stale or replayed acknowledgement, or one for another boot, deletes at most what was sent.
         """

@@ -1,4 +1,4 @@
-"""What the supervisor asks the verifying process, and what that answers. Light: neither side's libraries are needed."""
+"""Question and answer between the supervisor and the verifying process. Needs the libraries of neither side."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from models.signed_set import MAX_SET_BYTES
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """What came over the network or from a stick; MessagePack on standard input."""
+    """Unverified documents from the network or a stick; MessagePack on standard input."""
 
     offered: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_SET_BYTES)]
     bin: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_SET_BYTES)] = b""
@@ -17,10 +17,10 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be done about it; JSON on standard output."""
+    """The verified result; JSON on standard output."""
 
     desired: Desired | None = None
     fault: Fault | None = None
     facts: dict[str, str] = {}
     quarantined: str = ""
-    """Where a broken memory of trust was set aside."""
+    """Path to which broken trusted metadata was set aside."""

@@ -33,10 +33,10 @@ from models.signed_set import MAX_SET_BYTES
 
 log = logging.getLogger("sortline.gate")
 _APART: Final = frozenset({"trust.wrong_assignment", "trust.not_assigned", "trust.incomplete", "trust.mixed"})
-"""What an assignment looks like whose bin or set is still on its way, or the other way round."""
+"""Errors of an assignment whose bin or set has not arrived yet, or the other way round."""
 _GRACE_S: Final = 3.0
 _PARTS: Final = 3
-"""Set, bin and document: so often may one of them come alone."""
+"""Set, bin and document: the number of times that one of them may come alone."""
 _SPACING_S: Final = 0.5
 _CLOCK_ALARM_S: Final = 300
 _LONGEST_RETRY_S: Final = 600.0
@@ -44,7 +44,7 @@ _LONGEST_RETRY_S: Final = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A verification ended."""
+    """The end of a verification, with its result."""
 
     pair: tuple[str, str]
     desired: Desired | None
@@ -54,12 +54,12 @@ class Verified:
 
 
 class AssignmentVerifier:
-    """What one agent believes.
+    """Verifies the desired states of one agent.
 
     Args:
         root: The agent's state directory.
-        config: Where anchor and memory are, and how patient to be.
-        agent_id: Whose assignment it must be.
+        config: Paths of the trust anchor and the trusted metadata, and the pauses between tries.
+        agent_id: The agent to which an assignment must belong.
         host: The supervisor.
         generation: The newest generation that was taken up.
         clock: Monotonic seconds.
@@ -91,7 +91,7 @@ class AssignmentVerifier:
     # -- what is offered --------------------------------------------------------------------------------------
 
     def offer_set(self, payload: bytes) -> None:
-        """A set of signed metadata came.
+        """Takes a set of signed metadata.
 
         Raises:
             MessageError: `message.oversize`.
@@ -101,7 +101,7 @@ class AssignmentVerifier:
         self._changed()
 
     def offer_bin(self, payload: bytes) -> None:
-        """The part of the assignments came that ours is in.
+        """Takes the bin that lists this agent's assignment.
 
         Raises:
             MessageError: `message.oversize`.
@@ -111,7 +111,7 @@ class AssignmentVerifier:
         self._changed()
 
     def offer_document(self, payload: bytes) -> None:
-        """A desired state came; whether it is for us and true is not known yet.
+        """Takes a desired state, which is not verified yet.
 
         Raises:
             MessageError: It can never be one.
@@ -154,7 +154,7 @@ class AssignmentVerifier:
         deliver_surely(self._host.enqueue, _ask(command, body, pair, self._config.timeout_s))
 
     def done(self, verified: Verified) -> Desired | None:
-        """A verification ended; returns what may be done now."""
+        """Takes the result of a verification; returns the desired state that is proven, or None."""
         self._running = False
         self._tried, self._done_s = verified.pair, self._clock()
         self.facts = verified.facts or self.facts
@@ -172,7 +172,7 @@ class AssignmentVerifier:
         return verified.desired
 
     def _look_at_clock(self) -> None:
-        """Signed metadata is later than this machine's clock: said once, until it is right again."""
+        """Reports once that signed metadata is later than this machine's clock, until the clock is right again."""
         behind_s = int(self.facts.get("clock_behind_s", "0"))
         if behind_s > _CLOCK_ALARM_S and not self._clock_behind:
             self._host.event("clock.behind", "The clock is behind what was signed; set it.", behind_s=str(behind_s))
@@ -201,7 +201,7 @@ class AssignmentVerifier:
 
 
 def places(root: Path, config: TrustConfig) -> tuple[Path, Path]:
-    """The trust folder and the trust anchor of an agent."""
+    """Returns the trust folder and the trust anchor of an agent."""
     folder = Path(config.folder) if config.folder else StateDirectory(root).trust
     return folder, Path(config.root) if config.root else folder / "root.json"
 

@@ -32,10 +32,10 @@ def answer(question: Question, *, folder: Path, root: Path, agent_id: str, now: 
     """Verifies, persists what is trusted, answers.
 
     Args:
-        question: What came.
+        question: The unverified documents.
         folder: The agent's trust folder: `trusted.json`; one process at a time works in it.
         root: The trust anchor.
-        agent_id: Whose assignment it must be.
+        agent_id: The agent to which the assignment must belong.
         now: The machine's clock.
 
     Raises:
@@ -87,7 +87,7 @@ def _refused(error: SortlineError) -> Answer:
 
 
 def _memory(path: Path) -> tuple[bytes, str]:
-    """Returns what was trusted; a broken file is set aside, and trust begins again at the anchor."""
+    """Returns the trusted metadata; a broken file is set aside, and trust begins again at the anchor."""
     if not path.exists():
         return b"", ""
     data = _read(path, MAX_TRUSTED_BYTES)
@@ -106,7 +106,7 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the process."""
+    """Runs the process."""
     parser = argparse.ArgumentParser(prog="python -m edge_agent.trust.verify", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="the agent's trust folder")
     parser.add_argument("--root", type=Path, required=True, help="the trust anchor, root.json")

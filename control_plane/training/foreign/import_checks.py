@@ -36,7 +36,7 @@ class Preparation(msgspec.Struct, frozen=True, kw_only=True):
     channels: str
 
     def __str__(self) -> str:
-        """The options of the command line that state it."""
+        """Returns the options of the command line that state it."""
         mean, std = (",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return f"--scale {self.scale:.6g} --mean {mean} --std {std}, channels {self.channels}"
 

@@ -150,7 +150,7 @@ class ModbusPlcEjector(_HandingOver):
         self._next = slot + 1
 
     def _free_slot(self) -> int:
-        """The next slot whose item has passed."""
+        """Returns the next slot whose item has passed."""
         position_mm = self._belt.position_mm(self._clock())
         for k in range(len(self._busy_to_mm)):
             slot = (self._next + k) % len(self._busy_to_mm)

@@ -185,7 +185,7 @@ class ValveTimer:
         return lines
 
     def wait_s(self, at_s: float) -> float:
-        """Seconds until the next valve may close."""
+        """Returns seconds until the next valve may close."""
         return min(max(self._ends[0][0] - at_s, 0.0), _IDLE_S) if self._ends else _IDLE_S
 
 

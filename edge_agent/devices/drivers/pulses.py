@@ -28,7 +28,7 @@ class PulseBelt(Encoder, Protocol):
         """Returns the count at a belt position; None while no count is known or when the position is too far away."""
 
     def position_of(self, pulses: int) -> float | None:
-        """The belt position of a count, the one nearest to the present; None while no count is known."""
+        """Returns the belt position of a count, the one nearest to the present; None while no count is known."""
 
 
 @dataclass(frozen=True, slots=True)
