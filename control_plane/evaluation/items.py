@@ -1,5 +1,6 @@
 """Items from views in training and evaluation, chosen as on the line: at most K views, spaced by roll."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from control_plane.data.dataset import Dataset
 from control_plane.evaluation.metrics import item_truth
 from models.errors import InputError
 from models.preprocess import view_features
-from models.profile import item_features
+from models.profile import Profile, build_profile, feature_names, item_features
 from models.recipe import Recipe, Verdict
 
 
@@ -63,3 +64,41 @@ def judge_item(
     verdict = recipe.decide(probabilities)
     features = np.stack([view_features(view) for view in views])
     return verdict, item_features(features, embedding, verdict.probabilities, verdict.defect)
+
+
+def reference_profile(
+    dataset: Dataset,
+    recipe: Recipe,
+    max_views: int,
+    probabilities: NDArray[np.floating],
+    embedding: NDArray[np.float32],
+) -> Profile:
+    """Returns the reference of a bundle: how its recipe judges the items of a data set, and what was measured of them.
+
+    Args:
+        dataset: The labelled views.
+        recipe: Decides.
+        max_views: Most views of an item that are judged.
+        probabilities: (N, C) of the views, best from a model that did not learn from them.
+        embedding: float32 (N, E) of the views.
+    """
+    features, verdicts, varieties = [], [], []
+    scalars = np.full((len(dataset.scalar_names), len(np.unique(dataset.items))), np.nan)
+    for number, item in enumerate(items_of(dataset, max_views)):
+        at = item.chosen
+        verdict, measured = judge_item(recipe, dataset.views[at], probabilities[at], embedding[at])
+        features.append(measured)
+        verdicts.append(verdict.klass)
+        varieties.append(next((p.variety for p in (dataset.photos[row] for row in item.rows) if p.variety), ""))
+        for column in range(len(dataset.scalar_names)):
+            # As on the line: what is known when the last view is judged.
+            known = [value for value in dataset.scalars[item.rows, column] if np.isfinite(value)]
+            scalars[column, number] = known[-1] if known else np.nan
+    return build_profile(
+        np.stack(features),
+        feature_names(embedding.shape[1]),
+        dict.fromkeys(recipe.classes, 0) | Counter(verdicts),
+        scalars=dict(zip(dataset.scalar_names, scalars, strict=True)),
+        varieties=varieties,
+        verdicts=verdicts,
+    )

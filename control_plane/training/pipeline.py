@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from control_plane.data.dataset import Dataset
 from control_plane.data.photo_folder import load_dataset
-from control_plane.evaluation.items import items_of, judge_item
+from control_plane.evaluation.items import items_of, reference_profile
 from control_plane.evaluation.metrics import auc_within_folds, measure
 from control_plane.evaluation.operating_point import HeldOut, cost_report, hold_out, tuned
 from control_plane.evaluation.shortcuts import shortcuts
@@ -36,7 +36,7 @@ from models.classifier import OnnxClassifier
 from models.errors import InputError
 from models.fusion import fuse
 from models.golden import GOLDEN, Golden
-from models.profile import build_profile, feature_names
+from models.profile import encode_profile
 from models.recipe import Recipe, Share, Terms
 from models.view_spec import PreprocessSpec, ScalarName
 
@@ -315,14 +315,9 @@ def _parts(dataset: Dataset, cross: CrossValidation, recipe: Recipe, spec: Prepr
     answers, embedding = (
         (final.answers, final.embedding) if final.eight_bits is None else answers_of(classifier, dataset.views, scalars)
     )
-    rows, names, counts = [], feature_names(classifier.embedding_size), dict.fromkeys(dataset.classes, 0)
-    for item in items_of(dataset, spec.max_views):
-        views = dataset.views[item.chosen]
-        verdict, features = judge_item(recipe, views, probabilities[item.chosen], embedding[item.chosen])
-        rows.append(features)
-        counts[verdict.klass] += 1
+    profile = reference_profile(dataset, recipe, spec.max_views, probabilities, embedding)
     golden = golden_views(classifier, dataset.views, dataset.labels, scalars, answers)
-    return {PROFILE: msgspec.msgpack.encode(build_profile(np.stack(rows), names, counts)), GOLDEN: golden.encoded()}
+    return {PROFILE: encode_profile(profile), GOLDEN: golden.encoded()}
 
 
 def golden_views(

@@ -7,24 +7,69 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_agent.ejection.queue import EjectionQueue
 from edge_agent.simulation.line import SimulatedTruth
 from edge_agent.vision.judge import Judge, Judged
-from models.histogram import Histogram
+from models.histogram import Histogram, pack_counts
 from models.messages import Live
-from models.profile import FeatureCounter
-from models.windows import Window
+from models.profile import BINS, FeatureCounter
+from models.windows import LaneCounts, Window
 
 if TYPE_CHECKING:
     from edge_agent.line.shadow import Shadow
 
 log = logging.getLogger("sortline.counting")
+_NO_BINS: Final = (0,) * BINS
+_NO_FEATURES: Final = np.zeros((0, BINS), np.int64)
 _TALLIES = ("frames", "frames_dropped", "frames_bad", "items", "items_unjudged", "verdicts_late", "views")
+
+
+@dataclass(slots=True)
+class _LaneTally:
+    """The judged items of one lane in the window that is open."""
+
+    features: FeatureCounter | None
+    """None while nothing judges."""
+    classes: Counter[str] = field(default_factory=Counter)
+    grades: Counter[str] = field(default_factory=Counter)
+    outlets: Counter[str] = field(default_factory=Counter)
+
+    def add(self, judged: Judged, outlet: str, *, own_bundle: bool) -> None:
+        self.classes[judged.verdict.klass] += 1
+        self.grades[judged.verdict.grade] += 1
+        self.outlets[outlet] += 1
+        if self.features is None:
+            return
+        # An item finished by the bundle before is counted, but its features belong to another profile.
+        known = own_bundle and len(judged.features) == len(self.features)
+        if known:
+            self.features.add(judged.features, judged.track.scalars)
+        else:
+            self.features.add(np.full(len(self.features), np.nan, np.float32))
+
+    def take(self) -> tuple[LaneCounts, NDArray[np.int64]]:
+        """Returns the counts of the lane, and int64 (F, 16) of its features, and starts the next window."""
+        counts, nulls, scalars = self.features.take() if self.features else (_NO_FEATURES, (), {})
+        items = self.classes.total()
+        lane = LaneCounts(
+            items=items,
+            classes=dict(self.classes),
+            grades=dict(self.grades),
+            outlets=dict(self.outlets),
+            features=pack_counts(counts) if items else b"",
+            nulls=nulls if items else (),
+            scalars=scalars,
+        )
+        for table in (self.classes, self.grades, self.outlets):
+            table.clear()
+        return lane, counts
 
 
 class LineCounter:
@@ -52,7 +97,7 @@ class LineCounter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lock = threading.Lock()
-        self._lanes_count, self._truth, self._wall_ms, self._clock = lanes, truth, wall_ms, clock
+        self._truth, self._wall_ms, self._clock = truth, wall_ms, clock
         self.lot, self.variety = lot, variety
         self.lifetime_items = lifetime_items
         self.total: Counter[str] = Counter()
@@ -62,7 +107,7 @@ class LineCounter:
         self._frames_at: deque[float] = deque(maxlen=400)
         self._last_truth = truth() if truth else None
         self._bundle = ""
-        self._features: FeatureCounter | None = None
+        self._lanes = [_LaneTally(None) for _ in range(lanes)]
         self._queue: EjectionQueue | None = None
         self._last_ejectors: dict[str, int] = {}
         self._last_shots: dict[str, int] = {}
@@ -89,10 +134,6 @@ class LineCounter:
     def _restart(self) -> None:
         self._started_ms, self._started_s = self._wall_ms(), self._clock()
         self._tally: Counter[str] = Counter()
-        self._lanes = [0] * self._lanes_count
-        self._classes: Counter[str] = Counter()
-        self._grades: Counter[str] = Counter()
-        self._outlets: Counter[str] = Counter()
         self._camera: Counter[str] = Counter()
         self._scalars_missing: Counter[str] = Counter()
         self._latency, self._inference = Histogram(), Histogram()
@@ -101,7 +142,8 @@ class LineCounter:
         """Counts features in the bins of this bundle from now on; a window never mixes two bundles."""
         with self._lock:
             self._bundle = judge.digest if judge else ""
-            self._features = FeatureCounter(judge.profile) if judge else None
+            for lane in self._lanes:
+                lane.features = FeatureCounter(judge.profile) if judge else None
 
     def use_shadow(self, shadow: "Shadow | None") -> None:
         """Includes this challenger's counts from now on; close the window first, because a window never mixes two."""
@@ -150,22 +192,15 @@ class LineCounter:
             self.total_outlets[outlet] += 1
             self._recent.append((self._clock(), latency_ms))
             self._tally["items"] += 1
-            self._lanes[judged.track.lane] += 1
-            self._classes[judged.verdict.klass] += 1
-            self._grades[judged.verdict.grade] += 1
-            self._outlets[outlet] += 1
             self._latency.add(latency_ms)
-            if self._features is None:
-                return
-            # An item finished by the bundle before is counted, but its features belong to another profile.
-            known = own_bundle and len(judged.features) == len(self._features)
-            self._features.add(judged.features if known else np.full(len(self._features), np.nan, np.float32))
+            self._lanes[judged.track.lane].add(judged, outlet, own_bundle=own_bundle)
 
     def close_window(self) -> Window:
         """Returns the window since the last call and starts the next one."""
         truth = self._truth() if self._truth else None
         with self._lock:
-            features, nulls = self._features.take() if self._features else (b"", ())
+            lanes, counts = zip(*(lane.take() for lane in self._lanes), strict=True)
+            features = sum(counts[1:], counts[0])
             tallies: dict[str, Any] = {name: self._tally[name] for name in _TALLIES}
             window = Window(
                 started_ms=self._started_ms,
@@ -174,14 +209,16 @@ class LineCounter:
                 lot=self.lot,
                 variety=self.variety,
                 simulated=self._truth is not None,
-                lanes=tuple(self._lanes),
-                classes=dict(self._classes),
-                grades=dict(self._grades),
-                outlets=dict(self._outlets),
+                lanes=tuple(lane.items for lane in lanes),
+                by_lane=lanes,
+                classes=_summed(lane.classes for lane in lanes),
+                grades=_summed(lane.grades for lane in lanes),
+                outlets=_summed(lane.outlets for lane in lanes),
                 latency_ms=self._latency,
                 inference_ms=self._inference,
-                features=features,
-                nulls=nulls,
+                features=features.astype("<u4").tobytes(),
+                nulls=tuple((self._tally["items"] - features.sum(axis=1)).tolist()),
+                scalars=_summed_bins(lane.scalars for lane in lanes),
                 ejections=self._since(truth, "ejections"),
                 ejectors=self._ejectors(),
                 shots=self._shots(),
@@ -257,6 +294,21 @@ class LineCounter:
 
     def _first_s(self) -> float:
         return self._frames_at[0] if self._frames_at else self._clock()
+
+
+def _summed(tables: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for table in tables:
+        total.update(table)
+    return dict(total)
+
+
+def _summed_bins(tables: Iterable[Mapping[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    total: dict[str, tuple[int, ...]] = {}
+    for table in tables:
+        for name, bins in table.items():
+            total[name] = tuple(x + y for x, y in zip(total.get(name, _NO_BINS), bins, strict=True))
+    return total
 
 
 def _grown(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:

@@ -220,9 +220,11 @@ class LineCore:
                 self.counter.inference(elapsed_ms, len(tracks))
 
     def _needs_weight(self, judge: Judge) -> bool:
-        return bool(self.weights) and any(
-            "weight_g" in each.preprocess.scalars for each in (judge, *((self.shadow.judge,) if self.shadow else ()))
-        )
+        """Whether champion or challenger judges by weight, or the windows count weights."""
+        if not self.weights:
+            return False
+        judges = (judge, *((self.shadow.judge,) if self.shadow else ()))
+        return "weight_g" in judge.profile.scalars or any("weight_g" in each.preprocess.scalars for each in judges)
 
     @property
     def frame_number(self) -> int:

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from models.bundle import CARD, LINEAGE, MODEL, PREPROCESS, PROFILE, RECIPE, Bundle, write_bundle
 from models.classifier import OnnxClassifier
 from models.golden import GOLDEN, Golden
-from models.profile import build_profile, feature_names
+from models.profile import build_profile, encode_profile, feature_names
 from models.recipe import Recipe
 from models.view_spec import PreprocessSpec
 from tests.simulators.poison import POISONS
@@ -105,7 +105,7 @@ def tiny_files(
         MODEL: graph,
         PREPROCESS: PreprocessSpec(view_px=view_px, scalars=("weight_g",) if weighs else ()).encoded(),
         RECIPE: msgspec.json.encode(recipe),
-        PROFILE: msgspec.msgpack.encode(build_profile(features, feature_names(5), {"sound": 150, "defect": 50})),
+        PROFILE: encode_profile(build_profile(features, feature_names(5), {"sound": 150, "defect": 50})),
         GOLDEN: golden.encoded(),
         CARD: b"# tiny\n",
         LINEAGE: msgspec.json.encode({"dataset": "none", "seed": seed}),

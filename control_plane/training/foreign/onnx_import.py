@@ -18,7 +18,7 @@ from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_co
 
 from control_plane.data.dataset import Dataset
 from control_plane.data.photo_folder import load_dataset
-from control_plane.evaluation.items import items_of, judge_item, truth_in
+from control_plane.evaluation.items import items_of, reference_profile, truth_in
 from control_plane.evaluation.metrics import measure
 from control_plane.evaluation.operating_point import hold_out
 from control_plane.training.card import write_card
@@ -42,7 +42,7 @@ from models.classifier import PROBABILITIES, SCALARS_INPUT, OnnxClassifier
 from models.errors import InputError
 from models.fusion import fuse
 from models.golden import GOLDEN
-from models.profile import build_profile, feature_names
+from models.profile import encode_profile
 from models.recipe import Recipe
 from models.view_spec import PreprocessSpec, ScalarName
 
@@ -174,7 +174,7 @@ def import_onnx(path: Path, settings: ImportSettings, output: Path) -> Imported:
         MODEL: graph,
         PREPROCESS: spec.encoded(),
         RECIPE: msgspec.json.encode(recipe),
-        PROFILE: _profile(dataset, recipe, spec, answers, embedding),
+        PROFILE: encode_profile(reference_profile(dataset, recipe, spec.max_views, answers, embedding)),
         GOLDEN: golden_views(classifier, dataset.views, dataset.labels, dataset.scalars, answers).encoded(),
         LINEAGE: msgspec.json.encode(lineage, order="sorted"),
         CARD: card.encode(),
@@ -423,19 +423,3 @@ def _metrics(dataset: Dataset, recipe: Recipe, spec: PreprocessSpec, answers: ND
         "view": measure(place[dataset.labels], reduced(answers), dataset.items, names),
         "item": measure(truth, reduced(fused), items, names),
     }
-
-
-def _profile(
-    dataset: Dataset,
-    recipe: Recipe,
-    spec: PreprocessSpec,
-    answers: NDArray[np.float64],
-    embedding: NDArray[np.float32],
-) -> bytes:
-    """Returns the encoded reference profile of the folder's items."""
-    rows, counts = [], dict.fromkeys(recipe.classes, 0)
-    for item in items_of(dataset, spec.max_views):
-        verdict, features = judge_item(recipe, dataset.views[item.chosen], answers[item.chosen], embedding[item.chosen])
-        rows.append(features)
-        counts[verdict.klass] += 1
-    return msgspec.msgpack.encode(build_profile(np.stack(rows), feature_names(embedding.shape[1]), counts))

@@ -44,7 +44,8 @@ def fill(services: Services, client: TestClient, root: Path) -> str:
     assert answer.status_code == 201
     release(services, bundle.digest)
     counter = FeatureCounter(bundle.profile)
-    features, nulls = counter.take()
+    features, nulls, _ = counter.take()
+    packed = features.astype("<u4").tobytes()
     facts = {"active": bundle.digest, "phase": Phase.COMMITTED, "labels": {"site": "<b>north</b>", "line": "1"}}
     messages = [
         (Channel.PRESENCE, encode(Presence(online=True, boot_id=BOOT))),
@@ -53,7 +54,13 @@ def fill(services: Services, client: TestClient, root: Path) -> str:
             Channel.BATCH,
             batch(
                 window(
-                    bundle=bundle.digest, items=0, classes={}, outlets={}, lanes=(0,), features=features, nulls=nulls
+                    bundle=bundle.digest,
+                    items=0,
+                    classes={},
+                    outlets={},
+                    lanes=(0,),
+                    features=packed,
+                    nulls=nulls,
                 ),
                 Event(at_ms=1, code="bundle.committed", message="<script>x</script>"),
             ),

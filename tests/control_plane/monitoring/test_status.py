@@ -129,8 +129,8 @@ def test_drift_is_shown_with_enough_items_and_is_no_alarm_by_itself(tmp_path: Pa
         counter = FeatureCounter(profile)
         for row in rng.normal(shift, 1.0, (items, len(profile.features))).astype(np.float32):
             counter.add(row)
-        features, nulls = counter.take()
-        return window(items, features=features, nulls=nulls)
+        features, nulls, _ = counter.take()
+        return window(items, features=features.astype("<u4").tobytes(), nulls=nulls)
 
     assert drift_of(drifted(400, 0.0), profile).drift == "calm"
     both = merged_window([drifted(200, 1.0), drifted(200, 1.0)], A)
