@@ -13,6 +13,7 @@ import uvicorn
 
 from control_plane.api.enrolment import create_device_app
 from control_plane.app import create_app
+from control_plane.backup.restore import check_finished
 from control_plane.config import ControlPlaneConfig
 from control_plane.database.migrate import migrate_when_reachable
 from control_plane.identity.authority import SITE
@@ -46,9 +47,10 @@ def serve(config: ControlPlaneConfig) -> int:
 
     Raises:
         UnavailableError: `server.port_in_use`, `database.unreachable`.
-        ConfigError: `server.no_token`.
+        ConfigError: `server.no_token`, `backup.unfinished`.
     """
     configure_logging()
+    check_finished(config.root)
     config.root.mkdir(parents=True, exist_ok=True)
     listener = listen(config.server.host, config.server.port, code="server.port_in_use")
     notice = ServiceNotice(Counter())
@@ -116,8 +118,13 @@ def _start_worker(config: ControlPlaneConfig, number: int) -> Any:
 
 
 def work(config: ControlPlaneConfig, parent: int = 0) -> None:
-    """Body of a worker process: ends on SIGTERM, and when its parent is gone."""
+    """Body of a worker process: ends on SIGTERM, and when its parent is gone.
+
+    Raises:
+        ConfigError: `backup.unfinished`.
+    """
     configure_logging()
+    check_finished(config.root)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -4,8 +4,8 @@ Exit status: 0 ok, 1 failed, 2 wrong usage or configuration, 3 refused, 4 not re
 libraries are imported by the commands that need them, so that `--help` is quick.
 
 One file per noun: `serve` (control plane, worker, demo), `train` (and import), `evaluate` (and quantise), `datasets`,
-`models`, `agents`, `rollouts`, `recipes`, `bundles`, `keys`, `ca`, `broker`, `config`. `output` is the one door to the
-terminal.
+`models`, `agents`, `rollouts`, `recipes`, `bundles`, `keys`, `ca`, `broker`, `config`, `backup` (and restore).
+`output` is the one door to the terminal.
 """
 
 import errno
@@ -15,6 +15,7 @@ import sys
 import typer
 
 from control_plane.cli.agents import agents, export
+from control_plane.cli.backup import backup, restore
 from control_plane.cli.broker import broker
 from control_plane.cli.bundles import bundles
 from control_plane.cli.ca import authority
@@ -42,7 +43,7 @@ app = typer.Typer(
     **Serve on this machine:** `sortline keys init --development`, `sortline ca init`, `sortline broker run`, and in
     another terminal `SORTLINE__BROKER__TLS=true SORTLINE__BROKER__PORT=8883 sortline serve`""",
 )
-for command in (serve, worker, demo, train, evaluate, quantise, export):
+for command in (serve, worker, demo, train, evaluate, quantise, export, backup, restore):
     app.command()(command)
 app.command("import-onnx")(import_onnx)
 for name, group in (

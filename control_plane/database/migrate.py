@@ -10,7 +10,7 @@ from alembic import command
 from alembic.config import Config as AlembicConfig
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Connection, Engine, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from control_plane.database.engine import open_database
@@ -29,15 +29,15 @@ def _alembic(url: str) -> AlembicConfig:
     return config
 
 
-def migrate(url: str) -> None:
-    """Brings the tables to this program's version.
+def migrate(url: str, revision: str = "head") -> None:
+    """Brings the tables to this program's version, or to an earlier one.
 
     Raises:
         UnavailableError: `database.unreachable`.
     """
     try:
         open_database(url).dispose()
-        command.upgrade(_alembic(url), "head")
+        command.upgrade(_alembic(url), revision)
     except DBAPIError as error:
         raise UnavailableError(
             "database.unreachable", "The database cannot be reached or migrated.", got=str(error.orig)[:300]
@@ -85,4 +85,14 @@ def migration_state(engine: Engine) -> tuple[str | None, str | None]:
     """(version of the tables, version this program needs)."""
     head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
     with engine.connect() as connection:
-        return MigrationContext.configure(connection).get_current_revision(), head
+        return current_revision(connection), head
+
+
+def current_revision(connection: Connection) -> str | None:
+    """Returns the version of the tables; None where there are none."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def known_revisions() -> frozenset[str]:
+    """Returns every version of the tables that this program can make and bring up to date."""
+    return frozenset(script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions())

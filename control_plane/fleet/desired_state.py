@@ -42,7 +42,7 @@ def assign(session: Session, agent_id: str, change: DesiredChange) -> int:
     """
     # The row is locked: two replicas, or an operator and a rollout, never give out one generation twice.
     agent = get_agent(session, agent_id, lock=True)
-    agent.generation = max(agent.generation, report_of(agent).generation) + 1
+    agent.generation = max(agent.generation, report_of(agent).generation, agent.generation_floor) + 1
     agent.desired_bundle, agent.mode, agent.rollout_id = change.bundle, str(change.mode), change.rollout_id
     agent.trial_items, agent.trial_s = change.trial_items, change.trial_s
     agent.swap, agent.swap_within_s = str(change.swap), change.swap_within_s

@@ -169,7 +169,19 @@ class OnlineSigner:
             self.check_released(session, desired.bundle)
         _write(session, session.get(AssignmentRow, agent_id), agent_id, desired, now)
 
-    def sign_changes(self, session: Session, now: datetime, *, force: bool = False) -> bool:
+    def sign_above(self, session: Session, version: int, now: datetime) -> bool:
+        """Signs everything that online keys sign again, under versions above this one.
+
+        For a database that has gone back in time: agents that have seen newer metadata than it knows follow again.
+        Returns whether there was anything to sign.
+
+        Raises:
+            ConfigError: `keys.no_online_key`.
+            TrustError: `trust.oversize`.
+        """
+        return self.sign_changes(session, now, force=True, above=version)
+
+    def sign_changes(self, session: Session, now: datetime, *, force: bool = False, above: int = 0) -> bool:
         """Signs what has changed or is getting old: see `control_plane.trust.signing`.
 
         In the caller's writing transaction; returns whether anything was signed. An agent whose generation grew gets
@@ -185,7 +197,7 @@ class OnlineSigner:
             return False
         self._take_agents(session, now)
         documents = dict(session.exec(select(AssignmentRow.agent_id, AssignmentRow.document)).all())
-        new = sign_changes(parts, documents, self._folder.online_signer, now, force=force)
+        new = sign_changes(parts, documents, self._folder.online_signer, now, force=force, above=above)
         if not new:
             return False
         signed = parts | new

@@ -12,7 +12,7 @@ from control_plane.trust import metadata as md
 from control_plane.trust.keys import Signer
 from models.bundle import sha256
 from models.signed_set import ASSIGN, MAX_SET_BYTES, check_size, version_of
-from models.topics import BIN_PREFIX, assignment_path, bin_of
+from models.topics import BIN_BITS, BIN_PREFIX, assignment_path, bin_of
 
 RESIGN_AFTER: Final = timedelta(hours=1)
 """Timestamp and snapshot are signed again so often, although they live seven days: a freeze shows within hours."""
@@ -32,7 +32,13 @@ def is_bin(role: str) -> bool:
 
 
 def sign_changes(
-    parts: Mapping[str, bytes], documents: Mapping[str, bytes], signer_of: SignerOf, now: datetime, *, force: bool
+    parts: Mapping[str, bytes],
+    documents: Mapping[str, bytes],
+    signer_of: SignerOf,
+    now: datetime,
+    *,
+    force: bool,
+    above: int = 0,
 ) -> dict[str, bytes]:
     """Returns new metadata by role; empty while everything is right and young enough.
 
@@ -42,6 +48,8 @@ def sign_changes(
         signer_of: Gives a private key.
         now: Issue time.
         force: Sign timestamp, snapshot, assign and bins whatever their age.
+        above: With `force`: every version is above this one, and every bin exists, also those that a snapshot may have
+            listed which is not known any more.
 
     Raises:
         ConfigError: `keys.no_online_key`.
@@ -57,15 +65,16 @@ def sign_changes(
         return bool(data) and not force and md.fresh_for(data, keys[signed_by or role], now, age_limit)
 
     def next_version(role: str) -> int:
-        return version_of(parts.get(role, b"")) + 1
+        return max(version_of(parts.get(role, b"")), above) + 1
 
     assign = md.new_assign(next_version(ASSIGN), keys[ASSIGN], now)
     if not fresh(ASSIGN, _THIRD) or not md.says_the_same(parts[ASSIGN], assign):
         new[ASSIGN] = md.sign(assign, [signer_of(ASSIGN, keys[ASSIGN])])
     wanted = _by_bin(documents)
-    for name in sorted(wanted.keys() | {role for role in parts if is_bin(role)}):
+    every = {f"{BIN_PREFIX}-{number:02x}" for number in range(1 << BIN_BITS)} if above else set()
+    for name in sorted(wanted.keys() | every | {role for role in parts if is_bin(role)}):
         here = wanted.get(name, {})
-        if not fresh(name, _THIRD, ASSIGN) or md.listed_hashes(parts[name]) != _hashes(here):
+        if name not in parts or not fresh(name, _THIRD, ASSIGN) or md.listed_hashes(parts[name]) != _hashes(here):
             new[name] = md.sign(md.new_bin(next_version(name), here, now), [signer_of(ASSIGN, keys[ASSIGN])])
             check_size(new[name], f"The bin {name}")
     listed = {role: data for role, data in (dict(parts) | new).items() if role in {"targets", ASSIGN} or is_bin(role)}

@@ -17,6 +17,8 @@ class Agent(SQLModel, table=True):
     """The labels that hold, see `fleet.labels`: what the agent reports, under what a person assigned."""
     labels_assigned: dict[str, Any] = Field(default_factory=dict, sa_column=json_column())
     generation: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    generation_floor: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    """New generations are above this one. After a restore: the agent may have taken up some that are not known here."""
     desired_bundle: str = ""
     """Digest; empty with a generation above 0 = a recall, with generation 0 = nothing was ever desired."""
     rollout_id: int | None = None
