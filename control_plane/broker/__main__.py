@@ -64,11 +64,11 @@ def _open(arguments: argparse.Namespace) -> Broker:
 
 
 def _prepare_process() -> None:
-    """Room for connections, and no quarter of a megabyte for each of them."""
+    """Raises the limit of open files, and keeps TLS connections from taking a quarter of a megabyte each."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # CPython 3.11 to 3.14: every TLS connection takes a read buffer of 256 KiB the moment it is accepted, before
-    # anybody has proved anything; a TLS record has 16 KiB.
+    # its client is authenticated; a TLS record has 16 KiB.
     sslproto.SSLProtocol.max_size = 16 * 1024
 
 
@@ -94,7 +94,7 @@ async def _run(arguments: argparse.Namespace) -> None:
 
 
 async def _beat(notice: ServiceNotice) -> None:
-    """Reports that the loop which serves every connection turns."""
+    """Reports regularly that the loop which serves every connection runs."""
     while True:
         notice.alive()
         await asyncio.sleep(_BEAT_S)

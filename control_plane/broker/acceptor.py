@@ -1,9 +1,9 @@
-"""The door: TCP connections that have not proved anything yet. They cost little, and not for long.
+"""Unauthenticated TCP connections, which are limited in memory and time.
 
 A connection is a bare socket until its first byte comes and a place is free; only then a TLS handshake (about a
-hundred kilobytes) begins. One more silent socket than there is room for pushes out the oldest; a handshake that takes
-longer than a second loses its place to whoever waits, the newest first. So neither silent nor slow peers keep an
-honest client out, and a whole fleet that comes back at once waits its turn. One deadline runs from the accept to a
+hundred kilobytes) begins. One silent socket more than the limit closes the oldest; a handshake that takes longer
+than a second loses its place to a waiting connection, the newest first. So neither silent nor slow peers keep a valid
+client out, and a whole fleet that comes back at once is admitted in turn. One deadline runs from the accept to a
 verified CONNECT.
 """
 
@@ -23,10 +23,10 @@ _SLOW_HANDSHAKE_S = 1.0
 
 
 class Acceptor:
-    """Accepts for a broker.
+    """Accepts connections for a broker.
 
     Args:
-        broker: Gets a `Connection` once a peer has spoken, and under TLS has proved itself.
+        broker: Gets a `Connection` once a peer has sent a byte and, under TLS, completed the handshake.
         listener: A listening socket; closed by `close`.
     """
 
@@ -34,17 +34,17 @@ class Acceptor:
         self._broker, self._listener = broker, listener
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[socket.socket, asyncio.TimerHandle] = {}
-        """Everybody without a place, the oldest first, with the end of his time."""
+        """Connections without a place, the oldest first, with their deadlines."""
         self._spoken: dict[socket.socket, float] = {}
-        """Have said something and wait for a place; with the time of their accept."""
+        """Connections that have sent a byte and wait for a place, with the time of their accept."""
         self._shaking: dict[asyncio.Task[None], float] = {}
-        """Handshakes with the time of their begin."""
+        """Running handshakes with the time of their start."""
         self._turn: asyncio.TimerHandle | None = None
         listener.setblocking(False)
         self._loop.add_reader(listener, self._accept)
 
     def close(self) -> None:
-        """Accepts no more and lets go of everybody who has not come in."""
+        """Accepts no more, and closes every connection that is not authenticated."""
         self._loop.remove_reader(self._listener)
         self._listener.close()
         for peer in list(self._waiting):
@@ -61,7 +61,7 @@ class Acceptor:
             except BlockingIOError:
                 return
             except OSError as error:
-                # No file descriptors left, or a peer that is gone already: a moment's rest.
+                # No file descriptors left, or a peer that is gone already: try again after a short pause.
                 log.warning("cannot accept: %s", error)
                 self._broker.counters["accept_failed"] += 1
                 self._loop.remove_reader(self._listener)
@@ -74,7 +74,7 @@ class Acceptor:
             self._loop.add_reader(self._listener, self._accept)
 
     def _seat(self, peer: socket.socket) -> None:
-        """Waits for the first byte."""
+        """Waits for the first byte of a connection."""
         peer.setblocking(False)
         if len(self._waiting) >= self._broker.limits.silent:
             self._dismiss(next(iter(self._waiting)), "crowded")
@@ -98,7 +98,7 @@ class Acceptor:
         self._fill()
 
     def _fill(self) -> None:
-        """Gives free places to those who have spoken, the newest first; makes one where a handshake is slow."""
+        """Gives free places to connections that have sent a byte, the newest first; ends a slow handshake for one."""
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None

@@ -28,7 +28,7 @@ _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**14, 8, 1
 
 
 class Action(StrEnum):
-    """What a client wants to do with a topic."""
+    """The actions of a client on a topic."""
 
     PUBLISH = "publish"
     WILL = "will"
@@ -37,7 +37,7 @@ class Action(StrEnum):
 
 
 class Role(StrEnum):
-    """Which rules hold for an identity."""
+    """The role of an identity, which selects its rules."""
 
     AGENT = "agent"
     CONTROL_PLANE = "control-plane"
@@ -65,11 +65,11 @@ class _CredentialsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def authorize(identity: Identity, action: Action, topic: str) -> bool:
-    """Returns the one place that decides.
+    """Returns whether an identity may do this; no other place decides it.
 
     Args:
-        identity: Who asks.
-        action: What for.
+        identity: The identity of the client.
+        action: The action.
         topic: A topic; for SUBSCRIBE a filter.
     """
     if identity.role is Role.CONTROL_PLANE:
@@ -173,7 +173,7 @@ class Credentials:
         return self._path is None or identity.name in self._entries
 
     def cached(self, username: str | None, password: bytes | None) -> Identity | None:
-        """Returns the identity when this very password was verified before: no scrypt, so no thread is needed."""
+        """Returns the identity when the same password was verified before: without scrypt, so no thread is needed."""
         if self._path is None:
             return Identity(username or "anonymous", Role.CONTROL_PLANE)
         if username is None or password is None or username not in self._entries:
@@ -184,7 +184,7 @@ class Credentials:
         return None
 
     def verify(self, username: str | None, password: bytes | None) -> Identity | None:
-        """Returns the identity, or None. Slow on purpose: call it in a thread."""
+        """Returns the identity, or None. It is slow on purpose: call it in a thread."""
         entry = self._entries.get(username or "")
         # An unknown name costs as much as a wrong password: names cannot be probed by time.
         salt = base64.b64decode(entry.salt) if entry else b"unknown-identity"

@@ -1,4 +1,4 @@
-"""The exchange: sessions, fan-out, retention, quarantine. Knows connections as things that send, not their sockets."""
+"""The message exchange: sessions, fan-out, retention, quarantine. It sees peers, not sockets."""
 
 import logging
 import time
@@ -19,10 +19,10 @@ _STATS_TOPIC = "$SYS/sortline/stats"
 
 
 class Broker:
-    """The message exchange. Knows sessions and connections, not sockets.
+    """The message exchange between sessions.
 
     Args:
-        credentials: Who may connect: by certificate, or by password on this machine.
+        credentials: Identifies clients by certificate, or by password on this machine.
         limits: Every bound.
         clock: Monotonic seconds.
     """
@@ -78,7 +78,7 @@ class Broker:
             del self.sessions[key]
 
     def expire_sessions(self) -> None:
-        """Forgets sessions past their time, and drops clients whose identity was removed."""
+        """Removes expired sessions, and disconnects clients whose identity was removed."""
         now = self.clock()
         for session in list(self.sessions.values()):
             gone = session.connection is None and now - session.left_at_s > self.limits.session_expiry_s
@@ -91,7 +91,7 @@ class Broker:
                 self.forget(session)
 
     def throttled(self, connection: Peer, identity: Identity, wait_s: float) -> None:
-        """A client sends more than it may; one that goes on with it is cut off for a while."""
+        """Counts a client that sends more than it may; one that continues is disconnected for a while."""
         self.counters["rate_limited"] += 1
         if identity.role is Role.AGENT and self.quarantine.record_throttling(identity.name, wait_s, self.clock()):
             self.counters["quarantined"] += 1
@@ -101,7 +101,7 @@ class Broker:
     # -- messages ---------------------------------------------------------------------------------------------
 
     def publish(self, message: Message, *, retain: bool) -> None:
-        """Keeps what is retained and hands the message to everyone who wants it."""
+        """Keeps a retained message and delivers the message to every subscriber."""
         self.counters["messages_in"] += 1
         if retain:
             self.retained.keep(message)
@@ -143,7 +143,7 @@ class Broker:
             self._send(session, connection, message, retain=retain)
 
     def redeliver(self, session: Session) -> None:
-        """After a reconnect: what was in flight again, with DUP and its old id, then what waits [4.4]."""
+        """Resends messages in flight after a reconnect, with DUP and their old ids, then sends the waiting ones [4.4]."""
         connection = session.connection
         if connection is None:
             return
@@ -169,7 +169,7 @@ class Broker:
         return codes
 
     def send_retained(self, session: Session, topic_filter: str, granted: int) -> None:
-        """Retained messages of a new or repeated subscription [3.3.1.3]."""
+        """Sends the retained messages of a new or repeated subscription [3.3.1.3]."""
         if has_wildcard(topic_filter):
             found = [m for topic, m in self.retained.messages.items() if matches(topic_filter, topic)]
         else:

@@ -2,10 +2,10 @@
 
 Follows the site's files: trust, the server's own pair, admission, revocations.
 
-The role stands in the certificate's URI, the name in the URI too; the common name and whatever the client says in
-CONNECT are ignored. Whoever signed its certificate, a name must be on the admission list; no revoked serial passes;
-who is past its time is dropped also in the middle of a session. The list has no end date: an old one keeps good
-clients in. TLS itself (signatures, chains, purposes, dates) is OpenSSL's.
+Role and name are in the certificate's URI; the common name and the names in CONNECT are ignored. Every name must also
+be on the admission list, whatever issuer signed its certificate; a revoked serial is refused; a client whose
+certificate expires is disconnected also in the middle of a session. The list has no end date: an old one still admits
+its clients. TLS itself (signatures, chains, purposes, dates) is OpenSSL's.
 """
 
 import ssl
@@ -49,16 +49,16 @@ class Certificates:
         self._trust: frozenset[str] = frozenset()
         self._admission: _Admission
         self.context: ssl.SSLContext
-        """For connections from now on."""
+        """The TLS context of later connections."""
         self.withdrawn_trust = False
-        """Whether a root is not trusted any more: every connection must prove itself again."""
+        """Whether a root is no longer trusted, so that every connection must authenticate again."""
         self.reload()
 
     def reload(self) -> bool:
-        """Reads again what changed; returns whether anything did.
+        """Reads changed files again; returns whether anything changed.
 
         Raises:
-            ConfigError: `broker.bad_tls`, `broker.bad_admission`; what was known stays.
+            ConfigError: `broker.bad_tls`, `broker.bad_admission`; the former state stays.
         """
         stamps = {name: self._stamp(name) for name in (TRUST, PAIR, ADMISSION)}
         if stamps == self._stamps:
@@ -95,7 +95,7 @@ class Certificates:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_mode = ssl.CERT_REQUIRED
-        # No resumption: who was let in once is looked at again.
+        # No resumption: every connection is checked in full.
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
         context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
@@ -131,7 +131,7 @@ class Certificates:
             name, role, serial=peer["serialNumber"], not_after_s=ssl.cert_time_to_seconds(peer["notAfter"])
         )
         if not self.known(identity):
-            # It may have enrolled a moment ago: the list is looked at now, not at the next turn.
+            # The agent may have enrolled a moment ago, so the list is read now, not at the next turn.
             self.reload()
         return identity if self.known(identity) else None
 

@@ -1,7 +1,7 @@
 """One client's connection: waiting for CONNECT, verifying, open, closed. One asyncio loop, no task per packet.
 
 Packets are parsed as bytes arrive; what goes out is collected and written once per loop turn, payloads by reference.
-A connection that breaks the protocol or a bound is closed, counted, and touches nobody else.
+A connection that breaks the protocol or a bound is closed and counted, without effect on others.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class Connection(asyncio.Protocol):
     # -- asyncio's side ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accepts, within the bound."""
+        """Accepts the transport, within the limit of connections."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
         self._broker.counters["accepted"] += 1
@@ -68,7 +68,7 @@ class Connection(asyncio.Protocol):
         self._timer = self._loop.call_later(max(0.1, left_s), self.drop, "connect_deadline")
 
     def data_received(self, data: bytes) -> None:
-        """Parses and handles every whole packet; whatever goes wrong ends this connection only."""
+        """Parses and handles every whole packet; an error ends this connection only."""
         self._last_seen_s = self._broker.clock()
         self._reader.feed(data)
         self._work()
@@ -88,16 +88,16 @@ class Connection(asyncio.Protocol):
             self.drop("internal_error")
 
     def pause_writing(self) -> None:
-        """The socket's buffer is full: what follows waits in our queue, by reference."""
+        """Pauses writing while the socket's buffer is full; later messages wait in our queue, by reference."""
         self._write_paused = True
 
     def resume_writing(self) -> None:
-        """The peer reads again."""
+        """Resumes writing when the peer reads again."""
         self._write_paused = False
         self._flush()
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        """The socket is gone, however it came about."""
+        """Cleans up after the socket was closed by either side."""
         self._broker.connections.discard(self)
         self._leave()
 
@@ -154,13 +154,13 @@ class Connection(asyncio.Protocol):
         future.add_done_callback(lambda done: self._verified(connect, done))
 
     def _connect_by_certificate(self, connect: Connect, certificates: Certificates) -> None:
-        """The certificate alone decides: a user name is ignored, an agent's client id is its name."""
+        """Identifies the client by its certificate alone: a user name is ignored, an agent's client id is its name."""
         tls = self._transport.get_extra_info("ssl_object") if self._transport is not None else None
         identity = certificates.identify(tls.getpeercert() if tls is not None else None)
         if identity is None:
             self._refuse(ConnectCode.NOT_AUTHORIZED, "bad_certificate")
             return
-        # Replicas of the control plane share an identity and tell their connections apart.
+        # Replicas of the control plane share an identity and have separate client ids.
         self._admit(replace(connect, client_id=identity.name) if identity.role is Role.AGENT else connect, identity)
 
     def _verified(self, connect: Connect, done: "asyncio.Future[Identity | None]") -> None:
@@ -175,7 +175,7 @@ class Connection(asyncio.Protocol):
         self._work()
 
     def _admit(self, connect: Connect, identity: Identity) -> None:
-        """From here on the client is who it says; only now a session is looked at."""
+        """Opens the session of the client, which is authenticated from here on."""
         broker = self._broker
         if broker.quarantine.holds(identity.name, broker.clock()):
             self._refuse(ConnectCode.UNAVAILABLE, "in_quarantine")
@@ -241,7 +241,7 @@ class Connection(asyncio.Protocol):
     # -- writing ----------------------------------------------------------------------------------------------
 
     def send_publish(self, message: Message, *, qos: int, retain: bool, dup: bool, packet_id: int) -> None:
-        """Queues one message; cuts a client that does not read."""
+        """Queues one message; disconnects a client that does not read."""
         head = packets.publish_head(
             message.topic_bytes, len(message.payload), qos=qos, retain=retain, dup=dup, packet_id=packet_id
         )
@@ -264,7 +264,7 @@ class Connection(asyncio.Protocol):
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        """Writes what has collected, small packets joined, until the socket is full."""
+        """Writes the collected packets, small ones joined, until the socket is full."""
         self._flush_scheduled = False
         transport = self._transport
         while transport is not None and self._out and not self._write_paused and not self._closed:
@@ -281,7 +281,7 @@ class Connection(asyncio.Protocol):
     # -- time -------------------------------------------------------------------------------------------------
 
     def _pause_reading(self, wait_s: float) -> None:
-        """Back-pressure on one client: its packets wait in its own socket."""
+        """Applies back-pressure to one client: its packets wait in its own socket."""
         if self._transport is None or self._read_paused:
             return
         wait_s = min(wait_s, 5.0)
@@ -308,7 +308,7 @@ class Connection(asyncio.Protocol):
             self._timer = self._loop.call_later(max(0.01, self._keep_alive_s - idle_s), self._check_keep_alive)
 
     def _check_keep_alive(self) -> None:
-        """One and a half keep-alive periods without a packet: the peer is gone [3.1.2.10]."""
+        """Closes the connection after one and a half keep-alive periods without a packet [3.1.2.10]."""
         silent_s = self._broker.clock() - self._last_seen_s
         if silent_s >= self._keep_alive_s and not self._read_paused:
             self.drop("keep_alive")
@@ -335,7 +335,7 @@ class Connection(asyncio.Protocol):
         self._leave()
 
     def _leave(self) -> None:
-        """Lets go of the session and publishes the will, once."""
+        """Detaches the session and publishes the will, once."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()

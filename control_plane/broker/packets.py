@@ -1,4 +1,4 @@
-"""MQTT 3.1.1 control packets: bytes in, checked values out, and back. Knows no socket and no session.
+"""MQTT 3.1.1 control packets: bytes in, checked values out, and back. A pure codec without sockets and sessions.
 
 Source: OASIS MQTT Version 3.1.1; section numbers in brackets.
 """
@@ -52,7 +52,7 @@ class MalformedPacketError(MessageError):
 
 @dataclass(frozen=True, slots=True)
 class Will:
-    """Published for a client that goes without DISCONNECT [3.1.2.5]."""
+    """The will, published for a client that leaves without DISCONNECT [3.1.2.5]."""
 
     topic: str
     payload: bytes
@@ -62,7 +62,7 @@ class Will:
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """CONNECT [3.1]."""
+    """The fields of CONNECT [3.1]."""
 
     protocol_ok: bool
     client_id: str
@@ -75,7 +75,7 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """PUBLISH [3.3]."""
+    """The fields of PUBLISH [3.3]."""
 
     topic: str
     payload: bytes
@@ -327,17 +327,17 @@ def _length(size: int) -> bytes:
 
 
 def connack(code: ConnectCode, *, session_present: bool = False) -> bytes:
-    """CONNACK [3.2]."""
+    """Returns the bytes of a CONNACK [3.2]."""
     return bytes((0x20, 2, int(session_present), code))
 
 
 def acknowledge(kind: PacketType, packet_id: int) -> bytes:
-    """PUBACK, PUBREC, PUBREL, PUBCOMP, UNSUBACK."""
+    """Returns the bytes of a PUBACK, PUBREC, PUBREL, PUBCOMP or UNSUBACK."""
     return bytes(((kind << 4) | _FLAGS.get(kind, 0), 2)) + _U16.pack(packet_id)
 
 
 def suback(packet_id: int, codes: list[int]) -> bytes:
-    """SUBACK [3.9]; 0x80 = refused."""
+    """Returns the bytes of a SUBACK [3.9]; 0x80 = refused."""
     return b"\x90" + _length(2 + len(codes)) + _U16.pack(packet_id) + bytes(codes)
 
 

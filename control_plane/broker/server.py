@@ -52,7 +52,7 @@ async def serve(
 
 
 async def _upkeep(broker: Broker) -> None:
-    """Every second: follow the files, expire sessions; every ten: statistics."""
+    """Follows the files and expires sessions every second, and publishes statistics every ten."""
     turn, credentials = 0, broker.credentials
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What outlives a connection: limits, counters, messages, sessions."""
+"""State that outlives a connection: limits, counters, messages, sessions."""
 
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Every bound of the broker."""
 
     connect_deadline_s: float = 5.0
-    """From accept to a verified CONNECT."""
+    """Seconds from accept to a verified CONNECT."""
     silent: int = 512
-    """Accepted sockets that have not said anything; one more pushes out the oldest."""
+    """Accepted sockets without a first byte; one more closes the oldest."""
     handshakes: int = 32
-    """TLS handshakes at a time; who comes meanwhile waits, and pushes out one that has taken longer than a second."""
+    """TLS handshakes at a time; further connections wait, and replace one that takes longer than a second."""
     connect_bytes: int = 4096
     """Largest packet before authentication; a will is part of CONNECT."""
     packet_bytes: int = MIB
@@ -27,15 +27,15 @@ class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     connections: int = 1000
     sessions: int = 2000
     session_expiry_s: float = 24 * 3600.0
-    """A persistent session to which no client came back for so long is forgotten."""
+    """Seconds without its client after which a persistent session is removed."""
     subscriptions: int = 512
-    """Per session."""
+    """Subscriptions per session."""
     inflight: int = 32
     """QoS 1 messages sent and not yet acknowledged, per session."""
     queued_messages: int = 10_000
     """Waiting QoS 1 messages per session; the newest is dropped."""
     queued_bytes: int = 64 * MIB
-    """Waiting bytes per session, queued or unsent. A connected client that reads too slowly is cut at this bound."""
+    """Waiting bytes per session, queued or unsent. A client that reads too slowly is disconnected at this bound."""
     retained_messages: int = 100_000
     retained_bytes: int = 2048 * MIB
     messages_per_s: float = 2000.0
@@ -44,9 +44,9 @@ class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The same for an agent; a drain of 10,000 records per second is 20 packets per second."""
     bytes_per_s: float = 64.0 * MIB
     quarantine_after_s: float = 30.0
-    """An agent that is held back without pause for so long is cut off ..."""
+    """Seconds of flooding without pause after which an agent is disconnected ..."""
     quarantine_s: float = 60.0
-    """... for so long, twice as long each further time, an hour at most."""
+    """... for so many seconds, twice as many each further time, an hour at most."""
     verifications: int = 2
     """Password hashes computed at a time."""
 
@@ -62,7 +62,7 @@ class Message:
 
 
 class Peer(Protocol):
-    """The connected side of a session, as far as the exchange needs it."""
+    """The part of a connection that a session needs."""
 
     def send_publish(self, message: Message, *, qos: int, retain: bool, dup: bool, packet_id: int) -> None:
         """Queues one message for the client."""
@@ -84,9 +84,9 @@ class Session:
     """QoS 1 messages not sent yet, with their retain flag."""
     queued_bytes: int = 0
     inflight: "OrderedDict[int, tuple[Message, bool]]" = field(default_factory=OrderedDict)
-    """Sent, not acknowledged; resent with DUP after a reconnect, in order [4.4]."""
+    """Messages sent and not acknowledged; resent with DUP after a reconnect, in order [4.4]."""
     received: set[int] = field(default_factory=set)
-    """Packet ids of QoS 2 messages taken but not released yet: they are not taken twice [4.3.3]."""
+    """Packet ids of QoS 2 messages received but not released yet, which are not delivered twice [4.3.3]."""
     next_packet_id: int = 0
     left_at_s: float = 0.0
 
@@ -108,7 +108,7 @@ class RetainedStore:
         self.bytes = 0
 
     def keep(self, message: Message) -> None:
-        """Keeps, replaces, or (empty payload) forgets; a message over the budget is not kept, and counted."""
+        """Keeps or replaces a message; an empty payload removes it. One over the budget is counted and not kept."""
         old = self.messages.get(message.topic)
         freed = len(old.payload) + len(old.topic_bytes) if old else 0
         if not message.payload:
@@ -125,7 +125,7 @@ class RetainedStore:
 
 
 class Quarantine:
-    """Agents that do not stop flooding are cut off for a while; belongs to the name, a new connection does not help.
+    """Disconnects agents that do not stop flooding, for a while; it holds for the name, so reconnecting does not help.
 
     Each second held back adds one second of heat, each second takes half a second off: a flood without pause reaches
     the limit after `quarantine_after_s`, a burst never does.
@@ -154,7 +154,7 @@ class Quarantine:
         """Returns whether the agent must not connect now."""
         end_s, length_s = self._until.get(name, (0.0, 0.0))
         if length_s and now_s > end_s + 4.0 * length_s:
-            del self._until[name]  # it behaved for long enough: the next one is short again
+            del self._until[name]  # no flood for long enough: the next quarantine is short again
         return now_s < end_s
 
     def names(self, now_s: float) -> list[str]:

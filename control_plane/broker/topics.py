@@ -1,4 +1,4 @@
-"""Topic names and filters: what is valid [4.7], and who wants a message."""
+"""Topic names and filters: their syntax [4.7], and the subscribers of a message."""
 
 from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
@@ -56,12 +56,12 @@ class SubscriptionIndex(Generic[S]):
         self._wild: dict[str, dict[S, int]] = {}
 
     def add(self, topic_filter: str, subscriber: S, qos: int) -> None:
-        """Subscribes, or changes the QoS."""
+        """Adds a subscription, or changes its QoS."""
         table = self._wild if has_wildcard(topic_filter) else self._exact
         table.setdefault(topic_filter, {})[subscriber] = qos
 
     def remove(self, topic_filter: str, subscriber: S) -> None:
-        """Forgets; unknown pairs are ignored."""
+        """Removes a subscription; unknown pairs are ignored."""
         table = self._wild if has_wildcard(topic_filter) else self._exact
         subscribers = table.get(topic_filter)
         if subscribers is not None:
@@ -70,7 +70,7 @@ class SubscriptionIndex(Generic[S]):
                 del table[topic_filter]
 
     def match(self, topic: str) -> Iterator[tuple[S, int]]:
-        """Subscribers of a topic, each once, with the highest QoS of its matching filters."""
+        """Returns the subscribers of a topic, each once, with the highest QoS of its matching filters."""
         exact = self._exact.get(topic)
         overlapping = [table for wanted, table in self._wild.items() if matches(wanted, topic)]
         if not overlapping:

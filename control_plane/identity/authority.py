@@ -1,9 +1,9 @@
 """The site's certificate authority: a folder with roots, issuing authorities and a small index.
 
 Rules: the index is replaced last and atomically, so a power cut leaves the old authority or the new one; issuing needs
-only the issuing key, the root key is asked for by `rotate` alone and may lie elsewhere; a replaced root stays trusted
-until it is retired, and the new one is cross-signed by it, so that an agent which was away follows without help.
-Refuses to know who may have a certificate (`enrolment`) and who reads the files (`publication`).
+only the issuing key, the root key is used by `rotate` alone and may be kept elsewhere; a replaced root stays trusted
+until it is retired, and the new one is cross-signed by it, so that an agent that was off follows without help.
+`enrolment` decides who may have a certificate, and `publication` writes the files that others read.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`authority.json`."""
+    """The index of the folder, `authority.json`."""
 
     schema_version: Literal[1] = 1
     site: Annotated[str, msgspec.Meta(min_length=1, max_length=40)]
@@ -64,7 +64,7 @@ class Authority:
     """An authority on disk, as it was when it was read: issuer, chain and trust always belong together.
 
     Args:
-        folder: Made by `create`. `follow` gives the newer state when somebody has changed it.
+        folder: Made by `create`. `follow` gives the newer state when another process has changed it.
 
     Raises:
         ConflictError: `ca.absent`.
@@ -83,11 +83,11 @@ class Authority:
         """Makes root, issuing authority and index.
 
         Args:
-            folder: Where; made when it is not there.
-            site: Stands in the names of the authorities.
+            folder: Folder of the authority; made when it does not exist.
+            site: Name of the site, part of the names of the authorities.
             names: DNS names and addresses under which agents reach the broker and the control plane.
             now: Aware UTC.
-            root_key: Where the root's key goes; None = into the folder.
+            root_key: Path of the root's key; None = in the folder.
 
         Raises:
             ConflictError: `ca.exists`.
@@ -109,7 +109,7 @@ class Authority:
             write_atomically(folder / INDEX, msgspec.json.encode(index))
         return cls(folder)
 
-    # -- what it knows ----------------------------------------------------------------------------------------
+    # -- facts ----------------------------------------------------------------------------------------
 
     def follow(self) -> "Authority":
         """Returns this authority, or its newer state."""
@@ -117,7 +117,7 @@ class Authority:
 
     @property
     def site(self) -> str:
-        """Stands in the names of the authorities."""
+        """The name of the site, part of the names of the authorities."""
         return self.index.site
 
     @property
@@ -132,7 +132,7 @@ class Authority:
 
     @property
     def trusted(self) -> tuple[Generation, ...]:
-        """Generations whose certificates are good."""
+        """The generations whose certificates are accepted."""
         return tuple(one for one in self.index.generations if not one.retired)
 
     def certificate(self, name: str) -> x509.Certificate:
@@ -165,7 +165,7 @@ class Authority:
 
     @property
     def pin(self) -> str:
-        """SHA-256 of the current root certificate: what tokens carry."""
+        """SHA-256 of the current root certificate, which tokens carry."""
         return fingerprint(self.certificate(f"root-{self.current.root}"))
 
     @property
@@ -176,7 +176,7 @@ class Authority:
 
     @property
     def chain_pem(self) -> bytes:
-        """What stands between a leaf and a root: the issuing authority; the new root as the old one vouches for it."""
+        """The certificates between leaf and root: the issuing authority, and the new root cross-signed by the old one."""
         found = [self.issuing]
         others = {one.root for one in self.trusted} - {self.current.root}
         if others and (self.folder / f"cross-{self.current.root}.pem").exists():
@@ -188,7 +188,7 @@ class Authority:
         return any(issued_by(certificate, self.certificate(f"issuing-{one.number}")) for one in self.trusted)
 
     def revocations_pem(self, revoked: Iterable[tuple[str, datetime]], now: datetime) -> bytes:
-        """One revocation list for each trusted issuer; each names all serials, which are random and never meet."""
+        """Returns one revocation list for each trusted issuer; each names all serials, which are random and unique."""
         listed = list(revoked)
         return b"".join(
             revocation_list(self._signer(one), listed, now).public_bytes(serialization.Encoding.PEM)
@@ -261,7 +261,7 @@ class Authority:
             return _save(self.folder, held.index, replicas=tuple(dict.fromkeys((*held.index.replicas, replica))))
 
     def status(self, now: datetime) -> dict[str, Any]:
-        """Facts for people: ages, where keys lie, what to do next."""
+        """Returns facts for people: ages, places of the keys, the next step."""
         generations = []
         for one in self.index.generations:
             root, issuing = self.certificate(f"root-{one.root}"), self.certificate(f"issuing-{one.number}")
@@ -318,7 +318,7 @@ def _checked_names(names: Iterable[str]) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time changes an authority."""
+    """Locks the folder, so that one process at a time changes an authority."""
     with (folder / "lock").open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,7 @@
 """Certificates of a site as pure functions: keys and times in, certificates out. Touches no file and no database.
 
-All keys are P-256. What a certificate says comes from its template here: of a request only the public key is used.
-The role stands in a URI of the subject's alternative names, so that no name can be mistaken for a role:
+All keys are P-256. The content of a certificate comes from its template here; only the public key of a request is used.
+The role is a URI of the subject's alternative names, so that no name can be mistaken for a role:
 `urn:sortline:agent:<id>`, `urn:sortline:control-plane:<id>`. RFC 5280 for the fields.
 """
 
@@ -25,7 +25,7 @@ CLIENT_LIFE: Final = timedelta(days=30)
 RENEW_AFTER: Final = timedelta(days=10)
 SERVER_LIFE: Final = timedelta(days=90)
 REVOCATIONS_LIFE: Final = timedelta(days=400)
-"""A list past its time would lock out every good client; it is written again each week."""
+"""Life of a revocation list. An expired one would lock out every valid client; it is written again each week."""
 _CLOCK_SKEW: Final = timedelta(minutes=10)
 AGENT_URI: Final = "urn:sortline:agent:"
 PLANE_URI: Final = "urn:sortline:control-plane:"
@@ -45,24 +45,24 @@ def new_key() -> ec.EllipticCurvePrivateKey:
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """PKCS 8, not encrypted: the file's mode protects it."""
+    """Returns the key as unencrypted PKCS 8 in PEM; the file's mode protects it."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
 def certificate_pem(*certificates: x509.Certificate) -> bytes:
-    """PEM, in the given order."""
+    """Returns certificates as PEM, in the given order."""
     return b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in certificates)
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of the certificate (DER), hexadecimal."""
+    """Returns the SHA-256 of the certificate (DER), hexadecimal."""
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
 def key_fingerprint(public_key: ec.EllipticCurvePublicKey) -> str:
-    """SHA-256 of the public key, hexadecimal."""
+    """Returns the SHA-256 of the public key, hexadecimal."""
     digest = hashes.Hash(hashes.SHA256())
     digest.update(public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo))
     return digest.finalize().hex()
@@ -82,7 +82,7 @@ def make_root(site: str, now: datetime, *, key: ec.EllipticCurvePrivateKey | Non
 
 
 def cross_sign(new: x509.Certificate, old: Signer, now: datetime) -> x509.Certificate:
-    """Returns the new root's key and name, vouched for by the old root: who trusts only the old one can follow."""
+    """Returns the new root's key and name, cross-signed by the old root for clients that trust only that."""
     key = new.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise InputError("identity.bad_key", "The root's key is not P-256.", expected="P-256", got=type(key).__name__)
@@ -104,8 +104,8 @@ def issue_client(
     """Returns a client's certificate for thirty days.
 
     Args:
-        issuer: Signs.
-        public_key: The client's.
+        issuer: The authority that signs.
+        public_key: Public key of the client.
         name: Common name; brokers take it as the user name.
         uri: Role and name, `AGENT_URI` or `PLANE_URI` with the name.
         now: Aware UTC.
@@ -135,7 +135,7 @@ def _name(text: str) -> x509.Name:
 
 
 def _authority_name(site: str, kind: str, key: ec.EllipticCurvePrivateKey) -> x509.Name:
-    """No two authorities share a name: who verifies finds the issuer by it."""
+    """Returns a name that no other authority has, because verifiers find the issuer by it."""
     return _name(f"{site} {kind} {key_fingerprint(key.public_key())[:8]}")
 
 
@@ -219,7 +219,7 @@ def revocation_list(
     """Returns the list of one issuer.
 
     Args:
-        issuer: Whose certificates they are.
+        issuer: The issuer of the revoked certificates.
         revoked: Serial (`serial_text`) and time of each.
         now: Aware UTC.
     """
@@ -241,7 +241,7 @@ def revocation_list(
 def read_request(pem: str) -> ec.EllipticCurvePublicKey:
     """Returns the public key of a certificate request whose signature proves that the sender holds its private half.
 
-    Whatever else the request asks for (subject, names, authority, lifetime) is not even looked at.
+    Whatever else the request asks for (subject, names, authority, lifetime) is ignored.
 
     Raises:
         InputError: `identity.bad_request`.

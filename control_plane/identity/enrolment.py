@@ -1,9 +1,9 @@
-"""Who may have a certificate: tokens, first certificates, renewals, revocations. The database remembers.
+"""Decides who may have a certificate: tokens, first certificates, renewals, revocations. Kept in the database.
 
 Rules: a token works once, for the agent it names, within its hour, and only its hash is kept; an answer that was lost
-is given again to the same key, to no other; a renewal proves the old key and brings a new one; past its time it also
-needs a person's approval; what is revoked stays revoked whoever asks. The brokers are told after the commit, and again
-by the upkeep, so a crash in between only delays them.
+is given again to the same key, to no other; a renewal proves the old key and brings a new one; after its end it also
+needs a person's approval; a revocation is final. The brokers' files are written after the commit, and again by the
+upkeep, so a crash in between only delays them.
 """
 
 from collections.abc import Callable
@@ -39,18 +39,18 @@ from models.topics import check_agent_id
 TOKEN_LIFE: Final = timedelta(hours=1)
 APPROVAL_LIFE: Final = timedelta(hours=24)
 RESERVED: Final = ("control-plane", "broker")
-"""Names of the site's own clients begin so: some brokers know a role by its name alone."""
+"""Beginning of the names of the site's own clients, because some brokers distinguish roles by name alone."""
 
 
 class Enrolment:
-    """Gives and takes identities.
+    """Issues and revokes identities.
 
     Args:
-        engine: Database.
-        authority: Signs.
+        engine: The database.
+        authority: The authority that signs.
         new_secret: 192 random bits as 32 base64url characters.
         broker: Host and port of the MQTT broker as agents reach it.
-        publish: Is called after every change of the trusted identities.
+        publish: Called after every change of the trusted identities.
         trust_root: Root metadata for the signatures of bundles; empty when there is none.
     """
 
@@ -123,7 +123,7 @@ class Enrolment:
             revoked = _revoke_certificates(session, agent_id, reason, now)
             agent = session.get(Agent, agent_id)
             if agent is not None:
-                agent.online = False  # its own goodbye is not taken in any more
+                agent.online = False  # its last will is not stored any more
                 session.add(agent)
             audit(session, actor, "identity.revoke", agent_id, {"reason": reason, "certificates": revoked}, now)
             session.commit()
@@ -159,7 +159,7 @@ class Enrolment:
         key_sha256 = key_fingerprint(key)
         authority = self.authority
         with writing(self._engine) as session:
-            # One statement decides who uses the token, whatever runs beside it.
+            # One statement decides which request uses the token, also among concurrent ones.
             taken = session.execute(
                 update(EnrolmentToken)
                 .where(
@@ -185,7 +185,7 @@ class Enrolment:
         return self._answer(authority, row)
 
     def _repeat(self, session: Session, authority: Authority, token: Token, key_sha256: str, now: datetime) -> Enrolled:
-        """The token was used, is too old or was never given; the key that used it may have its answer again."""
+        """Refuses a token that was used, is too old or was never issued; the key that used it gets its answer again."""
         known = session.get(EnrolmentToken, token.secret_sha256)
         if known is not None and known.agent_id == token.agent and known.expires_at > now:
             row = _certificate_of_key(session, key_sha256)
@@ -277,7 +277,7 @@ class Enrolment:
         return answer
 
     def admitted(self, now: datetime) -> tuple[list[str], list[tuple[str, datetime]]]:
-        """(agents that brokers admit, revoked certificates that are not past their time)."""
+        """Returns the agents that brokers admit, and the revoked certificates that have not expired yet."""
         with reading(self._engine) as session:
             enrolled = select(Identity.agent_id).where(col(Identity.state) == IdentityState.ENROLLED)
             agents = list(session.exec(enrolled.order_by(col(Identity.agent_id))))
@@ -291,7 +291,7 @@ class Enrolment:
 def _check_time(
     session: Session, authority: Authority, identity: Identity, old: x509.Certificate, now: datetime
 ) -> None:
-    """Not before its day unless the issuer was replaced; after its end only with a person's approval."""
+    """Refuses a renewal that is too early, unless the issuer was replaced, or late and not approved by a person."""
     if now > old.not_valid_after_utc:
         if identity.renewal_approved_until is None or identity.renewal_approved_until < now:
             identity.renewal_asked_at = now
@@ -351,7 +351,7 @@ def _certificate_of_key(session: Session, key_sha256: str) -> Certificate | None
 
 
 def _check_new_key(session: Session, key_sha256: str) -> None:
-    """A key is certified once: a copied key, or one of a revoked certificate, gets no second life."""
+    """Refuses a key that was certified before, such as a copied key or that of a revoked certificate."""
     if _certificate_of_key(session, key_sha256) is not None:
         raise ConflictError("identity.key_reused", "This key has a certificate.", expected="a new key", got=key_sha256)
 

@@ -25,8 +25,8 @@ class DeviceListener:
         app: `control_plane.api.enrolment.create_device_app`.
         listener: A listening socket.
         server_pem: Key and chain of the server.
-        site_files: Are brought up to date at the start and each minute.
-        tell: Gets names of counters.
+        site_files: Brought up to date at the start and each minute.
+        tell: Called with the names of counters.
     """
 
     def __init__(
@@ -54,24 +54,24 @@ class DeviceListener:
         ]
 
     def start(self) -> None:
-        """Begins to serve."""
+        """Starts the thread that serves."""
         for thread in self._threads:
             thread.start()
 
     @property
     def started(self) -> bool:
-        """Whether it answers."""
+        """Whether the listener answers."""
         return self._server.started
 
     def stop(self) -> None:
-        """Ends within a few seconds."""
+        """Ends the thread within a few seconds."""
         self._stopping.set()
         self._server.should_exit = True
         for thread in self._threads:
             thread.join(5.0)
 
     def follow(self) -> None:
-        """Brings the site's files up to date; connections from now on see the newest certificate, whoever wrote it."""
+        """Brings the site's files up to date, also by what another process wrote; later connections use them."""
         self._site_files.publish()
         stamp = self._pem.stat().st_mtime_ns
         if stamp != self._stamp:
@@ -79,7 +79,7 @@ class DeviceListener:
             self._stamp = stamp
 
     def _upkeep(self) -> None:
-        """Renews the site's own certificates and repeats what brokers should know, each minute."""
+        """Renews the site's own certificates and publishes the brokers' files again, each minute."""
         while not self._stopping.wait(_UPKEEP_S):
             try:
                 self.follow()
@@ -87,6 +87,6 @@ class DeviceListener:
                 self._tell("identity_upkeep_failed")
                 log.warning("identity upkeep failed: %s", error)
             except Exception:
-                # Such as the database being away: the files stay as they are, and it is tried again.
+                # For example while the database is away: the files stay unchanged, and it is tried again.
                 self._tell("identity_upkeep_failed")
                 log.exception("identity upkeep failed")

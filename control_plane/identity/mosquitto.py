@@ -1,8 +1,8 @@
-"""The profile of mosquitto: what our own broker enforces, said in that broker's configuration.
+"""The profile of mosquitto: the rules of the embedded broker in mosquitto's configuration.
 
 `mosquitto.conf` is written once and is the operator's to extend; `acl`, `crl.pem` and the certificates follow every
-enrolment and revocation, and mosquitto is told by SIGHUP. An agent has a block of its own in `acl`; who has none gets
-nothing. The rules are those of `control_plane.broker.access`; a test asks both brokers the same questions.
+enrolment and revocation, and mosquitto reads them on SIGHUP. Each agent has a block of its own in `acl`; a client
+without one has no rights. The rules are those of `control_plane.broker.access`; one test runs against both brokers.
 """
 
 import logging
@@ -83,10 +83,10 @@ def write_profile(authority: Authority, folder: Path, *, host: str = "", port: i
     A configuration that names another folder (the control plane was moved) gets this one; the rest of it stays.
 
     Args:
-        authority: With its site files.
-        folder: Made when it is not there.
+        authority: The authority, with its site files.
+        folder: Folder of the profile; made when it does not exist.
         host: Address to listen on; empty = all.
-        port: For mutual TLS.
+        port: Port for mutual TLS.
 
     Raises:
         ConfigError: `ca.unreadable`.
@@ -109,7 +109,7 @@ def write_profile(authority: Authority, folder: Path, *, host: str = "", port: i
 
 
 def _follow_move(conf: Path, folder: Path) -> None:
-    """Lets the paths of a configuration that was written for another folder point to this one."""
+    """Replaces the paths of a configuration that was written for another folder by those of this one."""
     text = conf.read_text(encoding="utf-8")
     named = re.search(r"^cafile (.+)/ca\.pem$", text, re.MULTILINE)
     if named is not None and named[1] != str(folder):
@@ -118,7 +118,7 @@ def _follow_move(conf: Path, folder: Path) -> None:
 
 
 def update_profile(site: Path, folder: Path) -> bool:
-    """Brings access list, revocations and certificates up to date and tells a running mosquitto.
+    """Brings access list, revocations and certificates up to date and signals a running mosquitto.
 
     Returns:
         Whether anything changed.
@@ -144,11 +144,11 @@ def update_profile(site: Path, folder: Path) -> bool:
 
 
 def _tell(pid_file: Path) -> None:
-    """SIGHUP: mosquitto reads access list, revocations and its own certificate again; connections stay."""
+    """Sends SIGHUP: mosquitto reads access list, revocations and its own certificate again; connections stay."""
     try:
         pid = int(pid_file.read_text(encoding="ascii"))
         if "mosquitto" not in Path(f"/proc/{pid}/comm").read_text(encoding="utf-8"):
-            return  # the file is left from an earlier life
+            return  # the file was left by an earlier process
         os.kill(pid, signal.SIGHUP)
     except (OSError, ValueError) as error:
-        log.info("mosquitto was not told (it does not run here): %s", error)
+        log.info("mosquitto was not signalled (it does not run here): %s", error)

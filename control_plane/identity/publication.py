@@ -1,4 +1,4 @@
-"""What brokers and the site's own programs read: trust, their certificates, who is admitted, who is revoked.
+"""Files for brokers and the site's own programs: trust, their certificates, admitted agents, revocations.
 
 The folder `site/` of the authority: `ca.pem` (trusted roots), `server.pem` (of broker and HTTPS listener),
 `control.pem` and `bulk.pem` (the control plane's two connections), `admission.json` (the embedded broker's list) and
@@ -47,7 +47,7 @@ def control_planes(authority: Authority) -> dict[str, str]:
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`admission.json`: the agents that may connect, and the certificates that may not."""
+    """The content of `admission.json`: the agents that may connect, and the certificates that may not."""
 
     schema_version: Literal[1] = 1
     agents: tuple[Annotated[str, msgspec.Meta(max_length=63)], ...]
@@ -112,7 +112,7 @@ def _held(path: Path) -> x509.Certificate | None:
 def publish_admission(
     authority: Authority, agents: list[str], revoked: list[tuple[str, datetime]], now: datetime
 ) -> bool:
-    """Writes who is admitted, for the embedded broker and for mosquitto; returns whether anything changed."""
+    """Writes the admitted agents for the embedded broker and for mosquitto; returns whether anything changed."""
     folder = authority.folder / SITE
     admission = Admission(
         agents=tuple(agents),
@@ -142,7 +142,7 @@ def _revocations_due(path: Path, authority: Authority, now: datetime) -> bool:
 
 
 def _replace(path: Path, data: bytes, *, mode: int) -> bool:
-    """Writes unless the file holds this already."""
+    """Writes the file unless it holds this content already."""
     try:
         if path.read_bytes() == data:
             return False
@@ -156,8 +156,8 @@ class SiteFiles:
     """Keeps the site's files in step with the database.
 
     Args:
-        authority: Signs and holds the folder.
-        admitted: Who is admitted and revoked now (`Enrolment.admitted`).
+        authority: The authority that signs and holds the folder.
+        admitted: Returns the agents admitted and revoked now (`Enrolment.admitted`).
         clock: Aware UTC.
         followers: Called after a change, such as a broker's profile writer.
     """

@@ -1,4 +1,4 @@
-"""TLS contexts of the control plane's own programs: from the site's files, and after them when they change."""
+"""TLS contexts of the control plane's own programs, made from the site's files and renewed when they change."""
 
 import ssl
 from pathlib import Path
@@ -7,7 +7,7 @@ from models.errors import ConfigError
 
 
 def server_context(server_pem: Path) -> ssl.SSLContext:
-    """TLS 1.2 or newer, with this key and chain.
+    """Returns a server context for TLS 1.2 or newer, with this key and chain.
 
     Raises:
         ConfigError: `site.bad_certificate`.
@@ -19,7 +19,7 @@ def server_context(server_pem: Path) -> ssl.SSLContext:
 
 
 def load_pair(context: ssl.SSLContext, pem: Path) -> None:
-    """Puts key and chain into a context; connections from now on use them.
+    """Loads key and chain into a context; later connections use them.
 
     Raises:
         ConfigError: `site.bad_certificate`.
@@ -33,7 +33,7 @@ def load_pair(context: ssl.SSLContext, pem: Path) -> None:
 
 
 def client_context(folder: Path, stem: str) -> ssl.SSLContext:
-    """Towards the broker: trusts `ca.pem`, shows `<stem>.pem`.
+    """Returns a context for the broker that trusts `ca.pem` and presents `<stem>.pem`.
 
     Raises:
         ConfigError: `site.bad_certificate`.

@@ -1,5 +1,5 @@
 """Background work in processes of its own.
 
-`queue` is the table of jobs and who may claim one; `requests` checks what may be asked of a job, for every door alike;
+`queue` is the table of jobs and their claims; `requests` checks the options of a job for command line, API and worker;
 `worker` is the process that claims and runs them.
 """

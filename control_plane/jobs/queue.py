@@ -1,7 +1,7 @@
 """Jobs: long work in a table, claimed by worker processes under a lease.
 
-A worker that dies loses its lease and the job is taken by another, at most `max_attempts` times. Every claim raises
-the job's fence; a worker writes only while its fence is the job's, so one that was thought dead changes nothing.
+A worker that dies loses its lease and the job is claimed by another, at most `max_attempts` times. Every claim raises
+the job's fence; a worker writes only while its fence is the job's, so one that lost its lease changes nothing.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ OPEN: Final = (JobState.QUEUED, JobState.RUNNING)
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A job in the hands of a worker."""
+    """A worker's claim on a job."""
 
     job_id: int
     fence: int
@@ -43,9 +43,9 @@ def submit(session: Session, kind: JobKind, params: dict[str, Any], *, actor: st
 
 
 def claim(engine: Engine, worker: str, *, lease_s: float, max_attempts: int, now: datetime) -> Claim | None:
-    """Takes the oldest job that waits, or one whose worker is gone; None when there is nothing to do."""
+    """Claims the oldest job that waits, or one whose worker is gone; returns None when there is none."""
     with writing(engine) as session:
-        # A lease further ahead than one can be given is void: the clock was set back since.
+        # A lease further ahead than the longest possible one is void: the clock was set back since.
         longest = now + timedelta(seconds=lease_s) + CLOCK_SLACK
         until = col(Job.lease_until)
         stale = (col(Job.state) == JobState.RUNNING) & ((until < now) | (until > longest))
@@ -75,7 +75,7 @@ def claim(engine: Engine, worker: str, *, lease_s: float, max_attempts: int, now
 def heartbeat(
     engine: Engine, held: Claim, *, stage: str, progress: float, lines: Sequence[str], lease_s: float
 ) -> bool:
-    """Renews the lease and tells how far the work is.
+    """Renews the lease and records the progress.
 
     Returns:
         True while the work shall go on; False when it was cancelled or belongs to another worker now.
@@ -142,7 +142,7 @@ def list_jobs(session: Session, kind: JobKind, limit: int) -> Sequence[Job]:
 
 
 def get_job(engine: Engine, job_id: int) -> Job:
-    """One job.
+    """Returns one job.
 
     Raises:
         InputError: `job.unknown`.

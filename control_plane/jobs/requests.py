@@ -1,4 +1,4 @@
-"""What may be asked of a job, checked before anything long begins; command line, API and worker share this door."""
+"""Checks the options of a job before anything long begins; command line, API and worker use the same checks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,7 +59,7 @@ def check_training(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a training run, complete and within their bounds.
 
     Raises:
-        InputError: `training.bad_option`, with the option, what it may be and what came.
+        InputError: `training.bad_option`, with the option, its allowed values and the given one.
     """
     request = _checked(values, TrainRequest, "training.bad_option")
     _check_scalars(values.get("scalars"), "training.bad_option")

@@ -1,4 +1,4 @@
-"""Worker processes: claim a job, run it in a child of their own, beat until it ends.
+"""Worker processes: each claims a job, runs it in a child process and renews the lease until it ends.
 
 The child does the work with one thread and a low priority; its parent watches lease and cancellation and can always
 end it, also when it hangs in C code. Progress comes over a pipe.
@@ -39,7 +39,7 @@ _BEAT_S: Final = 1.0
 _GRACE_S: Final = 5.0
 _POLL_S: Final = 0.5
 _PAUSE_S: Final = 2.0
-"""Before the next attempt while the database does not answer."""
+"""Pause before the next attempt while the database does not answer."""
 Say = Callable[[str, float], None]
 
 
@@ -58,7 +58,7 @@ def run_worker(config: ControlPlaneConfig, stop: Callable[[], bool]) -> None:
                 log.info("job %s %s starts", held.job_id, held.kind)
                 _run(config, engine, held, stop)
         except (OperationalError, InterfaceError, PoolTimeout) as error:
-            # Whatever job was running is claimed again when its lease has ended.
+            # A job that was running is claimed again when its lease has ended.
             if not away:
                 log.warning("the database is away: %s", str(error.__cause__ or error).splitlines()[0])
             away = True
@@ -73,7 +73,7 @@ def run_worker(config: ControlPlaneConfig, stop: Callable[[], bool]) -> None:
 
 
 def _run(config: ControlPlaneConfig, engine: Engine, held: Claim, stop: Callable[[], bool]) -> None:
-    """One job in a child process."""
+    """Runs one job in a child process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     scratch = config.root / "jobs" / f"{held.job_id}-{held.fence}"
@@ -92,7 +92,7 @@ def _run(config: ControlPlaneConfig, engine: Engine, held: Claim, stop: Callable
 def _watch(
     config: ControlPlaneConfig, engine: Engine, held: Claim, stop: Callable[[], bool], child: Any, ours: Connection
 ) -> dict[str, Any]:
-    """Beats until the child has ended, or must end; returns its outcome, empty when it was stopped."""
+    """Renews the lease until the child has ended or must end; returns its outcome, empty when it was stopped."""
     outcome: dict[str, Any] = {}
     stage, share, lines = "starting", 0.0, [f"{utc_now():%H:%M:%S} {held.kind} starts"]
     going_on = True
@@ -127,7 +127,7 @@ def _receive(pipe: Connection, timeout_s: float) -> tuple[Any, ...] | None:
 
 
 def _end(child: Any, wait_s: float) -> None:
-    """Lets a child that is done leave; stops one that is not, first kindly."""
+    """Waits for a child that is done; stops any other one by SIGTERM, then by SIGKILL."""
     child.join(wait_s)
     if child.is_alive():
         os.killpg(child.pid, signal.SIGTERM) if os.getpgid(child.pid) == child.pid else child.terminate()
@@ -159,7 +159,7 @@ def _conclude(config: ControlPlaneConfig, engine: Engine, held: Claim, scratch: 
 def _register(
     config: ControlPlaneConfig, engine: Engine, held: Claim, scratch: Path, result: dict[str, Any]
 ) -> dict[str, Any]:
-    """Takes the child's bundle into store and registry, in one transaction with the dataset version."""
+    """Adds the child's bundle to store and registry, in one transaction with the dataset version."""
     with writing(engine) as session:
         actor = str(held.params.get("actor", "worker"))
         now = utc_now()
@@ -178,7 +178,7 @@ def _register(
 
 
 def _child(config: ControlPlaneConfig, held: Claim, scratch: Path, pipe: Connection) -> None:
-    """Does the work; talks through the pipe only."""
+    """Does the work of the child; results and progress go through the pipe only."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -194,7 +194,7 @@ def _child(config: ControlPlaneConfig, held: Claim, scratch: Path, pipe: Connect
 
     try:
         result = _work(held, scratch, say)
-        # Only plain JSON crosses: what cannot be told in the API is not told at all.
+        # Only plain JSON crosses the pipe, because the API can show nothing else.
         pipe.send(("done", json.loads(json.dumps(result))))
     except SortlineError as error:
         pipe.send(("failed", error.as_dict()))

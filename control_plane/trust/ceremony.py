@@ -36,7 +36,7 @@ class TrustFolder:
     path: Path
 
     def roots(self) -> list[bytes]:
-        """Root chain, oldest first."""
+        """The root chain, oldest first."""
         found = [path.read_bytes() for path in self.path.glob("*.root.json")]
         return sorted(found, key=version_of)
 
@@ -59,7 +59,7 @@ class TrustFolder:
 
     @property
     def targets(self) -> bytes:
-        """What is released; empty when there is nothing."""
+        """The newest targets; empty when there are none."""
         path = self.path / "targets.json"
         return path.read_bytes() if path.exists() else b""
 
@@ -70,7 +70,7 @@ class TrustFolder:
         return self.path / name
 
     def online_path(self, role: str, keyid: str) -> Path:
-        """Returns where an online key is, by its id: old and new ones lie beside each other."""
+        """Returns the path of an online key by its id; old and new keys are kept beside each other."""
         return self.path / "online" / f"{role}-{keyid[:12]}.pem"
 
     def online_signer(self, role: str, keys: md.RoleKeys) -> Signer:
@@ -100,7 +100,7 @@ def initialise(
         folder: New or empty.
         root_keys: Three new files, best on three media; two of them must sign later. One for development.
         release_key: New file.
-        passphrase: Of the offline keys; None makes development keys: all in clear, one root key, threshold 1.
+        passphrase: Protects the offline keys; None makes development keys: all in clear, one root key, threshold 1.
         now: Issue time.
 
     Returns:
@@ -215,7 +215,7 @@ def _resign(
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """What a rotation wrote."""
+    """The files and versions that a rotation wrote."""
 
     path: Path
     version: int
@@ -369,7 +369,7 @@ def released_changes(old: bytes, new: bytes) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class RoleStatus:
-    """One role, for people."""
+    """One role in the status for people."""
 
     role: str
     version: int
@@ -378,11 +378,11 @@ class RoleStatus:
     issued_at: str
     expires_at: str
     alarm: str
-    """Empty, `renew` after two thirds of its life, or `expired`."""
+    """Returns an empty text, `renew` after two thirds of its life, or `expired`."""
 
 
 def status(root: bytes, parts: Mapping[str, bytes], now: datetime) -> list[RoleStatus]:
-    """Keys, versions and expiry of every role that has metadata; of the bins the one that expires first."""
+    """Returns keys, versions and expiry of every role with metadata; of the bins, only the one that expires first."""
     roles = md.roles_of(md.read_root(root).signed)
     if parts.get("targets"):
         roles[ASSIGN] = md.assign_keys_of(md.read_targets(parts["targets"]).signed)

@@ -1,4 +1,4 @@
-"""Writes what an agent without network needs into a folder: the same bytes that agents with one get from the broker."""
+"""Writes a folder for an agent without network, with the same bytes that other agents get from the broker."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +42,7 @@ def export_agent(source: Source, agent_id: str, to: Path) -> dict[str, Any]:
 
 
 def _signed(source: Source, agent_id: str) -> dict[str, bytes]:
-    """What belongs together: every signing changes the set, so what was read while it stayed the same is one."""
+    """Returns documents that belong together: every signing changes the set, so reads between two equal sets match."""
     paths = {DESIRED: f"/api/v1/agents/{agent_id}/assignment", BIN: f"/api/v1/agents/{agent_id}/bin"}
     before = bytes(source.get("/api/v1/trust/set"))
     for _ in range(_TRIES):

@@ -22,7 +22,7 @@ MIN_PASSPHRASE: Final = 12
 BANNER: Final = (
     "DEVELOPMENT KEYS: all on this machine, in clear; whoever can read it can release any model. Not for a plant."
 )
-"""Is shown wherever development keys are made or used."""
+"""The warning wherever development keys are made or used."""
 Signer = CryptoSigner
 PublicKey = SSlibKey
 

@@ -38,7 +38,7 @@ LIFE: Final[dict[str, timedelta]] = {
     "snapshot": timedelta(days=7),
     "timestamp": timedelta(days=7),
 }
-"""From signing to expiry; a bin lives as long as `assign`."""
+"""Time from signing to expiry, by role; a bin has that of `assign`."""
 ALARM_SHARE: Final = 2 / 3
 """Share of its life after which metadata ought to have been signed again."""
 TOP_ROLES: Final = ("root", "targets", "snapshot", "timestamp")
@@ -83,7 +83,7 @@ def new_root(version: int, roles: dict[str, RoleKeys], now: datetime, *, develop
 
 
 def roles_of(root: Root) -> dict[str, RoleKeys]:
-    """Whom a root names for the four top roles, as `new_root` takes it."""
+    """Returns the keys that a root names for the four top roles, in the form that `new_root` takes."""
     return {
         name: RoleKeys(tuple(root.keys[k] for k in role.keyids), role.threshold)  # type: ignore[misc]
         for name, role in root.roles.items()
@@ -161,7 +161,7 @@ def bundle_target(digest: str, manifest: bytes, custom: dict[str, Any]) -> Targe
 
 
 def new_assign(version: int, keys: RoleKeys, now: datetime) -> Metadata[Targets]:
-    """Spreads what it was delegated over the bins, which the same keys sign; it lists nothing itself."""
+    """Returns metadata of `assign`, which delegates to the bins with the same keys and lists nothing itself."""
     expires, extra = _dates(ASSIGN, now)
     role = SuccinctRoles([k.keyid for k in keys.keys], keys.threshold, BIN_BITS, BIN_PREFIX)
     delegations = Delegations({k.keyid: k for k in keys.keys}, succinct_roles=role)
@@ -169,7 +169,7 @@ def new_assign(version: int, keys: RoleKeys, now: datetime) -> Metadata[Targets]
 
 
 def new_bin(version: int, documents: Mapping[str, bytes], now: datetime) -> Metadata[Targets]:
-    """One entry per agent of one bin."""
+    """Returns the metadata of one bin, with one entry per agent."""
     expires, extra = _dates(ASSIGN, now)
     targets = {}
     for agent_id, document in documents.items():
@@ -179,7 +179,7 @@ def new_bin(version: int, documents: Mapping[str, bytes], now: datetime) -> Meta
 
 
 def new_snapshot(version: int, parts: Mapping[str, bytes], now: datetime) -> Metadata[Snapshot]:
-    """Returns what belongs together: versions and hashes of targets, assign and every bin.
+    """Returns a snapshot: versions and hashes of targets, assign and every bin.
 
     Args:
         version: One more than the last.
@@ -192,13 +192,13 @@ def new_snapshot(version: int, parts: Mapping[str, bytes], now: datetime) -> Met
 
 
 def new_timestamp(version: int, snapshot: bytes, now: datetime) -> Metadata[Timestamp]:
-    """Returns what is current."""
+    """Returns a timestamp, which names the current snapshot."""
     expires, extra = _dates("timestamp", now)
     return Metadata(Timestamp(version, None, expires, _meta(snapshot), unrecognized_fields=extra))
 
 
 def _meta(data: bytes) -> MetaFile:
-    # The hash also binds a bin to its name: all are signed by one key, and one under another's topic must not do.
+    # The hash also binds a bin to its name: one key signs all, and a bin under another's topic must be refused.
     return MetaFile(version_of(data), None, {"sha256": sha256(data)})
 
 
@@ -233,7 +233,7 @@ def _read(data: bytes, kind: Any) -> Any:
 
 
 def check_next_root(new: bytes, old: bytes | None) -> Metadata[Root]:
-    """A root may follow another when a threshold of both sets of keys signed it and its version is one more.
+    """Checks that a threshold of both sets of keys signed a new root and that its version is one more.
 
     Raises:
         InputError: `trust.not_next`, `trust.not_enough_signatures`, `trust.no_metadata`.
@@ -248,9 +248,9 @@ def check_next_root(new: bytes, old: bytes | None) -> Metadata[Root]:
 
 
 def check_next_targets(new: bytes, old: bytes | None, root: bytes) -> Metadata[Targets]:
-    """Targets may follow others when the release keys signed them, the version is higher and they were built on those.
+    """Checks that the release keys signed new targets with a higher version, built on the present ones.
 
-    A higher number alone does not do: targets from a folder that missed a withdrawal would release the bundle again.
+    A higher number alone is not enough: targets from a folder that missed a withdrawal would release the bundle again.
 
     Raises:
         InputError: `trust.not_next`, `trust.not_built_on`, `trust.not_enough_signatures`, `trust.no_metadata`,
@@ -295,7 +295,7 @@ def _check_signed(metadata: Metadata[Any], by: Root, role: str, whose: str) -> N
 
 
 def meta_versions(snapshot: bytes) -> dict[str, int]:
-    """Returns version by role that a snapshot lists."""
+    """Returns the version of each role that a snapshot lists."""
     signed: Snapshot = Metadata[Snapshot].from_bytes(snapshot).signed
     return {name.removesuffix(".json"): entry.version for name, entry in signed.meta.items()}
 
@@ -315,7 +315,7 @@ class _OwnSigned(msgspec.Struct):
 
 
 class _Own(msgspec.Struct):
-    """What is asked of our own metadata every half minute, read without python-tuf, which takes eight times as long."""
+    """The facts of our own metadata that are read every half minute; python-tuf would take eight times as long."""
 
     signatures: list[_Signature]
     signed: _OwnSigned
@@ -335,7 +335,7 @@ def fresh_for(data: bytes, keys: RoleKeys, now: datetime, age_limit: timedelta) 
 
 
 def says_the_same(data: bytes, other: Metadata[Targets]) -> bool:
-    """Returns whether delegation and entries are those of the other, whatever version and dates are."""
+    """Returns whether delegation and entries are equal, apart from version and dates."""
     old = read_targets(data).signed
     return old.targets == other.signed.targets and old.delegations == other.signed.delegations
 
@@ -347,7 +347,7 @@ def listed_hashes(data: bytes) -> dict[str, str]:
 
 
 def signatures_missing(metadata: Metadata[Root], old: bytes | None) -> int:
-    """Signatures a root still needs before it may follow `old`."""
+    """Returns the number of signatures a root still needs before it may follow `old`."""
     authorities = [metadata.signed] + ([read_root(old).signed] if old else [])
     return max(
         a.get_verification_result("root", metadata.signed_bytes, metadata.signatures).missing for a in authorities

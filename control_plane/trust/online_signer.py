@@ -1,9 +1,9 @@
-"""What the control plane signs itself: one assignment per agent, and that everything belongs together and is fresh.
+"""Metadata that the control plane signs itself: one assignment per agent, and snapshot and timestamp of the whole.
 
 Rules: an assignment and the version of the bin that lists it are written in one transaction, so two replicas
 never sign different things under one version (role and version are the key of the table); what is published is what
 was committed, byte for byte; a bundle that the release key does not list is refused here already, although agents
-would refuse it anyway; metadata from offline keys is verified before it is kept, like anybody would.
+would refuse it anyway; metadata from offline keys is verified before it is kept, as an agent would.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ NO_KEYS: Final = "no keys: nothing can be rolled out"
 DEVELOPMENT: Final = "development keys: whoever reads this machine can release any model"
 _KEPT_VERSIONS: Final = 5
 _COMMON: Final = (*ONLINE, "targets")
-"""What all agents get, beside the roots."""
+"""The roles that all agents get, beside the roots."""
 
 
 def desired_of(agent: Agent) -> Desired:
@@ -56,9 +56,9 @@ class OnlineSigner:
     def __init__(self, folder: TrustFolder) -> None:
         self._folder = folder
         self.kind = NO_KEYS
-        """For people, without asking the database: real keys, development keys or none."""
+        """The kind of keys (real, development or none) for people, without a query."""
         self.fill: dict[str, float] = {}
-        """See `sealing.fill`; as it was looked at last."""
+        """The shares of `signing.fill` at the last check."""
         roots = folder.roots()
         if roots:
             self._see(roots[-1])
@@ -121,7 +121,7 @@ class OnlineSigner:
         self._keep(session, "targets", targets.signed.version, data, now)
 
     def check_released(self, session: Session, bundle: str) -> None:
-        """Whether agents would accept this bundle.
+        """Checks that agents would accept this bundle.
 
         Raises:
             ConflictError: `trust.not_released`, `trust.not_initialised`.
@@ -135,7 +135,7 @@ class OnlineSigner:
             )
 
     def released(self, session: Session) -> dict[str, dict[str, Any]]:
-        """Returns what the release key lists: bundle digest and what it says about it.
+        """Returns the released bundles: digest and the facts that the release key signed.
 
         Raises:
             ConflictError: `trust.not_initialised`.
@@ -226,7 +226,7 @@ class OnlineSigner:
     # -- what is published ------------------------------------------------------------------------------------
 
     def current_set(self, session: Session) -> bytes:
-        """Returns what all agents get, as it was committed; empty before the first signing."""
+        """Returns the committed set for all agents; empty before the first signing."""
         return self._set(session, self._versions(session))
 
     def _set(self, session: Session, versions: Mapping[str, int]) -> bytes:
@@ -239,7 +239,7 @@ class OnlineSigner:
         return self._latest(session, bin_of(agent_id))
 
     def news(self, session: Session, known: Mapping[str, int]) -> list[tuple[str, int, bytes]]:
-        """Topic, version and payload of what is newer than what is known by topic: bins first, then the set.
+        """Returns topic, version and payload of documents newer than the known ones by topic: bins first, then the set.
 
         An agent that gets only the bins can still use what it trusts already.
         """
@@ -284,7 +284,7 @@ class OnlineSigner:
         return dict(session.exec(query).all())
 
     def _load(self, session: Session, versions: Mapping[str, int]) -> dict[str, bytes]:
-        """Exactly these versions: what is put together belongs together, whatever another replica signs meanwhile."""
+        """Returns exactly these versions, so that the parts match whatever another replica signs meanwhile."""
         key = tuple_(col(TrustMetadata.role), col(TrustMetadata.version))
         query = select(TrustMetadata.role, TrustMetadata.data).where(key.in_(list(versions.items())))
         return dict(session.exec(query).all()) if versions else {}

@@ -1,4 +1,4 @@
-"""What the online keys must sign now: a pure function of what was signed last and what agents shall run.
+"""Signs the metadata that is due, by a pure function of the last signed metadata and the desired states.
 
 A changed agent costs its bin, the snapshot and the timestamp. A bin exists once it has held an assignment, and for ever
 after: what a snapshot listed it must go on listing.
@@ -15,15 +15,15 @@ from models.signed_set import ASSIGN, MAX_SET_BYTES, check_size, version_of
 from models.topics import BIN_BITS, BIN_PREFIX, assignment_path, bin_of
 
 RESIGN_AFTER: Final = timedelta(hours=1)
-"""Timestamp and snapshot are signed again so often, although they live seven days: a freeze shows within hours."""
+"""Timestamp and snapshot are signed this often, although they live seven days, so that a freeze shows within hours."""
 _THIRD: Final = md.LIFE[ASSIGN] / 3
 FULL_SHARE: Final = 0.8
 """Share of what a broker carries in one message; from here on operators are warned."""
 ONLINE: Final = (ASSIGN, "snapshot", "timestamp")
-"""Beside the bins, which the keys of `assign` sign."""
+"""The online roles beside the bins, which the keys of `assign` sign."""
 
 SignerOf = Callable[[str, md.RoleKeys], Signer]
-"""Finds the private key of an online role."""
+"""Returns the private key of an online role."""
 
 
 def is_bin(role: str) -> bool:
