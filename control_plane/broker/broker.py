@@ -143,7 +143,7 @@ class Broker:
             self._send(session, connection, message, retain=retain)
 
     def redeliver(self, session: Session) -> None:
-        """Resends messages in flight after a reconnect, with DUP and their old ids, then sends the waiting ones [4.4]."""
+        """Resends messages in flight after a reconnect, with DUP and their old ids, then the waiting ones [4.4]."""
         connection = session.connection
         if connection is None:
             return

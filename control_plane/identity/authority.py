@@ -176,7 +176,7 @@ class Authority:
 
     @property
     def chain_pem(self) -> bytes:
-        """The certificates between leaf and root: the issuing authority, and the new root cross-signed by the old one."""
+        """The issuing authority, and the new root cross-signed by the old one: what stands between leaf and root."""
         found = [self.issuing]
         others = {one.root for one in self.trusted} - {self.current.root}
         if others and (self.folder / f"cross-{self.current.root}.pem").exists():
