@@ -30,6 +30,7 @@ from control_plane.identity.enrolment import Enrolment
 from control_plane.identity.mosquitto import update_profile
 from control_plane.identity.publication import SiteFiles
 from control_plane.monitoring.board import FleetBoard
+from control_plane.monitoring.ledger import WindowLedger
 from control_plane.registry.store import Store
 from control_plane.rollouts.executor import RolloutExecutor
 from control_plane.trust.ceremony import TrustFolder
@@ -120,7 +121,7 @@ def open_services(config: ControlPlaneConfig) -> Services:
         connection,
         blobs,
         outbox,
-        ingest=Ingest(engine, intake, outbox, blobs.requested, counters),
+        ingest=Ingest(engine, intake, outbox, blobs.requested, counters, WindowLedger(counters)),
         board=FleetBoard(engine, store, live, signer.released_now),
         rollouts=rollouts,
         renewal=Renewal(engine, signer, outbox.publish_trust, counters, name),

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
 import msgspec
-from sqlalchemy import Engine, bindparam, update
+from sqlalchemy import Engine, bindparam, insert, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
@@ -26,10 +26,25 @@ from control_plane.database.engine import writing
 from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.identities import Identity, IdentityState
+from control_plane.database.tables.windows import AgentHistory, WindowHorizon
+from control_plane.fleet.history import digest_of, set_up_of
 from control_plane.fleet.intake import Intake, Message
 from control_plane.fleet.labels import bounded, effective
 from control_plane.fleet.lot_commands import record_response
-from control_plane.fleet.spooled import Row, refused_row, rows_of, storable, time_of, twins_event
+from control_plane.fleet.spooled import (
+    Key,
+    Ledger,
+    ReportArrival,
+    Row,
+    Table,
+    arrivals_of,
+    refused_row,
+    rows_of,
+    storable,
+    storable_document,
+    time_of,
+    twins_event,
+)
 from control_plane.fleet.twins import TwinWatch
 from models.errors import MessageError
 from models.messages import MAX_REPORTED_BYTES, Ack, Presence, Reported, Request, Response, decode
@@ -52,8 +67,11 @@ _TABLES: Final[dict[Any, Any]] = {
     EventRow: SQLModel.metadata.tables["event"],
 }
 _AGENTS: Final[Any] = SQLModel.metadata.tables["agent"]
+_HISTORY: Final[Any] = SQLModel.metadata.tables[str(AgentHistory.__tablename__)]
 _IDS_AT_ONCE: Final = 500
 """Parameters of one statement: SQLite takes no more than some thousand."""
+_MAYBE_DELETED: Final = timedelta(days=1)
+"""Retention keeps windows for a day at least: one that is younger was not deleted."""
 
 
 class Acknowledger(Protocol):
@@ -74,6 +92,7 @@ class _Known:
     online: bool
     generation: int
     assigned: dict[str, Any]
+    setup_digest: str
 
 
 @dataclass(slots=True)
@@ -82,9 +101,11 @@ class _Round:
 
     agents: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     """Agent -> columns that change."""
-    rows: dict[type[WindowRow] | type[EventRow], list[dict[str, Any]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
+    rows: dict[Table, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+    records: list[tuple[Row, str, datetime]] = field(default_factory=list)
+    """Each row with its agent and when its message arrived."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    heard: list[ReportArrival] = field(default_factory=list)
     acks: list[tuple[str, Ack]] = field(default_factory=list)
     behind: list[tuple[str, int]] = field(default_factory=list)
     reports: dict[str, tuple[Reported, datetime]] = field(default_factory=dict)
@@ -99,6 +120,7 @@ class Ingest:
         outbox: Acknowledges and repeats desired states.
         requested: Takes an agent's request for blobs.
         counters: Counts what happened.
+        ledger: Counts what was stored, in the transaction that stores it.
     """
 
     def __init__(
@@ -108,9 +130,10 @@ class Ingest:
         outbox: Acknowledger,
         requested: Callable[[str, Request], None],
         counters: Counter[str],
+        ledger: Ledger,
     ) -> None:
         self._engine, self._intake, self._outbox = engine, intake, outbox
-        self._requested, self._counters = requested, counters
+        self._requested, self._counters, self._ledger = requested, counters, ledger
         self._twins = TwinWatch()
         self._reports: dict[str, tuple[Reported, datetime]] = {}
         """Agent -> the report stored last and when, to leave out what says the same."""
@@ -212,11 +235,16 @@ class Ingest:
                 except MessageError as error:
                     self._refuse(message, error)
                     refusals.append(error)
+            self._drop_deleted(session, work, now)
             new = {table: self._insert(session, table, values) for table, values in work.rows.items()}
+            self._ledger.record(session, arrivals_of(work.records, new), work.heard)
+            if work.history:
+                session.connection().execute(insert(_HISTORY), work.history)
             _update_agents(session, work.agents)
             session.commit()
-        self._counters["stored"] += sum(new.values())
-        self._counters["duplicates"] += sum(map(len, work.rows.values())) - sum(new.values())
+        stored = sum(map(len, new.values()))
+        self._counters["stored"] += stored
+        self._counters["duplicates"] += sum(map(len, work.rows.values())) - stored
         self._reports |= work.reports
         for agent_id, ack in work.acks:
             self._outbox.acknowledge(agent_id, ack)
@@ -282,6 +310,8 @@ class Ingest:
     def _read_report(self, message: Message, reported: Reported, agent: _Known, work: _Round) -> None:
         if not message.retained:
             self._alive(message, reported.boot_id, _box(reported), work)
+            made_at = time_of(reported.at_ms)
+            work.heard.append(ReportArrival(message.agent_id, reported.boot_id, made_at, message.at))
         if reported.generation < agent.generation:
             # The agent has not received it: a loss between commit and broker is made good here.
             work.behind.append((message.agent_id, agent.generation))
@@ -306,11 +336,18 @@ class Ingest:
         # The broker had kept a retained one: it was made when the agent says, and certainly not later than now.
         made_at = min(message.at, time_of(reported.at_ms)) if message.retained else message.at
         work.agents[message.agent_id] |= {
-            "reported": _storable(values) if _NUL in message.payload else values,
+            "reported": storable_document(values) if _NUL in message.payload else values,
             "reported_at": made_at,
             "labels": effective(labels, agent.assigned),
         }
         work.reports[message.agent_id] = (reported, message.at)
+        set_up = set_up_of(reported)
+        digest = digest_of(set_up)
+        if digest != agent.setup_digest:
+            agent.setup_digest = work.agents[message.agent_id]["setup_digest"] = digest
+            facts = storable_document(msgspec.to_builtins(set_up))
+            row = {"agent_id": message.agent_id, "at": made_at, "agent_at": time_of(reported.at_ms), "facts": facts}
+            work.history.append(row)
 
     def _read_batch(self, message: Message, rows: list[Row], work: _Round, now: datetime) -> None:
         numbers: dict[str, list[int]] = {}
@@ -319,6 +356,7 @@ class Ingest:
                 self._counters[f"refused_{row.refused}"] += 1
             key = {"agent_id": message.agent_id, "boot_id": row.boot_id, "seq": row.seq, "received_at": now}
             work.rows[row.table].append(key | row.values)
+            work.records.append((row, message.agent_id, message.at))
             numbers.setdefault(row.boot_id, []).append(row.seq)
         if not rows:
             return
@@ -347,18 +385,35 @@ class Ingest:
         if twins is not None:
             self._counters["identity_twins"] += 1
             self._say(f"twins {message.agent_id}", "two boxes speak as %s in turn: %s", message.agent_id, twins)
-            changes["twins"] = _storable(twins.stored())
+            changes["twins"] = storable_document(twins.stored())
             if twins.described or message.at - twins.began >= _DESCRIBED_WITHIN:
                 work.rows[EventRow].append(
                     {"agent_id": message.agent_id, "received_at": message.at} | twins_event(twins)
                 )
 
-    def _insert(self, session: Session, table: type[WindowRow] | type[EventRow], rows: list[dict[str, Any]]) -> int:
-        """Inserts what is not there yet; returns how many rows were new."""
-        insert: Any = postgresql_insert if self._engine.dialect.name == "postgresql" else sqlite_insert
-        statement = insert(_TABLES[table]).on_conflict_do_nothing()
-        statement = statement.execution_options(preserve_rowcount=True)
-        return int(session.connection().execute(statement, rows).rowcount)
+    def _drop_deleted(self, session: Session, work: _Round, now: datetime) -> None:
+        """Leaves out windows that come again after retention had deleted them: they were counted once already."""
+        windows = work.rows.get(WindowRow, [])
+        old = {row["agent_id"] for row in windows if abs(now - row["started_at"]) > _MAYBE_DELETED}
+        if not old:
+            return
+        found = session.exec(select(WindowHorizon).where(col(WindowHorizon.agent_id).in_(old)))
+        horizons = {(row.agent_id, row.boot_id): row.through_seq for row in found}
+        gone = {key for key in map(_key_of, windows) if key[2] <= horizons.get(key[:2], -1)}
+        if gone:
+            self._counters["windows_after_retention"] += len(gone)
+            work.rows[WindowRow] = [row for row in windows if _key_of(row) not in gone]
+            work.records = [r for r in work.records if (r[1], r[0].boot_id, r[0].seq) not in gone]
+
+    def _insert(self, session: Session, table: Table, rows: list[dict[str, Any]]) -> set[Key]:
+        """Inserts what is not there yet; returns the keys of the rows that were new."""
+        if not rows:
+            return set()
+        insert_new: Any = postgresql_insert if self._engine.dialect.name == "postgresql" else sqlite_insert
+        columns = _TABLES[table].c
+        statement = insert_new(_TABLES[table]).on_conflict_do_nothing()
+        statement = statement.returning(columns.agent_id, columns.boot_id, columns.seq)
+        return {(agent_id, boot_id, seq) for agent_id, boot_id, seq in session.connection().execute(statement, rows)}
 
     def _refuse(self, message: Message, error: MessageError) -> None:
         self._counters[f"refused_{error.code}"] += 1
@@ -374,6 +429,10 @@ class Ingest:
             self._logged.clear()
         self._logged[key] = now
         log.warning(text, *values)
+
+
+def _key_of(row: dict[str, Any]) -> Key:
+    return row["agent_id"], row["boot_id"], row["seq"]
 
 
 def _known_agents(session: Session, ids: list[str]) -> dict[str, _Known]:
@@ -404,7 +463,7 @@ def _known_agents(session: Session, ids: list[str]) -> dict[str, _Known]:
 def _select_agents(session: Session, ids: list[str]) -> dict[str, _Known]:
     if not ids:
         return {}
-    columns = (Agent.id, Agent.boot_id, Agent.online, Agent.generation, Agent.labels_assigned)
+    columns = (Agent.id, Agent.boot_id, Agent.online, Agent.generation, Agent.labels_assigned, Agent.setup_digest)
     rows = session.connection().execute(select(*columns).where(col(Agent.id).in_(ids)))  # type: ignore[call-overload]
     return {agent_id: _Known(*values) for agent_id, *values in rows}
 
@@ -430,16 +489,3 @@ def _box(reported: Reported) -> str:
     """Returns what a report says about the box it comes from, for a person who looks for the second one."""
     facts = [f"{key} {value}" for key, value in sorted(reported.hardware.items()) if key in {"address", "host"}]
     return ", ".join([*facts, *([f"camera {reported.camera}"] if reported.camera else [])])[:200]
-
-
-def _storable(value: Any) -> Any:
-    """Makes every text within a JSON document fit for the database."""
-    match value:
-        case str():
-            return storable(value)
-        case dict():
-            return {storable(key): _storable(part) for key, part in value.items()}
-        case list() | tuple():
-            return [_storable(part) for part in value]
-        case _:
-            return value

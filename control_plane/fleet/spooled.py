@@ -2,21 +2,26 @@
 
 A record that made no row would never be acknowledged, so its agent would send it, and everything after it, again and
 again. Rules: a record is never refused for its neighbour's sake; text that the database cannot hold is made fit for
-it; counts contradicting each other are kept with the code of the refusal and used for nothing.
+it; counts contradicting each other are kept with the code of the refusal and used for nothing; a record is placed in
+time by the clock of its agent where that is plausible, and by its arrival where it is not: a box whose clock stands at
+1970 or runs ahead must not write into another year.
 """
 
 import time
-from collections.abc import Iterable
-from datetime import UTC, datetime
-from typing import Annotated, Any, Final, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final, NamedTuple, Protocol
 
 import msgspec
+from sqlmodel import Session
 
 from control_plane.database.tables.agents import EventRow, WindowRow
 from control_plane.fleet.twins import Twins
 from control_plane.fleet.window_payload import pack_window
 from models.errors import MessageError
 from models.messages import (
+    CLOCK_SLACK_MS,
     MAX_BATCH_RECORDS,
     BootId,
     Counter,
@@ -35,16 +40,79 @@ MAX_FACT_CHARACTERS: Final = 600
 _LATEST_MS: Final = 4_102_444_800_000
 """The year 2100: a clock further ahead cannot be stored everywhere."""
 
+AHEAD: Final = timedelta(milliseconds=CLOCK_SLACK_MS)
+"""A record that claims to be newer than its arrival by more than this has an implausible clock."""
+OLDEST: Final = timedelta(days=31)
+"""A record that claims to be older than this has an implausible clock: no spool lasts that long."""
+Table = type[WindowRow] | type[EventRow]
+Key = tuple[str, str, int]
+"""Agent, boot and number of a record."""
+
 
 class Row(NamedTuple):
     """One row to store."""
 
-    table: type[WindowRow] | type[EventRow]
+    table: Table
     boot_id: str
     seq: int
     values: dict[str, Any]
     refused: str
     """Error code of a record that is kept and not used; empty = it is good."""
+    window: Window | None = None
+    """The window, where it is a good one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One record of a transaction.
+
+    Attributes:
+        agent_id: Who sent it.
+        boot_id: Of which start.
+        seq: Its number in this start.
+        at: Its place in time: when the window began or the event happened.
+        by_arrival: Whether `at` is derived from the arrival because the agent's clock is implausible.
+        arrived_at: When its message arrived here.
+        is_window: Whether it is a window; False = an event.
+        window: The window; None for an event, and for a window that contradicts itself.
+        refused: Error code of a window that contradicts itself; empty = it is good, or an event.
+        new: Whether it was stored just now; False = it had been stored before.
+    """
+
+    agent_id: str
+    boot_id: str
+    seq: int
+    at: datetime
+    by_arrival: bool
+    arrived_at: datetime
+    is_window: bool
+    window: Window | None
+    refused: str
+    new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReportArrival:
+    """A report that was not a retained one.
+
+    Attributes:
+        agent_id: Who sent it.
+        boot_id: Of which start.
+        made_at: When, by the agent's clock.
+        arrived_at: When it arrived, by this one.
+    """
+
+    agent_id: str
+    boot_id: str
+    made_at: datetime
+    arrived_at: datetime
+
+
+class Ledger(Protocol):
+    """Counts what was stored."""
+
+    def record(self, session: Session, arrivals: Sequence[Arrival], reports: Sequence[ReportArrival]) -> None:
+        """Counts these in the caller's transaction; what is not new is counted as a duplicate and nowhere else."""
 
 
 class _Keyed(msgspec.Struct):
@@ -126,7 +194,7 @@ def _row_of(record: Record) -> Row:
         "refused": refused,
         "payload": pack_window(record.payload),
     }
-    return Row(WindowRow, record.boot_id, record.seq, values, refused)
+    return Row(WindowRow, record.boot_id, record.seq, values, refused, None if refused else window)
 
 
 def _gap(gap: Gap) -> dict[str, Any]:
@@ -167,6 +235,53 @@ def storable(text: str) -> str:
     return text.replace("\x00", "\u2400")
 
 
+def storable_document(value: Any) -> Any:
+    """Returns a JSON document whose every text is fit for the database."""
+    match value:
+        case str():
+            return storable(value)
+        case dict():
+            return {storable(key): storable_document(part) for key, part in value.items()}
+        case list() | tuple():
+            return [storable_document(part) for part in value]
+        case _:
+            return value
+
+
 def time_of(at_ms: int) -> datetime:
     """Returns a time of an agent's clock: it may be wrong, but not so wrong that it cannot be stored."""
     return datetime.fromtimestamp(min(max(at_ms, 0), _LATEST_MS) / 1000.0, UTC)
+
+
+def place_in_time(claimed: datetime, arrived_at: datetime, length: timedelta) -> tuple[datetime, bool]:
+    """Returns when a record began, and whether that had to be derived from its arrival.
+
+    Args:
+        claimed: When it began, by the agent's clock.
+        arrived_at: When it arrived, by this clock.
+        length: How long it lasts; zero for an event.
+    """
+    if arrived_at - OLDEST <= claimed <= arrived_at + AHEAD:
+        return claimed, False
+    return arrived_at - min(length, timedelta(minutes=1)), True
+
+
+def arrivals_of(records: Sequence[tuple[Row, str, datetime]], new: Mapping[Table, set[Key]]) -> list[Arrival]:
+    """Returns the records of a transaction in the order in which they came; of equal ones, the first is new.
+
+    Args:
+        records: Row, agent, and when its message arrived.
+        new: Keys of the rows that were not there before.
+    """
+    left = {table: set(keys) for table, keys in new.items()}
+    found = []
+    for row, agent_id, arrived_at in records:
+        length = timedelta(milliseconds=row.window.duration_ms if row.window else 0)
+        claimed = row.values["started_at" if row.table is WindowRow else "at"]
+        at, by_arrival = place_in_time(claimed, arrived_at, length)
+        key, fresh = (agent_id, row.boot_id, row.seq), left.get(row.table, set())
+        is_new = key in fresh
+        fresh.discard(key)
+        is_window = row.table is WindowRow
+        found.append(Arrival(*key, at, by_arrival, arrived_at, is_window, row.window, row.refused, is_new))
+    return found

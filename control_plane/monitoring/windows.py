@@ -1,4 +1,4 @@
-"""The one reader of stored windows: board, figures, rollouts, pages and API ask here, and nothing else decodes a row.
+"""The one reader of stored windows and their sums: board, figures, rollouts, detection, pages and API ask here.
 
 Rules: what contradicts itself is kept in the database and never used for a figure; a page of rows is continued by a
 cursor, which neither repeats nor leaves out a row while new ones arrive; no question reads the whole history of an
@@ -14,7 +14,9 @@ from sqlalchemy import and_, or_
 from sqlmodel import Session, col, desc, select
 
 from control_plane.database.tables.agents import EventRow, WindowRow
+from control_plane.database.tables.windows import Rollup
 from control_plane.fleet.window_payload import unpack_window
+from control_plane.monitoring.rollups import DAY, HOUR, MINUTE, Place, Total, start_of, total_of
 from models.errors import InputError, MessageError
 from models.messages import decode_packed
 from models.windows import Window, merge
@@ -26,6 +28,11 @@ _AGENTS_AT_ONCE: Final = 400
 _OVERLAP: Final = timedelta(seconds=5)
 """Rows are read again for so long before the newest known one: replicas' clocks differ, and commits are not instant."""
 _COMPARED_WINDOWS: Final = 60
+_LONGEST_LOT: Final = timedelta(days=1)
+"""A lot that began earlier than this before the time asked for is read from there on."""
+_SAME_LOT: Final = timedelta(hours=6)
+_HANDOVER: Final = timedelta(minutes=2)
+"""Within an hour, rows do not say whether a lot went on beside another one; a row that begins so soon does."""
 
 Key = tuple[str, int]
 """Boot and number of a record."""
@@ -246,3 +253,142 @@ def merged_window(windows: Iterable[Window], bundle: str) -> Window | None:
         if window.bundle == bundle:
             whole = _sum(whole, window)
     return whole
+
+
+@dataclass(frozen=True, slots=True)
+class SpanSum:
+    """The sum of an agent's windows of one span that one bundle judged in one lot, beside one challenger or none.
+
+    Attributes:
+        agent_id: Whose.
+        span_s: Length of the span: 60, 3600 or 86400.
+        start: When the span begins, a multiple of its length.
+        bundle: Which bundle judged.
+        lot: Of which lot; empty = not known.
+        variety: Of which variety; empty = not known.
+        challenger: Which bundle judged beside; empty = none.
+        windows: Number of windows.
+        left_out: Windows of those that could not be added and are in no count.
+        by_arrival: Windows of those whose clock was implausible, placed by their arrival.
+        first_at: Start of the earliest window.
+        last_at: End of the latest window.
+        window: The sum; None when every window was left out.
+    """
+
+    agent_id: str
+    span_s: int
+    start: datetime
+    bundle: str
+    lot: str
+    variety: str
+    challenger: str
+    windows: int
+    left_out: int
+    by_arrival: int
+    first_at: datetime
+    last_at: datetime
+    window: Window | None
+
+
+@dataclass(frozen=True, slots=True)
+class LotSum:
+    """The sum of an agent's windows of one run of a lot that one bundle judged; fields as in `SpanSum`."""
+
+    agent_id: str
+    bundle: str
+    lot: str
+    variety: str
+    challenger: str
+    windows: int
+    left_out: int
+    by_arrival: int
+    first_at: datetime
+    last_at: datetime
+    window: Window | None
+
+
+def spans_of(session: Session, agent_id: str, span_s: int, since: datetime, until: datetime) -> list[SpanSum]:
+    """Returns the sums of the windows of one agent by span, oldest first, then by lot.
+
+    What arrived up to now is in them, also where the row of a span is still open.
+
+    Args:
+        session: Reads.
+        agent_id: Whose; empty = of all agents.
+        span_s: 60, 3600 or 86400.
+        since: Begin of the first span; an earlier span that holds this moment is included.
+        until: Spans that begin before this.
+    """
+    totals: dict[Place, Total] = {}
+    for place, total in _places(session, agent_id, span_s, start_of(since, span_s), until):
+        known = totals.get(place)
+        if known is None:
+            totals[place] = total
+        else:
+            known.add(total)
+    ordered = sorted(totals.items(), key=lambda pair: (pair[0].start, pair[0].agent_id, pair[1].first_at, pair[0]))
+    return [_span_sum(place, total) for place, total in ordered]
+
+
+def _span_sum(place: Place, total: Total) -> SpanSum:
+    agent_id, span_s, start, *series = place
+    counts = (total.windows, total.left_out, total.by_arrival, total.first_at, total.last_at)
+    return SpanSum(agent_id, span_s, start, *series, *counts, total.window)
+
+
+def _places(
+    session: Session, agent_id: str, span_s: int, since: datetime, until: datetime
+) -> Iterable[tuple[Place, Total]]:
+    """Yields the rows of a span, and the open rows of shorter spans as parts of it."""
+    names = ("agent_id", "span_s", "start", "bundle", "lot", "variety", "challenger")
+    values = ("payload", "windows", "left_out", "by_arrival", "first_at", "last_at")
+    end = start_of(until - timedelta(microseconds=1), span_s) + timedelta(seconds=span_s)
+    for shorter in (s for s in (DAY, HOUR, MINUTE) if s <= span_s):
+        query = select(*(getattr(Rollup, name) for name in (*names, *values))).where(
+            Rollup.span_s == shorter, col(Rollup.start) >= since, col(Rollup.start) < end
+        )
+        if shorter < span_s:
+            query = query.where(~col(Rollup.folded))
+        if agent_id:
+            query = query.where(Rollup.agent_id == agent_id)
+        for row in session.connection().execute(query):
+            place = Place(*row[: len(names)])
+            yield place._replace(span_s=span_s, start=start_of(place.start, span_s)), total_of(row)
+
+
+def lots_of(session: Session, agent_id: str, since: datetime, until: datetime | None = None) -> list[LotSum]:
+    """Returns the sums of the windows of one agent by lot, in the order in which the lots began.
+
+    A name that comes again after another one, or after six hours without a window, is another lot. What ran without a
+    name counts as a lot with an empty one.
+
+    Args:
+        session: Reads.
+        agent_id: Whose.
+        since: Lots that ended before this are left out.
+        until: Lots that began then or later are left out; None = none.
+    """
+    last = until or datetime(2200, 1, 1, tzinfo=UTC)
+    pieces = spans_of(session, agent_id, HOUR, since - _LONGEST_LOT, last)
+    pieces.sort(key=lambda piece: piece.first_at)
+    runs: list[tuple[SpanSum, Total]] = []
+    newest: dict[tuple[str, ...], Total] = {}
+    lot_before: tuple[str, str] | None = None
+    for piece in pieces:
+        lot, key = (piece.lot, piece.variety), (piece.bundle, piece.lot, piece.variety, piece.challenger)
+        total = Total(piece.window, piece.windows, piece.left_out, piece.by_arrival, piece.first_at, piece.last_at)
+        run = newest.get(key)
+        if run is not None and piece.first_at - run.last_at <= (_SAME_LOT if lot == lot_before else _HANDOVER):
+            run.add(total)
+        else:
+            newest[key] = total
+            runs.append((piece, total))
+        lot_before = lot
+    return [
+        LotSum(
+            *(piece.agent_id, piece.bundle, piece.lot, piece.variety, piece.challenger),
+            *(total.windows, total.left_out, total.by_arrival, total.first_at, total.last_at, total.window),
+        )
+        for piece, total in runs
+        if total.last_at >= since
+    ]

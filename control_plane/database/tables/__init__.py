@@ -2,7 +2,8 @@
 
 `columns` (types of columns shared by all), `datasets`, `jobs`, `registry` (models and their versions), `agents` (what
 they are and what they send), `rollouts`, `blobs` (what the broker retains), `trust` (signed metadata), `identities`
-(certificates and tokens), `leases`, `requests` (answers to requests that may be repeated), `audit`.
+(certificates and tokens), `leases`, `requests` (answers to requests that may be repeated), `windows` (what is made of
+what agents send), `audit`.
 """
 
 from control_plane.database.tables import (
@@ -18,6 +19,7 @@ from control_plane.database.tables import (
     requests,
     rollouts,
     trust,
+    windows,
 )
 
 __all__ = [
@@ -33,4 +35,5 @@ __all__ = [
     "requests",
     "rollouts",
     "trust",
+    "windows",
 ]

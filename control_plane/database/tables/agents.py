@@ -42,6 +42,8 @@ class Agent(SQLModel, table=True):
     """Two boxes that spoke under this identity in turn, see `fleet.twins`."""
     reported: dict[str, Any] = Field(default_factory=dict, sa_column=json_column())
     reported_at: datetime | None = Field(default=None, sa_column=time_column(nullable=True))
+    setup_digest: str = Field(default="", max_length=64)
+    """Digest of the set-up that `agent_history` holds as its newest: see `fleet.history`."""
     lot_asked: dict[str, Any] = Field(default_factory=dict, sa_column=json_column())
     """The lot that was named to it last and what it answered: see `fleet.lot_commands`."""
     created_at: datetime = Field(default_factory=utc_now, sa_column=time_column())
