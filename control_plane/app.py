@@ -19,6 +19,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from control_plane.api import (
     agents,
+    alarms,
     audit,
     datasets,
     identities,
@@ -55,9 +56,11 @@ def create_app(services: Services) -> FastAPI:
         if services.config.broker.enabled:
             services.start_fleet()
             services.rollouts.start()
+        services.alarms.start()
         services.renewal.start()
         yield
         services.renewal.stop()
+        services.alarms.stop()
         if services.config.broker.enabled:
             services.rollouts.stop()
             services.stop_fleet()
@@ -76,7 +79,7 @@ def create_app(services: Services) -> FastAPI:
     _guard(app, services)
     _map_refusals(app)
     _map_failures(app)
-    for subject in (datasets, training, models, recipes, agents, windows, audit, identities, rollouts, trust):
+    for subject in (datasets, training, models, recipes, agents, windows, alarms, audit, identities, rollouts, trust):
         app.include_router(subject.router)
     _add_probes(app)
     mount_pages(app)
@@ -201,7 +204,9 @@ def _add_probes(app: FastAPI) -> None:
     def metrics(services: Given) -> Response:
         """Prometheus."""
         return Response(
-            metrics_export.render(services.board, services.signer, services.counters, _gauges(services)),
+            metrics_export.render(
+                services.board, services.signer, services.counters, _gauges(services), services.alarms.counts()
+            ),
             media_type="text/plain; version=0.0.4",
         )
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -146,6 +146,132 @@ class RolloutsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Seconds of silence after which a leader is replaced; clocks of the replicas must agree to a fraction of it."""
 
 
+AlarmSeverity = Literal["info", "warning", "critical"]
+Receiver = Annotated[str, msgspec.Meta(min_length=1, max_length=40, pattern=r"^[a-z0-9-]+\Z")]
+
+
+class WebhookConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A receiver of alarms over HTTP, `[[alarms.webhooks]]`."""
+
+    name: Receiver
+    url: str
+    secret_file: str = ""
+    """File with the secret that signs each message: `whsec_` and base64, or any text. Empty = not signed."""
+    proxy: str = ""
+    """Address of an HTTP proxy; empty = none."""
+    severity: AlarmSeverity = "warning"
+    """Least severity that is sent."""
+    after_escalations: Annotated[int, msgspec.Meta(ge=0, le=5)] = 0
+    """Escalations from which the receiver hears of an alarm; 0 = at once."""
+    timeout_s: Annotated[float, msgspec.Meta(gt=0.0, le=60.0)] = 10.0
+    """Longest attempt in all, in seconds."""
+
+
+class MailConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A receiver of alarms by e-mail, `[[alarms.mails]]`."""
+
+    name: Receiver
+    host: str
+    port: Port = 587
+    security: Literal["starttls", "tls", "plain"] = "starttls"
+    """`plain` sends everything in the clear: for a relay on this machine."""
+    username: str = ""
+    password_file: str = ""
+    sender: str
+    recipients: tuple[str, ...]
+    severity: AlarmSeverity = "warning"
+    """Least severity that is sent."""
+    after_escalations: Annotated[int, msgspec.Meta(ge=0, le=5)] = 0
+    """Escalations from which the receiver hears of an alarm; 0 = at once."""
+    timeout_s: Annotated[float, msgspec.Meta(gt=0.0, le=120.0)] = 20.0
+    """Longest attempt in all, in seconds."""
+
+
+class AlarmPolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What alarms of a cause may ask for, `[[alarms.policies]]`."""
+
+    cause: str
+    """A cause of `detection.finding.Cause`."""
+    request: Literal["review-queue", "samples", "retraining-proposal"]
+    severity: AlarmSeverity = "warning"
+    """Least severity that asks."""
+    items: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
+    """Items or samples asked for at a time."""
+    budget_items_per_day: Annotated[int, msgspec.Meta(ge=0)] = 500
+    """Items that all alarms of this policy may ask for in 24 hours; beyond it the request is withheld."""
+    cool_down_h: Annotated[float, msgspec.Meta(ge=0.0, le=720.0)] = 12.0
+    """Hours after a request for a line in which the policy asks nothing more for it."""
+    confirmation: bool = True
+    """Whether a person must confirm before the request stands."""
+
+
+class AlarmsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Alarms: when they are raised and cleared, whom they reach, what they may start."""
+
+    period_s: Annotated[float, msgspec.Meta(ge=0.1, le=300.0)] = 5.0
+    """Seconds between two looks at what was stored."""
+    lease_s: Annotated[float, msgspec.Meta(ge=1.0, le=600.0)] = 30.0
+    """Seconds of silence after which another replica raises alarms."""
+    hold_s: Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)] = 60.0
+    """Seconds for which a finding must be absent, while its line is heard, before its alarm is closed."""
+    escalate_after_s: Annotated[float, msgspec.Meta(ge=0.0, le=604_800.0)] = 900.0
+    """Seconds without an answer after which an alarm is escalated, and again after as many; 0 = never."""
+    keep_days: Annotated[float, msgspec.Meta(ge=1.0)] = 400.0
+    """Days for which resolved alarms are kept."""
+    first_retry_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600.0)] = 5.0
+    """Seconds before the second attempt to deliver a message; doubled with each further one."""
+    longest_retry_s: Annotated[float, msgspec.Meta(ge=1.0, le=86_400.0)] = 900.0
+    give_up_after_s: Annotated[float, msgspec.Meta(ge=1.0)] = 86_400.0
+    """Seconds after which a message that could not be delivered is given up, counted and shown."""
+    topic: bool = True
+    """Whether alarms are published over MQTT as well, on `sortline/v1/alarms`."""
+    webhooks: tuple[WebhookConfig, ...] = ()
+    mails: tuple[MailConfig, ...] = ()
+    policies: tuple[AlarmPolicyConfig, ...] = ()
+
+    def check(self) -> None:
+        """Checks what no type says: names are unique, addresses are addresses, files of secrets can be read.
+
+        Raises:
+            ConfigError: `alarms.bad_receiver`, `alarms.no_secret`.
+        """
+        names = [one.name for one in (*self.webhooks, *self.mails)]
+        if twice := sorted({name for name in names if names.count(name) > 1 or name == "mqtt"}):
+            raise ConfigError("alarms.bad_receiver", "Receivers of alarms need names of their own.", got=twice)
+        for hook in self.webhooks:
+            parts = urlsplit(hook.url)
+            if parts.scheme not in {"http", "https"} or not parts.hostname:
+                raise ConfigError(
+                    "alarms.bad_receiver",
+                    f"The address of the webhook {hook.name} is no address of a server.",
+                    expected="such as https://plant.example/alarms",
+                    got=hook.url,
+                )
+        for mail in self.mails:
+            if not mail.host or "@" not in mail.sender or not mail.recipients:
+                raise ConfigError(
+                    "alarms.bad_receiver",
+                    f"The mail receiver {mail.name} needs a host, a sender and recipients.",
+                    expected="host, sender, recipients",
+                )
+        for file in (*(h.secret_file for h in self.webhooks), *(m.password_file for m in self.mails)):
+            read_secret(file)
+
+
+def read_secret(file: str) -> str:
+    """Returns the secret that a file holds; empty without a file.
+
+    Raises:
+        ConfigError: `alarms.no_secret`.
+    """
+    if not file:
+        return ""
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError("alarms.no_secret", f"{file} cannot be read.", got=error) from error
+
+
 class TrustConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Signed metadata and online keys (made by `sortline keys init`)."""
 
@@ -165,6 +291,7 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     broker: BrokerConfig = BrokerConfig()
     jobs: JobsConfig = JobsConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     identity: IdentityConfig = IdentityConfig()
     trust: TrustConfig = TrustConfig()
 

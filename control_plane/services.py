@@ -15,6 +15,7 @@ from threading import Event
 from fastapi import Request
 from sqlalchemy import Engine
 
+from control_plane.alarms.service import Alarms, open_alarms
 from control_plane.config import ControlPlaneConfig
 from control_plane.database.audit_check import AuditCheck
 from control_plane.database.engine import open_database, reading
@@ -56,6 +57,7 @@ class Services:
     ingest: Ingest
     board: FleetBoard
     rollouts: RolloutExecutor
+    alarms: Alarms
     renewal: Renewal
     tokens: Tokens = field(default_factory=Tokens)
     stopping: Event = field(default_factory=Event)
@@ -87,6 +89,7 @@ class Services:
 def open_services(config: ControlPlaneConfig) -> Services:
     """Opens database, store, trust and fleet; connects nothing yet."""
     config.server.check()
+    config.alarms.check()
     engine = open_database(config.database_url, wait_s=config.database_wait_s)
     store = Store(config.root / "store")
     signer = OnlineSigner(TrustFolder(config.trust_folder))
@@ -124,6 +127,7 @@ def open_services(config: ControlPlaneConfig) -> Services:
         ingest=Ingest(engine, intake, outbox, blobs.requested, counters, WindowLedger(counters)),
         board=FleetBoard(engine, store, live, signer.released_now),
         rollouts=rollouts,
+        alarms=open_alarms(config, engine, store, connection, counters, name),
         renewal=Renewal(engine, signer, outbox.publish_trust, counters, name),
         tokens=Tokens(config.token, config.read_token),
         enrolment=enrolment,

@@ -10,6 +10,7 @@ from models.errors import InputError, MessageError
 ROOT: Final = "sortline/v1"
 SENTINEL_TOPIC: Final = f"{ROOT}/sentinel"
 TRUST_TOPIC: Final = f"{ROOT}/tuf"
+ALARMS_TOPIC: Final = f"{ROOT}/alarms"
 BIN_BITS: Final = 6
 """Assignments are spread over 2^6 signed documents. Fixed, so that an agent can compute its own."""
 BIN_PREFIX: Final = "assign-bin"

@@ -109,7 +109,7 @@ ONLY_IN: Final[dict[str, tuple[str, ...]]] = {
     "prometheus_client": ("control_plane/monitoring/prometheus.py",),
     "typer": ("control_plane/cli/", "control_plane/demo/options.py"),
     "rich": ("control_plane/cli/", "control_plane/demo/"),
-    "httpx2": ("control_plane/client.py",),
+    "httpx2": ("control_plane/client.py", "control_plane/alarms/senders.py"),
     "uvicorn": ("control_plane/server.py", "control_plane/identity/listener.py"),
     "pymodbus": ("edge_agent/devices/drivers/",),
     "gpiod": ("edge_agent/devices/drivers/",),

@@ -4,8 +4,8 @@ Exit status: 0 ok, 1 failed, 2 wrong usage or configuration, 3 refused, 4 not re
 libraries are imported by the commands that need them, so that `--help` is quick.
 
 One file per noun: `serve` (control plane, worker, demo), `train` (and import), `evaluate` (and quantise), `datasets`,
-`models`, `agents`, `rollouts`, `recipes`, `bundles`, `keys`, `ca`, `broker`, `config`, `backup` (and restore).
-`output` is the one door to the terminal.
+`models`, `agents`, `alarms`, `rollouts`, `recipes`, `bundles`, `keys`, `ca`, `broker`, `config`, `backup` (and
+restore). `output` is the one door to the terminal.
 """
 
 import errno
@@ -15,6 +15,7 @@ import sys
 import typer
 
 from control_plane.cli.agents import agents, export
+from control_plane.cli.alarms import alarms
 from control_plane.cli.backup import backup, restore
 from control_plane.cli.broker import broker
 from control_plane.cli.bundles import bundles
@@ -52,6 +53,7 @@ for name, group in (
     ("recipe", recipes),
     ("rollouts", rollouts),
     ("agents", agents),
+    ("alarms", alarms),
     ("keys", keys),
     ("bundle", bundles),
     ("broker", broker),

@@ -40,6 +40,8 @@ class Cause(StrEnum):
     LIGHT_COLOUR = "light-colour"
     FLICKER = "flicker"
     FROZEN = "frozen"
+    CAMERA_BLIND = "camera-blind"
+    """The line itself names a fault of its camera: absent, stalled, pictures it cannot use."""
     PRIOR_SHIFT = "prior-shift"
     NEW_VARIETY = "new-variety"
     COVARIATE_SHIFT = "covariate-shift"

@@ -140,6 +140,17 @@ class BrokerConnection:
         if not self.control.is_connected():
             raise UnavailableError("broker.not_connected", "The broker is not connected; try again.")
 
+    def publish_confirmed(self, topic: str, payload: bytes, timeout_s: float) -> bool:
+        """Publishes with QoS 1 and waits; returns whether the broker confirmed it in time.
+
+        Raises:
+            UnavailableError: `broker.not_connected`.
+        """
+        self.check_connected()
+        sent = self.control.publish(topic, payload, qos=1)
+        sent.wait_for_publish(timeout_s)
+        return bool(sent.is_published())
+
     def follow_live(self, *, wanted: bool) -> None:
         """Subscribes to the live figures of all agents while somebody looks, and to none otherwise.
 

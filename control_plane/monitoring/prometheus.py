@@ -49,6 +49,7 @@ class FleetCollector:
         signer: How full the signed metadata is.
         counters: What the fleet's side did.
         gauges: Name -> (what it says, value) of this process.
+        alarms: Number of alarms that are not over, by severity, cause and state.
     """
 
     def __init__(
@@ -57,13 +58,23 @@ class FleetCollector:
         signer: OnlineSigner,
         counters: Counter[str],
         gauges: Mapping[str, tuple[str, float]],
+        alarms: Mapping[tuple[str, str, str], int],
     ) -> None:
         self._board, self._signer, self._counters, self._gauges = board, signer, counters, gauges
+        self._alarms = alarms
 
     def collect(self) -> Iterator[Metric]:
         """Yields all metrics."""
         yield from self._fleet(self._board.snapshot(_MAX_AGE_S))
+        yield self._alarms_active()
         yield from self._server()
+
+    def _alarms_active(self) -> Metric:
+        labels = ["severity", "cause", "state"]
+        gauge = GaugeMetricFamily("sortline_alarms_active", "Alarms that are not over", labels=labels)
+        for key, number in sorted(self._alarms.items()):
+            gauge.add_metric(key, number)
+        return gauge
 
     def _fleet(self, statuses: list[AgentStatus]) -> Iterator[Metric]:
         state = StateSetMetricFamily("sortline_agent_state", "NAMUR NE 107 state of an agent", labels=["agent"])
@@ -95,9 +106,13 @@ class FleetCollector:
 
 
 def render(
-    board: FleetBoard, signer: OnlineSigner, counters: Counter[str], gauges: Mapping[str, tuple[str, float]]
+    board: FleetBoard,
+    signer: OnlineSigner,
+    counters: Counter[str],
+    gauges: Mapping[str, tuple[str, float]],
+    alarms: Mapping[tuple[str, str, str], int],
 ) -> bytes:
     """Returns the text of `/metrics`."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(FleetCollector(board, signer, counters, gauges))
+    registry.register(FleetCollector(board, signer, counters, gauges, alarms))
     return generate_latest(registry)
