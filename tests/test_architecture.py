@@ -117,7 +117,7 @@ ONLY_IN: Final[dict[str, tuple[str, ...]]] = {
 """One library, one importing place, where it can be."""
 NEVER_IN: Final = {"sqlmodel": ("control_plane/cli/", "control_plane/training/", "control_plane/evaluation/")}
 
-MOST_MODULES: Final = {"models": 26, "control_plane/cli": 18}
+MOST_MODULES: Final = {"models": 26, "control_plane/cli": 18, "control_plane/api": 18}
 _MOST_MODULES_OF_A_ROOM: Final = 14
 MOST_LINES: Final = 500
 TWIN_NAMES: Final = {
