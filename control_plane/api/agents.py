@@ -4,14 +4,13 @@ import secrets
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
-from sqlmodel import desc, select
 
 from control_plane.api.actor import Acting
 from control_plane.api.schemas import Forget, NewLabels, NewLot, NewSafeState
 from control_plane.database.audit import audit
 from control_plane.database.engine import reading, writing
-from control_plane.database.lookup import get_agent, unknown_agent
-from control_plane.database.tables.agents import Agent, EventRow
+from control_plane.database.lookup import events_of, get_agent, unknown_agent
+from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.columns import utc_now
 from control_plane.fleet.desired_state import DesiredChange, assign
 from control_plane.fleet.forgetting import forget
@@ -28,7 +27,7 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 
 @router.get("/agents")
 def list_agents(services: Given) -> list[dict[str, Any]]:
-    """All agents, worst state first, with the figures of their windows of the last five minutes."""
+    """Returns all agents, worst state first, with the figures of their windows of the last five minutes."""
     services.live.watch()
     found = sorted(services.board.all(), key=lambda status: (ORDER[status.state], status.id))
     return [status.as_dict() for status in found]
@@ -36,7 +35,7 @@ def list_agents(services: Given) -> list[dict[str, Any]]:
 
 @router.get("/agents/{agent_id}")
 def show_agent(agent_id: str, services: Given) -> dict[str, Any]:
-    """One agent: status, and what it reported last."""
+    """Returns the status and the last report of one agent."""
     services.live.watch()
     status = services.board.one(agent_id)
     if status is None:
@@ -62,7 +61,7 @@ def label_agent(agent_id: str, body: NewLabels, services: Given, actor: Acting) 
 
 @router.post("/agents/{agent_id}/forget")
 def forget_agent(agent_id: str, body: Forget, services: Given, actor: Acting) -> dict[str, Any]:
-    """Forgets an agent that is gone for good; the answer is what the audit trail keeps of it.
+    """Removes an agent that is gone for good; the answer is the record that the audit trail keeps.
 
     Rollouts keep its part in their history and wait for it no longer. Windows and events stay until their own
     retention ends.
@@ -98,10 +97,10 @@ def set_safe_state(agent_id: str, body: NewSafeState, services: Given, actor: Ac
 
 @router.post("/agents/{agent_id}/lot", status_code=202)
 def set_lot(agent_id: str, body: NewLot, services: Given, actor: Acting) -> dict[str, Any]:
-    """Names the lot that runs from now on; `lot_asked` of the agent says what it answered, `lot` what it runs.
+    """Sets the lot that runs from now on; `lot_asked` of the agent is its answer, `lot` the lot it runs.
 
-    `terms` says whose terms of the recipe hold for it: of this `lot`, of its `variety`, or of the `recipe`, which knows
-    neither; empty = the bundle is not known here.
+    `terms` says which terms of the recipe hold for it: of this `lot`, of its `variety`, or of the `recipe`, which has
+    terms for neither; empty = the bundle is not known here.
     """
     services.connection.check_connected()
     now, request_id = utc_now(), secrets.token_hex(16)
@@ -125,12 +124,6 @@ def set_lot(agent_id: str, body: NewLot, services: Given, actor: Acting) -> dict
 
 @router.get("/agents/{agent_id}/events")
 def list_events(agent_id: str, services: Given, limit: Limit = 100) -> list[dict[str, Any]]:
-    """Newest first: state changes and faults."""
+    """Returns state changes and faults, newest first."""
     with reading(services.engine) as session:
-        rows = session.exec(
-            select(EventRow)
-            .where(EventRow.agent_id == agent_id)
-            .order_by(desc(EventRow.received_at), desc(EventRow.seq))
-            .limit(limit)
-        ).all()
-        return [row.model_dump(mode="json") for row in rows]
+        return [row.model_dump(mode="json") for row in events_of(session, agent_id, limit)]

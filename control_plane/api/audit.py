@@ -3,10 +3,9 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
-from sqlmodel import col, desc, select
 
+from control_plane.database.audit import newest_entries
 from control_plane.database.engine import reading
-from control_plane.database.tables.audit import Audit
 from control_plane.services import Services, services_of
 
 router = APIRouter(prefix="/api/v1", tags=["audit"])
@@ -25,8 +24,7 @@ def list_audit(services: Given, limit: Limit = 100, before: Before = None) -> di
     that does not follow from the one before it.
     """
     with reading(services.engine) as session:
-        query = select(Audit).order_by(desc(Audit.id)).limit(limit)
-        entries = session.exec(query if before is None else query.where(col(Audit.id) < before)).all()
+        entries = newest_entries(session, limit, before)
         found = services.audit.look(session)
     return {
         "entries": [entry.model_dump(mode="json") for entry in entries],

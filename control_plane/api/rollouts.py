@@ -3,17 +3,15 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query
-from sqlmodel import desc, select
 
 from control_plane.api.actor import Acting, approving
 from control_plane.api.schemas import Act, Exclude, NewRollout
 from control_plane.database.engine import reading, writing
 from control_plane.database.idempotency import MAX_KEY, carry_out_once
 from control_plane.database.tables.columns import utc_now
-from control_plane.database.tables.rollouts import Rollout
 from control_plane.rollouts.blast_radius import preview
 from control_plane.rollouts.description import describe, summarise
-from control_plane.rollouts.records import Order, act, create_rollout, exclude, get_rollout
+from control_plane.rollouts.records import Order, act, create_rollout, exclude, get_rollout, newest_rollouts
 from control_plane.services import Services, services_of
 
 router = APIRouter(prefix="/api/v1/rollouts", tags=["rollouts"])
@@ -92,7 +90,7 @@ def preview_rollout(body: NewRollout, services: Given) -> dict[str, Any]:
 def list_rollouts(services: Given, limit: Limit = 50) -> list[dict[str, Any]]:
     """Returns the newest rollouts first, with counts and waves; `GET /rollouts/{id}` adds the agents one by one."""
     with reading(services.engine) as session:
-        found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(limit)).all()
+        found = newest_rollouts(session, limit)
         return summarise(session, found)
 
 

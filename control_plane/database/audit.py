@@ -3,6 +3,7 @@
 import hashlib
 import json
 import unicodedata
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -52,6 +53,12 @@ def audit(session: Session, actor: str, action: str, thing: str, details: dict[s
     entry = Audit(at=now, actor=actor, action=action, object=thing, details=details, previous=last or GENESIS, hash="")
     entry.hash = hash_of(entry)
     session.add(entry)
+
+
+def newest_entries(session: Session, limit: int, before: int | None = None) -> Sequence[Audit]:
+    """Returns entries of the trail, newest first; only those older than the id `before` where one is given."""
+    query = select(Audit).order_by(desc(Audit.id)).limit(limit)
+    return session.exec(query if before is None else query.where(col(Audit.id) < before)).all()
 
 
 def hash_of(entry: Audit) -> str:

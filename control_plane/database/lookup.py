@@ -1,8 +1,10 @@
-"""Finds rows by the names people use, with the error they get when there is none."""
+"""Finds rows of agents by the names people use, with the error they get when there is none."""
 
-from sqlmodel import Session
+from collections.abc import Sequence
 
-from control_plane.database.tables.agents import Agent
+from sqlmodel import Session, desc, select
+
+from control_plane.database.tables.agents import Agent, EventRow
 from models.errors import InputError
 
 
@@ -21,6 +23,12 @@ def get_agent(session: Session, agent_id: str, *, lock: bool = False) -> Agent:
     if agent is None:
         raise unknown_agent(agent_id)
     return agent
+
+
+def events_of(session: Session, agent_id: str, limit: int) -> Sequence[EventRow]:
+    """Returns the newest events of an agent, newest first."""
+    query = select(EventRow).where(EventRow.agent_id == agent_id)
+    return session.exec(query.order_by(desc(EventRow.received_at), desc(EventRow.seq)).limit(limit)).all()
 
 
 def unknown_agent(agent_id: str) -> InputError:

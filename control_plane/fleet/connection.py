@@ -1,8 +1,8 @@
 """The control plane's two connections to the MQTT broker; the only module of the control plane that imports paho.
 
 Telemetry never delays control: the *bulk* connection carries batches, live figures and blobs, the *control* connection
-carries presence, reports and desired states. Callbacks do nothing but hand a message over; what it means is not known
-here.
+carries presence, reports and desired states. Callbacks only hand a message over;
+their content is handled by `intake` and `ingest`.
 """
 
 import logging
@@ -17,7 +17,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from control_plane.config import BrokerConfig
 from control_plane.identity.tls import client_context, load_client
-from models.errors import ConfigError, UnavailableError
+from models.connection import guarded, read_secret
+from models.errors import UnavailableError
 from models.messages import KEEP_ALIVE_S
 from models.topics import ROOT, SENTINEL_TOPIC, Channel
 
@@ -68,18 +69,20 @@ class BrokerConnection:
             CallbackAPIVersion.VERSION2, client_id=f"{client_id}-{stem}", clean_session=True, protocol=mqtt.MQTTv311
         )
         if self._certificates is None:
-            client.username_pw_set(self._config.username, _password(self._config))
+            client.username_pw_set(self._config.username, read_secret(self._config.password_file))
         else:
             own = f"{stem}-{self._config.replica}" if self._config.replica else stem
             context, pair = client_context(self._certificates, own), self._certificates / f"{own}.pem"
             client.tls_set_context(context)
             # Renewed certificates, and a new root beside the old one, are used from the next connection on.
-            client.on_pre_connect = self._guarded(lambda *_: load_client(context, pair))
+            client.on_pre_connect = guarded(lambda *_: load_client(context, pair), self._counters, log)
         client.max_queued_messages_set(0)  # bounded by the number of agents: blobs are sent a few at a time
         client.max_inflight_messages_set(64)
         client.reconnect_delay_set(1, 15)
-        client.on_connect = self._guarded(lambda _c, _d, _f, reason, _p: self._connected(client, channels, reason))
-        client.on_message = self._guarded(self._receive)
+        client.on_connect = guarded(
+            lambda _c, _d, _f, reason, _p: self._connected(client, channels, reason), self._counters, log
+        )
+        client.on_message = guarded(self._receive, self._counters, log)
         return client
 
     def _connected(self, client: mqtt.Client, channels: tuple[Channel, ...], reason: Any) -> None:
@@ -95,18 +98,6 @@ class BrokerConnection:
             self.connected_again.set()
         elif self._live:
             client.subscribe(_topic(Channel.LIVE), 0)
-
-    def _guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
-        """An exception in a callback would end paho's thread silently."""
-
-        def guarded(*arguments: Any) -> None:
-            try:
-                callback(*arguments)
-            except Exception:
-                self._counters["callback_failed"] += 1
-                log.exception("an MQTT callback failed")
-
-        return guarded
 
     def _receive(self, _client: Any, _data: Any, message: Any) -> None:
         if message.topic == SENTINEL_TOPIC:
@@ -167,12 +158,3 @@ class BrokerConnection:
 
 def _topic(channel: Channel) -> str:
     return f"{ROOT}/agents/+/{channel}"
-
-
-def _password(config: BrokerConfig) -> str | None:
-    if not config.password_file:
-        return None
-    try:
-        return Path(config.password_file).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError("broker.no_password", f"{config.password_file} cannot be read.", got=error) from error

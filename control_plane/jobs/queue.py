@@ -136,9 +136,10 @@ def cancel(session: Session, job_id: int, *, actor: str, now: datetime) -> Job:
     return job
 
 
-def list_jobs(session: Session, kind: JobKind, limit: int) -> Sequence[Job]:
-    """Returns jobs of a kind, newest first."""
-    return session.exec(select(Job).where(Job.kind == kind).order_by(desc(Job.id)).limit(limit)).all()
+def list_jobs(session: Session, kind: JobKind | None, limit: int) -> Sequence[Job]:
+    """Returns jobs of one kind, or of every kind, newest first."""
+    query = select(Job).order_by(desc(Job.id)).limit(limit)
+    return session.exec(query if kind is None else query.where(Job.kind == kind)).all()
 
 
 def get_job(engine: Engine, job_id: int) -> Job:

@@ -6,11 +6,9 @@ from typing import Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
-from sqlmodel import desc, select
 
 from control_plane.database.engine import reading
-from control_plane.database.lookup import unknown_agent
-from control_plane.database.tables.agents import EventRow
+from control_plane.database.lookup import events_of, unknown_agent
 from control_plane.monitoring.figures import DRIFT_LIMIT, LATENCY_BUDGET_MS
 from control_plane.monitoring.windows import windows_of
 from control_plane.pages.charts import Mark, lines, shares
@@ -36,8 +34,7 @@ def agent(agent_id: str, request: Request) -> HTMLResponse:
         raise unknown_agent(agent_id)
     with reading(services.engine) as session:
         found = windows_of(session, agent_id=agent_id, usable=True, limit=_WINDOWS)
-        query = select(EventRow).where(EventRow.agent_id == agent_id)
-        events = session.exec(query.order_by(desc(EventRow.received_at), desc(EventRow.seq)).limit(_EVENTS)).all()
+        events = events_of(session, agent_id, _EVENTS)
     windows = [(stored.received_at, stored.window) for stored in reversed(found) if stored.window is not None]
     latency = lines(
         [

@@ -4,13 +4,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
-from sqlmodel import desc, select
 
 from control_plane.database.engine import reading
-from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.pages.cost_chart import cost_chart
 from control_plane.pages.rendering import page
 from control_plane.registry.recipes import changed, described, parse_change, registered
+from control_plane.registry.versions import newest_versions
 from control_plane.services import services_of
 from models.errors import InputError
 
@@ -21,8 +20,7 @@ router = APIRouter(include_in_schema=False)
 def models(request: Request) -> HTMLResponse:
     """Shows models and their versions, newest first."""
     with reading(services_of(request).engine) as session:
-        names = {model.id: model.name for model in session.exec(select(Model))}
-        versions = session.exec(select(ModelVersion).order_by(desc(ModelVersion.id)).limit(200)).all()
+        versions, names = newest_versions(session, 200)
     return page(request, "models.html", "Models", versions=versions, names=names)
 
 

@@ -12,16 +12,16 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
 from markupsafe import Markup
-from sqlmodel import desc, select
 
 from control_plane.database.engine import reading
 from control_plane.database.tables.columns import utc_now
-from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.database.tables.rollouts import Rollout, RolloutState
 from control_plane.pages.rendering import environment, page
+from control_plane.registry.versions import newest_versions
 from control_plane.rollouts.description import describe, outline
 from control_plane.rollouts.planner import TRANSITIONS
 from control_plane.rollouts.policy import Outcome
+from control_plane.rollouts.records import newest_rollouts
 from control_plane.services import Services, services_of
 
 router = APIRouter(include_in_schema=False)
@@ -126,7 +126,7 @@ class RolloutCards:
     def render(self, root: str) -> dict[int, str]:
         """Returns the cards by rollout, newest first, for pages under this prefix."""
         with self._lock, reading(self._services.engine) as session:
-            found = session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(_SHOWN)).all()
+            found = newest_rollouts(session, _SHOWN)
             stale = [r for r in found if not self._fresh(root, r)]
             ended = [r for r in stale if r.state in _ENDED]
             facts = {f["id"]: f for f in outline(session, ended)} if ended else {}
@@ -159,8 +159,7 @@ def rollouts(request: Request) -> HTMLResponse:
     """Shows rollouts, newest first, and the form that makes one."""
     services = services_of(request)
     with reading(services.engine) as session:
-        names = {model.id: model.name for model in session.exec(select(Model))}
-        versions = session.exec(select(ModelVersion).order_by(desc(ModelVersion.id)).limit(50)).all()
+        versions, names = newest_versions(session, 50)
     cards = _cards_of(request).render(request.scope.get("root_path", ""))
     return page(request, "rollouts.html", "Rollouts", cards=cards, names=names, versions=versions)
 

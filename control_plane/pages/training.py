@@ -2,10 +2,9 @@
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
-from sqlmodel import desc, select
 
 from control_plane.database.engine import reading
-from control_plane.database.tables.jobs import Job
+from control_plane.jobs.queue import list_jobs
 from control_plane.pages.rendering import page
 from control_plane.services import services_of
 
@@ -16,7 +15,7 @@ router = APIRouter(include_in_schema=False)
 def training(request: Request) -> HTMLResponse:
     """Shows training runs, newest first."""
     with reading(services_of(request).engine) as session:
-        jobs = session.exec(select(Job).order_by(desc(Job.id)).limit(50)).all()
+        jobs = list_jobs(session, None, 50)
     return page(request, "training.html", "Training", jobs=jobs)
 
 

@@ -1,5 +1,6 @@
 """Models and their versions: bundles under a name and a number, with a stage a person sets."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,12 @@ def models_with_versions(session: Session) -> list[tuple[Model, list[ModelVersio
         (model, [version for version in versions if version.model_id == model.id])
         for model in session.exec(select(Model).order_by(col(Model.name)))
     ]
+
+
+def newest_versions(session: Session, limit: int) -> tuple[Sequence[ModelVersion], dict[int | None, str]]:
+    """Returns the newest versions of all models, newest first, and the name of each model by its id."""
+    versions = session.exec(select(ModelVersion).order_by(desc(ModelVersion.id)).limit(limit)).all()
+    return versions, {model.id: model.name for model in session.exec(select(Model))}
 
 
 def set_stage(

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Text, cast
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, desc, select
 
 from control_plane.database.audit import audit, same_actor
 from control_plane.database.tables.agents import Agent
@@ -269,6 +269,11 @@ def get_rollout(session: Session, rollout_id: int, *, lock: bool = False) -> Rol
     if rollout is None:
         raise InputError("rollout.unknown", "There is no such rollout.", expected="a rollout id", got=rollout_id)
     return rollout
+
+
+def newest_rollouts(session: Session, limit: int) -> Sequence[Rollout]:
+    """Returns the newest rollouts, newest first."""
+    return session.exec(select(Rollout).order_by(desc(Rollout.id)).limit(limit)).all()
 
 
 def view_of(rollout: Rollout, released: frozenset[str] | None = None) -> RolloutView:
