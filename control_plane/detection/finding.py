@@ -89,6 +89,29 @@ class LineSum(msgspec.Struct, frozen=True, kw_only=True):
     """Ten seconds to some minutes; its `bundle`, `lot` and `variety` hold for all of it."""
 
 
+class Signal(msgspec.Struct, frozen=True, kw_only=True):
+    """What one channel sees, before a cause is named."""
+
+    name: str
+    """Of the vocabulary of the rules, such as `dirt`, `exposure`, `covariate`."""
+    detector: Detector
+    ratio: float
+    """Statistic / threshold."""
+    effect: float
+    effect_unit: str
+    interval: tuple[float, float] | None = None
+    items: int = 0
+    delay_items: int = 0
+    delay_s: float = 0.0
+    lots: tuple[str, ...] = ()
+    lane: int | None = None
+    evidence: dict[str, Any] = {}
+    words: dict[str, str] = {}
+    """What the instruction needs to say, such as `where`."""
+    marks: tuple[str, ...] = ()
+    """Features of its pattern that a rule may ask for, such as `shape`."""
+
+
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Something that is present now."""
 
