@@ -1,4 +1,4 @@
-"""Text made safe to show: what a terminal, a log line or a table cell gets is what a person can see, and no secret."""
+"""Text that is safe to show on a terminal, in a log line or in a table cell: visible characters and no secrets."""
 
 import re
 import unicodedata
@@ -43,3 +43,8 @@ def mask(text: str) -> str:
         The text with `***` in place of each secret. Law: `mask(mask(t)) == mask(t)`.
     """
     return _QUERY_SECRET.sub(rf"\g<name>{MASK}", _USER_INFO.sub(rf"\g<scheme>{MASK}@", text))
+
+
+def counted(number: int, word: str, plural: str = "") -> str:
+    """Returns a number with its noun, such as `1 agent` and `2 agents`."""
+    return f"{number:,} {word if number == 1 else plural or word + 's'}"

@@ -9,6 +9,7 @@ from control_plane.api.schemas import Act, Exclude, NewRollout
 from control_plane.database.engine import reading, writing
 from control_plane.database.idempotency import MAX_KEY, carry_out_once
 from control_plane.database.tables.columns import utc_now
+from control_plane.registry.versions import find_version
 from control_plane.rollouts.blast_radius import preview
 from control_plane.rollouts.description import describe, summarise
 from control_plane.rollouts.records import Order, act, create_rollout, exclude, get_rollout, newest_rollouts
@@ -66,10 +67,11 @@ def new_rollout(body: NewRollout, services: Given, actor: Acting, key: Key = "")
     now = utc_now()
 
     def create() -> dict[str, Any]:
-        rollout = create_rollout(session, order_of(body), actor=actor, now=now)
-        services.signer.check_released(session, rollout.bundle)
-        services.blobs.check_room(rollout.bundle)
-        return {"rollout": rollout.id}
+        # Checked first: PostgreSQL gives the number of a refused row to no other one.
+        bundle = find_version(session, body.model)[1].bundle
+        services.signer.check_released(session, bundle)
+        services.blobs.check_room(bundle)
+        return {"rollout": create_rollout(session, order_of(body), actor=actor, now=now).id}
 
     with writing(services.engine) as session:
         made = carry_out_once(session, key, ["rollouts", body.model_dump(mode="json"), actor], now, create)

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from control_plane.cli.output import Actor, AsJson, Config, DataDir, acting, counted, note, say, warn
+from control_plane.cli.output import Actor, AsJson, Config, DataDir, acting, note, say, warn
 from control_plane.config import load_in
+from models.text import counted
 
 Target = Annotated[Path, typer.Argument(help="New or empty folder that the backup is written to.")]
 Source = Annotated[Path, typer.Argument(help="Folder of a backup.")]

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from control_plane.cli.output import AsJson, counted, new_directory, progress_bar, say, table_of
+from control_plane.cli.output import AsJson, new_directory, progress_bar, say, table_of
 from control_plane.cli.train import GoodClass, metrics_table
+from models.text import counted
 
 
 def evaluate(

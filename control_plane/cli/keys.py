@@ -18,7 +18,6 @@ from control_plane.cli.output import (
     acting,
     alarming,
     banner,
-    counted,
     note,
     say,
     table_of,
@@ -26,6 +25,7 @@ from control_plane.cli.output import (
 )
 from control_plane.client import Client
 from models.errors import ConfigError, InputError
+from models.text import counted
 
 keys = typer.Typer(no_args_is_help=True, help="Keys that decide what may run (see docs/operating.md).")
 

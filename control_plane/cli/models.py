@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 
 from control_plane.cli.keys import KeyFiles, PassphraseFile, passphrase_from, warn_of_development
-from control_plane.cli.output import Actor, AsJson, Server, acting, counted, note, say, show, table_of
+from control_plane.cli.output import Actor, AsJson, Server, acting, note, say, show, table_of
 from control_plane.client import Client
+from models.text import counted
 
 models = typer.Typer(no_args_is_help=True, help="Models and their versions.")
 Reference = Annotated[str, typer.Argument(help="NAME (its newest version), NAME:NUMBER, or a bundle digest.")]

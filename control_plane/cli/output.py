@@ -1,7 +1,7 @@
-"""What every command shares: the one door to the terminal, options of the same name, tables, bars.
+"""Output and options that all commands share: text, tables and bars on the terminal, options of the same name.
 
 Data goes to standard output, everything else to standard error. No other file of this folder writes to a console. Text
-of users, agents and servers passes through here as it is: it is never markup, and control characters are made visible.
+of users, agents and servers is never markup, and its control characters are made visible.
 """
 
 import functools
@@ -110,11 +110,6 @@ def _flat(value: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
             yield f"{prefix}{name}", ", ".join(map(str, entry)) or None
         else:
             yield f"{prefix}{name}", None if entry in ({}, "") else entry
-
-
-def counted(number: int, word: str, plural: str = "") -> str:
-    """Returns `1 agent`, `2 agents`."""
-    return f"{number:,} {word if number == 1 else plural or word + 's'}"
 
 
 def progress_bar() -> Progress:

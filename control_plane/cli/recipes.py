@@ -17,7 +17,6 @@ from control_plane.cli.output import (
     AsJson,
     Server,
     acting,
-    counted,
     new_directory,
     new_file,
     note,
@@ -27,6 +26,7 @@ from control_plane.cli.output import (
 )
 from control_plane.client import Client
 from models.errors import InputError
+from models.text import counted
 
 recipes = typer.Typer(no_args_is_help=True, help="Grades, prices and thresholds: what the line does with a verdict.")
 

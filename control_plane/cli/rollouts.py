@@ -10,10 +10,11 @@ from typing import Annotated, Any, Final, Literal
 import typer
 from rich.table import Table
 
-from control_plane.cli.output import Actor, AsJson, Server, acting, counted, say, show, table_of, with_options
+from control_plane.cli.output import Actor, AsJson, Server, acting, say, show, table_of, with_options
 from control_plane.client import Client
 from models.errors import InputError
 from models.messages import Mode, SafeState
+from models.text import counted
 
 rollouts = typer.Typer(
     no_args_is_help=True,

@@ -12,7 +12,6 @@ from control_plane.cli.output import (
     AsJson,
     Server,
     acting,
-    counted,
     new_directory,
     progress_bar,
     say,
@@ -22,6 +21,7 @@ from control_plane.cli.output import (
 from control_plane.client import Client
 from control_plane.jobs.requests import check_import, check_training
 from models.errors import ConflictError, InputError
+from models.text import counted
 
 GoodClass = Annotated[
     str,

@@ -186,10 +186,9 @@ def cost_report(held: HeldOut, recipe: Recipe, *, variety: str = "", lot: str = 
     grid = _GRID if cut is None else np.unique(np.append(_GRID, cut))
     losses, rejected = _at_thresholds(items, grid)
     cost, low, high = _mean(items, losses)
-    plateau = np.flatnonzero(cost <= cost.min() + 1e-9)
-    best = int(plateau[len(plateau) // 2])
+    best = _cheapest(cost)
     totals = items.draws @ losses
-    lowest = grid[totals.argmin(axis=1)]
+    lowest = grid[[_cheapest(total) for total in totals]]
     here = int(np.searchsorted(grid, cut)) if cut is not None else len(grid) - 1
     saved = PER * (totals[:, here] - totals[:, best]) / items.draws.sum(axis=1)
     bad, count = items.bad, len(items.truth)
@@ -226,6 +225,15 @@ def cost_report(held: HeldOut, recipe: Recipe, *, variety: str = "", lot: str = 
         if count < 200
         else "",
     }
+
+
+def _cheapest(costs: Floats) -> int:
+    """Returns the middle of the thresholds with the least cost: between two items all thresholds cost the same.
+
+    The estimate and its resamples must take the same one, or the estimate lies outside its own interval.
+    """
+    plateau = np.flatnonzero(costs <= costs.min() + 1e-9)
+    return int(plateau[len(plateau) // 2])
 
 
 def _at_thresholds(items: _Items, grid: Floats) -> tuple[Floats, NDArray[np.bool_]]:

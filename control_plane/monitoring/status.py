@@ -262,8 +262,17 @@ def _failures(facts: Facts, link: Link) -> list[_Rule]:
         ),
         (State.OFFLINE, lost, f"no sign of life ({link.connection})"),
         (State.FAILURE, bool(reported.camera_fault), reported.camera_fault),
+        (State.CHECK, _starting(reported), "the line process is starting"),
         (State.FAILURE, not reported.line_running, "the line process does not run"),
     ]
+
+
+def _starting(reported: Reported) -> bool:
+    """Returns whether the first line process since the start of the agent has not begun to judge yet.
+
+    A line that dies or hangs before that is started a second time, and counts as a failure.
+    """
+    return not reported.line_running and not reported.camera and reported.counters.get("line_starts", 0) <= 1
 
 
 def _checks(facts: Facts, runs: Runs) -> list[_Rule]:

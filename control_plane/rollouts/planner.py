@@ -31,6 +31,7 @@ from control_plane.rollouts.views import (
 )
 from control_plane.rollouts.way_back import plan_returns, tally
 from models.errors import ConflictError
+from models.text import counted
 
 _S: Final = RolloutState
 # What a person may do, and where it leads. Everything that is not here is refused.
@@ -210,7 +211,7 @@ def _reason_to_stop(
             if wave.error_threshold.reached(failed, max(len(of_wave), 1)):
                 state = {"PAUSE": _S.PAUSED, "ABORT": _S.ABORTED, "ROLLBACK": _S.ROLLING_BACK}[wave.error_action]
                 return ChangeState(
-                    state, f"{failed} of {len(of_wave)} agents of wave {number + 1} failed: error threshold"
+                    state, f"{failed} of {counted(len(of_wave), 'agent')} of wave {number + 1} failed: error threshold"
                 )
     return _reason_to_end(rollout, members, outcomes, now)
 
@@ -223,7 +224,7 @@ def _reason_to_end(
     if schedule.ends_at is not None and now >= schedule.ends_at:
         unfinished = sum(outcome not in DONE for outcome in outcomes.values())
         if unfinished and schedule.end_behavior != "STOP_ROLLOUT":
-            return ChangeState(_S.ABORTED, f"the end time has come; {unfinished} agents were not done")
+            return ChangeState(_S.ABORTED, f"the end time has come; not finished: {counted(unfinished, 'agent')}")
         begun = any(m.generation and outcomes[m.agent_id] not in DONE for m in members)
         if not begun:
             return ChangeState(_S.COMPLETED, f"the end time has come; {_tally(outcomes)}")
@@ -234,13 +235,13 @@ def _next_wave(rollout: RolloutView, members: Sequence[AgentView], outcomes: dic
     """Opens the next wave, completes the rollout, or pauses at a wave that is not good enough; None = wait."""
     wave = rollout.policy.wave_config
     current = [outcomes[m.agent_id] for m in members if m.wave == rollout.wave]
-    counted = [outcome for outcome in current if outcome not in LEFT]
-    succeeded = sum(outcome is Outcome.SUCCEEDED for outcome in counted)
-    done = all(outcome in DONE for outcome in counted)
+    staying = [outcome for outcome in current if outcome not in LEFT]
+    succeeded = sum(outcome is Outcome.SUCCEEDED for outcome in staying)
+    done = all(outcome in DONE for outcome in staying)
     wanted = wave.success_threshold_percentage
     cleared = rollout.cleared_wave >= rollout.wave
-    good = done if wanted is None else succeeded >= math.ceil(len(counted) * wanted / 100.0)
-    found = f"{succeeded} of {len(counted)} agents of wave {rollout.wave + 1} succeeded"
+    good = done if wanted is None else succeeded >= math.ceil(len(staying) * wanted / 100.0)
+    found = f"{succeeded} of {counted(len(staying), 'agent')} of wave {rollout.wave + 1} succeeded"
     later = [m.wave for m in members if m.wave > rollout.wave]
     if not later:
         if not all(outcome in DONE for outcome in outcomes.values()):
@@ -248,7 +249,7 @@ def _next_wave(rollout: RolloutView, members: Sequence[AgentView], outcomes: dic
         if wanted is not None and not good and not cleared:
             return ChangeState(_S.PAUSED, f"{found}; {wanted:g} % are needed")
         return None if rollout.dynamic else ChangeState(_S.COMPLETED, _tally(outcomes))
-    if not counted and Outcome.REMOVED in current and not cleared:  # nothing is proven
+    if not staying and Outcome.REMOVED in current and not cleared:  # nothing is proven
         return ChangeState(_S.PAUSED, f"every agent of wave {rollout.wave + 1} left by rule; nothing is proven")
     if good or (cleared and done):
         ask = wave.success_action == "PAUSE" and not cleared
@@ -260,7 +261,8 @@ def _next_wave(rollout: RolloutView, members: Sequence[AgentView], outcomes: dic
 def _tally(outcomes: dict[str, Outcome]) -> str:
     succeeded = sum(outcome is Outcome.SUCCEEDED for outcome in outcomes.values())
     left = sum(outcome is Outcome.REMOVED for outcome in outcomes.values())
-    return f"{succeeded} of {len(outcomes)} agents took the bundle" + (f"; {left} left by rule" if left else "")
+    members = counted(len(outcomes), "agent")
+    return f"{succeeded} of {members} took the bundle" + (f"; {left} left by rule" if left else "")
 
 
 def _plan_rest(rollout: RolloutView, members: Sequence[AgentView], now: datetime) -> list[Step]:

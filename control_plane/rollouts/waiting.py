@@ -8,6 +8,7 @@ from control_plane.database.tables.rollouts import Rollout, RolloutState
 from control_plane.rollouts.policy import DONE, Outcome
 from control_plane.rollouts.schedule import may_assign, next_opening
 from control_plane.rollouts.views import RETURNED, AgentView, RolloutView
+from models.text import counted
 
 _NAMED: Final = 5
 """So many agents are named; of more only the number is said."""
@@ -54,8 +55,7 @@ def _running(
 
 def _agents(what: str, agents: Sequence[AgentView], times: Sequence[datetime | None]) -> dict[str, Any]:
     names = ", ".join(m.agent_id for m in agents[:_NAMED]) + (" ..." if len(agents) > _NAMED else "")
-    count = f"{len(agents)} agents" if len(agents) != 1 else "1 agent"
-    return _wait(f"{count} {what}: {names}", min((at for at in times if at), default=None))
+    return _wait(f"{counted(len(agents), 'agent')} {what}: {names}", min((at for at in times if at), default=None))
 
 
 def _wait(what: str, since: datetime | None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from edge_agent.recording.segments import Checkpoint, Decision, Entry, TrackStat
 from edge_agent.vision.judge import Judge, Judged
 from edge_agent.vision.segmentation import SHRINK
 from edge_agent.vision.tracking import Track
+from models.text import counted
 from models.view_spec import VIEW_FEATURES
 
 _SHOWN: Final = 20
@@ -108,7 +109,8 @@ class Report:
 
     def lines(self) -> list[str]:
         """Returns the report as text for a person."""
-        head = f"{self.frames} frames, {self.stretches} stretches, {self.decisions} decisions recorded"
+        head = f"{counted(self.frames, 'frame')}, {counted(self.stretches, 'stretch', 'stretches')}, "
+        head += f"{counted(self.decisions, 'decision')} recorded"
         lines = [head, *(f"torn tail: {torn}" for torn in self.torn), *(f"note: {note}" for note in self.notes)]
         if self.same_bundle:
             lines.append(f"bit-exact: {'yes' if self.exact else 'NO'}: {self.equal} of {self.compared} items equal")

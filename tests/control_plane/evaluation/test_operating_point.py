@@ -136,6 +136,15 @@ def test_the_minimum_of_the_curve_lies_where_the_terms_put_the_threshold() -> No
     assert all(row["low"] <= row["cost"] <= row["high"] for row in curve)
 
 
+@pytest.mark.parametrize("count", [20, 40, 80])
+def test_the_cheapest_threshold_lies_in_its_interval_where_a_gap_parts_the_classes(count: int) -> None:
+    """Every threshold in the gap costs the same: the estimate and its resamples take the middle of them."""
+    truth = np.arange(count) % 2
+    logits = np.where(truth, 4.0, -4.0) + np.random.default_rng(count).normal(0.0, 0.5, count)
+    found = cost_report(hold_out(CLASSES, truth, views_of(logits)), RECIPE)["minimum"]
+    assert found["low"] <= found["threshold"] <= found["high"]
+
+
 def test_few_items_give_wide_intervals_and_a_note() -> None:
     report = cost_report(held(20), RECIPE)
     many = cost_report(held(2000), RECIPE)

@@ -68,7 +68,9 @@ def test_no_status_is_good_without_a_fresh_sign_of_life() -> None:
     ("facts", "state"),
     [
         ({"camera_fault": "camera.frozen"}, State.FAILURE),
-        ({"line_running": False}, State.FAILURE),
+        ({"line_running": False, "camera": "", "counters": {"line_starts": 1}}, State.CHECK),
+        ({"line_running": False, "camera": "", "counters": {"line_starts": 2}}, State.FAILURE),
+        ({"line_running": False, "camera": "simulated", "counters": {"line_starts": 1}}, State.FAILURE),
         ({"phase": Phase.ROLLED_BACK}, State.CHECK),
         ({"phase": Phase.TRIAL}, State.CHECK),
         ({"active": B}, State.CHECK),
