@@ -327,7 +327,14 @@ def _fit(samples: Samples, settings: FitSettings, train: Rows, test: Rows) -> Fi
     extractor = extractor.only(parts)
     metadata = {"sortline.classes": ",".join(settings.classes), "sortline.dataset": settings.dataset_digest}
     graph = build_graph(extractor, head, name=settings.name, metadata=metadata)
-    return _answered(samples, settings, extractor, head, graph, votes, train, test)
+    known = None if len(test) else _of_parts(features[0], widths(spec), parts)
+    return _answered(samples, settings, extractor, head, graph, votes, train, test, known)
+
+
+def _of_parts(features: NDArray[np.float32], widths: tuple[int, ...], parts: tuple[int, ...]) -> NDArray[np.float32]:
+    """Returns the columns of these parts, as an extractor of only these parts would compute them."""
+    ends = np.cumsum(widths)
+    return np.hstack([features[:, ends[k] - widths[k] : ends[k]] for k in parts])
 
 
 def _answered(
@@ -339,13 +346,18 @@ def _answered(
     votes: dict[str, float],
     train: Rows,
     test: Rows,
+    known: NDArray[np.float32] | None,
 ) -> Fitted:
-    """Answers for the held-out views by the graph, and compares them with scikit-learn."""
+    """Answers for the held-out views by the graph, and compares them with scikit-learn.
+
+    `known` are the features of the training views, where these are what is answered for.
+    """
     rows = test if len(test) else train
     views, scalars = samples.views[rows], samples.scalars[rows]
     classifier = OnnxClassifier(graph)
     answers, embedding = answers_of(classifier, views, scalars)
-    report = compare(head.predict_proba(extractor.transform(views, scalars)), answers)
+    features = extractor.transform(views, scalars) if known is None else known
+    report = compare(head.predict_proba(features), answers)
     small = quantise(graph, samples.views[train], seed=settings.seed) if settings.precision == "int8" else None
     return Fitted(
         extractor=extractor,

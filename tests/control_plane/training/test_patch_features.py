@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from control_plane.training import patch_features
 from control_plane.training.colour_features import TINT_FEATURES, Tint, directions, united_tint
+from control_plane.training.cross_validation import _of_parts
 from control_plane.training.patch_features import (
     Dictionary,
     FeatureExtractor,
@@ -12,6 +14,7 @@ from control_plane.training.patch_features import (
     normalised,
     shrunk,
     united,
+    widths,
 )
 from tests.simulators.photographs import small_views
 
@@ -28,6 +31,44 @@ def test_the_graph_computes_what_numpy_computes(view_px: int) -> None:
             pooled_in_numpy(views[row], *pair) for pair in zip(spec.scales, extractor.dictionaries, strict=True)
         ] + [tint_in_numpy(views[row], extractor.tint)]
         assert got[row] == pytest.approx(np.concatenate(expected), rel=2e-3, abs=2e-3)
+
+
+def test_features_have_the_same_bits_however_many_views_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    views, _, items = small_views(8)
+    extractor = FeatureExtractor.fit(views, items, FeatureSpec(filters=8, patches=400), seed=1)
+    usual = extractor.transform(views)
+    for count in (1, 3, 64):
+        monkeypatch.setattr(patch_features, "_AT_ONCE", count)
+        assert np.array_equal(extractor.transform(views), usual)
+
+
+@pytest.mark.parametrize("parts", [(0,), (1,), (0, 2), (1, 2), (0, 1, 2)])
+def test_columns_of_some_parts_are_what_an_extractor_of_these_parts_computes(parts: tuple[int, ...]) -> None:
+    views, _, items = small_views(6)
+    spec = FeatureSpec(filters=8, patches=400)
+    extractor = FeatureExtractor.fit(views, items, spec, seed=1)
+    columns = _of_parts(extractor.transform(views), widths(spec), parts)
+    assert np.array_equal(columns, extractor.only(parts).transform(views))
+
+
+@pytest.mark.parametrize("scale", FeatureSpec().scales)
+def test_sampled_patches_are_the_whole_ones_among_those_drawn(scale: PatchScale) -> None:
+    views, _, items = small_views(6)
+    spec = FeatureSpec(patches=600)
+    found = patch_features._sample_patches(views, items, spec, scale, np.random.default_rng(5))
+    rng, size, expected = np.random.default_rng(5), scale.patch_px, []
+    names = np.unique(items)
+    each = spec.patches // len(names)
+    for name in names:
+        members = np.flatnonzero(items == name)
+        chosen = rng.choice(members, size=min(len(members), max(1, each // 24)), replace=False)
+        colours, inside = shrunk(views[chosen], scale)
+        for picture, mask in zip(colours, inside, strict=True):
+            for y, x in rng.integers(0, len(mask) - size + 1, size=(-(-each // len(chosen)), 2)):
+                if mask[y : y + size, x : x + size].all():
+                    expected.append(picture[y : y + size, x : x + size].ravel())
+    assert len(found) > 20
+    assert np.array_equal(found, np.array(expected))
 
 
 def pooled_in_numpy(view: np.ndarray, scale: PatchScale, dictionary: Dictionary) -> np.ndarray:

@@ -7,6 +7,7 @@ import pytest
 
 from control_plane.evaluation.evaluate import evaluate, judged_items
 from control_plane.evaluation.operating_point import cost_report, held_out_of
+from control_plane.training import cross_validation
 from control_plane.training.pipeline import TrainSettings, train
 from models.bundle import read_bundle
 from models.classifier import OnnxClassifier
@@ -70,6 +71,14 @@ def test_training_stops_on_request(data: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         train(data, TrainSettings(name="x", effort="quick", folds=3), tmp_path / "b", progress=progress)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_changes_no_byte(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_validation, "_LEAST_VIEWS", 0)
+    settings = TrainSettings(name="discs", folds=2)
+    digests = {train(data, settings, tmp_path / f"{n}", processes=n).bundle.digest for n in (1, 2)}
+    assert len(digests) == 1
 
 
 def test_costs_can_be_counted_on_a_folder_the_model_never_saw(trained: tuple[Path, dict], tmp_path: Path) -> None:
