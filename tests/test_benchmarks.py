@@ -94,6 +94,7 @@ def test_plots_are_whole_documents_even_of_odd_values() -> None:
     assert "nan" not in ET.tostring(found, encoding="unicode")
 
 
+@pytest.mark.slow
 def test_routing_is_right_and_falls_when_the_valves_are_late(judge: Judge) -> None:
     good = routing.run(TWO_LANES, judge, 260)
     assert len(good.settled) > 90
@@ -104,6 +105,7 @@ def test_routing_is_right_and_falls_when_the_valves_are_late(judge: Judge) -> No
     assert slow.routed_right < 0.95 * len(slow.settled)
 
 
+@pytest.mark.slow
 def test_a_second_pass_carries_the_same_items_rolled_otherwise(judge: Judge) -> None:
     first = routing.run(TWO_LANES, judge, 150)
     again = routing.run(msgspec.structs.replace(TWO_LANES, again=1, shifted_lanes=1), judge, 150)

@@ -135,6 +135,7 @@ def control_plane(root: Path, broker: int) -> Iterator[tuple[Services, str]]:
         thread.join(10)
 
 
+@pytest.mark.slow
 def test_the_command_names_a_lot_and_shows_the_agents_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import paho.mqtt.client as mqtt
 import pytest
 import uvicorn
 from paho.mqtt.enums import CallbackAPIVersion
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from control_plane.app import create_app
 from control_plane.database.engine import writing
@@ -85,15 +85,23 @@ def site(tmp_path: Path) -> Iterator[Site]:
         yield found
 
 
-@pytest.fixture
-def page(site: Site) -> Iterator[Page]:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
     with sync_playwright() as play:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=flags)
-        found = browser.new_page(viewport={"width": 1440, "height": 900})
-        found.set_default_timeout(10_000)
+        found = play.chromium.launch(executable_path=str(CHROMIUM), args=flags)
         yield found
-        browser.close()
+        found.close()
+
+
+@pytest.fixture
+def page(site: Site, browser: Browser) -> Iterator[Page]:
+    """A page of a browser that remembers nothing of the tests before."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    found = context.new_page()
+    found.set_default_timeout(10_000)
+    yield found
+    context.close()
 
 
 def test_the_fleet_page_is_live_keyboard_friendly_and_loads_nothing_from_elsewhere(site: Site, page: Page) -> None:

@@ -25,6 +25,7 @@ from tests.simulators.trust_repository import Repository, Signed
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_publications_of_a_thief_change_nothing_on_a_running_line(tmp_path: Path) -> None:
     """The thief has the broker; then also the online keys of another installation; then an old set of this one."""
     tiny_bundle(tmp_path / "good")
@@ -226,6 +227,7 @@ def _active(state: Path) -> str:
     return str(facts["active"]) if facts["phase"] == "committed" else ""
 
 
+@pytest.mark.slow
 def test_ceremonies_are_commands_that_need_no_server(tmp_path: Path, keys: list[str]) -> None:
     trust = ["--trust", str(tmp_path / "plane" / "trust")]
     assert "keys.already_initialised" in sortline("keys", "init", *trust, "--release-key", "x", status=3)

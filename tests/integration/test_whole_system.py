@@ -215,6 +215,7 @@ def test_a_second_agent_on_the_same_state_is_refused(plane: Plane, tmp_path: Pat
 
 
 @pytest.mark.parametrize("poison", ["nan", "golden"])
+@pytest.mark.slow
 def test_a_bundle_that_fails_its_self_test_never_reaches_the_line(plane: Plane, tmp_path: Path, poison: str) -> None:
     tiny_bundle(tmp_path / "good")
     tiny_bundle(tmp_path / "bad", poison=poison)
@@ -237,6 +238,7 @@ def test_a_bundle_that_fails_its_self_test_never_reaches_the_line(plane: Plane, 
         end(process)
 
 
+@pytest.mark.slow
 def test_a_trial_that_judges_too_little_goes_back(plane: Plane, tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "a")
     tiny_bundle(tmp_path / "b", bias=1.0)
@@ -372,6 +374,7 @@ def _zombie(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_poisoned_chunks_are_reported_and_never_committed(plane: Plane, tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "a")
     process = agent(plane, tmp_path / "state")
@@ -389,6 +392,7 @@ def test_poisoned_chunks_are_reported_and_never_committed(plane: Plane, tmp_path
         end(process)
 
 
+@pytest.mark.slow
 def test_a_broker_that_loses_its_store_is_filled_again(tmp_path: Path) -> None:
     """The real control plane and the sentinel: after a broker restart everything retained is there again."""
     from control_plane.database.engine import writing

@@ -1,6 +1,10 @@
 """A control plane in this process, with its own database and folder, and a broker only where a test needs one."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from fastapi.testclient import TestClient
@@ -36,6 +40,23 @@ def make_services(
         identity=IdentityConfig(folder=str(identity or "")),
         server=server or ServerConfig(token_file=token_file),
     )
+    if not database and not config.root.exists():
+        shutil.copytree(_new_plane(), config.root)
+        return open_services(config)
+    config.root.mkdir(parents=True, exist_ok=True)
+    return _first_start(config)
+
+
+@cache
+def _new_plane() -> Path:
+    """Returns the folder of a control plane after its first start; every further one of this run is a copy."""
+    folder = Path(tempfile.mkdtemp(prefix="sortline-plane-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _first_start(ControlPlaneConfig(data_dir=str(folder / "plane"))).engine.dispose()
+    return folder / "plane"
+
+
+def _first_start(config: ControlPlaneConfig) -> Services:
     config.root.mkdir(parents=True, exist_ok=True)
     migrate(config.database_url)
     keys = config.trust_folder / "development"

@@ -36,6 +36,7 @@ def stained(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return views, np.arange(count) % 2, np.arange(count).astype(str)
 
 
+@pytest.mark.slow
 def test_a_large_soft_stain_is_seen_by_the_tint_and_not_by_contrast() -> None:
     views, truth, items = stained(200, 1)
     fresh, expected, _ = stained(200, 2)
@@ -78,6 +79,7 @@ def members(items: int, useful: bool, seed: int = 1) -> tuple[np.ndarray, np.nda
 
 
 @pytest.mark.parametrize(("items", "useful", "kept"), [(80, True, (0, 1)), (80, False, (0,)), (20, False, (0,))])
+@pytest.mark.slow
 def test_an_optional_member_votes_only_if_it_is_good_on_unseen_items(
     items: int, useful: bool, kept: tuple[int, ...]
 ) -> None:
@@ -91,6 +93,7 @@ def test_an_optional_member_votes_only_if_it_is_good_on_unseen_items(
         assert (head.predict_proba(features[:, :1]) == alone.predict_proba(features[:, :1])).all()
 
 
+@pytest.mark.slow
 def test_a_member_without_weight_is_left_out_of_the_graph() -> None:
     views, truth, items = stained(120, 5)
     extractor = FeatureExtractor.fit(views, items, SPEC, seed=1)

@@ -31,6 +31,7 @@ def skins_and_marks(rng: np.random.Generator, *, telling: bool) -> tuple[np.ndar
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
 def test_unions_teach_to_look_at_the_mark_and_not_at_the_skin(seed: int) -> None:
     rng = np.random.default_rng(seed)
     features, labels, items = skins_and_marks(rng, telling=True)
@@ -64,6 +65,7 @@ def test_a_view_is_united_with_good_views_of_other_items_only(good_items: int) -
     assert set(labels[first]) == ({0, 1} if good_items > 1 else {1})
 
 
+@pytest.mark.slow
 def test_the_same_data_and_seed_give_the_same_bytes() -> None:
     views, truth, items = small_views()
     graphs = []
@@ -86,6 +88,7 @@ def test_the_same_data_and_seed_give_the_same_bytes() -> None:
 
 
 @pytest.mark.parametrize(("scalars", "unite"), [(0, False), (2, False), (2, True)])
+@pytest.mark.slow
 def test_scikit_learn_and_onnx_agree_also_with_scalars_that_are_unknown(scalars: int, unite: bool) -> None:
     views, truth, items = small_views()
     truth = np.arange(len(views)) // 2 % 2  # only the scalars tell the classes apart

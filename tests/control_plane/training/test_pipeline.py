@@ -60,6 +60,7 @@ def test_evaluating_judges_a_folder_as_an_agent_would(trained: tuple[Path, dict]
     assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.slow
 def test_training_stops_on_request(data: Path, tmp_path: Path) -> None:
     class Stop(Exception):  # noqa: N818
         pass

@@ -97,6 +97,7 @@ def hollow_folder(root: Path, *, seed: int = 0, items: int = 60, unknown: float 
     return root
 
 
+@pytest.mark.slow
 def test_a_class_visible_by_weight_alone_is_learnt_and_missed_without_the_scale(tmp_path: Path) -> None:
     data = hollow_folder(tmp_path / "data", unknown=0.05)
     found = train(data, TrainSettings(name="fruit", effort="quick", folds=3), tmp_path / "b")
@@ -118,6 +119,7 @@ def test_a_class_visible_by_weight_alone_is_learnt_and_missed_without_the_scale(
     assert "item_without_scalars" in report["metrics"]
 
 
+@pytest.mark.slow
 def test_scalars_can_be_left_out_and_a_folder_without_them_is_warned_of(tmp_path: Path) -> None:
     data = hollow_folder(tmp_path / "data", items=18)
     assert load_dataset(data, PreprocessSpec()).scalar_names == ("weight_g", "length_mm")

@@ -256,6 +256,7 @@ def test_rotated_online_keys_come_into_force_with_their_root(
         assign(engine, assignments, {}, NOW + timedelta(hours=3))
 
 
+@pytest.mark.slow
 def test_a_bin_that_grows_too_large_is_reported_first_and_then_refused(
     engine: Engine, repository: Repository, assignments: OnlineSigner
 ) -> None:

@@ -116,6 +116,7 @@ def test_scale_lanes_direction_and_speed_of_the_simulated_line_are_recovered(
         pytest.param(lambda image: cv2.copyMakeBorder(image, 90, 30, 0, 0, cv2.BORDER_CONSTANT), id="frame-around"),
     ],
 )
+@pytest.mark.slow
 def test_another_look_of_the_line_gives_the_same_measures(
     frames: list[Frame],
     true_item_mm: float,
@@ -139,6 +140,7 @@ def test_another_look_of_the_line_gives_the_same_measures(
     ("orientation", "direction"),
     [("rotate-90", "bottom-top"), ("rotate-270", "top-bottom"), ("rotate-180", "right-left")],
 )
+@pytest.mark.slow
 def test_items_may_travel_in_any_direction(
     frames: list[Frame], straight: Calibration, true_item_mm: float, orientation: Orientation, direction: str
 ) -> None:

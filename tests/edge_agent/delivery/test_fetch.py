@@ -65,6 +65,7 @@ def test_no_more_than_the_window_is_wanted_at_a_time(tmp_path: Path, blobs: Blob
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
+@pytest.mark.slow
 def test_any_order_duplicates_wrong_chunks_and_power_cuts_end_in_the_same_files(
     tmp_path_factory: pytest.TempPathFactory, blobs: Blobs, data: st.DataObject
 ) -> None:

@@ -62,6 +62,7 @@ def test_the_image_encoder_keeps_to_the_belt_through_a_speed_change_and_a_stop()
     assert encoder.frames == 300
 
 
+@pytest.mark.slow
 def test_ejections_hit_by_the_image_encoder_alone(tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "bundle")
     line = SimulatedLine(WORLD, virtual=True, schedule="5s speed_factor=0.7; 7s stopped; 8s clear")
@@ -138,6 +139,7 @@ def test_a_shift_is_read_between_pixels_and_over_any_range() -> None:
 
 
 @pytest.mark.parametrize("film", ["six pictures a second, hand, 1000 mm/s", "trembling hand, speeds and stop"])
+@pytest.mark.slow
 def test_items_keep_their_identity_without_an_encoder(film: str) -> None:
     result = follow(FILMS[film], frames=150)
     assert result.items > 30
@@ -158,6 +160,7 @@ def test_too_few_pictures_that_differ_show_no_belt(frames: list[Frame]) -> None:
     assert belt_of(frame.image for frame in frames[20:60]) is not None
 
 
+@pytest.mark.slow
 def test_without_an_encoder_the_belt_is_measured_from_the_picture_by_default(
     tmp_path: Path, frames: list[Frame]
 ) -> None:

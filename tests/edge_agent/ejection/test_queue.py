@@ -184,6 +184,7 @@ def test_a_weak_valve_is_named_after_misses_that_chance_does_not_explain_and_for
     assert feed(ledger, 150, start=109) == [""]
 
 
+@pytest.mark.slow
 def test_on_the_line_photo_eyes_teach_the_lead_and_find_the_dying_valve(tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "b", bias=2.0)
     config = LineConfig(

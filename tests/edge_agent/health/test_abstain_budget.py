@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,6 +99,7 @@ def test_items_the_line_is_unsure_of_take_their_outlet_and_are_counted_as_such(t
     assert window.outlets["recheck"] == window.grades[UNSURE]
 
 
+@pytest.mark.slow
 def test_the_lot_in_work_chooses_the_terms(tmp_path: Path) -> None:
     nothing = Terms(wasted=1e6, escaped=0.0)
     recipe = Recipe(classes=("sound", "defect"), good_class="sound", lots={"juice-only": nothing})

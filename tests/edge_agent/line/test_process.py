@@ -167,6 +167,7 @@ def test_a_model_that_breaks_while_it_works_is_put_aside(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("knobs", ["brightness=0.6", "blue=1.3 red=0.8", "blur_px=2", "dirt=0.6", "drop_share=0.3"])
+@pytest.mark.slow
 def test_trouble_does_not_stop_the_sorting(bundle: Path, knobs: str) -> None:
     line = SimulatedLine(SMALL, virtual=True, schedule=f"2s {knobs}")
     core = core_of(line, Judge(bundle))

@@ -33,6 +33,7 @@ def verdicts(config: LineConfig, bundle: Path, path: Path) -> tuple[dict, list[d
         return facts, [json.loads(row) for row in stream]
 
 
+@pytest.mark.slow
 def test_a_challenger_changes_no_verdict_and_every_item_is_compared_or_skipped(
     tmp_path: Path, bundles: tuple[Path, Path]
 ) -> None:
@@ -50,6 +51,7 @@ def test_a_challenger_changes_no_verdict_and_every_item_is_compared_or_skipped(
         assert sample["champion"][0] > sample["challenger"][0]
 
 
+@pytest.mark.slow
 def test_the_same_bundle_never_disagrees_with_itself(tmp_path: Path, bundles: tuple[Path, Path]) -> None:
     champion, _ = bundles
     facts, _ = verdicts(line(tmp_path, shadow=str(champion)), champion, tmp_path / "a")
@@ -71,6 +73,7 @@ def test_a_challenger_with_other_views_is_refused_by_name(tmp_path: Path, bundle
     assert caught.value.code == "shadow.other_views"
 
 
+@pytest.mark.slow
 def test_only_the_newest_samples_are_kept(tmp_path: Path, bundles: tuple[Path, Path]) -> None:
     champion, challenger = bundles
     config = line(tmp_path, shadow=str(challenger))

@@ -48,6 +48,7 @@ def heard(said: "queue.Queue[object]", kind: type) -> object:
             return message
 
 
+@pytest.mark.slow
 def test_a_standby_reports_only_that_it_waits_and_takes_over_on_command(
     child: LineProcess, config: LineConfig, said: "queue.Queue[object]", tmp_path: Path
 ) -> None:
@@ -66,6 +67,7 @@ def test_a_standby_reports_only_that_it_waits_and_takes_over_on_command(
     assert heard(said, Swapped).digest == other.digest
 
 
+@pytest.mark.slow
 def test_a_standby_that_cannot_load_its_bundle_ends(
     config: LineConfig, tmp_path: Path, said: "queue.Queue[object]"
 ) -> None:
@@ -77,6 +79,7 @@ def test_a_standby_that_cannot_load_its_bundle_ends(
     assert not child.waiting
 
 
+@pytest.mark.slow
 def test_a_standby_opens_neither_camera_nor_plc_before_the_command(
     config: LineConfig, tmp_path: Path, said: "queue.Queue[object]"
 ) -> None:
@@ -109,6 +112,7 @@ def accepted(server: socket.socket) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_one_whose_supervisor_is_gone_ends(config: LineConfig, tmp_path: Path) -> None:
     (tmp_path / "standby.json").write_bytes(msgspec.json.encode(config))
     ours, theirs = socket.socketpair()

@@ -69,6 +69,7 @@ HOLES = {
 
 @pytest.mark.parametrize("encoder", ["", "nominal"])
 @pytest.mark.parametrize("hole", HOLES)
+@pytest.mark.slow
 def test_a_hole_costs_at_most_one_item(hole: str, encoder: str, filmed: Filmed, tmp_path: Path) -> None:
     lost, stamps = HOLES[hole]
     video(tmp_path / "line.mkv", filmed.images, [n for n in range(FRAMES) if n not in lost], stamps)

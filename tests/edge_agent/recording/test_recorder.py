@@ -120,6 +120,7 @@ def test_a_replay_is_equal_in_every_bit_across_segments(bundle: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("start", [0, 70])
+@pytest.mark.slow
 def test_weights_of_a_load_cell_are_replayed_from_the_frame_they_were_known(
     tmp_path: Path, frames: list[Frame], start: int
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_recording_that_starts_in_the_middle_of_a_run_replays_exactly(
     assert any(track.views for track in first.tracks)
 
 
+@pytest.mark.slow
 def test_a_bundle_swapped_in_the_middle_is_compared_for_its_own_items(
     bundle: Path, tmp_path: Path, frames: list[Frame]
 ) -> None:
@@ -376,6 +378,7 @@ def test_a_quota_too_small_for_a_frame_records_nothing_and_says_so(
     assert refused.value.code == "recording.unwritable"
 
 
+@pytest.mark.slow
 def test_a_second_start_continues_the_folder_as_a_new_run(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
     record(tmp_path / "rec", bundle, frames[:120])
     record(tmp_path / "rec", bundle, frames[:120])
