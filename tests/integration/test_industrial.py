@@ -68,6 +68,7 @@ def test_a_counter_is_polled_across_its_end(plc: int, program: ModbusPort) -> No
         assert encoder.counters["lost_track"] == 0
 
 
+@pytest.mark.slow
 def test_a_dead_plc_makes_the_encoder_stale_and_its_return_is_noticed() -> None:
     port = free_port()
     url = f"modbus://127.0.0.1:{port}/input/100?mm_per_pulse=0.1&poll_ms=5&stale_ms=500"

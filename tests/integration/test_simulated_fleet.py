@@ -58,6 +58,7 @@ def known(services: Services) -> dict[str, Agent]:
         return {agent.id: agent for agent in session.exec(select(Agent))}
 
 
+@pytest.mark.slow
 def test_a_fleet_takes_a_rollout_and_its_records_arrive_once(plane: Services, port: int, tmp_path: Path) -> None:
     bundle = register_tiny(plane, tmp_path / "b", padding=150_000)
     manner = Manner(window_s=0.3, items_per_s=200.0, retry_s=1.0, report_s=2.0, reconnect_s=(0.1, 0.5))

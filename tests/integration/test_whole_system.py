@@ -326,6 +326,7 @@ def threads_of(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
+@pytest.mark.slow
 def test_a_line_that_is_killed_comes_back_with_the_same_bundle(plane: Plane, tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "a")
     process = agent(plane, tmp_path / "state")

@@ -24,7 +24,15 @@ def make(tmp_path: Path, **server: object) -> TestClient:
 
 
 @pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[TestClient]:
+def guarded(guarded_plane: TestClient) -> TestClient:
+    """A client without cookies of a control plane where a token is set; no test changes anything there."""
+    guarded_plane.cookies.clear()
+    return guarded_plane
+
+
+@pytest.fixture(scope="module")
+def guarded_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    tmp_path = tmp_path_factory.mktemp("guarded")
     for name, token in (("write", WRITE), ("read", READ)):
         (tmp_path / name).write_text(f"{token}\n")
     with make(tmp_path, token_file=str(tmp_path / "write"), read_token_file=str(tmp_path / "read")) as client:
@@ -165,8 +173,9 @@ def test_a_public_address_that_is_none_is_refused_at_the_start(tmp_path: Path, u
 # -- bodies and methods -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def client(tmp_path: Path) -> Iterator[TestClient]:
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    tmp_path = tmp_path_factory.mktemp("client")
     with make(tmp_path, max_body_bytes=1024 * 1024) as found:
         yield found
 

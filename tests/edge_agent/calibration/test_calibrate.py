@@ -157,6 +157,7 @@ def test_items_may_travel_in_any_direction(
     assert again.orientation == f"mirror-{orientation}", "what was configured before is part of what is written"
 
 
+@pytest.mark.slow
 def test_a_board_is_measured_along_the_belt_of_a_turned_camera(frames: list[Frame]) -> None:
     found, _ = calibrate(
         LineConfig(),
@@ -192,6 +193,7 @@ def test_an_empty_belt_a_standing_belt_and_too_few_frames_are_distinguished(fram
         assert caught.value.expected is not None
 
 
+@pytest.mark.slow
 def test_an_empty_lane_is_noticed_or_refused_when_two_are_expected(frames: list[Frame]) -> None:
     line = SimulatedLine(WORLD, virtual=True)
     belt = line._belt[:, : WORLD.width_px]
@@ -406,6 +408,7 @@ def test_items_that_all_touch_are_too_few_single_ones() -> None:
     assert caught.value.code in {"calibration.too_few_items", "calibration.no_items"}
 
 
+@pytest.mark.slow
 def test_a_belt_that_stood_for_half_of_the_time_is_measured_while_it_ran() -> None:
     scene = record(msgspec.structs.replace(WORLD, items_per_s=9.0), 210, "1s stopped; 4s clear")
     found = learn(scene, Target(item_mm=75.0))

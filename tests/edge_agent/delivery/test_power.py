@@ -200,6 +200,7 @@ def test_leaving_out_any_fsync_is_found_out(recorded: Recorder, tmp_path: Path, 
     assert not idle, [(i, recorded.ops[i - 3 : i + 2]) for i in idle]
 
 
+@pytest.mark.slow
 def test_after_a_power_cut_the_update_is_finished(recorded: Recorder, tmp_path: Path, old: Blobs, new: Blobs) -> None:
     cuts = random.Random(4).sample(range(len(recorded.ops)), 12)
     tried = 0

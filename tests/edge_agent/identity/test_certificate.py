@@ -208,6 +208,7 @@ def test_a_revoked_box_reports_it_and_keeps_its_certificate(site: Site, url: str
     assert digest(folder / PAIR) == before
 
 
+@pytest.mark.slow
 def test_the_upkeep_renews_in_a_child_and_counts_what_fails(site: Site, url: str, tmp_path: Path) -> None:
     folder, counters = tmp_path / "id", Counter()
     enrol(folder, invite(site), url)

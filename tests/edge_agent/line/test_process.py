@@ -108,6 +108,7 @@ def test_every_ejection_hits_the_item_it_was_meant_for(bundle: Path) -> None:
     assert shots.get("wrong", 0) + shots.get("gap", 0) + shots.get("late", 0) <= 0.01 * shots["on_time"]
 
 
+@pytest.mark.slow
 def test_a_swap_loses_and_doubles_no_item(bundle: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     tiny_bundle(second, bias=3.0)
@@ -216,6 +217,7 @@ def test_an_item_in_the_picture_is_where_the_truth_says() -> None:
     assert matched > 200
 
 
+@pytest.mark.slow
 def test_collected_views_are_those_that_would_have_been_judged(tmp_path: Path) -> None:
     found = collect(LineConfig(), tmp_path / "views", items=12)
     assert found.views >= 60
@@ -237,6 +239,7 @@ def test_collected_views_are_those_that_would_have_been_judged(tmp_path: Path) -
     assert caught.value.code == "collect.not_empty"
 
 
+@pytest.mark.slow
 def test_a_recording_is_judged_alike_every_time(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "frames"
     folder.mkdir()
@@ -397,6 +400,7 @@ def test_rot_as_dark_as_the_belt_stays_part_of_its_apple(shape: str, whole: bool
         assert covered == pytest.approx(1.0, abs=0.02), "what is far from convex is not filled up with belt"
 
 
+@pytest.mark.slow
 def test_a_picture_sheet_shows_what_was_judged_or_says_that_nothing_was(bundle: Path, tmp_path: Path) -> None:
     config = LineConfig(paced=False, items_per_s=6.0)
     summary = write_sheet(config, bundle, tmp_path / "line.png", seconds=2.5)

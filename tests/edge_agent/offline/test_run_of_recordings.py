@@ -97,6 +97,7 @@ def test_calibrate_and_run_find_the_same_items_and_the_true_speed(filmed: Filmed
     assert filmed.items - 1 <= found.items <= filmed.items
 
 
+@pytest.mark.slow
 def test_jerky_pictures_give_the_same_items_in_calibrate_and_run(filmed: Filmed, tmp_path: Path) -> None:
     # Filmed from a screen: every third picture, shown three times.
     write_video(

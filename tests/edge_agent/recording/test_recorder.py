@@ -163,6 +163,7 @@ def test_the_encoder_of_a_recording_is_straight_between_frames(
     assert source.position_mm(frames[3].captured_s + 0.01) == pytest.approx(frames[3].belt_mm + 10.0)
 
 
+@pytest.mark.slow
 def test_a_recording_that_starts_in_the_middle_of_a_run_replays_exactly(
     bundle: Path, tmp_path: Path, frames: list[Frame]
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_bundle_swapped_in_the_middle_is_compared_for_its_own_items(
         assert report.equal > 20
 
 
+@pytest.mark.slow
 def test_another_bundle_gives_a_table(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
     record(tmp_path / "rec", bundle, frames)
     tiny_bundle(tmp_path / "mild", bias=-2.0)
@@ -215,6 +217,7 @@ def test_another_bundle_gives_a_table(bundle: Path, tmp_path: Path, frames: list
     assert "agreed on" in text
 
 
+@pytest.mark.slow
 def test_an_item_that_was_late_is_late_again(bundle: Path, tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "rec", quota_bytes=ROOMY, patient=True)
     config = LineConfig(camera="simulated", paced=False, outlets_mm={"reject": 300.0}, lead_ms=100.0, defect_share=0.9)
@@ -225,6 +228,7 @@ def test_an_item_that_was_late_is_late_again(bundle: Path, tmp_path: Path) -> No
     assert report.late > 0
 
 
+@pytest.mark.slow
 def test_a_changed_verdict_is_found_and_named(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
     record(tmp_path / "rec", bundle, frames[:120])
     path = segment_files(tmp_path / "rec")[0][1]
@@ -246,6 +250,7 @@ def test_a_changed_verdict_is_found_and_named(bundle: Path, tmp_path: Path, fram
 # -- losses ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_queue_loses_frames_and_no_exactness(
     bundle: Path, tmp_path: Path, frames: list[Frame], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +344,7 @@ def test_the_quota_holds_and_the_oldest_go_first(bundle: Path, tmp_path: Path, f
     assert 0 < report.frames < len(frames)
 
 
+@pytest.mark.slow
 def test_kept_segments_go_last_and_only_when_nothing_else_is_left(
     bundle: Path, tmp_path: Path, frames: list[Frame]
 ) -> None:
@@ -412,6 +418,7 @@ def test_the_command_records_replays_and_compares(
     assert "recording.absent" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_replay_that_is_not_exact_fails_the_command(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
     record(tmp_path / "rec", bundle, frames[:90])
     path = segment_files(tmp_path / "rec")[0][1]

@@ -97,6 +97,7 @@ def test_a_proven_assignment_passes_once_in_whatever_order_it_came(
     assert gate.facts["timestamp_version"] == "2"
 
 
+@pytest.mark.slow
 def test_a_late_set_is_no_attack_and_a_missing_one_is_reported(
     repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_late_set_is_no_attack_and_a_missing_one_is_reported(
 
 
 @pytest.mark.parametrize("order", ["set bin document", "document set bin", "bin document set"])
+@pytest.mark.slow
 def test_three_parts_that_come_a_second_apart_are_no_attack(
     repository: Repository, gate: AssignmentVerifier, host: Host, order: str
 ) -> None:
@@ -154,6 +156,7 @@ def test_a_missing_bin_is_reported_until_it_arrives(
     assert turn(gate, host).generation == 1
 
 
+@pytest.mark.slow
 def test_a_thief_who_sends_parts_that_do_not_fit_all_the_time_is_reported(
     repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:
