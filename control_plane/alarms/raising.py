@@ -145,7 +145,7 @@ class Register:
         alarm.interval = list(finding.interval or ())
         alarm.evidence, alarm.action = storable(finding.evidence), finding.action
         alarm.lots = list(dict.fromkeys([*alarm.lots, *finding.lots]))[-_LOTS:]
-        alarm.cost = self._cost(finding)
+        alarm.cost = self._cost(finding) or alarm.cost
 
     def _absent(self, session: Session, alarm: Alarm, look: Look) -> None:
         """Clears an alarm whose finding has been absent for the hold time while its line was heard."""

@@ -30,7 +30,13 @@ def list_agents(services: Given) -> list[dict[str, Any]]:
     """Returns all agents, worst state first, with the figures of their windows of the last five minutes."""
     services.live.watch()
     found = sorted(services.board.all(), key=lambda status: (ORDER[status.state], status.id))
-    return [status.as_dict() for status in found]
+    worst = services.alarms.worst()
+    return [status.as_dict() | {"alarm": _alarm(worst.get(status.id))} for status in found]
+
+
+def _alarm(found: tuple[int, str, str] | None) -> dict[str, Any] | None:
+    """Returns the worst alarm of a line as the API shows it; None where there is none."""
+    return None if found is None else dict(zip(("id", "severity", "cause"), found, strict=True))
 
 
 @router.get("/agents/{agent_id}")
@@ -43,7 +49,8 @@ def show_agent(agent_id: str, services: Given) -> dict[str, Any]:
     with reading(services.engine) as session:
         agent = session.get(Agent, agent_id)
         reported = agent.reported if agent else {}
-    return status.as_dict() | {"reported": reported}
+    alarm = _alarm(services.alarms.worst().get(agent_id))
+    return status.as_dict() | {"reported": reported, "alarm": alarm}
 
 
 @router.put("/agents/{agent_id}/labels")

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Path, Query
 from pydantic import AwareDatetime, Field
-from sqlmodel import Session
 
 from control_plane.alarms.acting import assign_owner, comment, get_alarm
 from control_plane.alarms.details import describe_alarm, facts_of, list_alarms, parse_state
@@ -98,7 +97,7 @@ def show_alarm(alarm_id: AlarmId, services: Given) -> dict[str, Any]:
 def _answer(services: Services, alarm_id: int, name: str, body: Answer, actor: str, key: str) -> dict[str, Any]:
     now = utc_now()
 
-    def change(session: Session) -> dict[str, Any]:
+    def change(session: Any) -> dict[str, Any]:
         until = body.end(now) if isinstance(body, Silence) else None
         services.alarms.act(session, alarm_id, _EVENTS[name], actor=actor, reason=body.reason, now=now, until=until)
         return {"alarm": alarm_id}
@@ -136,7 +135,7 @@ def resolve_alarm(alarm_id: AlarmId, body: Answer, services: Given, actor: Actin
 def comment_alarm(alarm_id: AlarmId, body: Comment, services: Given, actor: Acting, key: Key = "") -> dict[str, Any]:
     """Adds a comment, also to an alarm that is over."""
 
-    def change(session: Session) -> dict[str, Any]:
+    def change(session: Any) -> dict[str, Any]:
         comment(session, alarm_id, body.text, actor=actor, now=utc_now())
         return {"alarm": alarm_id}
 
@@ -147,7 +146,7 @@ def comment_alarm(alarm_id: AlarmId, body: Comment, services: Given, actor: Acti
 def own_alarm(alarm_id: AlarmId, body: Owner, services: Given, actor: Acting, key: Key = "") -> dict[str, Any]:
     """Names who looks after it."""
 
-    def change(session: Session) -> dict[str, Any]:
+    def change(session: Any) -> dict[str, Any]:
         assign_owner(session, alarm_id, body.owner, actor=actor, now=utc_now())
         return {"alarm": alarm_id}
 
@@ -166,7 +165,7 @@ def settle_request(
 ) -> dict[str, Any]:
     """A person lets a request of the alarm stand, or declines it."""
 
-    def change(session: Session) -> dict[str, Any]:
+    def change(session: Any) -> dict[str, Any]:
         now, confirm = utc_now(), verdict == "confirm"
         settle(session, alarm_id, request_id, confirm=confirm, actor=actor, reason=body.reason, now=now)
         return {"alarm": alarm_id}

@@ -201,7 +201,7 @@ class FleetBoard:
     def _work_out(self, known: _Remembered) -> None:
         total = known.sums.total()
         known.figures = figures_of(total, self.sorting(known.bundle))
-        known.drift = drift_of(total, self._profile(known.bundle))
+        known.drift = drift_of(total, self.profile(known.bundle))
         known.completeness = completeness_of(list(known.keys))
 
     def _status(
@@ -254,7 +254,8 @@ class FleetBoard:
         except SortlineError:
             return None
 
-    def _profile(self, bundle: str) -> Profile | None:
+    def profile(self, bundle: str) -> Profile | None:
+        """Returns the reference profile of this bundle; None for a bundle that was never pushed here."""
         try:
             return _profile(self._store, bundle) if bundle else None
         except SortlineError:

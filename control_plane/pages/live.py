@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Final
@@ -26,6 +26,8 @@ from control_plane.pages.rendering import WORDS, environment
 from control_plane.services import Services
 
 _TICK_S: Final = 1.0
+_BY_ALARM: Final = {"critical": State.OUT_OF_SPEC, "warning": State.MAINTENANCE}
+"""A line whose agent is well but that has an alarm is in this state (NAMUR NE 107); information changes none."""
 _BEHIND_S: Final = 5.0
 """From this age of the oldest message that is not stored yet the page says that the control plane is behind."""
 # An endless gzip stream is a header, then blocks: one that was compressed by itself and ends on a byte fits any client.
@@ -105,6 +107,8 @@ class RowFeed:
         self._cells: Any = environment.get_template("_row.html").module
         self._lock = Lock()
         self._statuses: Sequence[AgentStatus] | None = None
+        self._alarms: Mapping[str, tuple[int, str, str]] = {}
+        """Line -> number, severity and cause of its worst alarm."""
         self._rows: dict[str, Row] = {}
         self._kept: dict[str, tuple[Any, str, Figures, Drift, str]] = {}
         """Agent -> what the parts were made of, and the parts: what did not change is not rendered again."""
@@ -138,7 +142,7 @@ class RowFeed:
         statuses = self._services.board.snapshot(_TICK_S / 2)
         if statuses is self._statuses:
             return
-        self._statuses = statuses
+        self._statuses, self._alarms = statuses, self._services.alarms.worst()
         number = self._version + 1
         rows: dict[str, Row] = {}
         changed = False
@@ -165,7 +169,10 @@ class RowFeed:
 
     def _row(self, status: AgentStatus) -> Row:
         runs, link = status.runs, status.link
+        alarm = self._alarms.get(status.id)
+        state = _BY_ALARM.get(alarm[1], State.GOOD) if alarm and status.state is State.GOOD else status.state
         key = (
+            alarm,
             *(status.state, status.reason, status.labels, runs.model, runs.active, runs.desired, runs.in_sync),
             *(runs.released, runs.shadow, runs.shadow_phase, round(runs.progress, 2), runs.phase),
         )
@@ -173,7 +180,7 @@ class RowFeed:
         if kept is not None and kept[0] == key:
             who = kept[1]
         else:
-            who = str(self._cells.who(status, WORDS[status.state], self._root)).strip()
+            who = str(self._cells.who(status, state, WORDS[state], self._root, alarm)).strip()
         if kept is not None and kept[2] is status.figures and kept[3] is status.drift:
             figures = kept[4]
         else:
@@ -186,8 +193,8 @@ class RowFeed:
 
         return Row(
             id=status.id,
-            state=status.state,
-            order=f"{ORDER[status.state]}-{status.id}",
+            state=state,
+            order=f"{ORDER[state]}-{status.id}",
             who=who,
             rate=f"{rate:.1f}",
             figures=figures,

@@ -20,7 +20,7 @@ const get = async (path) => read(await fetch(`${prefix}/api/v1${path}`));
 const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 // A request whose answer was lost is sent once more under the same key: the server carries it out once.
-const send = async (path, body, key = newKey(), again = path.startsWith("/rollouts")) => {
+const send = async (path, body, key = newKey(), again = /^\/(rollouts|alarms)/.test(path)) => {
   const token = remembered("sortline-token", sessionStorage);
   const headers = { "content-type": "application/json", "idempotency-key": key, ...(token ? { authorization: `Bearer ${token}` } : {}) };
   const options = { method: "POST", headers, body: JSON.stringify({ actor: actor.value.trim() || "page", ...body }) };
