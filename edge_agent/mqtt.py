@@ -253,7 +253,7 @@ class Link:
             self.counters["thrown_out"] += 1
             message = (
                 f"The broker ended {_THROWN_OUT} connections soon after they began: another box may use the identity of"
-                " this one (a copied disk). Enrol one of the two anew."
+                " this one (a copied disk). Enrol one of the two again."
             )
             log.warning("identity.shared: %s", message)
             self._offer(LinkTrouble("identity.shared", message))

@@ -86,7 +86,7 @@ class Shadow:
         if (ours.view_px, ours.margin, ours.channels) != (theirs.view_px, theirs.margin, theirs.channels):
             raise BundleError(
                 "shadow.other_views",
-                "The challenger wants other views than the champion takes.",
+                "The challenger needs other views than the champion takes.",
                 expected=f"{theirs.view_px} px, margin {theirs.margin}",
                 got=f"{ours.view_px} px, margin {ours.margin}",
             )
