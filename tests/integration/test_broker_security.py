@@ -217,7 +217,6 @@ def test_the_statistics_say_what_was_refused(place) -> None:
     assert found[-1]["closed_bad_credentials"] >= 1
 
 
-@pytest.mark.slow
 def test_a_port_in_use_is_said_with_what_to_do(place, tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -164,6 +164,7 @@ def test_every_page_opens_without_an_error(site: Site, page: Page, path: str) ->
     assert problems == []
 
 
+@pytest.mark.slow
 def test_a_lot_is_named_on_the_page_of_an_agent(page: Page, tmp_path: Path) -> None:
     with embedded_broker(tmp_path) as broker, serving(make_services(tmp_path / "plane", port=broker)) as site:
         services, url, _ = site

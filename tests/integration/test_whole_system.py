@@ -431,6 +431,7 @@ def _hears_desired(watcher: Plane) -> None:
     assert seen.wait(300.0)
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_said_with_what_to_do(tmp_path: Path) -> None:
     import socket
 

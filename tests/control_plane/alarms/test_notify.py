@@ -99,6 +99,7 @@ def test_nothing_listens_there(services: Services) -> None:
     assert desk.rows()[0].state is DeliveryState.WAITING
 
 
+@pytest.mark.slow
 def test_the_waits_double_up_to_the_longest_and_have_an_end(services: Services) -> None:
     with hook_server(*[503] * 50) as server:
         desk = Desk(services, hook(server), first_retry_s=5.0, longest_retry_s=60.0, give_up_after_s=600.0)
@@ -273,6 +274,7 @@ Courier(open_database(sys.argv[1]), [sender], AlarmsConfig(), Counter()).deliver
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_between_sending_and_noting_sends_again_under_the_same_key(services: Services) -> None:
     with hook_server() as server:
         desk = Desk(services, hook(server))

@@ -278,6 +278,7 @@ def test_a_board_seen_badly_or_not_at_all_is_refused() -> None:
     assert caught.value.code == "calibration.bad_pattern"
 
 
+@pytest.mark.slow
 def test_a_board_before_the_items_sets_the_scale(frames: list[Frame]) -> None:
     found, _ = calibrate(
         LineConfig(),

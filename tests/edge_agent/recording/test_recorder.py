@@ -301,6 +301,7 @@ class SmallDisk(io.RawIOBase):
         self._file.close()
 
 
+@pytest.mark.slow
 def test_a_full_disk_pauses_the_recording_and_the_line_goes_on(
     bundle: Path, tmp_path: Path, frames: list[Frame]
 ) -> None:
@@ -327,6 +328,7 @@ def test_a_full_disk_pauses_the_recording_and_the_line_goes_on(
     assert report.exact is True, report.differences
 
 
+@pytest.mark.slow
 def test_the_quota_holds_and_the_oldest_go_first(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
     folder, quota = tmp_path / "rec", 20_000_000
     recorder = Recorder(folder, quota_bytes=quota)
