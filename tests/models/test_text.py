@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.text import visible
+from models.text import counted, visible
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,8 @@ def test_the_result_is_one_line_that_can_be_encoded_and_is_stable(text: str) -> 
     assert "\x1b" not in found
     found.encode("utf-8")
     assert visible(found) == found
+
+
+def test_one_thing_is_counted_as_one() -> None:
+    assert [counted(n, "agent") for n in (0, 1, 2)] == ["0 agents", "1 agent", "2 agents"]
+    assert counted(2, "entry", "entries") == "2 entries"

@@ -12,7 +12,7 @@ import typer
 
 import control_plane.cli
 from control_plane.cli import main
-from control_plane.cli.output import counted, facts_of, note, say, show, table_of, warn, with_options
+from control_plane.cli.output import facts_of, note, say, show, table_of, warn, with_options
 from models.errors import InputError
 
 CLI = Path(control_plane.cli.__file__).parent
@@ -77,11 +77,6 @@ def test_an_error_names_only_what_is_known() -> None:
     assert str(InputError("a.b", "No.", expected=2)) == "No. (expected 2)"
     assert str(InputError("a.b", "No.", expected=2, got=3)) == "No. (expected 2, got 3)"
     assert str(InputError("a.b", "No.")) == "No."
-
-
-def test_one_thing_is_counted_as_one() -> None:
-    assert [counted(n, "agent") for n in (0, 1, 2)] == ["0 agents", "1 agent", "2 agents"]
-    assert counted(2, "entry", "entries") == "2 entries"
 
 
 @dataclass(frozen=True)
