@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +15,7 @@ from models.profile import Profile
 
 Floats = NDArray[np.float64]
 REFRACTORY_S: Final = 3600.0
+TUNED: Final = ", at its benign maximum"
 
 
 class Peer:
@@ -103,16 +104,25 @@ def _stream(reference: NDArray[np.int64], kind: Any) -> Callable[[str, Floats], 
     return statistic
 
 
-def peers(profile: Profile) -> list[Peer]:
-    """All that can run here."""
+def peers(profile: Profile, largest: Mapping[str, float] | None = None) -> list[Peer]:
+    """All that can run here.
+
+    Args:
+        profile: Reference counts.
+        largest: Largest statistic of a peer on benign days; it then runs once more with this as its threshold.
+    """
     reference = profile.count_array()
     real = reference.astype(np.float64)
-    found = [
-        Peer("always alarms", 60.0, 0.5, lambda _line, _counts: 1.0),
-        Peer("PSI > 0.2, 1 h", 3600.0, 0.2, _psi(real)),
-        Peer("PSI > 0.2, 5 min", 300.0, 0.2, _psi(real)),
-        Peer("KS p < 0.05, 5 min", 300.0, -math.log10(0.05), _kolmogorov(real)),
+    tunable: list[tuple[str, float, float, Callable[[str, Floats], float]]] = [
+        ("PSI > 0.2, 1 h", 3600.0, 0.2, _psi(real)),
+        ("PSI > 0.2, 5 min", 300.0, 0.2, _psi(real)),
+        ("KS p < 0.05, 5 min", 300.0, -math.log10(0.05), _kolmogorov(real)),
     ]
+    found = [Peer("always alarms", 60.0, 0.5, lambda _line, _counts: 1.0)]
+    for name, block_s, threshold, statistic in tunable:
+        found.append(Peer(name, block_s, threshold, statistic))
+        if largest and name in largest:
+            found.append(Peer(f"{name}{TUNED}", block_s, largest[name], statistic))
     try:
         drift = importlib.import_module("river.drift")
     except ImportError:

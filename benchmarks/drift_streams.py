@@ -13,7 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from control_plane.detection.facts import AccuracyReference, BundleFacts, facts_of
+from control_plane.detection.accuracy import accuracy_reference
+from control_plane.detection.facts import BundleFacts, facts_of
 from control_plane.detection.finding import LineSum
 from models.histogram import pack_counts
 from models.profile import BINS, Profile, build_profile, feature_names
@@ -35,9 +36,13 @@ LIGHTNESS, CONTRAST, SHARPNESS, HIGHLIGHT, DARK, AREA, ASPECT, CENTRE_X, CENTRE_
 LOT_SPREAD: Final = 0.19
 """Standard deviation between lots, in standard deviations of an item."""
 CAMERA_SPREAD: Final = 0.15
+VARIETY_SHIFT: Final = 0.4
+NEW_DEFECT: Final = 5.0
+"""How far a defect that the classifier has never seen lies from sound items; known ones lie at 3.4."""
 MIX: Final = np.array([0.86, 0.05, 0.05, 0.04])
 LOT_MINUTES: Final = 40.0
 WEIGHT_EDGES: Final = tuple(float(e) for e in np.exp(np.linspace(math.log(110.0), math.log(260.0), BINS - 1)))
+LENGTH_EDGES: Final = tuple(float(e) for e in np.exp(np.linspace(math.log(62.0), math.log(79.0), BINS - 1)))
 PX: Final = 6.0
 DIRT_CELLS: Final = 14
 
@@ -72,7 +77,7 @@ class Population:
         """Classes, then a defect that the classifier has never seen."""
         for k in range(1, len(CLASSES) + 1):
             self.centres[k, 9:] = rng.normal(0.0, 1.0, 5)
-            self.centres[k, 9:] *= 3.4 / np.linalg.norm(self.centres[k, 9:])
+            self.centres[k, 9:] *= (3.4 if k < len(CLASSES) else NEW_DEFECT) / np.linalg.norm(self.centres[k, 9:])
             self.centres[k, [CONTRAST, DARK]] = rng.uniform(0.5, 1.2, 2)
         root = np.eye(RAW) + 0.25 * rng.normal(0.0, 1.0, (RAW, RAW)) / math.sqrt(RAW)
         self.root = root / np.linalg.norm(root, axis=1, keepdims=True)
@@ -95,28 +100,28 @@ class Population:
     def _learn(self, rng: np.random.Generator) -> tuple[Profile, BundleFacts]:
         """The profile and the facts of the bundle from 120 lots, as training would make them."""
         lots, each = 120, 150
-        truth = rng.choice(len(CLASSES), size=lots * each, p=MIX)
-        style = np.repeat(rng.normal(0.0, LOT_SPREAD, (lots, RAW)), each, axis=0)
-        features, found = self.judge(
-            self.centres[truth] + style + rng.normal(0.0, 1.0, (lots * each, RAW)) @ self.root.T
+        truth = np.concatenate([rng.choice(len(CLASSES), size=each, p=rng.dirichlet(60.0 * MIX)) for _ in range(lots)])
+        # The training items came from lines as these: lots, cameras and both varieties differ.
+        style = rng.standard_t(4.0, (lots, RAW)) * LOT_SPREAD / math.sqrt(2.0) + rng.normal(
+            0.0, CAMERA_SPREAD, (lots, RAW)
         )
+        style[:, 9:] += VARIETY_SHIFT * rng.integers(2, size=lots)[:, None]
+        raw = self.centres[truth] + np.repeat(style, each, axis=0)
+        features, found = self.judge(raw + rng.normal(0.0, 1.0, (lots * each, RAW)) @ self.root.T)
         counts = {name: int((found == k).sum()) for k, name in enumerate(CLASSES)}
         profile = build_profile(features.astype(np.float32), NAMES, counts)
         confusion = np.zeros((len(CLASSES), len(CLASSES)), int)
         np.add.at(confusion, (truth, found), 1)
-        edges = np.asarray(profile.edges[NAMES.index("entropy")])
-        bins = np.searchsorted(edges, features[:, NAMES.index("entropy")])
-        items = np.bincount(bins, minlength=BINS)
-        right = np.bincount(bins, weights=found == truth, minlength=BINS)
+        row = NAMES.index("entropy")
+        names = [str(lot) for lot in np.repeat(np.arange(lots), each)]
+        known = accuracy_reference(features[:, row], found == truth, profile.edges[row], lots=names)
         facts = facts_of(
             profile,
             confusion=tuple(tuple(int(c) for c in row) for row in confusion),
             varieties=VARIETIES,
-            scalar_edges={"weight_g": WEIGHT_EDGES},
+            scalar_edges={"weight_g": WEIGHT_EDGES, "length_mm": LENGTH_EDGES},
             outlets=OUTLETS,
-            accuracy=AccuracyReference(
-                feature="entropy", items=tuple(int(n) for n in items), right=tuple(int(n) for n in right)
-            ),
+            accuracy=known,
         )
         return profile, facts
 
@@ -203,7 +208,7 @@ class Site:
         variety = self._variety()
         # Student's t with four degrees of freedom, scaled to its standard deviation: some lots are odd.
         style = rng.standard_t(4.0, RAW) * self.lot_spread / math.sqrt(2.0)
-        style[9:] += 0.4 * (VARIETIES.index(variety) if variety in VARIETIES else 0)
+        style[9:] += VARIETY_SHIFT * (VARIETIES.index(variety) if variety in VARIETIES else 0)
         style[[CENTRE_X, CENTRE_Y]] *= 0.2
         length_s = 60.0 * LOT_MINUTES * math.exp(0.5 * rng.standard_normal())
         return Lot(
@@ -302,7 +307,6 @@ class Site:
         by_class = np.bincount(lanes * len(CLASSES) + found, minlength=LANES * len(CLASSES)).reshape(LANES, -1)
         per_lane = by_class.sum(axis=1)
         nulls = (0,) * len(NAMES)
-        weights = self._weights(features[:, AREA], lot, scale)
         return Window(
             started_ms=round(self.now_s * 1000.0),
             duration_ms=round(span_s * 1000.0),
@@ -325,17 +329,20 @@ class Site:
             nulls=nulls,
             ejectors=self._ejectors(by_class, strength),
             truth=self._truth(truth, found),
-            scalars={"weight_g": weights},
+            scalars=self._scalars(features[:, AREA], lot, scale),
             camera_health=self._camera_health(k, span_s, light, strength) if self.with_sensor else CameraCounts(),
             lifetime_items=self.cameras[k].lifetime,
         )
 
-    def _weights(self, area: Floats, lot: Lot, scale: float) -> tuple[int, ...]:
-        grams = (
-            170.0 * np.exp(lot.size + lot.density + 0.12 * area + 0.05 * self.rng.standard_normal(len(area))) * scale
-        )
-        counts = np.bincount(np.searchsorted(WEIGHT_EDGES, grams), minlength=BINS)
-        return tuple(int(c) for c in counts)
+    def _scalars(self, area: Floats, lot: Lot, scale: float) -> dict[str, tuple[int, ...]]:
+        """Weights and lengths: an apple is as heavy as the cube of its length, a lot has its own density."""
+        size = lot.size + 0.12 * area
+        grams = 170.0 * np.exp(size + lot.density + 0.05 * self.rng.standard_normal(len(area))) * scale
+        millimetres = 70.0 * np.exp(size / 3.0 + 0.01 * self.rng.standard_normal(len(area)))
+        return {
+            name: tuple(int(c) for c in np.bincount(np.searchsorted(edges, values), minlength=BINS))
+            for name, edges, values in (("weight_g", WEIGHT_EDGES, grams), ("length_mm", LENGTH_EDGES, millimetres))
+        }
 
     def _ejectors(self, by_class: NDArray, strength: float) -> dict[str, int]:
         found: dict[str, int] = {}

@@ -35,7 +35,7 @@ from models.windows import Window
 LEAST_ITEMS: Final = 300
 STALE_S: Final = 900.0
 SLACK: Final = 0.015
-"""Half a range is never less than this: the methods' own error on streams without any shift (measured)."""
+"""Half a range is never less than this."""
 AUDIT_FLOOR: Final = 0.2
 """Share of an audit that is drawn in proportion, whatever the reference says of a bin."""
 BLINDING: Final = frozenset(
@@ -72,7 +72,12 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def accuracy_reference(
-    confidence: Floats, right: NDArray[np.bool_], edges: Sequence[float], *, feature: str = "entropy"
+    confidence: Floats,
+    right: NDArray[np.bool_],
+    edges: Sequence[float],
+    *,
+    lots: Sequence[str] = (),
+    feature: str = "entropy",
 ) -> AccuracyReference:
     """Returns the reference from held-out items.
 
@@ -80,12 +85,25 @@ def accuracy_reference(
         confidence: (N,) values of the feature.
         right: (N,) whether the item was judged right.
         edges: (15,) of the profile.
+        lots: (N,) name of the lot of each item; without them the error between lots is taken to be 0.
         feature: Its name in the profile.
     """
     bins = np.searchsorted(np.asarray(edges, np.float64), confidence)
     items = np.bincount(bins, minlength=BINS)
     good = np.bincount(bins[right], minlength=BINS)
-    return AccuracyReference(feature=feature, items=tuple(int(n) for n in items), right=tuple(int(n) for n in good))
+    by_bin = (good + right.mean()) / (items + 1.0)
+    errors = []
+    for lot in dict.fromkeys(lots):
+        own = np.asarray(lots) == lot
+        estimate, truth = float(by_bin[bins[own]].mean()), float(right[own].mean())
+        # The truth of a lot is known from its items alone; their noise is no error of the estimate.
+        errors.append((estimate - truth) ** 2 - estimate * (1.0 - estimate) / int(own.sum()))
+    return AccuracyReference(
+        feature=feature,
+        items=tuple(int(n) for n in items),
+        right=tuple(int(n) for n in good),
+        lot_error=math.sqrt(max(float(np.mean(errors)), 0.0)) if errors else 0.0,
+    )
 
 
 def accuracy_of(window: Window | None, facts: BundleFacts | None, causes: Iterable[Cause], age_s: float) -> Accuracy:
@@ -109,7 +127,7 @@ def accuracy_of(window: Window | None, facts: BundleFacts | None, causes: Iterab
     value = methods["regression"] if "regression" in methods else float(np.median(list(methods.values())))
     known, items = float(sum(reference.items)), int(seen.sum())
     spread = math.sqrt(max(reference.accuracy * (1.0 - reference.accuracy), 1e-4) * (1.0 / items + 1.0 / known))
-    slack = max(SLACK, Z95 * spread)
+    slack = max(SLACK, Z95 * math.hypot(spread, reference.lot_error))
     ends = (*methods.values(), reference.accuracy)
     state, reason = _state(causes, items, age_s)
     return Accuracy(

@@ -27,7 +27,8 @@ LEARN_LOTS: Final = (12, 6, 12)
 MEMBER_S: Final = 14_400.0
 MEMBER_LOTS: Final = 4
 """A member that joins a known group learns its own lasting difference for so long."""
-MARGIN: Final = 1.3
+MARGIN: Final = 1.5
+"""A fruit that no lot was like changes the differences between cameras, too; 1.3 was too little for that (measured)."""
 _SHRINK: Final = 0.05
 _LEARNING, _SCALING, _RANGING, READY = range(4)
 
@@ -44,6 +45,8 @@ class Member(msgspec.Struct, kw_only=True, eq=False):
     """(3, D) the followed differences about the lasting one; zeros until that is known."""
     strength: float = 0.0
     """`A` of the last step."""
+    speed: int = 0
+    """The speed that shows it."""
     latch: Latch = msgspec.field(default_factory=Latch)
 
     @property
@@ -108,7 +111,7 @@ def differences(z: Floats) -> Floats:
 
 def step(
     reference: ContrastReference, members: list[Member], z: Floats, *, span_s: float, lot: str
-) -> list[tuple[float, Floats]]:
+) -> list[tuple[float, Floats, Floats]]:
     """Follows the differences of one group over a span.
 
     Args:
@@ -119,8 +122,8 @@ def step(
         lot: The lot they all saw.
 
     Returns:
-        For each member `r` / largest reference `r` (0 while learning) and its followed difference at the speed that
-        shows most, in standard deviations of an item.
+        For each member `r` / threshold (0 while learning), its followed difference at the speed that shows most, in
+        standard deviations of an item, and what each number contributes to the squared norm.
     """
     memory = np.array([weight(span_s, m) for m in MEMORIES_S])[:, None]
     changed = members[0].lot != lot
@@ -156,10 +159,11 @@ def _measure(reference: ContrastReference, members: list[Member]) -> None:
         if reference.stage == _SCALING and member.known:
             reference.scale = np.maximum(reference.scale, squares)
         scaled = squares / np.maximum(reference.scale, 1e-12)
+        member.speed = int(scaled.argmax())
         member.strength = float(scaled.max()) if reference.stage > _SCALING and member.known else 0.0
 
 
-def _outstanding(reference: ContrastReference, members: list[Member]) -> list[tuple[float, Floats]]:
+def _outstanding(reference: ContrastReference, members: list[Member]) -> list[tuple[float, Floats, Floats]]:
     found = []
     for k, member in enumerate(members):
         others = max((m.strength for j, m in enumerate(members) if j != k), default=0.0)
@@ -167,7 +171,8 @@ def _outstanding(reference: ContrastReference, members: list[Member]) -> list[tu
         if reference.stage == _RANGING:
             reference.largest = max(reference.largest, r)
         ratio = r / (MARGIN * reference.largest) if reference.ready and reference.largest > 0.0 else 0.0
-        found.append((ratio, member.fast[1]))
+        difference, whiten = member.fast[member.speed], reference.whiten[member.speed]
+        found.append((ratio, difference, difference * (whiten.T @ (whiten @ difference))))
     return found
 
 

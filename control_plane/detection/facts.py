@@ -19,6 +19,8 @@ class AccuracyReference(msgspec.Struct, frozen=True, kw_only=True):
     """(16,) held-out items per bin of that feature."""
     right: tuple[int, ...]
     """(16,) of them, those that were judged right."""
+    lot_error: float = 0.0
+    """Standard deviation over held-out lots of estimate - truth, beyond what their numbers of items explain."""
     slopes: tuple[float, float] | None = None
     """Corruption regression: the change of accuracy per change of the binned estimate and of the share below the
     confidence threshold, fitted on corrupted held-out items; None = it was not made."""

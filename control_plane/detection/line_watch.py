@@ -5,6 +5,7 @@ present until the source is asked again. While the camera shows a fault of its o
 judged by nothing: a dirty lens must not stay behind as a drift of the fruit once it is wiped.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -25,8 +26,9 @@ CHUNK_ITEMS: Final = 50
 """Items of a line, and of each lane, that are judged together."""
 LEAST_ITEMS: Final = 25
 """A lane or line with fewer items when the others are complete takes no part."""
+LEAST_CHUNK_S: Final = 60.0
 CHUNK_S: Final = 300.0
-"""Longest wait for slow members."""
+"""Shortest and longest wait for members: the noise of a comparison must not depend on the length of windows."""
 LEAST_LANES: Final = 3
 _FEATURE_MARKS: Final = {
     "sharpness": "sharp",
@@ -157,7 +159,7 @@ class LineState(msgspec.Struct, kw_only=True, eq=False):
         self.lane_pending = self.lane_pending + counts
         self.lane_items = [n + lane.items for n, lane in zip(self.lane_items, lanes, strict=True)]
         self.lane_span_s += window.duration_ms / 1000.0
-        if min(self.lane_items) < CHUNK_ITEMS and self.lane_span_s < CHUNK_S:
+        if not complete(min(self.lane_items), self.lane_span_s):
             return
         while len(self.lanes) < len(lanes):
             self.lanes.append(new_member(2 * len(facts.features)))
@@ -167,8 +169,8 @@ class LineState(msgspec.Struct, kw_only=True, eq=False):
             z = moments(self.lane_pending[rows], functions)
             found = step(reference, members, z, span_s=self.lane_span_s, lot=self.lot)
             self.signals["lanes"] = [
-                contrast_signal("lane", Detector.LANE, self.lanes[k].latch, difference, facts, lane=k)
-                for k, (ratio, difference) in zip(rows, found, strict=True)
+                contrast_signal("lane", Detector.LANE, self.lanes[k].latch, seen, facts, lane=k)
+                for k, (ratio, *seen) in zip(rows, found, strict=True)
                 if self.lanes[k].latch.take(ratio, self.last_s, self.lane_items[k], self.lot)
             ]
         self.lane_pending = None
@@ -187,6 +189,11 @@ class LineState(msgspec.Struct, kw_only=True, eq=False):
             chunk.lengths = sum(lengths)
             chunk.weights[2] = chunk.lengths * mean_log(lengths, facts.scalar_edges[LENGTH])
         return chunk
+
+
+def complete(fewest: int, span_s: float) -> bool:
+    """Returns whether members that have at least so many items, waiting for so long, are compared now."""
+    return span_s >= CHUNK_S or (fewest >= CHUNK_ITEMS and span_s >= LEAST_CHUNK_S)
 
 
 def _ejector_signal(ejector: str, watch: RateWatch, latch: Latch) -> Signal:
@@ -227,7 +234,7 @@ def _error_signal(watch: RateWatch, latch: Latch) -> Signal:
 
 
 def contrast_signal(
-    name: str, detector: Detector, latch: Latch, difference: Floats, facts: BundleFacts, *, lane: int | None = None
+    name: str, detector: Detector, latch: Latch, seen: Sequence[Floats], facts: BundleFacts, *, lane: int | None = None
 ) -> Signal:
     """Returns the signal of a member that stands out from its siblings.
 
@@ -235,20 +242,21 @@ def contrast_signal(
         name: `camera` or `lane`.
         detector: Its channel.
         latch: Of the member.
-        difference: (2F,) followed difference, standard deviations of an item.
+        seen: (2F,) difference, standard deviations of an item; (2F,) contribution of each number to its strength.
         facts: Of the bundle.
         lane: Number of the lane, for lanes.
     """
-    table = difference.reshape(-1, 2)
+    table, parts = (part.reshape(-1, 2) for part in seen)
     strength = np.abs(table).max(axis=1)
-    order = np.argsort(strength)[::-1][:6]
-    feature = facts.features[int(strength.argmax())]
+    # What stands out is judged beside what usually differs, not by its size.
+    order = np.argsort(parts.sum(axis=1))[::-1][:6]
+    feature = facts.features[int(order[0])]
     mark = _FEATURE_MARKS.get(feature, "")
     return Signal(
         name=name,
         detector=detector,
         ratio=latch.ratio,
-        effect=float(strength.max()),
+        effect=float(strength[order[0]]),
         effect_unit="standard deviations of an item",
         items=latch.since_items,
         delay_items=latch.delay_items,

@@ -1,7 +1,7 @@
 """C2, C3 and the scale: the items of a line against the spread between lots of its reference.
 
 The moments, less the line's usual ones and less what the class mix explains, are smoothed (330 s), whitened by the
-covariance between lots, shortened to the median norm of reference lots, and followed with a memory of 2.3 h. One odd
+covariance between lots, shortened to a norm that one lot in five exceeds, and followed with a memory of 2.3 h. One odd
 lot, however odd, moves this mean no further than an ordinary one; what lasts over four to eight lots moves it to the
 threshold. A lot that lies three times further out than any reference lot is reported by itself: another fruit.
 The class mix (C3) and the weight against the size take the same way, the latter without a clip.
@@ -22,6 +22,8 @@ from models.profile import BINS
 
 ODD_ITEMS: Final = 200
 ODD_FACTOR: Final = 3.0
+UNCLEAR: Final = 0.6
+"""From this share of its threshold on the covariate channel may be about to explain a change of the class mix."""
 HARMFUL_WEIGHT: Final = 0.015
 """Least lasting difference of weight that is reported, as a logarithm (1.5 %)."""
 GEOMETRY: Final = frozenset({"area_share", "aspect"})
@@ -178,6 +180,9 @@ class LotState(msgspec.Struct, kw_only=True, eq=False):
         pull = clipped(fit.label.whiten @ self.label_fast, fit.label.clip)
         self.label_slow = self.label_slow + weight(chunk.span_s, SLOW_S) * (pull - self.label_slow)
         ratio = float(self.label_slow @ self.label_slow) / max(fit.margin * self.factor * fit.label.largest, 1e-12)
+        # Items that are about to leave the reference are judged wrongly, which changes the mix: wait for that to clear.
+        if self.covariate.ratio >= UNCLEAR and not self.label.on:
+            ratio = min(ratio, 0.99)
         before = self.label.began_s
         on = self.label.take(ratio, now_s, chunk.items, name)
         self.classes = chunk.classes.copy() if self.label.began_s != before else self.classes + chunk.classes

@@ -45,7 +45,7 @@ def _standardised(values: Floats, p: Floats) -> Floats:
     return np.where(deviation > _FLAT, centred / np.maximum(deviation, _FLAT), 0.0)
 
 
-def moments(counts: NDArray[np.integer], functions: Floats) -> Floats:
+def moments(counts: NDArray[np.integer] | Floats, functions: Floats) -> Floats:
     """Returns the moments of a span.
 
     Args:

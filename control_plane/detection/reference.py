@@ -5,8 +5,9 @@ nothing. Lots of all lines that run the bundle are pooled, each line about its o
 
 Fitted are the dependence of the moments on the class mix (ridge regression, so that a lot with more defects is not
 taken for other fruit), the covariance of what is left, shrunk to its diagonal, and the same for the class mix. The
-thresholds are the largest values that the channels reach on lots that were *not* used for the fit (the older half
-is judged by the newer and the reverse), times a margin.
+thresholds follow from a budget of false alarms: lots that were *not* used for the fit (each fifth of the time is
+judged by the other four) are drawn again and again into months of production, and four in five of these months stay
+below the threshold. The largest value of the real sequence counts where it is higher.
 """
 
 import math
@@ -25,13 +26,20 @@ BORROW_LOTS: Final = 6
 """From so many lots a variety has a mean of its own and borrows the spread of another variety of its bundle."""
 MAX_LOTS: Final = 600
 """The reference is final: what came slowly would otherwise be learnt as usual."""
-MARGIN: Final = 1.3
-"""Threshold / largest held-out value."""
-BORROWED_MARGIN: Final = 1.6
+MARGIN: Final = 1.15
+"""Threshold / value of the budget: lots that follow each other are more alike than lots drawn at random."""
+BORROWED_MARGIN: Final = 1.5
+CLIP: Final = 0.8
+"""The median, which serves in many dimensions, leaves too little beyond it in one or two."""
+MONTH_S: Final = 30 * 16 * 3600.0
+"""A month of production."""
+QUIET_MONTHS: Final = 0.8
+"""Share of the months that stay below the threshold: with one alarm or none a month, 0.2 alarms a month and line."""
 FAST_S: Final = 330.0
 """Memory of the smoothing before the clip."""
 SLOW_S: Final = 8300.0
 """Memory of the mean over lots, 2.3 h."""
+FOLDS: Final = 5
 _GROWTH: Final = 1.4
 """A reference is fitted again when its lots have grown by so much."""
 _RIDGE: Final = 1e-2
@@ -39,6 +47,8 @@ _SHRINK: Final = 0.05
 _OWN_MEAN: Final = 6.0
 """Lots of a line that weigh as much as the mean of all lines."""
 _FIRST: Final = 1e-4
+_CHAINS: Final = 200
+_SEED: Final = 30
 
 
 class LotRecord(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -64,9 +74,9 @@ class Spread(msgspec.Struct, kw_only=True, eq=False):
     whiten: Array
     """(D, D): `whiten @ v` has about unit variance in every direction between the lots of the reference."""
     clip: float
-    """Median norm of held-out lots; longer vectors are shortened to it (Huber)."""
+    """The 0.8 quantile of the norms of held-out lots; longer vectors are shortened to it (Huber)."""
     largest: float
-    """Largest squared norm of the channel's slow mean on held-out lots."""
+    """Squared norm of the channel's slow mean that the budget of false alarms allows."""
     odd: float
     """Largest squared norm of a single held-out lot."""
 
@@ -85,7 +95,7 @@ class Fit(msgspec.Struct, kw_only=True, eq=False):
     weight_slope: float = math.nan
     weight_means: dict[str, float] = {}
     weight_largest: float = math.nan
-    """Largest held-out slow mean of the relative difference of weight from what the size lets expect."""
+    """The same for the slow mean of the logarithm of weight / what the size lets expect."""
     lots: int
     margin: float = MARGIN
 
@@ -154,19 +164,19 @@ def fit(records: Sequence[LotRecord]) -> Fit:
     """Fits a reference.
 
     Args:
-        records: Lots in the order of time, of at least two distinct names.
+        records: Lots in the order of time, of at least five distinct names.
 
     Raises:
-        ValueError: Fewer than two distinct lots.
+        ValueError: Fewer than five distinct lots.
     """
     names = list(dict.fromkeys(record.lot for record in records))
-    if len(names) < 2:
-        raise ValueError(f"a reference needs at least two lots, got {len(names)}")
-    older = set(names[: len(names) // 2])
-    halves = [[r for r in records if (r.lot in older) is first] for first in (True, False)]
+    if len(names) < FOLDS:
+        raise ValueError(f"a reference needs at least {FOLDS} lots, got {len(names)}")
+    # Blocks in the order of time: neighbouring lots are alike and must not judge each other.
+    block = {name: k * FOLDS // len(names) for k, name in enumerate(names)}
+    parts = [_fit_part([r for r in records if block[r.lot] != fold]) for fold in range(FOLDS)]
     whole = _fit_part(records)
-    for kept, held_out in (halves, halves[::-1]):
-        _judge(whole, _fit_part(kept), held_out)
+    _judge(whole, [parts[block[r.lot]] for r in records], records)
     return whole
 
 
@@ -196,7 +206,7 @@ def _fit_part(records: Sequence[LotRecord]) -> Fit:
     first = _centred(z, lines, _line_means(z, lines))
     mixes = _centred(shares, lines, share_means)
     gram = mixes.T @ mixes + _RIDGE * max(float(np.trace(mixes.T @ mixes)), _FIRST) * np.eye(shares.shape[1])
-    mix = np.linalg.solve(gram, mixes.T @ first)
+    mix = np.asarray(np.linalg.solve(gram, mixes.T @ first), np.float64)
     line_means = _line_means(z, lines)
     residuals = _centred(z, lines, line_means) - mixes @ mix
     labels = np.array([angles(s) - angles(share_means[line]) for s, line in zip(shares, lines, strict=True)])
@@ -227,21 +237,23 @@ def _spread(residuals: Floats) -> Spread:
     return Spread(whiten=whiten, clip=0.0, largest=0.0, odd=0.0)
 
 
-def _judge(whole: Fit, part: Fit, held_out: Sequence[LotRecord]) -> None:
-    """Runs the slow channels over lots that the fit has not seen, and keeps their largest values."""
-    covariate = [part.covariate.whiten @ part.residual(r.line, r.z, r.shares) for r in held_out]
-    label = [part.label.whiten @ part.label_residual(r.line, r.shares) for r in held_out]
-    weights = [part.weight_residual(r.line, r.weight, r.size) for r in held_out]
+def _judge(whole: Fit, parts: Sequence[Fit], records: Sequence[LotRecord]) -> None:
+    """Runs the slow channels over the lots, each as a fit without it sees it, and keeps their largest values."""
+    pairs = list(zip(parts, records, strict=True))
+    covariate = [part.covariate.whiten @ part.residual(r.line, r.z, r.shares) for part, r in pairs]
+    label = [part.label.whiten @ part.label_residual(r.line, r.shares) for part, r in pairs]
     for spread, vectors in ((whole.covariate, covariate), (whole.label, label)):
         norms = np.linalg.norm(vectors, axis=1)
-        # Both halves' medians make the clip.
-        median = float(np.median(norms))
-        spread.clip = (spread.clip + median) / 2.0 if spread.clip else median
-        spread.odd = max(spread.odd, float(norms.max() ** 2))
-        spread.largest = max(spread.largest, _slow_maximum(held_out, vectors, median))
-    found = _slow_scalar_maximum(held_out, weights)
-    if not math.isnan(found):
-        whole.weight_largest = found if math.isnan(whole.weight_largest) else max(whole.weight_largest, found)
+        spread.clip = float(np.quantile(norms, CLIP))
+        spread.odd = float(norms.max() ** 2)
+        clips = [clipped(vector, spread.clip) for vector in vectors]
+        spread.largest = max(_slow_maximum(records, clips), _budget(np.array(clips), [r.duration_s for r in records]))
+    weights = [(r, np.array([part.weight_residual(r.line, r.weight, r.size)])) for part, r in pairs]
+    weights = [(r, value) for r, value in weights if np.isfinite(value).all()]
+    if weights:
+        weighed, values = [r for r, _ in weights], [value for _, value in weights]
+        largest = max(_slow_maximum(weighed, values), _budget(np.array(values), [r.duration_s for r in weighed]))
+        whole.weight_largest = math.sqrt(largest)
 
 
 def clipped(vector: Floats, limit: float) -> Floats:
@@ -250,28 +262,33 @@ def clipped(vector: Floats, limit: float) -> Floats:
     return vector * (limit / norm) if norm > limit > 0.0 else vector
 
 
-def _slow_maximum(records: Sequence[LotRecord], vectors: Sequence[Floats], clip: float) -> float:
+def _slow_maximum(records: Sequence[LotRecord], vectors: Sequence[Floats]) -> float:
     largest = 0.0
     state: dict[str, Floats] = {}
     for record, vector in zip(records, vectors, strict=True):
         slow = state.get(record.line, np.zeros_like(vector))
-        slow = slow + weight(record.duration_s, SLOW_S) * (clipped(vector, clip) - slow)
+        slow = slow + weight(record.duration_s, SLOW_S) * (vector - slow)
         state[record.line] = slow
         largest = max(largest, float(slow @ slow))
     return largest
 
 
-def _slow_scalar_maximum(records: Sequence[LotRecord], values: Sequence[float]) -> float:
-    largest = math.nan
-    state: dict[str, float] = {}
-    for record, value in zip(records, values, strict=True):
-        if math.isnan(value):
-            continue
-        slow = state.get(record.line, 0.0)
-        slow += weight(record.duration_s, SLOW_S) * (value - slow)
-        state[record.line] = slow
-        largest = abs(slow) if math.isnan(largest) else max(largest, abs(slow))
-    return largest
+def _budget(vectors: Floats, durations_s: Sequence[float]) -> float:
+    """Returns the squared norm that the slow mean exceeds in one of five months of lots drawn at random.
+
+    Args:
+        vectors: (L, D) held-out lots, whitened and clipped.
+        durations_s: Their lengths.
+    """
+    rng = np.random.default_rng(_SEED)
+    weights = np.array([weight(seconds, SLOW_S) for seconds in durations_s])
+    steps = math.ceil(MONTH_S / max(float(np.mean(durations_s)), 60.0))
+    slow, largest = np.zeros((_CHAINS, vectors.shape[1])), np.zeros(_CHAINS)
+    for _ in range(steps):
+        drawn = rng.integers(len(vectors), size=_CHAINS)
+        slow += weights[drawn, None] * (vectors[drawn] - slow)
+        largest = np.maximum(largest, np.einsum("cd,cd->c", slow, slow))
+    return float(np.quantile(largest, QUIET_MONTHS))
 
 
 def _weight_slope(records: Sequence[LotRecord]) -> float:

@@ -21,7 +21,7 @@ else:  # the codec below needs the class itself
 S = TypeVar("S", bound=msgspec.Struct)
 _RELEASE: Final = 0.7
 """A condition ends below this share of its threshold: the answer does not flutter."""
-_QUIET: Final = 0.25
+_QUIET: Final = 0.5
 """Below this share of its threshold a statistic shows nothing: what comes later is taken as the beginning."""
 
 

@@ -28,9 +28,9 @@ from control_plane.detection.facts import BundleFacts
 from control_plane.detection.finding import Detector, Finding, LineSum, Signal
 from control_plane.detection.line_watch import (
     CHUNK_ITEMS,
-    CHUNK_S,
     LEAST_ITEMS,
     LineState,
+    complete,
     contrast_signal,
     usable_counts,
 )
@@ -285,7 +285,7 @@ class Watch:
         lines = [self.state.lines[name] for name in names]
         waiting = [line.peer_pending for line in lines if line.peer_pending is not None]
         longest_s = max(chunk.span_s for chunk in waiting)
-        if min(chunk.items for chunk in waiting) < CHUNK_ITEMS and longest_s < CHUNK_S:
+        if not complete(min(chunk.items for chunk in waiting), longest_s):
             return
         facts, functions = self.facts[bundle], self._basis(bundle)
         size = 2 * len(facts.features)
@@ -299,9 +299,9 @@ class Watch:
                 rows.append(moments(chunk.counts, functions))
         if len(chosen) >= LEAST_PEERS:
             found = step(reference, [member for _, member, _ in chosen], np.array(rows), span_s=longest_s, lot=lot)
-            for (line, member, items), (ratio, difference) in zip(chosen, found, strict=True):
+            for (line, member, items), (ratio, *seen) in zip(chosen, found, strict=True):
                 present = member.latch.take(ratio, line.last_s, items, lot)
-                signal = contrast_signal("camera", Detector.CAMERA, member.latch, difference, facts)
+                signal = contrast_signal("camera", Detector.CAMERA, member.latch, seen, facts)
                 line.signals["peers"] = [signal] if present else []
         for line in lines:
             line.peer_pending = None

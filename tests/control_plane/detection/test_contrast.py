@@ -33,7 +33,7 @@ class Group:
         z = self.style + self.offsets + noise
         z[culprit, 0] += fault
         found = step(reference, self.members, z, span_s=60.0, lot=f"lot-{self.lot}")
-        return [ratio for ratio, _ in found]
+        return [ratio for ratio, *_ in found]
 
 
 @pytest.fixture(scope="module")

@@ -71,11 +71,11 @@ def test_the_class_mix_is_taken_out_and_the_lines_mean_too() -> None:
     assert abs(found.line_means["line-1"] - found.line_means["line-0"] - 0.5).max() < 0.15
 
 
-def test_whitened_lots_have_unit_variance_and_the_clip_is_their_median() -> None:
+def test_whitened_lots_have_unit_variance_and_one_in_five_is_clipped() -> None:
     records = lots(400)
     found = fit(records)
     norms = [np.linalg.norm(found.covariate.whiten @ found.residual(r.line, r.z, r.shares)) for r in records]
-    assert np.median(norms) == pytest.approx(found.covariate.clip, rel=0.1)
+    assert np.quantile(norms, 0.8) == pytest.approx(found.covariate.clip, rel=0.1)
     assert np.mean(np.square(norms)) == pytest.approx(SIZE, rel=0.15)
 
 
@@ -118,5 +118,5 @@ def test_weight_is_compared_with_what_the_size_lets_expect() -> None:
 
 
 def test_one_lot_is_no_reference() -> None:
-    with pytest.raises(ValueError, match="two lots"):
-        fit(lots(1))
+    with pytest.raises(ValueError, match="5 lots"):
+        fit(lots(4))

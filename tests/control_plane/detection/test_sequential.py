@@ -32,7 +32,7 @@ def test_a_latch_holds_between_its_release_and_its_threshold() -> None:
 
 def test_the_delay_runs_from_the_last_quiet_step_and_names_the_lots() -> None:
     latch = Latch()
-    for k, (ratio, lot) in enumerate(((0.1, "a"), (0.2, "a"), (0.5, "b"), (0.8, "b"), (1.2, "c"))):
+    for k, (ratio, lot) in enumerate(((0.1, "a"), (0.4, "a"), (0.6, "b"), (0.8, "b"), (1.2, "c"))):
         latch.take(ratio, 100.0 * (k + 1), 50, lot)
     assert latch.on
     assert latch.delay_s == 300.0
