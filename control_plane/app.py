@@ -26,6 +26,7 @@ from control_plane.api import (
     models,
     recipes,
     rollouts,
+    statistics,
     training,
     trust,
     windows,
@@ -38,6 +39,7 @@ from control_plane.database.migrate import migration_state
 from control_plane.database.tables.columns import utc_now
 from control_plane.guard import Guard, TooLarge
 from control_plane.monitoring import prometheus as metrics_export
+from control_plane.monitoring.upkeep import gauges_of
 from control_plane.pages import mount_pages, unavailable_page
 from control_plane.pages.login import login_page
 from control_plane.services import Services, services_of
@@ -58,7 +60,9 @@ def create_app(services: Services) -> FastAPI:
             services.rollouts.start()
         services.alarms.start()
         services.renewal.start()
+        services.upkeep.start()
         yield
+        services.upkeep.stop()
         services.renewal.stop()
         services.alarms.stop()
         if services.config.broker.enabled:
@@ -79,7 +83,20 @@ def create_app(services: Services) -> FastAPI:
     _guard(app, services)
     _map_refusals(app)
     _map_failures(app)
-    for subject in (datasets, training, models, recipes, agents, windows, alarms, audit, identities, rollouts, trust):
+    for subject in (
+        datasets,
+        training,
+        models,
+        recipes,
+        agents,
+        windows,
+        statistics,
+        alarms,
+        audit,
+        identities,
+        rollouts,
+        trust,
+    ):
         app.include_router(subject.router)
     _add_probes(app)
     mount_pages(app)
@@ -227,6 +244,7 @@ def _gauges(services: Services) -> dict[str, tuple[str, float]]:
             "Batches left to their agents for later, last minute",
             float(backlog.shed_lately),
         ),
+        **gauges_of(services.upkeep),
         "sortline_uptime_seconds": ("Since this process started", time.monotonic() - services.started_s),
     }
 

@@ -272,6 +272,30 @@ def read_secret(file: str) -> str:
         raise ConfigError("alarms.no_secret", f"{file} cannot be read.", got=error) from error
 
 
+class RetentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long what agents send is kept; the audit trail is never deleted."""
+
+    windows_days: Annotated[int, msgspec.Meta(ge=2, le=3650)] = 14
+    """Days for which windows of ten seconds are kept."""
+    minutes_days: Annotated[int, msgspec.Meta(ge=2, le=3650)] = 90
+    """Days for which sums over minutes are kept."""
+    hours_days: Annotated[int, msgspec.Meta(ge=2, le=36_500)] = 1100
+    """Days for which sums over hours, so those of lots, and fidelity by hour are kept."""
+    days_days: Annotated[int, msgspec.Meta(ge=2, le=36_500)] = 3650
+    """Days for which sums over days are kept."""
+    events_days: Annotated[int, msgspec.Meta(ge=2, le=36_500)] = 400
+    """Days for which events of agents are kept."""
+    history_days: Annotated[int, msgspec.Meta(ge=2, le=36_500)] = 1100
+    """Days for which the set-ups of agents are kept that hold no longer."""
+    period_s: Annotated[float, msgspec.Meta(ge=1.0, le=3600.0)] = 60.0
+    """Seconds between two looks at what is past its time."""
+
+    def __post_init__(self) -> None:
+        """Refuses sums that go before what they are the sums of."""
+        if not self.windows_days <= self.minutes_days <= self.hours_days <= self.days_days:
+            raise ValueError("windows_days <= minutes_days <= hours_days <= days_days must hold")
+
+
 class TrustConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Signed metadata and online keys (made by `sortline keys init`)."""
 
@@ -294,6 +318,7 @@ class ControlPlaneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     alarms: AlarmsConfig = AlarmsConfig()
     identity: IdentityConfig = IdentityConfig()
     trust: TrustConfig = TrustConfig()
+    retention: RetentionConfig = RetentionConfig()
 
     @property
     def identity_folder(self) -> Path:

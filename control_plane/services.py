@@ -32,6 +32,7 @@ from control_plane.identity.mosquitto import update_profile
 from control_plane.identity.publication import SiteFiles
 from control_plane.monitoring.board import FleetBoard
 from control_plane.monitoring.ledger import WindowLedger
+from control_plane.monitoring.upkeep import Upkeep
 from control_plane.registry.store import Store
 from control_plane.rollouts.executor import RolloutExecutor
 from control_plane.trust.ceremony import TrustFolder
@@ -59,6 +60,7 @@ class Services:
     rollouts: RolloutExecutor
     alarms: Alarms
     renewal: Renewal
+    upkeep: Upkeep
     tokens: Tokens = field(default_factory=Tokens)
     stopping: Event = field(default_factory=Event)
     """Is set when the server stops: open streams end."""
@@ -129,6 +131,7 @@ def open_services(config: ControlPlaneConfig) -> Services:
         rollouts=rollouts,
         alarms=open_alarms(config, engine, store, connection, counters, name),
         renewal=Renewal(engine, signer, outbox.publish_trust, counters, name),
+        upkeep=Upkeep(engine, config.retention, counters, name),
         tokens=Tokens(config.token, config.read_token),
         enrolment=enrolment,
         site_files=site_files,

@@ -1,8 +1,8 @@
-"""Commands on agents: enrol, approve, revoke, list, show, name a lot, export for a stick."""
+"""Commands on agents: enrol, approve, revoke, list, show, what they counted, name a lot, export for a stick."""
 
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import typer
 from rich.table import Table
@@ -186,6 +186,100 @@ def agent_lot(
         say(found, as_json=True)
     else:
         note(f"{agent_id} runs lot {lot or 'not known'} of variety {variety or 'not known'}")
+
+
+Since = Annotated[str, typer.Option("--from", help="Begin, such as 2026-03-14T10:00; without a zone it is UTC.")]
+Until = Annotated[str, typer.Option(help="End; empty = now.")]
+
+
+@agents.command("statistics")
+def agent_statistics(
+    agent_id: AgentId,
+    span: Annotated[str, typer.Option(help="minute, hour, day or lot.")] = "hour",
+    since: Since = "",
+    until: Until = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Rows of a page.")] = 200,
+    after: Annotated[str, typer.Option(help="Begin of the next page, as the page before printed it.")] = "",
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """List what a line counted over time: by minute, hour, day, or by lot."""
+    options = {"span": span, "from": since, "until": until, "limit": str(limit), "after": after}
+    found = Client(server).get(_path(agent_id, "/statistics") + _query(options))
+
+    def table(page: dict[str, Any]) -> Table:
+        columns = ["from", "to", "lot", "variety", "bundle", "items", "rejected", "unsure", "p99 ms", "windows"]
+        return table_of(columns, [_statistics_row(row) for row in page["rows"]])
+
+    say(found, as_json=as_json, table=table)
+    if found["next"] and not as_json:
+        note(f"more: --after {found['next']}")
+
+
+def _query(options: dict[str, str]) -> str:
+    return "?" + urlencode({name: value for name, value in options.items() if value})
+
+
+def _statistics_row(row: dict[str, Any]) -> list[Any]:
+    left_out = f", {row['left_out']} left out" if row["left_out"] else ""
+    return [
+        *(row[name][:19].replace("T", " ") for name in ("first_at", "last_at")),
+        row["lot"] or None,
+        row["variety"] or None,
+        row["bundle"][:8] or None,
+        row["items"],
+        _percent(row["reject_share"]),
+        _percent(row["unsure_share"]),
+        row["p99_ms"],
+        f"{row['windows']}{left_out}",
+    ]
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+@agents.command("fidelity")
+def agent_fidelity(
+    agent_id: AgentId,
+    span: Annotated[str, typer.Option(help="hour or day.")] = "hour",
+    since: Since = "",
+    until: Until = "",
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a line's data can be trusted: missing records and items, late and impossible windows, its clock."""
+    found = Client(server).get(_path(agent_id, "/fidelity") + _query({"span": span, "from": since, "until": until}))
+
+    def table(rows: list[dict[str, Any]]) -> Table:
+        columns = ["from", "state", "items accounted", "complete", "timely", "consistent", "accurate", "missing"]
+        columns += ["late", "back-filled", "repeated", "clock ms"]
+        return table_of(columns, [_fidelity_row(row) for row in rows])
+
+    say(found, as_json=as_json, table=table)
+
+
+def _fidelity_row(row: dict[str, Any]) -> list[Any]:
+    return [
+        row["start"][:16].replace("T", " "),
+        row["state"],
+        *(_percent(row[name]) for name in ("items_accounted", "complete", "timely", "consistent", "accurate")),
+        row["missing_records"],
+        *(row[name] for name in ("late", "backfilled", "duplicates", "clock_offset_ms")),
+    ]
+
+
+@agents.command("as-of")
+def agent_as_of(
+    agent_id: AgentId,
+    at: Annotated[str, typer.Option(help="Moment, such as 2026-03-14T10:32; without a zone it is UTC.")],
+    lane: Annotated[int | None, typer.Option(min=0, max=63, help="Also the counts of this lane, from 0.")] = None,
+    server: Server = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show what held on a line at a moment: bundle, recipe, terms, camera, lot, who approved it, what the line saw."""
+    options = {"at": at, "lane": "" if lane is None else str(lane)}
+    say(Client(server).get(_path(agent_id, "/as-of") + _query(options)), as_json=as_json)
 
 
 def export(

@@ -3,12 +3,11 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from sqlmodel import Session, col, select
+from sqlmodel import Session
 
-from control_plane.database.tables.agents import Agent
 from control_plane.fleet.spooled import Arrival, ReportArrival
 from control_plane.monitoring.fidelity import FidelityCounts
-from control_plane.monitoring.rollups import add_windows
+from control_plane.monitoring.rollups import add_windows, lock_agents
 
 
 class WindowLedger:
@@ -28,16 +27,3 @@ class WindowLedger:
             self._counters["windows_summed"] += add_windows(session, arrivals)
             self._counters["windows_by_arrival"] += sum(a.new and a.is_window and a.by_arrival for a in arrivals)
         self._fidelity.record(session, arrivals, reports)
-
-
-def lock_agents(session: Session, agents: set[str]) -> None:
-    """Keeps other replicas from adding to the same agents' sums until the end of the transaction.
-
-    In SQLite a writing transaction is alone anyway.
-    """
-    if session.get_bind().dialect.name == "sqlite":
-        return
-    ids = sorted(agents)
-    for start in range(0, len(ids), 500):
-        query = select(Agent.id).where(col(Agent.id).in_(ids[start : start + 500])).order_by(col(Agent.id))
-        session.exec(query.with_for_update()).all()

@@ -24,6 +24,7 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlmodel import Session, SQLModel, col, select
 
+from control_plane.database.tables.agents import Agent
 from control_plane.database.tables.windows import Rollup
 from control_plane.fleet.spooled import Arrival, storable
 from control_plane.fleet.window_payload import pack_window, unpack_window
@@ -134,12 +135,30 @@ def fold_all(session: Session, before: datetime, limit: int) -> int:
     """
     folded = 0
     for span_s in LONGER:
-        end = before - timedelta(seconds=span_s)
-        query = select(Rollup).where(~col(Rollup.folded), Rollup.span_s == span_s, col(Rollup.start) < end)
-        rows = session.exec(query.order_by(col(Rollup.start)).limit(limit - folded)).all() if folded < limit else []
+        due = (~col(Rollup.folded), Rollup.span_s == span_s, col(Rollup.start) < before - timedelta(seconds=span_s))
+        oldest = select(Rollup.agent_id).where(*due).order_by(col(Rollup.start)).limit(limit - folded)
+        agents = set(session.exec(oldest)) if folded < limit else set()
+        if not agents:
+            continue
+        lock_agents(session, agents)
+        query = select(Rollup).where(*due, col(Rollup.agent_id).in_(agents)).order_by(col(Rollup.start))
+        rows = session.exec(query.limit(limit - folded)).all()
         _fold(session, [(Place(*(getattr(row, name) for name in _KEY)), total_of(row)) for row in rows])
         folded += len(rows)
     return folded
+
+
+def lock_agents(session: Session, agents: set[str]) -> None:
+    """Keeps other replicas from adding to the same agents' sums until the end of the transaction.
+
+    In SQLite a writing transaction is alone anyway.
+    """
+    if session.get_bind().dialect.name == "sqlite":
+        return
+    ids = sorted(agents)
+    for start in range(0, len(ids), 500):
+        query = select(Agent.id).where(col(Agent.id).in_(ids[start : start + 500])).order_by(col(Agent.id))
+        session.exec(query.with_for_update()).all()
 
 
 def _add_to(totals: dict[Place, Total], place: Place, total: Total) -> None:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import and_, or_
-from sqlmodel import Session, col, desc, select
+from sqlmodel import Session, col, desc, func, select
 
 from control_plane.database.tables.agents import EventRow, WindowRow
 from control_plane.database.tables.windows import Rollup
@@ -34,6 +34,8 @@ _SAME_LOT: Final = timedelta(hours=6)
 _HANDOVER: Final = timedelta(minutes=2)
 """Within an hour, rows do not say whether a lot went on beside another one; a row that begins so soon does."""
 
+SPANS: Final = {"minute": MINUTE, "hour": HOUR, "day": DAY}
+"""Names of spans -> seconds."""
 Key = tuple[str, int]
 """Boot and number of a record."""
 
@@ -175,6 +177,28 @@ def arrived(
 
 def _parts(ids: Sequence[str]) -> Iterable[Sequence[str]]:
     return (ids[start : start + _AGENTS_AT_ONCE] for start in range(0, len(ids), _AGENTS_AT_ONCE))
+
+
+def windows_around(session: Session, agent_id: str, at: datetime) -> list[StoredWindow]:
+    """Returns the usable window of an agent that holds this moment by its own clock; empty when there is none.
+
+    Windows that arrived within an hour are looked at; older ones that were sent later are in the sums alone.
+    """
+    query = select(WindowRow).where(
+        WindowRow.agent_id == agent_id,
+        WindowRow.refused == "",
+        col(WindowRow.received_at) > at - timedelta(minutes=2),
+        col(WindowRow.received_at) < at + timedelta(hours=1),
+        col(WindowRow.started_at) <= at,
+        col(WindowRow.started_at) > at - timedelta(minutes=1),
+    )
+    rows = session.exec(query.order_by(desc(WindowRow.started_at)).limit(6))
+    found = [_stored(*_values(row)) for row in rows]
+    return [
+        stored
+        for stored in found
+        if stored.window is not None and at < stored.started_at + timedelta(milliseconds=stored.window.duration_ms)
+    ][:1]
 
 
 def items_per_s(session: Session, agents: Sequence[str], now: datetime) -> dict[str, float]:
@@ -354,6 +378,38 @@ def _places(
         for row in session.connection().execute(query):
             place = Place(*row[: len(names)])
             yield place._replace(span_s=span_s, start=start_of(place.start, span_s)), total_of(row)
+
+
+def page_of_spans(
+    session: Session, agent_id: str, span_s: int, since: datetime, until: datetime, limit: int
+) -> tuple[list[SpanSum], datetime | None]:
+    """Returns the sums of whole spans from `since` on, about `limit` of them, and where the next page begins.
+
+    Returns:
+        Sums as `spans_of`; and the begin of the next page, None when nothing follows.
+    """
+    found: list[SpanSum] = []
+    first: datetime | None = since
+    while len(found) < limit and (first := _next_span(session, agent_id, span_s, first, until)) is not None:
+        end = min(until, first + timedelta(seconds=span_s * max(1, limit - len(found))))
+        found += spans_of(session, agent_id, span_s, first, end)
+        first = end
+    return found, None if first is None else _next_span(session, agent_id, span_s, first, until)
+
+
+def _next_span(session: Session, agent_id: str, span_s: int, since: datetime, until: datetime) -> datetime | None:
+    """Returns when the next span begins for which there is a row; None when there is none before `until`."""
+    starts = []
+    for shorter in (s for s in SPANS.values() if s <= span_s):
+        query = select(func.min(Rollup.start)).where(
+            Rollup.agent_id == agent_id,
+            Rollup.span_s == shorter,
+            col(Rollup.start) >= start_of(since, span_s),
+            col(Rollup.start) < until,
+        )
+        starts.append(session.exec(query).one())
+    first = min((start for start in starts if start is not None), default=None)
+    return None if first is None else start_of(first, span_s)
 
 
 def lots_of(session: Session, agent_id: str, since: datetime, until: datetime | None = None) -> list[LotSum]:

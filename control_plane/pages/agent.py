@@ -1,6 +1,6 @@
 """The page of one agent: latency, verdict mix, drift by feature, events, labels, and the form that names a lot."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Final
 
@@ -9,6 +9,8 @@ from fastapi.responses import HTMLResponse
 
 from control_plane.database.engine import reading
 from control_plane.database.lookup import events_of, unknown_agent
+from control_plane.database.tables.columns import utc_now
+from control_plane.monitoring.fidelity import fidelity_between
 from control_plane.monitoring.figures import DRIFT_LIMIT, LATENCY_BUDGET_MS
 from control_plane.monitoring.windows import windows_of
 from control_plane.pages.charts import Mark, lines, shares
@@ -20,6 +22,7 @@ router = APIRouter(include_in_schema=False)
 _WINDOWS: Final = 360
 """One hour of windows of ten seconds."""
 _EVENTS: Final = 30
+_FIDELITY_OF: Final = timedelta(days=1)
 _SEEN: Final = ("fired", "confirmed", "missed", "double", "unexpected")
 """What is known of an ejector, in the order in which a person asks."""
 
@@ -35,6 +38,8 @@ def agent(agent_id: str, request: Request) -> HTMLResponse:
     with reading(services.engine) as session:
         found = windows_of(session, agent_id=agent_id, usable=True, limit=_WINDOWS)
         events = events_of(session, agent_id, _EVENTS)
+        now = utc_now()
+        fidelity = fidelity_between(session, agent_id, now - _FIDELITY_OF, now)
     windows = [(stored.received_at, stored.window) for stored in reversed(found) if stored.window is not None]
     latency = lines(
         [
@@ -58,6 +63,9 @@ def agent(agent_id: str, request: Request) -> HTMLResponse:
         drift=sorted(status.drift.drift_by_feature.items(), key=lambda pair: -pair[1]),
         drift_limit=DRIFT_LIMIT,
         events=events,
+        fidelity=fidelity,
+        policy=services.upkeep.policy,
+        usage=services.upkeep.usage,
         ejectors=_ejectors(status.figures.ejectors, status.figures.lead_ms),
         labels=_labels(status.labels_reported, status.labels_assigned),
     )

@@ -74,7 +74,10 @@ class EventRow(SQLModel, table=True):
     """Something that happened on an agent, stored once."""
 
     __tablename__ = "event"
-    __table_args__ = (Index("ix_event_agent_received", "agent_id", "received_at"),)
+    __table_args__ = (
+        Index("ix_event_agent_received", "agent_id", "received_at"),
+        Index("ix_event_received", "received_at"),
+    )
     agent_id: str = Field(primary_key=True, max_length=63)
     boot_id: str = Field(primary_key=True, max_length=16)
     seq: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))

@@ -56,6 +56,7 @@ class FidelityHour(SQLModel, table=True):
     """What one boot of an agent sent for one hour, counted as it arrived; see `monitoring.fidelity`."""
 
     __tablename__ = "fidelity_hour"
+    __table_args__ = (Index("ix_fidelity_hour_hour", "hour"),)
     agent_id: str = Field(primary_key=True, max_length=63)
     hour: datetime = Field(sa_column=_time_key())
     boot_id: str = Field(primary_key=True, max_length=16)
@@ -122,5 +123,7 @@ class ArchivedDay(SQLModel, table=True):
     file: str
     sha256: str = Field(max_length=64)
     rows: int = 0
+    windows: int = Field(default=0, sa_column=_count())
+    """Windows in them: when a late one arrives, the day is archived again."""
     size_bytes: int = Field(default=0, sa_column=_count())
     at: datetime = Field(sa_column=time_column())
