@@ -2,13 +2,14 @@
 
 What an agent receives: a *bundle* (`bundle`), cut into chunks by content (`chunking`), whose graph turns *views*
 (`view_spec` has their parameters, `preprocess` makes them) into probabilities (`classifier`), whose fusion turns the
-views of one item into a *verdict* (`fusion`) and whose *recipe* (`recipe`) turns the verdict into an outlet; `golden`
-views prove on every device that it computes the same, `profile` is its reference. What may run is decided by signed
-metadata (`trust`, `signed_set`) and certificates (`identity`). What an agent sends back: *windows* of statistics that
-add (`windows`, with `histogram`), in the `messages` and `topics` of the wire.
+views of one item into a *verdict* (`fusion`) and whose *recipe* (`recipe`) turns the verdict into an outlet, by
+thresholds that follow from prices and costs; `golden` views prove on every device that it computes the same, `profile`
+is its reference. What may run is decided by signed metadata (`trust` accepts or refuses it by numbered rules,
+`signed_set` is its form) and certificates (`identity`). What an agent sends back: *windows* of statistics that add
+(`windows`, with `histogram`), in the `messages` and `topics` of the wire.
 
 `errors` has the families of errors by recovery action, `config` reads strict settings, `files` writes atomically,
-`versioning` tells a newer document from a broken one, `connection` reads addresses and passwords of brokers,
+`versioning` distinguishes a newer document from a broken one, `connection` reads addresses and passwords of brokers,
 `offline_export` names the files for a line without network, `statistics` has intervals, `token_bucket` limits rates,
 `text` makes text safe to show: control characters visible, secrets in addresses hidden.
 
