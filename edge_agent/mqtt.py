@@ -200,7 +200,8 @@ class Link:
 
     def _complain(self, code: str, message: str) -> None:
         if self._complaints.due(code):
-            place = f"{self._config.host}:{self._config.port}"
+            host = self._config.host
+            place = f"[{host}]:{self._config.port}" if ":" in host else f"{host}:{self._config.port}"
             log.warning("no connection to %s: %s: %s (failure %d)", place, code, message, self._complaints.failures)
             self._offer(LinkTrouble(code, f"{place}: {message}"[:600]))
 

@@ -80,6 +80,18 @@ def test_every_path_of_the_sources_exists(document: Path) -> None:
         assert (ROOT / path).exists(), f"{document.name} names {path}"
 
 
+def test_every_test_that_the_page_of_situations_names_exists() -> None:
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    text = (ROOT / "docs" / "field.md").read_text(encoding="utf-8")
+    named, file = 0, ""
+    for other, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", text):
+        file = other or file
+        if test:
+            assert f"def {test}(" in sources[file], f"{file} has no {test}"
+            named += 1
+    assert named >= 40
+
+
 def test_the_architecture_page_names_every_room() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for package, layers in LAYERS.items():

@@ -23,6 +23,10 @@ _BETTER: Final = 0.2
 _IMAGENET: Final = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _NEAR: Final = 0.05
 """Reasons within this of the best AUC are told apart by their log loss."""
+_GUESSED: Final = float(np.log(2.0))
+"""Log loss of good against the rest for someone who always says one half."""
+_MUCH_LESS: Final = 0.5
+"""A tried scaling must have less than this share of the log loss to be named."""
 Probabilities = NDArray[np.float64]
 Measured = dict[str, Any]
 
@@ -146,7 +150,7 @@ def check_answers(trial: Trial, probabilities: Probabilities, figure: Measured) 
     below = both and value < 0.5 and (figure["high"] is None or figure["high"] < 0.5)
     weak = both and (value < 0.6 or (figure["low"] is not None and figure["low"] <= 0.5))
     if spread >= CONSTANT and not below and not weak:
-        return [], _order_warning(trial, probabilities)
+        return [], _order_warning(trial, probabilities) + _scaling_warning(trial, probabilities)
     tried = _by_likelihood(list(_reasons(trial, probabilities)))
     now = value if both and spread >= CONSTANT else 0.5  # constant answers have an AUC by rounding alone
     likely = tried[0].reason if tried and tried[0].auc > now + _BETTER else "none that was tried explains it"
@@ -204,6 +208,26 @@ def _order_warning(trial: Trial, probabilities: Probabilities) -> list[str]:
         return []
     names = ",".join(trial.classes[k] for k in order)
     return [f"{now:.0%} of the views get their class; with --classes {names} it would be {then:.0%}."]
+
+
+def _scaling_warning(trial: Trial, probabilities: Probabilities) -> list[str]:
+    """Warns of answers in a good order whose probabilities are worse than a guess where another scaling mends them.
+
+    A linear model orders the views of a folder almost alike under any scale of the pixels; its probabilities, which
+    decide about money, are then all zero or one.
+    """
+    now = trial.tried("", probabilities, trial.good)
+    if now.log_loss <= _GUESSED:
+        return []
+    tried = (trial.tried(f"the scaling ({p})", trial.answers(p), trial.good) for p in _preparations(trial.stated))
+    best = min(tried, key=lambda found: (found.auc < now.auc, found.log_loss))
+    if best.auc < now.auc or best.log_loss > _MUCH_LESS * now.log_loss:
+        return []
+    text = (
+        f"The probabilities are worse than a guess: log loss {now.log_loss:.2f}, a guess has {_GUESSED:.2f}. Likely "
+        f"reason: {best.reason}; with it log loss {best.log_loss:.2f}, AUC {best.auc:.3f} instead of {now.auc:.3f}."
+    )
+    return [text]
 
 
 def _preparations(stated: Preparation) -> Iterator[Preparation]:

@@ -145,6 +145,19 @@ def test_wrong_scaling_is_refused_with_the_scaling_that_works(data: Path, tmp_pa
     assert "--scale 0.00392157" in str(error)
 
 
+@pytest.mark.parametrize("scale", [2.0 / 255.0, 5.0 / 255.0])
+def test_a_scaling_that_keeps_the_order_and_spoils_the_probabilities_is_warned_of(
+    data: Path, tmp_path: Path, weights: Any, scale: float
+) -> None:
+    path = model(tmp_path / "m.onnx", weights)
+    right = import_onnx(path, settings(data), tmp_path / "right").report
+    assert right.warnings == ()
+    wrong = import_onnx(path, settings(data, scale=scale), tmp_path / "wrong").report
+    assert wrong.metrics["view"]["auc"]["value"] > 0.7
+    (warning,) = [text for text in wrong.warnings if "worse than a guess" in text]
+    assert "--scale 0.00392157 --mean 0,0,0" in warning
+
+
 def test_a_model_whose_answers_never_change_is_refused(data: Path, tmp_path: Path, weights: Any) -> None:
     path = model(tmp_path / "m.onnx", weights, constant=True)
     assert "none that was tried" in str(refused(path, settings(data), "import.constant_answers"))
