@@ -95,7 +95,7 @@ def open_services(config: ControlPlaneConfig) -> Services:
     engine = open_database(config.database_url, wait_s=config.database_wait_s)
     store = Store(config.root / "store")
     signer = OnlineSigner(TrustFolder(config.trust_folder))
-    # Replicas are told apart by a random part: process ids repeat in containers.
+    # Replicas differ by a random part: process ids repeat in containers.
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     enrolment, site_files = _open_identity(config, engine, signer)
     certificates = config.certificates_folder if config.broker.tls else None

@@ -1,12 +1,12 @@
 """The seams between the line and the world: camera, encoder, ejector.
 
-Hardware, replay and simulation implement these small protocols side by side; the line process knows nothing
+Hardware, replay and simulation implement these small protocols side by side; the line process uses nothing
 else of them. Geometry and belt position have one meaning, stated here.
 
 Coordinates: items move towards growing x in the image. `belt_mm` is the distance the belt has run. An item whose
 centre is at pixel column x in a frame taken at `belt_mm` has the belt coordinate
 `item_mm = belt_mm - x * mm_per_px`, which stays the same while it travels: it identifies the item, and it is
-in front of an outlet that lies `outlet_mm` behind column 0 when `belt_mm == item_mm + outlet_mm`.
+in front of an outlet `outlet_mm` behind column 0 when `belt_mm == item_mm + outlet_mm`.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class LineGeometry:
-    """Where lanes and outlets are. Outlets are named by the recipe; each lies `outlets_mm[name]` behind column 0.
+    """The places of lanes and outlets. Outlets are named by the recipe; each is `outlets_mm[name]` behind column 0.
 
     An outlet that is not listed needs no ejection: the item stays on the belt.
     """
@@ -115,23 +115,23 @@ class Ejector(Protocol):
 
 
 class AheadEjector(Ejector, Protocol):
-    """A device that does the last millimetres itself and therefore wants shots ahead of time."""
+    """A device that times the last millimetres itself and therefore takes shots ahead of time."""
 
     ahead_mm: float
-    """How far before its target a shot should be announced."""
+    """Returns how far before its target a shot should be announced."""
 
     def announce(self, shot: Shot, position_mm: float) -> bool:
         """Takes a shot while the belt is at `position_mm`; False when it will not be fired. Never blocks."""
 
 
 class BeltControl(Protocol):
-    """Stops the belt for the fail-safe. Any thread calls it; it never blocks. A wish is repeated until it is taken."""
+    """Stops the belt for the fail-safe. Any thread calls it; it never blocks. Requests are repeated until taken."""
 
     def stop(self, reason: str) -> None:
         """Asks the belt to stand; `reason` is a code such as `camera.frozen`."""
 
     def run(self) -> None:
-        """No longer asks it to stand."""
+        """Withdraws the request to stand."""
 
 
 class Heartbeat(Protocol):

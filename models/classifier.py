@@ -2,7 +2,7 @@
 
 The same class judges in the training's parity check, in evaluation, in the agent's self-test and on the line.
 
-The library's official Linux wheels from 1.29 on report to their vendor unless told otherwise: at its first use it
+The library's official Linux wheels from 1.29 on report to their vendor by default: at its first use it
 writes a device id and a database of queued events under the user's cache folder, and a thread of its own resolves and
 calls a collector. `ORT_DISABLE_TELEMETRY=1` is the full opt-out, read once when the library initialises; neither its
 API nor a later change of the environment undoes what was sent before. The variable is therefore set here, before the

@@ -1,6 +1,6 @@
-"""What both sides need to reach a broker: one parser of its address, its password read, callbacks that never raise.
+"""Connections to a broker: one parser of its address, the reader of its password, callbacks that never raise.
 
-One parser, so that no door takes what another refuses. Knows neither sockets nor paho.
+One parser, so that every command and setting takes the same addresses. It uses neither sockets nor paho.
 """
 
 import ipaddress

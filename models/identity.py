@@ -1,6 +1,6 @@
-"""How an agent gets an identity: the enrolment token, and what the two sides say to each other over HTTPS.
+"""Enrolment of an agent: the one-time token, and the requests and answers of the two sides over HTTPS.
 
-Refuses to know keys and certificates as such: they travel as PEM text. The token pins the site's certificate
+Keys and certificates travel as PEM text and are not parsed here. The token pins the site's certificate
 authority, so that the first contact is safe without any trust installed before; the secret in it is sent only over a
 connection whose certificate that authority has signed. Names, lifetimes and roles come from the control plane, never
 from the agent's request.

@@ -1,6 +1,6 @@
 """The folder for a line without network: `sortline export` writes it, `sortline-agent import` reads it.
 
-Beside these three files lies every blob of the bundle, under the path of its topic (`models.topics.blob_topic`).
+Beside these three files is every blob of the bundle, under the path of its topic (`models.topics.blob_topic`).
 """
 
 from typing import Final

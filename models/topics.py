@@ -1,4 +1,4 @@
-"""Topics of the wire contract: how they are built and taken apart. Knows no payload."""
+"""Topics of the wire contract: how they are built and taken apart, without their payloads."""
 
 import hashlib
 import re

@@ -1,6 +1,6 @@
 """Decides what may run here: signed metadata in, a verified assignment out (TUF; `TRUST.md` is the document).
 
-Knows no network and no clock: bytes, a reference time and a scratch folder are arguments. The rules it keeps:
+It uses neither network nor clock: bytes, a reference time and a scratch folder are arguments. The rules it keeps:
 
 1.  The trust anchor is a root that was put on this machine when it was enrolled. Nothing that arrives replaces it,
     except a chain of roots, each signed by a threshold of the keys of the one before and by its own.

@@ -1,6 +1,6 @@
 """The format of a backup: files, and `backup.json` with the size and sha256 of each.
 
-Knows nothing of what the files mean. The manifest is written last, so a backup that was interrupted has none and is
+Their content is not read here. The manifest is written last, so a backup that was interrupted has none and is
 refused. Files are readable by their owner alone, because private keys are among them. Law: what `read_archive` accepts
 is byte for byte what `ArchiveWriter` wrote.
 """

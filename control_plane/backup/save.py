@@ -30,7 +30,7 @@ class Saved:
 
     folder: Path
     digest: str
-    """Sha256 of the manifest: whoever keeps it elsewhere can prove that a backup was not exchanged."""
+    """Sha256 of the manifest; kept elsewhere, it proves that a backup was not exchanged."""
     made_at: str
     files: int
     size_bytes: int

@@ -64,7 +64,7 @@ for name, group in (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the command; returns the exit status."""
+    """Runs the command; returns the exit status."""
     try:
         # A command that ends with an exit status returns it here; the others return nothing.
         return int(app(args=argv, standalone_mode=False) or 0)

@@ -1,4 +1,4 @@
-"""Commands on data sets: folders of labelled photographs that the control plane knows by name."""
+"""Commands on data sets: folders of labelled photographs that are registered under a name."""
 
 from pathlib import Path
 from typing import Annotated

@@ -192,7 +192,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class ImportOptions:
-    """How a foreign model wants its pictures, and what its answers mean."""
+    """The input format of a foreign model, and the meaning of its outputs."""
 
     name: Annotated[str, typer.Option(help="Name of the model: letters, digits, `.`, `_`, `-`; at most 64.")]
     classes: Annotated[

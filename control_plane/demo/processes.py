@@ -20,7 +20,7 @@ from models.errors import UnavailableError
 
 @dataclass(slots=True)
 class DemoRun:
-    """What is running, and what was measured."""
+    """The running processes of a demo, and its measurements."""
 
     options: DemoOptions
     root: Path

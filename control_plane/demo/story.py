@@ -1,4 +1,4 @@
-"""What the demo does, step by step, through the commands and the REST API that a plant uses."""
+"""The steps of the demo, through the commands and the REST API that a plant uses."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def _ready(client: Client) -> bool:
 
 
 def _start_agents(run: DemoRun, client: Client) -> None:
-    """Each agent enrols with a one-time token, then runs: it knows its name and broker from its identity."""
+    """Each agent enrols with a one-time token, then runs; its name and broker come from its identity."""
     options = run.options
     for number in range(options.agents):
         name = f"line-{number + 1}"

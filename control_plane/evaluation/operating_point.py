@@ -153,7 +153,7 @@ def _with_band(recipe: Recipe, held: HeldOut, own: Terms, variety: str, lot: str
 
 
 def _limit(regrets: Floats, weights: Floats, budget: float) -> float:
-    """Returns the smallest regret above which no more than a share `budget` of the weight lies."""
+    """Returns the smallest regret above which there is no more than a share `budget` of the weight."""
     if budget >= 1.0:
         return 0.0
     order = np.argsort(-regrets, kind="stable")

@@ -1,4 +1,4 @@
-"""Shortcuts: how well the classes are told apart by what is not the item (Geirhos et al. 2020).
+"""Shortcuts: how well the classes can be separated by what is not the item (Geirhos et al. 2020).
 
 A logistic regression that sees only the outer ring of each photograph, and one that sees only size and shape of its
 file, are cross-validated by item. Where one of them is about as good as the model, the classes were photographed in

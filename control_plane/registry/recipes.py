@@ -22,7 +22,7 @@ from models.recipe import Grade, Name, Recipe, Terms, layered, parse_recipe
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a person wants otherwise; what is not said stays."""
+    """The requested changes of a recipe; a field that is not given stays."""
 
     terms: Terms = Terms()
     variety: Name | None = None

@@ -30,7 +30,7 @@ def register(
 
     A name that differs from a known one by upper and lower case alone is that model's name.
 
-    `origin` says where it comes from, beyond what the bundle itself knows; it stands in the version's lineage. The
+    `origin` adds to the origin in the bundle itself, and is kept in the version's lineage. The
     held-out items stay in the bundle: a list of versions must not carry thousands of probabilities.
 
     Raises:

@@ -12,7 +12,7 @@ from models.messages import Mode, Phase, Reported, SafeState
 
 
 class Return(StrEnum):
-    """What became of an agent that was sent back by an abort or a rollback."""
+    """The outcome of an agent that was sent back by an abort or a rollback."""
 
     NONE = ""
     """It was not sent back."""
@@ -99,7 +99,7 @@ class AgentView:
     compared: int = 0
     """Items that champion and challenger both judged, in a rollout of mode shadow."""
     desired_generation: int = 0
-    """Generation of the agent's newest desired state, whoever asked for it."""
+    """Generation of the agent's newest desired state, of any origin."""
     desired_rollout: int = 0
     """The rollout that asked for it; 0 = none."""
 

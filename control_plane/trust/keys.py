@@ -20,7 +20,7 @@ from models.files import write_atomically
 
 MIN_PASSPHRASE: Final = 12
 BANNER: Final = (
-    "DEVELOPMENT KEYS: all on this machine, in clear; whoever can read it can release any model. Not for a plant."
+    "DEVELOPMENT KEYS: all on this machine, in clear; anyone who can read it can release any model. Not for a plant."
 )
 """The warning wherever development keys are made or used."""
 Signer = CryptoSigner

@@ -25,7 +25,7 @@ from models.signed_set import is_development, make_set, version_of
 from models.topics import TRUST_TOPIC, bin_of, bin_topic
 
 NO_KEYS: Final = "no keys: nothing can be rolled out"
-DEVELOPMENT: Final = "development keys: whoever reads this machine can release any model"
+DEVELOPMENT: Final = "development keys: anyone who can read this machine can release any model"
 _KEPT_VERSIONS: Final = 5
 _COMMON: Final = (*ONLINE, "targets")
 """The roles that all agents get, beside the roots."""
@@ -172,7 +172,7 @@ class OnlineSigner:
     def sign_above(self, session: Session, version: int, now: datetime) -> bool:
         """Signs everything that online keys sign again, under versions above this one.
 
-        For a database that has gone back in time: agents that have seen newer metadata than it knows follow again.
+        For a database that has gone back in time: agents that have seen newer metadata than it holds follow again.
         Returns whether there was anything to sign.
 
         Raises:

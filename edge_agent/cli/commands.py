@@ -104,7 +104,7 @@ def _answered(argv: Sequence[str] | None) -> int:
         sys.stderr.write(mask(f"{error.code}: {error}\n"))
         return next(status for family, status in _STATUS if isinstance(error, family))
     except BrokenPipeError:
-        # Whoever read the output has left (`| head`): what is buffered goes nowhere, without a complaint.
+        # The reader of the output has left (`| head`): the buffered rest is dropped without an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

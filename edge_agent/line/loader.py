@@ -175,7 +175,7 @@ def load_shadow(config: LineConfig, champion: Judge | None) -> Shadow | None:
     """Returns the challenger of a configuration, started; None where there is none.
 
     Raises:
-        BundleError: It is not usable, or wants other views than the champion.
+        BundleError: It is not usable, or needs other views than the champion.
     """
     if not config.shadow:
         return None

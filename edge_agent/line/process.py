@@ -112,7 +112,7 @@ class Line:
             frames_bad=lambda: self._world.frames_bad,
         )
         self._refused_seen = 0
-        """Refused frames that the core knows of."""
+        """Refused frames that the core has been given."""
         self.switching = Switching(
             self._counter,
             self._outbox.say,
@@ -396,7 +396,7 @@ def serve(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the process."""
+    """Runs the process."""
     arguments = parse_command_line("process", __doc__ or "", argv)
     config = msgspec.json.decode(arguments.config.read_bytes(), type=LineConfig)
     return serve(config, Pipe(socket.socket(fileno=arguments.pipe_fd)))

@@ -99,7 +99,7 @@ def _own_ms(run: Callable[[], object]) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the process."""
+    """Runs the process."""
     parser = argparse.ArgumentParser(prog="python -m edge_agent.line.selftest", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--digest", help="which bundle it must be")

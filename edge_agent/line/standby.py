@@ -79,7 +79,7 @@ def parse_command_line(module: str, description: str, argv: list[str] | None) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the process."""
+    """Runs the process."""
     options = parse_command_line("standby", __doc__ or "", argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -22,9 +22,9 @@ _BETTER: Final = 0.2
 """A tried reason must raise the AUC, or the share of correct views, by this to be named."""
 _IMAGENET: Final = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _NEAR: Final = 0.05
-"""Reasons within this of the best AUC are told apart by their log loss."""
+"""Reasons within this of the best AUC are distinguished by their log loss."""
 _GUESSED: Final = float(np.log(2.0))
-"""Log loss of good against the rest for someone who always says one half."""
+"""Log loss of good against the rest of a constant answer of one half."""
 _MUCH_LESS: Final = 0.5
 """A tried scaling must have less than this share of the log loss to be named."""
 Probabilities = NDArray[np.float64]

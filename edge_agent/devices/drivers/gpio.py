@@ -201,7 +201,7 @@ class GpioEjector:
     """
 
     ahead_mm = 0.0
-    """Wants shots when they are due."""
+    """Takes shots when they are due."""
 
     def __init__(
         self,
