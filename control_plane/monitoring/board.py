@@ -9,13 +9,13 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from sqlalchemy import Engine, Text, cast
+from sqlalchemy import Engine, Text, cast, text
 from sqlmodel import Session, col, select
 
 from control_plane.database.engine import reading
@@ -24,7 +24,7 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.registry import Model, ModelVersion
 from control_plane.fleet.intake import LiveFigures
 from control_plane.fleet.lot_commands import lot_status
-from control_plane.fleet.reports import NO_REPORT, parse_report
+from control_plane.fleet.reports import NO_REPORT, connection_of, parse_report_text
 from control_plane.fleet.twins import twins_of
 from control_plane.monitoring.figures import (
     NO_DRIFT,
@@ -36,7 +36,7 @@ from control_plane.monitoring.figures import (
     figures_of,
 )
 from control_plane.monitoring.sorting import Sorting, sorting_of
-from control_plane.monitoring.status import AgentStatus, Facts, agent_status, grown_older, link_of
+from control_plane.monitoring.status import AgentStatus, Facts, Link, agent_status, grown_older
 from control_plane.monitoring.windows import RECENT_S, Key, RollingSum, StoredWindow, arrived
 from control_plane.registry.store import Store
 from models.bundle import PROFILE, RECIPE
@@ -45,21 +45,36 @@ from models.messages import Reported
 from models.profile import Profile, parse_profile
 from models.recipe import parse_recipe
 
+R = TypeVar("R")
 _RECENT: Final = timedelta(seconds=RECENT_S)
 _IDS_AT_ONCE: Final = 500
 _DOCUMENTS: Final = ("labels", "labels_assigned", "lot_asked", "twins")
-_LIGHT: Final = (
-    "id",
-    "online",
-    "seen_at",
-    "stored_at",
-    "window_at",
-    "reported_at",
-    "desired_bundle",
-    "mode",
-    "generation",
-)
+_TIMES: Final = ("seen_at", "stored_at", "window_at", "reported_at")
+_LIGHT: Final = ("id", "online", *_TIMES, "desired_bundle", "mode", "generation")
 """Columns that are read of every agent at every look; the report is read when it is another one."""
+_SELECT: Final = f"SELECT {', '.join(_LIGHT)}, {', '.join(f'CAST({name} AS TEXT)' for name in _DOCUMENTS)} FROM agent"  # noqa: S608  constants
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """The light columns of one agent. Most rows are the same from look to look and are not made again."""
+
+    id: str
+    online: bool
+    seen_at: datetime | None
+    stored_at: datetime | None
+    window_at: datetime | None
+    reported_at: datetime | None
+    desired_bundle: str
+    mode: str
+    generation: int
+    documents: tuple[Any, ...]
+    """Labels that hold, labels that were assigned, the lot that was asked for, twins."""
+    seen_us: int | None
+    """As `seen_at`, in microseconds since 1970: ages are differences of integers."""
+    window_us: int | None
+    reported_us: int | None
 
 
 @dataclass(slots=True)
@@ -82,11 +97,13 @@ class _Remembered:
     figures: Figures = NO_FIGURES
     drift: Drift = NO_DRIFT
     completeness: float | None = None
-    texts: tuple[str, ...] = ()
-    """The JSON columns as text, and what they say: they are decoded again when they are others."""
-    documents: tuple[Any, ...] = ({}, {}, {}, {})
+    raw: tuple[Any, ...] = ()
+    """The light columns as the driver gave them, and what they say: they are read again when they are others."""
+    row: _Row | None = None
+    fresh: bool = False
+    """Row, report, figures and drift are those that `status` was made of."""
     status_of: tuple[Any, ...] = ()
-    """What the last status was made of, times aside."""
+    """What else the last status was made of, times aside."""
     status: AgentStatus | None = None
 
 
@@ -111,6 +128,8 @@ class FleetBoard:
         self._agents: dict[str, _Remembered] = {}
         self._lock = threading.Lock()
         self._last: tuple[float, list[AgentStatus]] = (-1e9, [])
+        self._missing: set[tuple[Callable[..., object], str]] = set()
+        """Parts of bundles that the store did not have in this look."""
 
     def snapshot(self, max_age_s: float) -> list[AgentStatus]:
         """Returns every agent as of at most so long ago: many who look at once cost one look."""
@@ -132,24 +151,40 @@ class FleetBoard:
 
     def _look(self, only: str | None) -> list[AgentStatus]:
         now = utc_now()
+        self._missing.clear()
         # `at_ms` less an age must be the same moment in every look, or rows in which nothing happened change.
         now = now.replace(microsecond=now.microsecond // 1000 * 1000)
         with reading(self._engine) as session:
-            rows = _rows(session, only)
-            if only is None:
-                self._agents = {agent_id: self._agents.get(agent_id, _Remembered()) for agent_id in rows}
-            agents = {agent_id: self._agents.setdefault(agent_id, _Remembered()) for agent_id in rows}
+            rows = self._read_rows(session, only)
+            agents = {agent_id: self._agents[agent_id] for agent_id in rows}
             _read_reports(session, rows, agents)
             self._read_records(session, rows, agents, now)
             names = _names(session, {known.reported.active for known in agents.values()} - {""})
             released = self._released(session)
+        now_us = _microseconds(now) or 0
         return [
-            self._status(row, agents[agent_id], names.get(agents[agent_id].reported.active, ""), released, now)
+            self._status(row, agents[agent_id], names.get(agents[agent_id].reported.active, ""), released, now, now_us)
             for agent_id, row in rows.items()
         ]
 
+    def _read_rows(self, session: Session, only: str | None) -> dict[str, _Row]:
+        """Reads the light columns; of all agents, those that are gone are let go of."""
+        connection = session.connection()
+        if only is None:
+            found = connection.exec_driver_sql(f"{_SELECT} ORDER BY id").all()
+            self._agents = {raw[0]: self._agents.get(raw[0]) or _Remembered() for raw in found}
+        else:
+            found = connection.execute(text(f"{_SELECT} WHERE id = :id"), {"id": only}).all()
+        rows: dict[str, _Row] = {}
+        for raw in map(tuple, found):
+            known = self._agents.get(raw[0]) or self._agents.setdefault(raw[0], _Remembered())
+            if known.row is None or known.raw != raw:
+                known.raw, known.row, known.fresh = raw, _row_of(raw), False
+            rows[raw[0]] = known.row
+        return rows
+
     def _read_records(
-        self, session: Session, rows: Mapping[str, Any], agents: Mapping[str, _Remembered], now: datetime
+        self, session: Session, rows: Mapping[str, _Row], agents: Mapping[str, _Remembered], now: datetime
     ) -> None:
         """Reads what was stored since the last look, and lets go of what is too old."""
         horizon = now - _RECENT
@@ -199,29 +234,28 @@ class FleetBoard:
         return other or expired
 
     def _work_out(self, known: _Remembered) -> None:
-        total = known.sums.total()
-        known.figures = figures_of(total, self.sorting(known.bundle))
-        known.drift = drift_of(total, self.profile(known.bundle))
+        total, known.fresh = known.sums.total(), False
+        known.figures = figures_of(total, self._known(_sorting, known.bundle))
+        known.drift = drift_of(total, self._known(_profile, known.bundle))
         known.completeness = completeness_of(list(known.keys))
 
     def _status(
-        self, row: Any, known: _Remembered, model: str, released: frozenset[str] | None, now: datetime
+        self,
+        row: _Row,
+        known: _Remembered,
+        model: str,
+        released: frozenset[str] | None,
+        now: datetime,
+        now_us: int,
     ) -> AgentStatus:
-        texts = tuple(getattr(row, name) for name in _DOCUMENTS)
-        if texts != known.texts:
-            known.texts, known.documents = texts, tuple(json.loads(text) for text in texts)
-        labels, assigned, lot_asked, twins = known.documents
-        ages = {"online": row.online, "seen_at": row.seen_at, "reported_at": row.reported_at}
-        link, live = link_of(now, **ages, window_at=row.window_at), self._live.of(row.id)
-        made_of = (
-            *(link.connection, row.reported_at, id(known.reported), id(known.figures), id(known.drift)),
-            *(known.completeness, row.desired_bundle, row.mode, row.generation, texts, model),
-            released is None or known.reported.active in released,
-        )
+        labels, assigned, lot_asked, twins = row.documents
+        link, live = _link(row, now_us), self._live.of(row.id)
+        made_of = (link.connection, model, released is None or known.reported.active in released)
         # A lot that was asked for and two boxes under one identity end with time.
-        if known.status is not None and made_of == known.status_of and not lot_asked and not twins:
+        if known.status is not None and known.fresh and made_of == known.status_of and not lot_asked and not twins:
             known.status = grown_older(known.status, link, live, now)
             return known.status
+        known.fresh = True
         known.status_of = made_of
         known.status = agent_status(
             Facts(
@@ -230,7 +264,9 @@ class FleetBoard:
                 reported=known.reported,
                 labels=labels,
                 labels_assigned=assigned,
-                **ages,
+                online=row.online,
+                seen_at=row.seen_at,
+                reported_at=row.reported_at,
                 window_at=row.window_at,
                 desired_bundle=row.desired_bundle,
                 mode=row.mode,
@@ -249,37 +285,85 @@ class FleetBoard:
 
     def sorting(self, bundle: str) -> Sorting | None:
         """Returns what the names of this bundle's recipe mean; None for a bundle that was never pushed here."""
-        try:
-            return _sorting(self._store, bundle) if bundle else None
-        except SortlineError:
-            return None
+        return self._part(_sorting, bundle)
 
     def profile(self, bundle: str) -> Profile | None:
         """Returns the reference profile of this bundle; None for a bundle that was never pushed here."""
+        return self._part(_profile, bundle)
+
+    def _part(self, read: Callable[[Store, str], R], bundle: str) -> R | None:
         try:
-            return _profile(self._store, bundle) if bundle else None
+            return read(self._store, bundle) if bundle else None
         except SortlineError:
             return None
 
+    def _known(self, read: Callable[[Store, str], R], bundle: str) -> R | None:
+        """Returns a part of a bundle; that the store lacks it is found out once in a look, not for each agent."""
+        if (read, bundle) in self._missing:
+            return None
+        found = self._part(read, bundle)
+        if found is None:
+            self._missing.add((read, bundle))
+        return found
 
-def _rows(session: Session, only: str | None) -> dict[str, Any]:
-    columns = [getattr(Agent, name) for name in _LIGHT]
-    columns += [cast(getattr(Agent, name), Text).label(name) for name in _DOCUMENTS]
-    query = select(*columns).order_by(col(Agent.id))
-    if only is not None:
-        query = query.where(col(Agent.id) == only)
-    return {row.id: row for row in session.connection().execute(query)}
+
+def _row_of(raw: Sequence[Any]) -> _Row:
+    agent_id, online, *others = raw
+    times, (desired_bundle, mode, generation), texts = map(_time, others[:4]), others[4:7], others[7:]
+    seen_at, stored_at, window_at, reported_at = times
+    return _Row(
+        agent_id,
+        bool(online),
+        seen_at,
+        stored_at,
+        window_at,
+        reported_at,
+        desired_bundle,
+        mode,
+        generation,
+        tuple(json.loads(document) for document in texts),
+        _microseconds(seen_at),
+        _microseconds(window_at),
+        _microseconds(reported_at),
+    )
 
 
-def _read_reports(session: Session, rows: Mapping[str, Any], agents: Mapping[str, _Remembered]) -> None:
+def _time(value: datetime | str | None) -> datetime | None:
+    """Reads a time as the driver gives it: aware (PostgreSQL), or text without zone that means UTC (SQLite)."""
+    if value is None:
+        return None
+    at = datetime.fromisoformat(value) if isinstance(value, str) else value
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+
+
+def _microseconds(at: datetime | None) -> int | None:
+    return None if at is None else (at - _EPOCH) // timedelta(microseconds=1)
+
+
+def _link(row: _Row, now_us: int) -> Link:
+    """Returns what `status.link_of` returns, ten times as fast."""
+    seen_s, reported_s, window_s = (
+        None if at_us is None else max(0.0, (now_us - at_us) / 1e6)
+        for at_us in (row.seen_us, row.reported_us, row.window_us)
+    )
+    return Link(
+        connection=connection_of(seen_s, online=row.online),
+        seen_age_s=seen_s,
+        reported_age_s=reported_s,
+        window_age_s=window_s,
+    )
+
+
+def _read_reports(session: Session, rows: Mapping[str, _Row], agents: Mapping[str, _Remembered]) -> None:
     """Reads the reports that came since the last look."""
     new = [i for i, row in rows.items() if not agents[i].read or row.reported_at != agents[i].reported_at]
     for start in range(0, len(new), _IDS_AT_ONCE):
-        query = select(Agent.id, Agent.reported, Agent.reported_at)
+        query = select(Agent.id, cast(col(Agent.reported), Text), Agent.reported_at)
         part = session.connection().execute(query.where(col(Agent.id).in_(new[start : start + _IDS_AT_ONCE])))
         for agent_id, reported, reported_at in part:
             known = agents[agent_id]
-            known.reported, known.reported_at, known.read = parse_report(reported), reported_at, True
+            known.reported, known.reported_at, known.read = parse_report_text(reported), reported_at, True
+            known.fresh = False
 
 
 def _names(session: Session, bundles: Iterable[str]) -> dict[str, str]:

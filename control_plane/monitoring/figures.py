@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
-import numpy as np
 
 from control_plane.data.class_order import in_class_order
 from control_plane.monitoring.sorting import Sorting
@@ -152,7 +151,7 @@ def completeness_of(sequence: Sequence[tuple[str, int]]) -> float | None:
 def _quantile(window: Window, q: float) -> float | None:
     if window.latency_ms.count == 0:
         return None
-    return round(float(np.round(window.latency_ms.quantile(q), 2)), 2)
+    return round(window.latency_ms.quantile(q), 2)
 
 
 def flat(part: msgspec.Struct) -> dict[str, Any]:
