@@ -25,8 +25,7 @@ Given = Annotated[Services, Depends(services_of)]
 def list_models(services: Given) -> list[dict[str, Any]]:
     """All models with their versions, newest first; `release` says whether a version is `released` or `withdrawn`."""
     with reading(services.engine) as session:
-        withdrawn = dict.fromkeys(services.signer.withdrawn(session), "withdrawn")
-        known = withdrawn | dict.fromkeys(services.signer.released_now(session) or (), "released")
+        known = services.signer.releases(session)
         return [
             model.model_dump(mode="json")
             | {

@@ -284,15 +284,16 @@ def agent_as_of(
 
 def export(
     agent: Annotated[str, typer.Option(help="Id of the agent.")],
-    to: Annotated[Path, typer.Option(help="New folder, for example on a stick.")],
+    to: Annotated[Path, typer.Option(help="A stick or any folder, which may hold other files.")],
     server: Server = "",
 ) -> None:
     """Write what an agent without network needs: signed metadata, its assignment, its bundle.
 
-    On the box: `sortline-agent import FOLDER`. The agent verifies it as if it had come over the network.
+    It goes to `sortline/AGENT` on the stick; repeated, it is brought up to date. On the box: `sortline-agent import
+    FOLDER`. The agent verifies it as if it had come over the network.
     """
     from control_plane.trust.export import export_agent  # noqa: PLC0415
 
     facts = export_agent(Client(server), agent, to)
     size = f"{facts['files']} files, {facts['bytes'] / 1e6:.1f} MB"
-    note(f"{size} for {agent} in {to}: bundle {facts['bundle'][:12]}")
+    note(f"{size} for {agent} in {facts['folder']}, {facts['written']} of them new: bundle {facts['bundle'][:12]}")

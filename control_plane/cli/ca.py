@@ -7,8 +7,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from control_plane.cli.keys import PassphraseFile, passphrase_from
 from control_plane.cli.output import AsJson, Config, DataDir, note, say, table_of, warn
-from control_plane.config import load_in
+from control_plane.config import ControlPlaneConfig, load_in
+from models.errors import ConflictError
+from models.text import counted
 
 RootKey = Annotated[
     Path | None,
@@ -33,11 +36,17 @@ def ca_init(
     ] = None,
     site: Annotated[str, typer.Option(help="Name of the site as it stands in the certificates.")] = "Sortline",
     root_key: RootKey = None,
+    no_passphrase: Annotated[
+        bool, typer.Option("--no-passphrase", help="Write the root's key in clear, also with --root-key.")
+    ] = False,
+    passphrase_file: PassphraseFile = None,
     config: Config = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Make the authority: a root for ten years, an issuing authority for two, certificates of the site's servers.
+
+    With --root-key the root's key gets a passphrase of 12 characters or more; in the identity folder it lies in clear.
 
     Example: `sortline ca init --name broker.plant.example --name 10.0.0.5 --root-key /media/safe/root.key`
     """
@@ -46,8 +55,15 @@ def ca_init(
 
     now = datetime.now(UTC)
     names = ["localhost", "127.0.0.1", *(name or [])]
+    wanted = (root_key is not None or passphrase_file is not None) and not no_passphrase
+    ask = passphrase_from(passphrase_file, confirm=True)
     made = Authority.create(
-        load_in(config, data_dir).identity_folder, site=site, names=names, now=now, root_key=root_key
+        load_in(config, data_dir).identity_folder,
+        site=site,
+        names=names,
+        now=now,
+        root_key=root_key,
+        passphrase=ask(root_key or Path("the root's key")) if wanted else "",
     )
     refresh_site(made, now)
     _show(made.status(now), as_json=as_json)
@@ -60,6 +76,7 @@ def ca_rotate(
         typer.Option("--issuing-only", help="Keep the root and replace the issuing authority: agents need nothing."),
     ] = False,
     root_key: RootKey = None,
+    passphrase_file: PassphraseFile = None,
     config: Config = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
@@ -74,9 +91,11 @@ def ca_rotate(
 
     now = datetime.now(UTC)
     held = Authority(load_in(config, data_dir).identity_folder)
-    new = held.rotate(now, root_key=root_key, keep_root=issuing_only)
+    new = held.rotate(now, root_key=root_key, keep_root=issuing_only, passphrase=passphrase_from(passphrase_file))
     refresh_site(new, now)
     _show(new.status(now), as_json=as_json)
+    if not issuing_only:
+        note(f"the key of the new root is in {held.root_key_path(root_key, following=True)}; put it into the safe")
 
 
 @authority.command("replica")
@@ -97,15 +116,56 @@ def ca_replica(
 
 
 @authority.command("retire")
-def ca_retire(config: Config = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
-    """End the trust in replaced authorities: an agent that has not renewed since must be enrolled again."""
+def ca_retire(
+    yes: Annotated[bool, typer.Option("--yes", help="Retire also where agents are cut off.")] = False,
+    config: Config = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """End the trust in replaced authorities: an agent that has not renewed since must be enrolled again.
+
+    The command names these agents, and without --yes it is refused while there are any.
+    """
     from control_plane.identity.authority import Authority  # noqa: PLC0415
     from control_plane.identity.publication import refresh_site  # noqa: PLC0415
 
-    now = datetime.now(UTC)
-    new = Authority(load_in(config, data_dir).identity_folder).retire()
+    now, found = datetime.now(UTC), load_in(config, data_dir)
+    held = Authority(found.identity_folder)
+    lost = _cut_off(found, held)
+    for agent_id, facts in lost.items():
+        warn(agent_id, facts)
+    if lost and not yes:
+        raise ConflictError(
+            "ca.would_cut_off",
+            f"{counted(len(lost), 'agent')} would be cut off and must be enrolled again; wait until they have renewed, "
+            "or retire with --yes.",
+            expected="every enrolled agent with a certificate of the current authority",
+            got=", ".join(sorted(lost)[:5]) + (f", and {len(lost) - 5} more" if len(lost) > 5 else ""),
+        )
+    new = held.retire()
     refresh_site(new, now)
     _show(new.status(now), as_json=as_json)
+
+
+def _cut_off(config: ControlPlaneConfig, held: Any) -> dict[str, str]:
+    """Returns the agents that a retirement cuts off, with what is known of each; a site without database has none."""
+    from control_plane.database.engine import open_database  # noqa: PLC0415
+    from control_plane.database.migrate import migration_state  # noqa: PLC0415
+    from control_plane.identity.retirement import left_behind  # noqa: PLC0415
+
+    engine = open_database(config.database_url)
+    try:
+        if migration_state(engine)[0] is None:
+            return {}
+        return {
+            one.agent_id: f"has not renewed; its certificate ends {one.until:%Y-%m-%d}, "
+            f"last seen {f'{one.seen_at:%Y-%m-%d %H:%M} UTC' if one.seen_at else 'never'}"
+            if one.until
+            else "has no certificate"
+            for one in left_behind(engine, held)
+        }
+    finally:
+        engine.dispose()
 
 
 @authority.command("status")
@@ -129,7 +189,10 @@ def _show(status: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         return
     note(f"servers: {', '.join(status['names'])}; folder {status['folder']}")
-    if any(g["root_key_here"] for g in status["generations"] if g["state"] != "retired"):
-        warn("the root's key lies on this machine", "move root-*.key to a safe and bring it when you rotate")
+    here = [g for g in status["generations"] if g["root_key_here"] and g["state"] != "retired"]
+    if here:
+        how = "in clear" if any(not g["root_key_encrypted"] for g in here) else "encrypted"
+        lead = f"the root's key lies on this machine, {how}"
+        warn(lead, "move root-*.key to a safe and bring it when you rotate")
     if status["rotate_due"]:
         warn("rotate now", "the issuing authority ends within three months")

@@ -122,6 +122,7 @@ def rotate(
     from control_plane.trust.keys import new_key  # noqa: PLC0415
 
     folder, ask = ceremony.TrustFolder(trust), passphrase_from(passphrase_file)
+    ceremony.check_replacement(folder, role, retire, new=new is not None)
     development = bool(_development(folder.root))
     signers = ceremony.open_keys(key, ask)
     fresh = new_key(new, None if development else passphrase_from(passphrase_file, confirm=True)(new)) if new else None
@@ -143,6 +144,30 @@ def _tell(done: Any, root: bytes) -> None:
     else:
         note(f"root {done.version} is complete: {done.path}; bring it to the control plane with `keys push`")
     warn_of_development(root)
+
+
+@keys.command("id")
+def key_id(
+    key: Annotated[list[Path], typer.Argument(help="Files of private keys.")],
+    trust: Annotated[
+        Path | None, typer.Option("--trust", help="Also say which role the key has in this folder.", show_default=False)
+    ] = None,
+    passphrase_file: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the id of each key file, as `keys status` and `keys rotate --retire` name it."""
+    from control_plane.trust import ceremony  # noqa: PLC0415
+
+    found = []
+    for file, signer in zip(key, ceremony.open_keys(key, passphrase_from(passphrase_file)), strict=True):
+        keyid = signer.public_key.keyid
+        role = ceremony.role_of_key(ceremony.TrustFolder(trust), keyid) if trust else None
+        found.append({"file": str(file), "id": keyid, "role": role})
+    say(found, as_json=as_json, table=_id_table)
+
+
+def _id_table(found: list[dict[str, Any]]) -> Table:
+    return table_of(["id", "role", "file"], [[row["id"][:12], row["role"] or None, row["file"]] for row in found])
 
 
 @keys.command("sign")
@@ -221,7 +246,7 @@ def status(
     server: Server = "",
     as_json: AsJson = False,
 ) -> None:
-    """Print roles, keys, versions and expiry.
+    """Print roles, keys, versions and expiry, and which bundles are released and withdrawn.
 
     The exit status is 1 when a role is past two thirds of its life, or when 80 % of a size limit is used.
     """
@@ -229,7 +254,7 @@ def status(
     from control_plane.trust.signing import FULL_SHARE  # noqa: PLC0415
 
     found = _local_status(trust) if trust is not None else _remote_status(server)
-    say(found, as_json=as_json, table=_status_table)
+    say(found, as_json=as_json, table=_status_tables)
     if found["development"]:
         banner(BANNER)
     full = {part: share for part, share in found["fill"].items() if share >= FULL_SHARE}
@@ -255,7 +280,23 @@ def _local_status(trust: Path) -> dict[str, Any]:
 
     folder = ceremony.TrustFolder(trust)
     rows = ceremony.status(folder.root, {"targets": folder.targets}, datetime.now(UTC))
-    return {"development": _development(folder.root), "roles": [asdict(row) for row in rows], "fill": {}}
+    released, withdrawn = ceremony.released_and_withdrawn(folder.targets)
+    return {
+        "development": _development(folder.root),
+        "roles": [asdict(row) for row in rows],
+        "fill": {},
+        "released": released,
+        "withdrawn": withdrawn,
+    }
+
+
+def _status_tables(found: dict[str, Any]) -> list[Table]:
+    rows = [
+        [digest[:12], facts.get("name"), "released", str(facts.get("released_at", ""))[:16] or None]
+        for digest, facts in found["released"].items()
+    ]
+    rows += [[digest[:12], None, alarming("withdrawn"), None] for digest in found["withdrawn"]]
+    return [_status_table(found), *([table_of(["bundle", "name", "release", "since"], rows)] if rows else [])]
 
 
 def _status_table(found: dict[str, Any]) -> Table:

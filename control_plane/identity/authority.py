@@ -8,7 +8,7 @@ until it is retired, and the new one is cross-signed by it, so that an agent tha
 
 import contextlib
 import fcntl
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,8 @@ from models.files import write_atomically
 
 INDEX: Final = "authority.json"
 SITE: Final = "site"
+MIN_PASSPHRASE: Final = 12
+"""Characters of the passphrase of a root's key."""
 _ROOT_KEY: Final = "root-{}.key"
 
 
@@ -78,7 +80,14 @@ class Authority:
 
     @classmethod
     def create(
-        cls, folder: Path, *, site: str, names: Iterable[str], now: datetime, root_key: Path | None = None
+        cls,
+        folder: Path,
+        *,
+        site: str,
+        names: Iterable[str],
+        now: datetime,
+        root_key: Path | None = None,
+        passphrase: str = "",
     ) -> "Authority":
         """Makes root, issuing authority and index.
 
@@ -87,10 +96,12 @@ class Authority:
             site: Name of the site, part of the names of the authorities.
             names: DNS names and addresses under which agents reach the broker and the control plane.
             now: Aware UTC.
-            root_key: Path of the root's key; None = in the folder.
+            root_key: Path of the root's key, a new file; None = in the folder.
+            passphrase: Encrypts the root's key; empty = in clear.
 
         Raises:
-            ConflictError: `ca.exists`.
+            ConflictError: `ca.exists`, `ca.key_exists`.
+            ConfigError: `ca.weak_passphrase`, `ca.key_not_written`.
             InputError: `ca.bad_name`.
         """
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -103,7 +114,7 @@ class Authority:
                 )
             root = make_root(site, now)
             issuing = make_issuing(site, root, now)
-            _write_key(root_key or folder / _ROOT_KEY.format(1), root.key)
+            _write_root_key(root_key or folder / _ROOT_KEY.format(1), root.key, passphrase)
             _write_pair(folder, "issuing-1", issuing)
             write_atomically(folder / "root-1.pem", certificate_pem(root.certificate))
             write_atomically(folder / INDEX, msgspec.json.encode(index))
@@ -183,6 +194,10 @@ class Authority:
             found.append(self.certificate(f"cross-{self.current.root}"))
         return certificate_pem(*found)
 
+    def is_current(self, certificate: x509.Certificate) -> bool:
+        """Returns whether the current issuing authority signed it: it stays good when the others are retired."""
+        return issued_by(certificate, self.issuing)
+
     def issued(self, certificate: x509.Certificate) -> bool:
         """Returns whether a trusted generation signed it."""
         return any(issued_by(certificate, self.certificate(f"issuing-{one.number}")) for one in self.trusted)
@@ -197,28 +212,45 @@ class Authority:
 
     # -- changes ----------------------------------------------------------------------------------------------
 
-    def rotate(self, now: datetime, *, root_key: Path | None = None, keep_root: bool = False) -> "Authority":
+    def root_key_path(self, root_key: Path | None = None, *, following: bool = False) -> Path:
+        """Returns where the key of the present root is, or where that of the following root goes: beside it."""
+        path = root_key or self.folder / _ROOT_KEY.format(self.current.root)
+        return path.with_name(_ROOT_KEY.format(self.current.root + 1)) if following else path
+
+    def rotate(
+        self,
+        now: datetime,
+        *,
+        root_key: Path | None = None,
+        keep_root: bool = False,
+        passphrase: Callable[[Path], str] = lambda _path: "",
+    ) -> "Authority":
         """Replaces the issuing authority, and the root unless `keep_root`; returns the new state.
 
         Args:
             now: Aware UTC.
             root_key: The key of the present root; None = in the folder. The new root's key is written beside it.
             keep_root: Only the issuing authority: needs no new trust anywhere.
+            passphrase: Asked for the passphrase of the present root's key where that is encrypted; the new root's key
+                gets the same one.
 
         Raises:
-            ConfigError: `ca.no_root_key`.
+            ConfigError: `ca.no_root_key`, `ca.wrong_passphrase`, `ca.key_not_written`.
         """
         with _locked(self.folder):
             held = self.follow()
             old = held.current
-            key_path = root_key or self.folder / _ROOT_KEY.format(old.root)
-            root = Signer(held.certificate(f"root-{old.root}"), _read_root_key(key_path))
+            key_path = held.root_key_path(root_key)
+            secret = passphrase(key_path) if is_encrypted(key_path) else ""
+            root = Signer(held.certificate(f"root-{old.root}"), _read_root_key(key_path, secret))
             if root.key.public_key() != root.certificate.public_key():
                 raise ConfigError("ca.no_root_key", f"{key_path} is the key of another root.", got=str(key_path))
             new = Generation(number=old.number + 1, root=old.root if keep_root else old.root + 1)
             if not keep_root:
                 fresh = make_root(held.site, now)
-                _write_key(key_path.with_name(_ROOT_KEY.format(new.root)), fresh.key)
+                # What is there under this name is of a rotation that was cut off: no index names it.
+                held.root_key_path(root_key, following=True).unlink(missing_ok=True)
+                _write_root_key(held.root_key_path(root_key, following=True), fresh.key, secret)
                 write_atomically(self.folder / f"root-{new.root}.pem", certificate_pem(fresh.certificate))
                 crossed = cross_sign(fresh.certificate, root, now)
                 write_atomically(self.folder / f"cross-{new.root}.pem", certificate_pem(crossed))
@@ -271,6 +303,7 @@ class Authority:
                     "state": "retired" if one.retired else "current" if one is self.current else "trusted",
                     "root_until": root.not_valid_after_utc.isoformat(),
                     "root_sha256": fingerprint(root),
+                    "root_key_encrypted": is_encrypted(self.folder / _ROOT_KEY.format(one.root)),
                     "root_key_here": (self.folder / _ROOT_KEY.format(one.root)).exists(),
                     "issuing_until": issuing.not_valid_after_utc.isoformat(),
                 }
@@ -328,22 +361,54 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     write_atomically(path, key_pem(key), mode=0o600)
 
 
+def _write_root_key(path: Path, key: ec.EllipticCurvePrivateKey, passphrase: str) -> None:
+    if path.exists():
+        raise ConflictError("ca.key_exists", f"{path} exists; keys are never overwritten.", expected="a new file")
+    if passphrase and len(passphrase) < MIN_PASSPHRASE:
+        raise ConfigError(
+            "ca.weak_passphrase",
+            "The passphrase is too short.",
+            expected=f">= {MIN_PASSPHRASE} characters",
+            got=len(passphrase),
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(path, key_pem(key, passphrase), mode=0o600)
+    except OSError as error:
+        raise ConfigError("ca.key_not_written", f"{path} cannot be written.", got=error.strerror) from error
+
+
 def _write_pair(folder: Path, name: str, signer: Signer) -> None:
     _write_key(folder / f"{name}.key", signer.key)
     write_atomically(folder / f"{name}.pem", certificate_pem(signer.certificate))
 
 
-def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def is_encrypted(path: Path) -> bool:
+    """Returns whether a key file asks for a passphrase; False for one that is not there."""
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        return b"ENCRYPTED" in path.read_bytes()[:200]
+    except OSError:
+        return False
+
+
+def _read_key(path: Path, passphrase: str = "") -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), passphrase.encode() or None)
     except (OSError, ValueError, TypeError) as error:
+        if is_encrypted(path):
+            raise ConfigError(
+                "ca.wrong_passphrase",
+                f"The passphrase does not open {path}.",
+                expected="the passphrase of this key",
+                got="another" if passphrase else "none",
+            ) from error
         raise ConfigError("ca.unreadable", f"{path} cannot be read.", expected="a private key", got=error) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError("ca.unreadable", f"{path} is no key of ours.", expected="P-256", got=type(key).__name__)
     return key
 
 
-def _read_root_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def _read_root_key(path: Path, passphrase: str) -> ec.EllipticCurvePrivateKey:
     if not path.exists():
         raise ConfigError(
             "ca.no_root_key",
@@ -351,4 +416,4 @@ def _read_root_key(path: Path) -> ec.EllipticCurvePrivateKey:
             expected="the key of the present root",
             got="nothing",
         )
-    return _read_key(path)
+    return _read_key(path, passphrase)

@@ -19,9 +19,11 @@ router = APIRouter(include_in_schema=False)
 @router.get("/models", response_class=HTMLResponse)
 def models(request: Request) -> HTMLResponse:
     """Shows models and their versions, newest first."""
-    with reading(services_of(request).engine) as session:
+    services = services_of(request)
+    with reading(services.engine) as session:
         versions, names = newest_versions(session, 200)
-    return page(request, "models.html", "Models", versions=versions, names=names)
+        releases = services.signer.releases(session)
+    return page(request, "models.html", "Models", versions=versions, names=names, releases=releases)
 
 
 _FIELDS = (
@@ -46,7 +48,9 @@ def version(reference: str, request: Request, variety: str = "") -> HTMLResponse
             shown = described(changed(recipe, change, held), held, variety=variety)
     except InputError as error:
         refused = str(error)
-    shown |= {"version": name, "bundle": found.bundle}
+    with reading(services.engine) as session:
+        release = services.signer.releases(session).get(found.bundle, "not released")
+    shown |= {"version": name, "bundle": found.bundle, "release": release}
     facts = {"version": found, "chart": cost_chart(shown), "fields": _FIELDS, "asked": asked, "refused": refused}
     return page(request, "version.html", "Models", shown=shown, command=_command(name, variety, asked), **facts)
 

@@ -223,6 +223,30 @@ class Rotated:
     """Signatures that the root still needs; 0 = it is complete."""
 
 
+def check_replacement(folder: TrustFolder, role: str, retire: str, *, new: bool) -> None:
+    """Refuses a rotation that cannot be made, before a new key is written.
+
+    Raises:
+        InputError: `keys.unknown_role`, `keys.unknown_key`.
+        ConfigError: `keys.not_initialised`.
+    """
+    roles = md.roles_of(md.read_root(folder.root).signed)
+    if role not in {"root", "release", "online"} or (role == "release" and not new):
+        raise _unknown_role(role)
+    if role == "root" and (new or retire):
+        matching = [key for key in roles["root"].keys if retire and key.keyid.startswith(retire)]
+        if not new or len(matching) != 1:
+            raise _unknown_key(roles["root"], retire)
+
+
+def role_of_key(folder: TrustFolder, keyid: str) -> str:
+    """Returns the role that a key has in the newest root or targets of a folder; empty when it has none."""
+    roles = md.roles_of(md.read_root(folder.root).signed)
+    if folder.targets:
+        roles[ASSIGN] = md.assign_keys_of(md.read_targets(folder.targets).signed)
+    return ", ".join(role for role, keys in roles.items() if any(key.keyid == keyid for key in keys.keys))
+
+
 def rotate(
     folder: TrustFolder,
     role: str,
@@ -261,7 +285,7 @@ def rotate(
         roles |= {name: _role([online[name]]) for name in ("timestamp", "snapshot")}
         targets = _resign(folder.targets, folder.root, release_signers, now, assign=_role([online[ASSIGN]]))
     else:
-        raise InputError("keys.unknown_role", "There is no such rotation.", expected="root, release, online", got=role)
+        raise _unknown_role(role)
     development = bool(current.unrecognized_fields.get("development"))
     root = md.new_root(current.version + 1, roles, now, development=development)
     extra = [new] if new is not None and role == "root" else []
@@ -278,9 +302,25 @@ def _replaced(keys: md.RoleKeys, retire: str, new: Signer | None) -> md.RoleKeys
         return keys
     kept = tuple(key for key in keys.keys if not (retire and key.keyid.startswith(retire)))
     if new is None or len(kept) != len(keys.keys) - 1:
-        known = [key.keyid[:12] for key in keys.keys]
-        raise InputError("keys.unknown_key", "Say which root key the new one replaces.", expected=known, got=retire)
+        raise _unknown_key(keys, retire)
     return md.RoleKeys((*kept, new.public_key), keys.threshold)
+
+
+def _unknown_role(role: str) -> InputError:
+    return InputError(
+        "keys.unknown_role", "There is no such rotation.", expected="root, release with --new, online", got=role
+    )
+
+
+def _unknown_key(keys: md.RoleKeys, retire: str) -> InputError:
+    known = ", ".join(key.keyid[:12] for key in keys.keys)
+    return InputError(
+        "keys.unknown_key",
+        "Say which root key the new one replaces (--retire ID with --new FILE); `sortline keys id FILE` prints the id "
+        "of a key file.",
+        expected=f"the first digits of one of {known}",
+        got=retire or "nothing",
+    )
 
 
 def add_signature(folder: TrustFolder, signers: Sequence[Signer]) -> Rotated:
@@ -362,6 +402,15 @@ def released_changes(old: bytes, new: bytes) -> tuple[list[str], list[str]]:
     """Returns the digests that new targets release, and those that they withdraw, against the old ones."""
     before, after = (set(md.released_in(data)) if data else set() for data in (old, new))
     return sorted(after - before), sorted(before - after)
+
+
+def released_and_withdrawn(targets: bytes) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Returns the released bundles with what the release key says of each, and the withdrawn ones, oldest first."""
+    if not targets:
+        return {}, []
+    listed = md.read_targets(targets).signed.targets
+    facts = {path.removeprefix("bundles/"): dict(entry.custom or {}) for path, entry in listed.items()}
+    return facts, md.withdrawn_in(targets)
 
 
 # -- looking --------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from models.bundle import blobs_of, parse_manifest
 from models.errors import ConflictError, InputError
 from models.files import write_atomically
 from models.messages import Desired, decode
-from models.offline_export import BIN, DESIRED, SET
-from models.topics import blob_topic
+from models.offline_export import BIN, DESIRED, SET, export_folder
+from models.topics import BLOBS, blob_topic
 
 _TRIES = 10
 
@@ -23,22 +23,42 @@ class Source(Protocol):
 def export_agent(source: Source, agent_id: str, to: Path) -> dict[str, Any]:
     """Writes `tuf.json`, `tuf-bin.json`, `desired.json` and every blob of the bundle under the path of its topic.
 
+    They go into `sortline/AGENT` of the folder, whatever else is in it. An export that is there is brought up to date:
+    blobs that it holds already are not written again, those of other bundles are removed.
+
     Raises:
-        InputError: `export.not_empty`; `trust.unknown`: nothing is assigned to this agent.
+        InputError: `agent.bad_id`; `export.not_writable`; `trust.unknown`: nothing is assigned to this agent.
         ConflictError: `export.changing`.
     """
-    if to.exists() and any(to.iterdir()):
-        raise InputError("export.not_empty", f"{to} is not empty.", expected="a new folder", got=str(to))
+    folder = export_folder(to, agent_id)
     signed = _signed(source, agent_id)
     desired = decode(signed[DESIRED], Desired)
     manifest = parse_manifest(bytes(source.get(f"/api/v1/blobs/{desired.bundle}")), digest=desired.bundle)
     blobs = blobs_of(manifest, lambda entry: bytes(source.get(f"/api/v1/blobs/{entry.sha256}")))
+    # The signed files go last: a stick that is pulled out early holds the blobs that they name, or the former ones.
     files = {blob_topic(digest): data for digest, data in blobs} | signed
-    for name, data in files.items():
-        path = to / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
-    return {"files": len(files), "bytes": sum(map(len, files.values())), "bundle": desired.bundle}
+    written = 0
+    try:
+        for name, data in files.items():
+            path = folder / name
+            if not path.is_file() or path.read_bytes() != data:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, data)
+                written += 1
+        _remove_others(folder, set(files))
+    except OSError as error:
+        raise InputError(
+            "export.not_writable", f"{folder} cannot be written.", expected="a place to write", got=error.strerror
+        ) from error
+    facts = {"files": len(files), "written": written, "bytes": sum(map(len, files.values()))}
+    return facts | {"bundle": desired.bundle, "folder": str(folder)}
+
+
+def _remove_others(folder: Path, wanted: set[str]) -> None:
+    """Removes blobs of bundles that were exported here before, and nothing else."""
+    for path in (folder / BLOBS).rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in wanted:
+            path.unlink()
 
 
 def _signed(source: Source, agent_id: str) -> dict[str, bytes]:

@@ -151,6 +151,11 @@ class OnlineSigner:
         targets = self._latest(session, "targets")
         return md.withdrawn_in(targets) if targets else []
 
+    def releases(self, session: Session) -> dict[str, str]:
+        """Returns `released` or `withdrawn` by digest; a bundle that was never released is not in it."""
+        withdrawn = dict.fromkeys(self.withdrawn(session), "withdrawn")
+        return withdrawn | dict.fromkeys(self.released_now(session) or (), "released")
+
     def released_now(self, session: Session) -> frozenset[str] | None:
         """Returns the digests of the released bundles; None where nothing is signed. Cheap enough for every second."""
         return released_digests(session)

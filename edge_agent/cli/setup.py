@@ -121,13 +121,15 @@ def _import(arguments: argparse.Namespace) -> int:
     from edge_agent.delivery.offline_import import read_export, stage_import  # noqa: PLC0415
     from edge_agent.identity.certificate import with_identity  # noqa: PLC0415
     from edge_agent.trust.verifier import verify_now  # noqa: PLC0415
+    from models.offline_export import find_export  # noqa: PLC0415
 
     config = with_identity(config_of(arguments))
     root = Path(config.state_dir).resolve()
-    found = read_export(arguments.folder)
+    folder = find_export(arguments.folder, config.id)
+    found = read_export(folder)
     check_folder(root)
     facts = verify_now(root, config.trust, config.id, *found)
-    desired = stage_import(arguments.folder, root)
+    desired = stage_import(folder, root)
     shown = {"agent": config.id, "generation": desired.generation, "bundle": desired.bundle}
     print_facts(shown | facts, as_json=arguments.json)
     return 0

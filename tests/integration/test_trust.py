@@ -185,7 +185,11 @@ def test_a_plant_with_offline_keys_from_ceremony_to_stick(
         )
         # The same line without network: what the stick carries is verified the same way.
         assert end(online) == 0
-        sortline("export", "--agent", "line-1", "--to", str(tmp_path / "stick"), "--server", url)
+        (tmp_path / "stick").mkdir()
+        (tmp_path / "stick" / "holiday.jpg").write_bytes(b"a stick holds other files, too")
+        export = ("export", "--agent", "line-1", "--to", str(tmp_path / "stick"), "--server", url)
+        sortline(*export)
+        assert ", 0 of them new" in sortline(*export), "a weekly export changes what changed"
         offline_state = tmp_path / "line-1-offline"
         (offline_state / "trust").mkdir(parents=True)
         (offline_state / "trust" / "root.json").write_bytes((trust / "1.root.json").read_bytes())
@@ -198,7 +202,8 @@ def test_a_plant_with_offline_keys_from_ceremony_to_stick(
             stderr=subprocess.DEVNULL,
         )
         wait_until(lambda: _active(offline_state) == second, "the bundle of the stick in use")
-        (tmp_path / "stick" / "desired.json").write_bytes(encode(Desired(generation=99, bundle=first)))
+        desired = tmp_path / "stick" / "sortline" / "line-1" / "desired.json"
+        desired.write_bytes(encode(Desired(generation=99, bundle=first)))
         assert "trust.wrong_assignment" in _agent("import", str(tmp_path / "stick"), *flags, status=1)
     finally:
         client._http.close()
