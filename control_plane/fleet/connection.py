@@ -7,6 +7,7 @@ their content is handled by `intake` and `ingest`.
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,10 @@ class BrokerConnection:
         self._certificates = certificates
         self.connected_again = threading.Event()
         self.sentinel_seen = threading.Event()
-        self._live = False
+        self._live = self._stopped = False
+        self._outage = threading.Lock()
+        self._away_since_s: float | None = None
+        self._attempts = 0
         self.control = self._client("control", client_id, _CONTROL)
         self.bulk = self._client("bulk", client_id, _BULK)
 
@@ -82,8 +86,31 @@ class BrokerConnection:
         client.on_connect = guarded(
             lambda _c, _d, _f, reason, _p: self._connected(client, channels, reason), self._counters, log
         )
+        client.on_connect_fail = guarded(lambda *_: self._lost("it cannot be reached"), self._counters, log)
+        client.on_disconnect = guarded(lambda _c, _d, _f, reason, _p: self._lost(str(reason)), self._counters, log)
         client.on_message = guarded(self._receive, self._counters, log)
         return client
+
+    def _lost(self, reason: str) -> None:
+        """Writes one line when the broker goes; more losses and attempts are counted until both connections stand."""
+        self._counters["disconnected"] += 1
+        with self._outage:
+            if self._stopped:
+                return
+            self._attempts += 1
+            if self._away_since_s is not None:
+                return
+            self._away_since_s = time.monotonic()
+        where = f"{self._config.host}:{self._config.port}"
+        log.warning("the broker at %s is away, which is written once, and is tried again: %s", where, reason)
+
+    def _found(self) -> None:
+        with self._outage:
+            since_s, attempts = self._away_since_s, self._attempts
+            if since_s is None or not self.connected:
+                return
+            self._away_since_s, self._attempts = None, 0
+        log.warning("the broker is back after %.0f s; %s losses and attempts", time.monotonic() - since_s, attempts)
 
     def _connected(self, client: mqtt.Client, channels: tuple[Channel, ...], reason: Any) -> None:
         if reason.is_failure:
@@ -91,6 +118,7 @@ class BrokerConnection:
             log.warning("the broker refused the control plane: %s", reason)
             return
         self._counters["connected"] += 1
+        self._found()
         client.subscribe([(_topic(channel), 1) for channel in channels])
         if Channel.PRESENCE in channels:
             self.sentinel_seen.clear()
@@ -113,6 +141,7 @@ class BrokerConnection:
 
     def stop(self) -> None:
         """Disconnects and ends paho's threads."""
+        self._stopped = True
         for client in (self.bulk, self.control):
             client.disconnect()
             client.loop_stop()

@@ -186,7 +186,7 @@ class Ingest:
                 self._stopping.wait(0.5)
                 continue
             if self._away_since_s is not None:
-                log.warning("the database is back after %.0f s", self.stalled_s)
+                log.warning("the database is back after %.0f s; what waited is stored", self.stalled_s)
                 self._away_since_s = None
             return
 

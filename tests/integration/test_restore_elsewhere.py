@@ -81,7 +81,7 @@ class Plant:
             options: dict[str, Any] = {"cwd": ROOT, "env": self.environment(data), "stderr": log, "stdout": log}
             broker = stack.enter_context(running([*command, "--ready-file", str(ready)], **options))
             plane = stack.enter_context(running(serve, **options))
-            wait_until(lambda: self.answered(lambda: self.client.get("/readyz")["ready"]), 60, "the control plane")
+            wait_until(lambda: self.answered(lambda: self.client.get("/readyz")["ready"]), "the control plane")
             yield [broker, plane]
 
     @staticmethod
@@ -134,9 +134,9 @@ def test_a_control_plane_that_is_gone_goes_on_from_its_backup_and_the_agents_fol
             box = stack.enter_context(
                 running(command, cwd=ROOT, env=plant.environment(first), stderr=subprocess.DEVNULL)
             )
-            wait_until(lambda: plant.agent().get("reported_age_s") is not None, 60, "the agent")
+            wait_until(lambda: plant.agent().get("reported_age_s") is not None, "the agent")
             plant.roll_out("tiny")
-            wait_until(lambda: plant.runs(old), 120, "the first bundle")
+            wait_until(lambda: plant.runs(old), "the first bundle")
             told = plant.run(first, "backup", str(plant.root / "backup"), "--json")
             assert json.loads(told)["damaged"] == []
             # Life goes on after the backup: a release, a rollout, a folder of the release key that is kept elsewhere.
@@ -144,7 +144,7 @@ def test_a_control_plane_that_is_gone_goes_on_from_its_backup_and_the_agents_fol
             plant.run(first, "models", "release", "tiny:2", "--key", release)
             plant.run(first, "keys", "pull", "--trust", str(laptop))
             plant.roll_out("tiny:2")
-            wait_until(lambda: plant.runs(new), 120, "the second bundle")
+            wait_until(lambda: plant.runs(new), "the second bundle")
             for process in processes:
                 process.kill()
         shutil.rmtree(first)
@@ -155,17 +155,17 @@ def test_a_control_plane_that_is_gone_goes_on_from_its_backup_and_the_agents_fol
         began = time.monotonic()
         plant.run(second, "restore", str(plant.root / "backup"), "--actor", "t")
         with plant.machine(second):
-            wait_until(lambda: plant.agent().get("connection") == "live", 60, "the agent at the new machine")
+            wait_until(lambda: plant.agent().get("connection") == "live", "the agent at the new machine")
             # Nothing moves by itself: the copy desires the first bundle, the line goes on with the second.
             assert plant.agent()["desired"] == old
             assert plant.agent()["active"] == new
             # What happened after the backup is repeated; the laptop has the newer release.
             assert "targets 3" in plant.run(second, "keys", "push", "--trust", str(laptop))
             rollout = plant.roll_out("tiny:1")
-            wait_until(lambda: plant.runs(old), 120, "the first bundle again")
+            wait_until(lambda: plant.runs(old), "the first bundle again")
             plant.run(second, "models", "push", str(plant.root / "b2"))
             plant.roll_out("tiny:2")
-            wait_until(lambda: plant.runs(new), 120, "the second bundle again")
+            wait_until(lambda: plant.runs(new), "the second bundle again")
             took_s = time.monotonic() - began
             assert plant.client.get(f"/api/v1/rollouts/{rollout}")["state"] == "completed"
             actions = [row["action"] for row in plant.client.get("/api/v1/audit?limit=200")["entries"]]
