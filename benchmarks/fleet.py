@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -378,6 +378,18 @@ def _publish(port: int, agents: int, seconds: int) -> None:
     client.disconnect()
 
 
+_PATIENCE_S = 30.0
+"""A stage over the network that stands still for so long fails instead of waiting."""
+
+
+def _wait(done: Callable[[], object], what: str) -> None:
+    until = time.monotonic() + _PATIENCE_S
+    while not done():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{what} did not come within {_PATIENCE_S:g} s")
+        time.sleep(0.01)
+
+
 def wire(figures: Figures, folder: Path, agents: int, seconds: int) -> None:
     """The whole control plane over a real broker: processor time of this process while the agents are another one."""
     if not Path(MOSQUITTO).exists():
@@ -387,8 +399,7 @@ def wire(figures: Figures, folder: Path, agents: int, seconds: int) -> None:
     with mosquitto_broker(folder) as port:
         services = make_services(folder / "plane", port=port)
         services.start_fleet()
-        while not services.connection.connected:
-            time.sleep(0.05)
+        _wait(lambda: services.connection.connected, "the connection to the broker")
         spent = {}
         for name, watched in (("no page is open", False), ("one page is open, with live figures", True)):
             if watched:
@@ -397,13 +408,14 @@ def wire(figures: Figures, folder: Path, agents: int, seconds: int) -> None:
             process = multiprocessing.get_context("spawn").Process(target=_publish, args=(port, agents, seconds))
             process.start()
             before = services.counters["received_batch"]
-            while services.counters["received_batch"] == before:
-                time.sleep(0.01)
+            _wait(lambda known=before: services.counters["received_batch"] > known, "the first batch")  # type: ignore[misc]
             began = time.process_time()
-            while process.is_alive():
+            until = time.monotonic() + seconds + _PATIENCE_S
+            while process.is_alive() and time.monotonic() < until:
                 if watched:
                     services.live.watch()
                 time.sleep(0.05)
+            process.terminate()  # does nothing to one that has ended
             spent[name] = (time.process_time() - began) / (agents * seconds) * 1000.0
             process.join()
         time.sleep(1.0)
