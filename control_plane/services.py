@@ -115,6 +115,7 @@ def open_services(config: ControlPlaneConfig) -> Services:
         lease_s=config.rollouts.lease_s,
         sign_changes=signer.sign_changes,
     )
+    board = FleetBoard(engine, store, live, signer.released_now)
     return Services(
         config,
         engine,
@@ -127,9 +128,9 @@ def open_services(config: ControlPlaneConfig) -> Services:
         blobs,
         outbox,
         ingest=Ingest(engine, intake, outbox, blobs.requested, counters, WindowLedger(counters)),
-        board=FleetBoard(engine, store, live, signer.released_now),
+        board=board,
         rollouts=rollouts,
-        alarms=open_alarms(config, engine, store, connection, counters, name),
+        alarms=open_alarms(config, engine, store, connection, counters, name, board.profile),
         renewal=Renewal(engine, signer, outbox.publish_trust, counters, name),
         upkeep=Upkeep(engine, config.retention, counters, name),
         tokens=Tokens(config.token, config.read_token),

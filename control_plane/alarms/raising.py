@@ -6,7 +6,7 @@ offline clears nothing; a silence ends by time or by a worse finding; an alarm w
 to receivers are stored by `announce`, in the same transaction.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -87,8 +87,14 @@ class Register:
             elif self._update(session, alarm, finding, look.now):
                 changed.append(alarm)
         for key, alarm in active.items():
-            if key not in present:
+            if key in present:
+                continue
+            wider = _wider(alarm, active, present)
+            if wider is None:
                 self._absent(session, alarm, look)
+            else:
+                reason = f"part of alarm {wider.id}, which concerns more lines"
+                self.end(session, alarm, Event.CLEAR, actor=ACTOR, reason=reason, now=look.now)
         for alarm in active.values():
             self._grow_older(session, alarm, look.now)
         return changed
@@ -196,6 +202,16 @@ class Register:
             session.add(member)
         if members:
             self._announce(session, members[0], "raised", now)
+
+
+def _wider(alarm: Alarm, active: Mapping[str, Alarm], present: Mapping[str, Finding]) -> Alarm | None:
+    """Returns the alarm of a site or the fleet that has taken this line in; None where there is none."""
+    for key, finding in present.items():
+        members = finding.evidence.get("members")
+        wide = finding.level in {Level.SITE, Level.FLEET} and key != alarm.key and str(finding.cause) == alarm.cause
+        if wide and isinstance(members, list | tuple) and (alarm.line or alarm.site) in members:
+            return active[key]
+    return None
 
 
 def _worst(findings: Iterable[Finding]) -> dict[str, Finding]:

@@ -13,6 +13,7 @@ from sqlmodel import Session
 
 from control_plane.alarms import acting
 from control_plane.alarms.details import count_alarms, facts_of, worst_of_lines
+from control_plane.alarms.detectors import FidelityChecks, KnownBundles, open_watch
 from control_plane.alarms.lifecycle import Event
 from control_plane.alarms.notify import Announcer, Courier, Sender
 from control_plane.alarms.reported_faults import ReportedFaults
@@ -25,6 +26,7 @@ from control_plane.fleet.connection import BrokerConnection
 from control_plane.registry.store import Store
 from models.bundle import RECIPE
 from models.errors import SortlineError
+from models.profile import Profile
 from models.recipe import Recipe, parse_recipe
 from models.topics import ALARMS_TOPIC
 
@@ -105,8 +107,19 @@ def open_alarms(
     connection: BrokerConnection,
     counters: Counter[str],
     holder: str,
+    profile: Callable[[str], Profile | None],
 ) -> Alarms:
-    """Makes the alarms of this process; starts nothing yet."""
+    """Makes the alarms of this process; starts nothing yet.
+
+    Args:
+        config: Receivers, policies, times.
+        engine: Database.
+        store: Where recipes of bundles are.
+        connection: To the broker.
+        counters: Counts what happened.
+        holder: This process's name in leases.
+        profile: Returns the reference profile of a bundle; None where it is not known.
+    """
     senders: list[Sender] = [Webhook(hook) for hook in config.alarms.webhooks]
     senders += [Mail(mail) for mail in config.alarms.mails]
     if config.alarms.topic and config.broker.enabled:
@@ -117,12 +130,14 @@ def open_alarms(
         return facts_of(alarm) | {"url": f"{base}/alarms/{alarm.id}" if base else ""}
 
     announcer = Announcer(senders, describe)
-    watches: dict[str, Callable[[bytes], Watch]] = {"reported": ReportedFaults}
+    facts = KnownBundles(profile, lambda bundle: _recipe(store, bundle))
+    watches: dict[str, Callable[[bytes], Watch]] = {"reported": ReportedFaults, "detection": open_watch(facts)}
     watcher = Watcher(
         engine,
         holder,
         config.alarms,
         watches,
+        checks=[FidelityChecks()],
         recipe=lambda bundle: _recipe(store, bundle),
         announce=announcer.announce,
         levels=announcer.levels,

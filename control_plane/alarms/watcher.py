@@ -53,6 +53,13 @@ class Watch(Protocol):
         """Returns the state."""
 
 
+class Check(Protocol):
+    """Finds what the database shows besides the sums."""
+
+    def look(self, session: Session, sites: Mapping[str, str], now: datetime) -> list[Finding]:
+        """Returns everything that is present, given the site of each line of which something was stored lately."""
+
+
 class _Read(msgspec.Struct):
     """How far a line was read."""
 
@@ -70,6 +77,7 @@ class Watcher:
         holder: This process's name in the lease; two processes must never share it.
         config: Period, lease, hold time, escalation, policies.
         watches: Name of its state -> makes a watch from that state; an empty one or one that raises begins afresh.
+        checks: Find what is present in the database besides, such as missing data.
         recipe: Returns the recipe of a bundle; None where it is not known.
         announce: Stores messages to receivers.
         levels: Highest `after_escalations` of the receivers.
@@ -83,13 +91,14 @@ class Watcher:
         config: AlarmsConfig,
         watches: Mapping[str, Callable[[bytes], Watch]],
         *,
+        checks: Sequence[Check] = (),
         recipe: Callable[[str], Recipe | None],
         announce: Announce,
         levels: int,
         counters: Counter[str],
     ) -> None:
         self._engine, self._holder, self._config, self._counters = engine, holder, config, counters
-        self._makers, self._recipe = watches, recipe
+        self._makers, self._checks, self._recipe = watches, checks, recipe
         self.register = Register(config, announce=announce, cost=self._cost, levels=levels)
         self._watches: dict[str, Watch] = {}
         self._read: dict[str, _Read] = {}
@@ -160,7 +169,7 @@ class Watcher:
         self._sound = False
         sums, heard = self._news(now)
         self._count_traffic(sums)
-        findings = [f for name in self._watches for f in self._step(name, now, sums)]
+        findings = [f for name in self._watches for f in self._step(name, now, sums)] + self._checked(now)
         if not self._apply(Look(findings, heard, now), fence):
             return 0
         self._sound = True
@@ -240,6 +249,11 @@ class Watcher:
                 self._counters["alarm_sums_refused"] += 1
                 log.exception("the watch %s takes nothing of %s", name, line)
         return list(found.values())
+
+    def _checked(self, now: datetime) -> list[Finding]:
+        with reading(self._engine) as session:
+            sites = _sites(session, now - _FIRST_LOOK)
+            return [finding for check in self._checks for finding in check.look(session, sites, now)]
 
     def _cost(self, finding: Finding) -> dict[str, object]:
         last = self._last.get(finding.line)
