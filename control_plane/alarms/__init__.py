@@ -1,9 +1,9 @@
 """From findings to alarms that people act on: their life cycle, their delivery, and what a policy lets them start.
 
 `lifecycle` is the table of states. `raising` is what the loop does to alarms (raise, worsen, clear, escalate), `acting`
-what people do; `grouping` says which alarms a person meets as one, `costs` what waiting costs, `evidence` makes what a
-finding shows fit to store, `policies` decides what an alarm may ask for. `watcher` is the loop over the watches, of
-which `reported_faults` finds what lines report themselves and `detectors` connects detection and fidelity. `notify`
-stores and delivers messages, `senders` are the receivers, `details` what API and pages show, `exhibits` the histograms
-and pictures; `service` puts the parts of the room together.
+what people do; `grouping` says which alarms a person meets as one, `costs` what waiting costs, `policies` decides what
+an alarm may ask for. `watcher` is the loop over the watches, of which `reported_faults` finds what lines report
+themselves and `detectors` connects detection and fidelity. `notify` stores and delivers messages, `senders` are the
+receivers, `details` what API and pages show, `exhibits` evidence, histograms and pictures; `service` puts the parts of
+the room together.
 """

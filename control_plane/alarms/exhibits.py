@@ -1,6 +1,8 @@
-"""What shows an alarm beside its finding's own evidence: histograms before and since, and pictures of the camera."""
+"""What shows an alarm: its finding's evidence, made safe to store; histograms before and since; pictures."""
 
-from collections.abc import Iterable, Sequence
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -15,6 +17,9 @@ from control_plane.monitoring.windows import SpanSum, spans_of
 from models.errors import MessageError
 from models.profile import Profile
 
+MAX_BYTES: Final = 64 * 1024
+"""A histogram of 16 features before and after, a grid of dirt and a small picture have about 20 kB."""
+_DEPTH: Final = 8
 _BEFORE: Final = timedelta(minutes=60)
 _LONGEST: Final = timedelta(minutes=60)
 """Histograms show at most an hour on either side."""
@@ -22,6 +27,37 @@ _MOST_FEATURES: Final = 6
 PICTURE: Final = "camera.evidence"
 """Code of the event that names a stored picture: `sha256`, `quantity`, `side`."""
 _MOST_PICTURES: Final = 4
+
+
+def storable(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns evidence as a database and a browser take it.
+
+    What is not finite becomes null, what is no plain value becomes text. While it is larger than `MAX_BYTES`, its
+    largest entry is left out, and `left_out` names what was.
+    """
+    found = {str(name): _plain(value, 0) for name, value in evidence.items()}
+    sizes = {name: len(json.dumps(value)) + len(name) + 6 for name, value in found.items()}
+    left_out: list[str] = []
+    while found and sum(sizes.values()) > MAX_BYTES:
+        largest = max(sizes, key=lambda name: sizes[name])
+        del found[largest], sizes[largest]
+        left_out.append(largest[:64])
+    return found | ({"left_out": sorted(left_out)[:20]} if left_out else {})
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if depth > _DEPTH:
+        return "..."
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry, depth + 1) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, depth + 1) for entry in value]
+    # PostgreSQL stores no NUL in a text.
+    return str(value).replace("\x00", "")
 
 
 def named_features(evidence: dict[str, Any]) -> list[str]:

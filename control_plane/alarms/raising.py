@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sqlmodel import Session, col, delete, select
 
-from control_plane.alarms.evidence import storable
+from control_plane.alarms.exhibits import storable
 from control_plane.alarms.grouping import grouping_of, leader_among, must_be_announced
 from control_plane.alarms.lifecycle import Event, next_state
 from control_plane.config import AlarmsConfig

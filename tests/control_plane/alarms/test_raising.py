@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, select
 
 from control_plane.alarms.acting import acknowledge, assign_owner, comment, resolve, silence
-from control_plane.alarms.evidence import MAX_BYTES, storable
+from control_plane.alarms.exhibits import MAX_BYTES, storable
 from control_plane.alarms.grouping import grouping_of
 from control_plane.alarms.lifecycle import TRANSITIONS, Event, allowed, next_state
 from control_plane.alarms.raising import Look, Register, active_alarms, forget_old
