@@ -60,6 +60,11 @@ INGEST_MS, LOOK_MS, PAGE_KB_S, DISK_MB, RECOVERED_S = 0.15, 100.0, 60.0, 12.0, 2
 day; from the end of a stall."""
 
 
+QUICK_SLACK = 3.0
+"""`--quick` shows that every stage works; a few seconds on a machine that does other things are judged by so many times
+the bounds of processor time and of recovery."""
+
+
 class Line:
     """One simulated agent: makes its messages."""
 
@@ -175,7 +180,7 @@ class Site:
             self.services.intake.done(messages)
 
 
-def ingest(figures: Figures, site: Site, seconds: int) -> None:
+def ingest(figures: Figures, site: Site, seconds: int, slack: float) -> None:
     """Storing, five transactions a second as the thread does it."""
     agents = len(site.lines)
     spent = 0.0
@@ -201,12 +206,12 @@ def ingest(figures: Figures, site: Site, seconds: int) -> None:
     figures.table(
         f"Ingest, {agents} agents, {seconds} s of their messages",
         rows,
-        {"storing, per agent and second": ("<=", INGEST_MS), "windows lost": ("<=", 0.0)},
+        {"storing, per agent and second": ("<=", INGEST_MS * slack), "windows lost": ("<=", 0.0)},
         note="processor time; the client of the broker is not in it",
     )
 
 
-def board(figures: Figures, site: Site, looks: int) -> None:
+def board(figures: Figures, site: Site, looks: int, slack: float) -> None:
     """A look each second, a tenth of the agents with a new window, and what watching pages get."""
     services, agents = site.services, len(site.lines)
     feed = RowFeed(services, "")
@@ -247,12 +252,12 @@ def board(figures: Figures, site: Site, looks: int) -> None:
     figures.table(
         f"Fleet page, {agents} agents, all live",
         rows,
-        {"look": ("<=", LOOK_MS * max(scale, 0.1)), "stream, per page": ("<=", PAGE_KB_S * max(scale, 0.1))},
+        {"look": ("<=", LOOK_MS * max(scale, 0.1) * slack), "stream, per page": ("<=", PAGE_KB_S * max(scale, 0.1))},
         note="processor time",
     )
 
 
-def stall(figures: Figures, site: Site, path: Path, seconds: float) -> None:
+def stall(figures: Figures, site: Site, path: Path, seconds: float, slack: float) -> None:
     """Another process holds the write lock while the agents send, and repeat what is not acknowledged."""
     services = site.services
     stop = threading.Event()
@@ -296,7 +301,7 @@ def stall(figures: Figures, site: Site, path: Path, seconds: float) -> None:
         ("batches left to their agents", float(services.counters["shed_batches"]), ""),
         ("repeated batches recognised", float(services.counters["repeated_batches"]), ""),
     ]
-    bound = {"recovered after": ("<=", RECOVERED_S if len(site.lines) <= 1000 else 60.0)}
+    bound = {"recovered after": ("<=", (RECOVERED_S if len(site.lines) <= 1000 else 60.0) * slack)}
     figures.table(f"A stall of the database, {seconds:g} s, {len(site.lines)} agents", rows, bound)
 
 
@@ -390,7 +395,7 @@ def _wait(done: Callable[[], object], what: str) -> None:
         time.sleep(0.01)
 
 
-def wire(figures: Figures, folder: Path, agents: int, seconds: int) -> None:
+def wire(figures: Figures, folder: Path, agents: int, seconds: int, slack: float) -> None:
     """The whole control plane over a real broker: processor time of this process while the agents are another one."""
     if not Path(MOSQUITTO).exists():
         figures.skipped.append("Over mosquitto: the program is not installed")
@@ -427,7 +432,7 @@ def wire(figures: Figures, folder: Path, agents: int, seconds: int) -> None:
     figures.table(
         f"Over mosquitto, {agents} agents, {seconds} s",
         rows,
-        {"no page is open, per agent and second": ("<=", INGEST_MS)},
+        {"no page is open, per agent and second": ("<=", INGEST_MS * slack)},
         note="processor time of the control plane: broker client, storing, acknowledging",
     )
 
@@ -441,6 +446,7 @@ def main() -> int:
     parser.add_argument("--stall-s", type=float, default=0.0)
     given = parser.parse_args()
     sizes = given.agents or ([200] if given.quick else [10, 200, 1000, 3000])
+    slack = QUICK_SLACK if given.quick else 1.0
     figures = Figures(Console())
     with tempfile.TemporaryDirectory() as name:
         for agents in sizes:
@@ -448,16 +454,16 @@ def main() -> int:
             services = make_services(folder, database=given.database, wait_s=1.0)
             site = Site(services, [Line(number, 1) for number in range(agents)])
             site.connect()
-            ingest(figures, site, 10 if given.quick else 30)
-            board(figures, site, 5 if given.quick else 10)
+            ingest(figures, site, 10 if given.quick else 30, slack)
+            board(figures, site, 5 if given.quick else 10, slack)
             if not given.database:
                 seconds = given.stall_s or (5.0 if given.quick else 40.0)
-                stall(figures, site, folder / "sortline.sqlite", seconds)
+                stall(figures, site, folder / "sortline.sqlite", seconds, slack)
             services.engine.dispose()
         services = make_services(Path(name) / "history", database=given.database)
         history(figures, services, (1, 3) if given.quick else (1, 7, 60))
         services.engine.dispose()
-        wire(figures, Path(name) / "wire", sizes[-1], 5 if given.quick else 20)
+        wire(figures, Path(name) / "wire", sizes[-1], 5 if given.quick else 20, slack)
     for missed in figures.missed:
         figures.console.print(f"[red]{missed}")
     return 1 if figures.missed else 0

@@ -171,7 +171,8 @@ class Ingest:
                     self._counters["ingest_failed"] += 1
                     log.exception("%s messages were not stored", len(messages))
                 self._intake.done(messages)
-                self._stopping.wait(_GATHER_S)
+                if not self._intake.full:  # behind, as after a stall, the next transaction need not gather
+                    self._stopping.wait(_GATHER_S)
 
     def store_until_done(self, messages: Sequence[Message]) -> None:
         """Stores messages; while the database is away, again and again: nothing is acknowledged meanwhile."""

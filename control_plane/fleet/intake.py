@@ -30,7 +30,7 @@ MAX_BATCH_BYTES_WAITING: Final = 64 * 1024 * 1024
 MAX_OTHERS: Final = 2000
 """Responses and requests that may wait."""
 MAX_PRESENCE_OF_ONE: Final = 4
-_AT_ONCE: Final = 500
+AT_ONCE: Final = 500
 """Batches that are handed over at once: one transaction of about a tenth of a second."""
 _BYTES_AT_ONCE: Final = 4 * 1024 * 1024
 _LOG_EVERY_S: Final = 10.0
@@ -221,7 +221,7 @@ class Intake:
             self._presence, self._reports = {}, {}
             self._others.clear()
             size = count = 0
-            while self._batches and count < _AT_ONCE and size < _BYTES_AT_ONCE:
+            while self._batches and count < AT_ONCE and size < _BYTES_AT_ONCE:
                 message = self._batches.popleft()
                 size, count = size + len(message.payload), count + 1
                 taken.append(message)
@@ -238,6 +238,11 @@ class Intake:
                     if self._batches_of[message.agent_id] <= 0:
                         del self._batches_of[message.agent_id]
             self._in_hand = []
+
+    @property
+    def full(self) -> bool:
+        """Whether as many batches wait as are handed over at once."""
+        return len(self._batches) >= AT_ONCE
 
     def _waiting(self) -> int:
         return len(self._presence) + len(self._reports) + len(self._others) + len(self._batches)

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from control_plane.fleet.intake import (
+    AT_ONCE,
     MAX_BATCHES_OF_ONE,
     MAX_OTHERS,
     MAX_PRESENCE_OF_ONE,
@@ -39,6 +40,14 @@ def test_the_newest_waiting_report_of_each_agent_is_kept(room: Room) -> None:
         room.put(Channel.REPORTED, str(number).encode(), f"line-{number % 5}")
     assert [m.payload for m in room.intake.take(0.0)] == [b"45", b"46", b"47", b"48", b"49"]
     assert room.counters["replaced_reports"] == 45
+
+
+def test_the_room_is_full_while_a_whole_transaction_waits(room: Room) -> None:
+    for number in range(AT_ONCE + 1):
+        assert room.intake.full is (number >= AT_ONCE)
+        room.put(Channel.BATCH, b"x", f"line-{number}")
+    room.intake.done(room.intake.take(0.0))
+    assert not room.intake.full
 
 
 def test_a_birth_survives_the_will_of_the_boot_before(room: Room) -> None:
