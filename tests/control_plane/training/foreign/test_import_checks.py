@@ -155,7 +155,7 @@ def test_a_scaling_that_keeps_the_order_and_spoils_the_probabilities_is_warned_o
     wrong = import_onnx(path, settings(data, scale=scale), tmp_path / "wrong").report
     assert wrong.metrics["view"]["auc"]["value"] > 0.7
     (warning,) = [text for text in wrong.warnings if "worse than a guess" in text]
-    assert "--scale 0.00392157 --mean 0,0,0" in warning
+    assert "--scale 0.00392157" in warning
 
 
 def test_a_model_whose_answers_never_change_is_refused(data: Path, tmp_path: Path, weights: Any) -> None:
