@@ -42,6 +42,10 @@ from models.errors import MessageError
 from models.windows import Window
 
 SILENT_S: Final = 900.0
+FORGET_S: Final = 30 * 86_400.0
+"""A line that has been silent for so long is forgotten."""
+MOST_BUNDLES: Final = 16
+"""References are kept of so many bundles, those that ran last."""
 LEAST_PEERS: Final = 4
 """A line and three siblings: with fewer, the median follows the faulty one."""
 LEAST_LOT_ITEMS: Final = 200
@@ -63,6 +67,8 @@ class WatchState(msgspec.Struct, kw_only=True, eq=False):
     lanes: dict[str, ContrastReference] = {}
     """By bundle."""
     peers: dict[str, ContrastReference] = {}
+    used_s: dict[str, float] = {}
+    """Bundle -> when a line last ran it."""
 
 
 class Review(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,6 +120,7 @@ class Watch:
         for review in reviews:
             self._review(review, now_s)
         self._compare_lines()
+        self._forget(now_s)
         return self._findings(now_s)
 
     def relearn(self, line: str) -> None:
@@ -167,6 +174,7 @@ class Watch:
         if facts is None:
             self.counters["unknown_bundle"] += 1
             return
+        self.state.used_s[window.bundle] = max(line.last_s, self.state.used_s.get(window.bundle, 0.0))
         self._follow_lot(line, given, facts)
         line.take_truth(window, facts, line.last_s)
         try:
@@ -241,7 +249,10 @@ class Watch:
 
     def _strange_variety(self, line: LineState, facts: BundleFacts) -> list[Signal]:
         variety = line.variety
-        if not variety or variety in facts.varieties or self._fit(line.bundle, variety) is not None:
+        if not variety or variety in facts.varieties:
+            return []
+        # What was learnt on the line says what is usual, not whether the bundle judges it right.
+        if not facts.varieties and self._fit(line.bundle, variety) is not None:
             return []
         known = facts.varieties or tuple(
             v for v, reference in self.state.lots.get(line.bundle, {}).items() if reference.fit is not None
@@ -305,6 +316,17 @@ class Watch:
                 line.signals["peers"] = [signal] if present else []
         for line in lines:
             line.peer_pending = None
+
+    def _forget(self, now_s: float) -> None:
+        """Drops lines that are gone, and references of bundles beyond those that ran last."""
+        state = self.state
+        for name in [name for name, line in state.lines.items() if now_s - line.last_s > FORGET_S]:
+            del state.lines[name]
+        if len(state.used_s) > MOST_BUNDLES:
+            oldest = min(state.used_s, key=lambda bundle: state.used_s[bundle])
+            del state.used_s[oldest]
+            for table in (state.lots, state.lanes, state.peers, self._functions):
+                table.pop(oldest, None)
 
     # -- what is present -----------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.drift_streams import BUNDLE, Fault, Population, Site
 from control_plane.detection.finding import Cause, Finding, LineSum
-from control_plane.detection.watch import Review, Watch, WatchState
+from control_plane.detection.watch import FORGET_S, MOST_BUNDLES, Review, Watch, WatchState
 from models.errors import MessageError
 from models.windows import Window
 
@@ -173,3 +173,18 @@ def test_a_fresh_watch_knows_that_it_learns(population: Population) -> None:
     states = watch.readiness()[BUNDLE]
     assert set(states.values()) == {"learning"}
     assert isinstance(watch.state, WatchState)
+
+
+def test_lines_that_are_gone_and_bundles_of_long_ago_are_forgotten(population: Population) -> None:
+    bundles = [f"{k:064d}" for k in range(MOST_BUNDLES + 3)]
+    watch = Watch(dict.fromkeys(bundles, population.facts))
+    site = site_of(population, Fault())
+    for bundle in bundles:
+        sums = site.span(10.0)
+        window = msgspec.structs.replace(sums[0].window, bundle=bundle)
+        watch.step(site.now_s, [msgspec.structs.replace(sums[0], window=window)])
+    assert list(watch.state.used_s) == bundles[3:]
+    assert set(watch.state.lanes) == set(bundles[3:])
+    assert set(watch.state.lines) == {"north/line-0"}
+    watch.step(site.now_s + FORGET_S + 60.0, [])
+    assert watch.state.lines == {}
