@@ -17,7 +17,7 @@ def meter(value: float | None, full: float) -> Markup:
     share = 0.0 if value is None else min(max(value / full, 0.0), 1.0)
     over = " over" if value is not None and value > full else ""
     return Markup(
-        '<span class="meter{}"><svg viewBox="0 0 64 6" aria-hidden="true">'
+        '<span class="meter{}"><svg viewBox="0 0 64 6" preserveAspectRatio="none" aria-hidden="true">'
         '<rect width="{:.1f}" height="6"/></svg></span>'
     ).format(over, share * 64.0)
 
@@ -34,7 +34,7 @@ def mix(classes: dict[str, int], order: Sequence[str]) -> Markup:
         at += width
     text = ", ".join(f"{name} {classes.get(name, 0) / total:.1%}" for name in order if classes.get(name))
     return Markup(
-        '<span class="mix" title="{}"><svg viewBox="0 0 132 12" role="img" aria-label="{}">{}</svg></span>'
+        '<span class="mix" title="{}"><svg viewBox="0 0 132 12" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg></span>'
     ).format(text, text, Markup("").join(parts))
 
 
