@@ -5,11 +5,13 @@ writes new keys before the metadata that names them, so everything the copied da
 """
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 from sqlalchemy import make_url
 
 from control_plane.backup.archive import ArchiveWriter
@@ -81,9 +83,18 @@ def save(config: ControlPlaneConfig, target: Path, config_file: Path | None, now
         tables=tables,
     )
     size_bytes = sum(entry.size_bytes for entry in manifest.files)
-    named = (config.server.token_file, config.server.read_token_file, config.broker.password_file)
-    elsewhere = tuple(file for file in named if file)
+    elsewhere = tuple(_named_files(msgspec.to_builtins(config)))
     return Saved(target, digest, manifest.made_at, len(manifest.files), size_bytes, tuple(damaged), elsewhere)
+
+
+def _named_files(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the files that settings name: every `..._file` that is set, in every section."""
+    for key, value in settings.items():
+        for section in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(section, Mapping):
+                yield from _named_files(section)
+        if key.endswith("_file") and isinstance(value, str) and value:
+            yield value
 
 
 def _files(folder: Path) -> list[Path]:

@@ -358,6 +358,15 @@ def test_another_kind_of_database_and_a_newer_program_are_refused_by_name(plane:
     refused(plane, source, tmp_path / "new", InputError, "backup.newer")
 
 
+def test_secrets_that_the_configuration_names_are_not_in_the_backup_and_are_listed(
+    plane: Services, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("0123456789abcdef")
+    server = msgspec.structs.replace(plane.config.server, token_file=str(tmp_path / "token"))
+    saved = save(msgspec.structs.replace(plane.config, server=server), tmp_path / "backup", None, utc_now())
+    assert saved.elsewhere == (str(tmp_path / "token"),)
+
+
 def test_a_backup_is_readable_by_its_owner_alone(plane: Services, tmp_path: Path) -> None:
     backup_of(plane, tmp_path / "backup")
     modes = {path.stat().st_mode & 0o077 for path in [tmp_path / "backup", *(tmp_path / "backup").rglob("*.pem")]}
