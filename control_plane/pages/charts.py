@@ -34,7 +34,8 @@ def mix(classes: dict[str, int], order: Sequence[str]) -> Markup:
         at += width
     text = ", ".join(f"{name} {classes.get(name, 0) / total:.1%}" for name in order if classes.get(name))
     return Markup(
-        '<span class="mix" title="{}"><svg viewBox="0 0 132 12" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg></span>'
+        '<span class="mix" title="{}"><svg viewBox="0 0 132 12" preserveAspectRatio="none" role="img" '
+        'aria-label="{}">{}</svg></span>'
     ).format(text, text, Markup("").join(parts))
 
 
