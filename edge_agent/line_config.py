@@ -131,6 +131,11 @@ class LineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     variety: LotText = ""
     trouble: str = ""
     """Schedule for the simulated line, such as `30s brightness=0.7; 60s clear`."""
+    trouble_file: str = ""
+    """File that names what is wrong with the simulated line now, such as `dirt=0.6 dirt_x=0.8`, or `clear`; it is read
+    when it changes. Empty = the agent's own (`sortline-agent trouble` writes it)."""
+    camera_levels: str = ""
+    """File for what the camera's belt looks like when all is well; set by the supervisor; empty = in memory only."""
     seed: int = 1
     items_per_s: Annotated[float, msgspec.Meta(gt=0.0, le=12.5)] = 9.0
     """Simulated items per second and lane."""

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, cast
 import msgspec
 
 from models.errors import MessageError, UnavailableError
-from models.messages import Fault, Live, Swap
+from models.messages import Evidence, Fault, Live, Swap
 from models.windows import Window
 
 MAX_FRAME_BYTES: Final = 256 * 1024
@@ -143,6 +143,12 @@ class Faulted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Which of several things of a kind: ejector and lane."""
 
 
+class Pictured(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Line: a picture that shows what an event of the camera is about."""
+
+    evidence: Evidence
+
+
 ToLine = Load | LoadShadow | SetLot | Stop | Go
 FromLine = (
     Ready
@@ -156,6 +162,7 @@ FromLine = (
     | WindowClosed
     | Faulted
     | Tuned
+    | Pictured
 )
 
 

@@ -95,6 +95,16 @@ class StateDirectory:
         return self.root / "lot-wish.taken"
 
     @property
+    def camera_levels(self) -> Path:
+        """What the camera's belt looks like when all is well; without it the line learns it again."""
+        return self.root / "camera-levels"
+
+    @property
+    def trouble(self) -> Path:
+        """What is wrong with the simulated line now, as `sortline-agent trouble` leaves it."""
+        return self.root / "trouble"
+
+    @property
     def spool(self) -> Path:
         """Records that wait for the control plane."""
         return self.root / "spool.sqlite"

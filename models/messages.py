@@ -23,6 +23,8 @@ MAX_BATCH_BYTES: Final = 256 * 1024
 MAX_BATCH_UNPACKED_BYTES: Final = 2 * 1024 * 1024
 MAX_BATCH_RECORDS: Final = 500
 MAX_GAP_RANGES: Final = 500
+MAX_PICTURE_BYTES: Final = 32 * 1024
+"""Largest picture of a record; it travels in batches of at most 256 KiB."""
 MAX_CONDITIONS: Final = 12
 KEEP_ALIVE_S: Final = 12
 """A peer is gone after one and a half of these; mosquitto looks every 5 s and counts whole seconds: 24 s at most."""
@@ -118,6 +120,8 @@ class RecordKind(StrEnum):
     WINDOW = "window"
     EVENT = "event"
     GAP = "gap"
+    EVIDENCE = "evidence"
+    """A picture that shows what an event of the camera is about; the first to go where there is no room."""
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,7 +280,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     seq: Counter
     kind: RecordKind
     payload: Annotated[bytes, msgspec.Meta(max_length=MAX_BATCH_BYTES)]
-    """MessagePack of a `Window`, an `Event` or a `Gap`."""
+    """MessagePack of a `Window`, an `Event`, a `Gap` or an `Evidence`."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -287,6 +291,18 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     code: Annotated[str, msgspec.Meta(max_length=80)]
     message: Annotated[str, msgspec.Meta(max_length=600)] = ""
     facts: dict[str, str] = {}
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture of what has become of the camera: before and now."""
+
+    schema_version: Literal[1] = 1
+    at_ms: Counter
+    code: Annotated[str, msgspec.Meta(max_length=80)]
+    """Code of the event it shows, such as `optics.dirty`."""
+    quantity: Annotated[str, msgspec.Meta(max_length=64)]
+    """What left its band: a quantity of `Window.camera_health`, or `dirt`."""
+    jpeg: Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_PICTURE_BYTES)]
 
 
 class GapRange(msgspec.Struct, frozen=True, array_like=True):

@@ -425,7 +425,7 @@ def _add_lanes(a: Window, b: Window, lanes: int) -> tuple[LaneCounts, ...]:
         if window.nulls or not window.items:
             more, unknown = _lane_features(part, rows)
         else:
-            more, unknown = 0, np.repeat([[lane.items] for lane in part], rows, axis=1)
+            more, unknown = np.zeros_like(counts), np.repeat([[lane.items] for lane in part], rows, axis=1)
         counts, nulls = counts + more, nulls + unknown
     packed = [pack_counts(found) for found in counts]
     return tuple(

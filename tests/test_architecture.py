@@ -90,7 +90,7 @@ ONLY_IN: Final[dict[str, tuple[str, ...]]] = {
         "edge_agent/recording/",
         "edge_agent/calibration/",
         "edge_agent/offline/",
-        "edge_agent/health/camera.py",
+        "edge_agent/health/",
         "edge_agent/line/process.py",
         "edge_agent/line/warm_up.py",
         "edge_agent/line/thread_tuning.py",

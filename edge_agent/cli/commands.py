@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         record.add_picture,
         setup.add_import,
         run.add_lot,
+        run.add_trouble,
+        setup.add_relearn_camera,
         inspect.add_selftest,
         inspect.add_capacity,
         inspect.add_status,

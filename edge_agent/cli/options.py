@@ -14,8 +14,9 @@ from typing import Any
 
 import msgspec
 
+from edge_agent.state_directory import StateDirectory
 from models.connection import parse_broker
-from models.errors import InputError
+from models.errors import ConfigError, InputError
 
 _LINE_FLAGS = ("camera", "lanes", "items_per_s", "seed", "photos", "defect_share", "hollow_share", "trouble")
 
@@ -60,6 +61,18 @@ def config_of(arguments: argparse.Namespace) -> Any:
     if getattr(arguments, "password_file", None):
         overrides.setdefault("broker", {})["password_file"] = arguments.password_file
     return load_agent_config(arguments.config, overrides)
+
+
+def agent_directory(root: Path) -> StateDirectory:
+    """Returns the state directory of an agent that has run here.
+
+    Raises:
+        ConfigError: `agent.no_state`.
+    """
+    places = StateDirectory(root)
+    if not places.lock_file.exists():
+        raise ConfigError("agent.no_state", f"{root} holds no agent.", expected="--state-dir of an agent", got=root)
+    return places
 
 
 def at_least(least: float, kind: Callable[[str], float] = float) -> Callable[[str], Any]:

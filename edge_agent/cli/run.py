@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.cli.options import (
+    agent_directory,
     at_least,
     check_file,
     check_folder,
@@ -17,6 +18,7 @@ from edge_agent.cli.options import (
     print_facts,
 )
 from models.errors import ConfigError
+from models.files import write_atomically
 
 
 def add_run(commands: Any) -> None:
@@ -119,12 +121,9 @@ def add_lot(commands: Any) -> None:
 
 
 def _lot(arguments: argparse.Namespace) -> int:
-    from edge_agent.state_directory import StateDirectory  # noqa: PLC0415
     from edge_agent.supervisor.lots import known_lot, submit_lot_request, wait_until_applied  # noqa: PLC0415
 
-    root: Path = arguments.state_dir
-    if not StateDirectory(root).lock_file.exists():
-        raise ConfigError("agent.no_state", f"{root} holds no agent.", expected="--state-dir of an agent", got=root)
+    root = agent_directory(arguments.state_dir).root
     said = [value for value in (arguments.lot, arguments.variety) if value is not None]
     if len(said) == 1:
         raise ConfigError("config.bad_value", "A lot has a variety.", expected="--lot and --variety", got="one of them")
@@ -138,4 +137,20 @@ def _lot(arguments: argparse.Namespace) -> int:
             print_facts(facts | {"lot": arguments.lot, "variety": arguments.variety}, as_json=arguments.json)
             return 0
     print_facts(facts | known_lot(root), as_json=arguments.json)
+    return 0
+
+
+def add_trouble(commands: Any) -> None:
+    """Adds the subcommand `trouble`."""
+    trouble = commands.add_parser("trouble", help="say what is wrong with a simulated line from now on")
+    trouble.add_argument("faults", metavar="FAULTS", help='such as "dirt=0.6 dirt_x=0.8", or "clear"')
+    trouble.add_argument("--state-dir", type=Path, default=Path("sortline-agent-state"), help="of the agent")
+    trouble.set_defaults(act=_trouble)
+
+
+def _trouble(arguments: argparse.Namespace) -> int:
+    from edge_agent.simulation.faults import parse_faults  # noqa: PLC0415
+
+    parse_faults(arguments.faults)
+    write_atomically(agent_directory(arguments.state_dir).trouble, arguments.faults.encode())
     return 0

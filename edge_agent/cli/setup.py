@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.cli.options import (
+    agent_directory,
     at_least,
     check_file,
     check_folder,
@@ -132,4 +133,18 @@ def _import(arguments: argparse.Namespace) -> int:
     desired = stage_import(folder, root)
     shown = {"agent": config.id, "generation": desired.generation, "bundle": desired.bundle}
     print_facts(shown | facts, as_json=arguments.json)
+    return 0
+
+
+def add_relearn_camera(commands: Any) -> None:
+    """Adds the subcommand `relearn-camera`."""
+    relearn = commands.add_parser(
+        "relearn-camera", help="learn again what the belt looks like when all is well; clean the lens before"
+    )
+    relearn.add_argument("--state-dir", type=Path, default=Path("sortline-agent-state"), help="of the agent")
+    relearn.set_defaults(act=_relearn_camera)
+
+
+def _relearn_camera(arguments: argparse.Namespace) -> int:
+    agent_directory(arguments.state_dir).camera_levels.unlink(missing_ok=True)
     return 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
@@ -134,7 +135,12 @@ def prerender(config: LineConfig) -> SimulatedLine | None:
     Raises:
         ConfigError: The simulation's settings are impossible.
     """
-    return SimulatedLine(simulation_config(config), schedule=config.trouble) if config.camera == "simulated" else None
+    return _simulated(config, virtual=False) if config.camera == "simulated" else None
+
+
+def _simulated(config: LineConfig, *, virtual: bool) -> SimulatedLine:
+    file = Path(config.trouble_file) if config.trouble_file else None
+    return SimulatedLine(simulation_config(config), schedule=config.trouble, faults_file=file, virtual=virtual)
 
 
 def open_hardware(config: LineConfig, *, virtual: bool = False, drawn: SimulatedLine | None = None) -> LineHardware:
@@ -153,7 +159,7 @@ def open_hardware(config: LineConfig, *, virtual: bool = False, drawn: Simulated
     _check_fail_safe(config)
     _check_picture(config)
     if config.camera == "simulated":
-        line = drawn or SimulatedLine(simulation_config(config), schedule=config.trouble, virtual=virtual)
+        line = drawn or _simulated(config, virtual=virtual)
         line.start()
         rolling = "photographs" if config.photos else "apples"
         cells = tuple(line.load_cell(lane) for lane in range(config.lanes))

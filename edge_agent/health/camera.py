@@ -111,6 +111,8 @@ class CameraHealth:
         self._on_change = on_change
         self.fault = ""
         """Code of the present fault; empty = good."""
+        self.repeated = 0
+        """Frames that repeated the one before."""
         self.looks = FrameStatistics()
         self._shape: tuple[int, ...] | None = None
         self._last: NDArray[np.uint8] | None = None
@@ -152,6 +154,7 @@ class CameraHealth:
         if self._live:
             self._recent.append((now_s, kind == "corrupt"))
         if kind:
+            self.repeated += kind == "frozen"
             self._good_s = self._rate_from_s = None
             self._bad = self._bad if self._bad and self._bad[0] == kind else (kind, now_s)
             if self._lasts(kind, now_s):

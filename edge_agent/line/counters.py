@@ -20,9 +20,10 @@ from edge_agent.vision.judge import Judge, Judged
 from models.histogram import Histogram, pack_counts
 from models.messages import Live
 from models.profile import BINS, FeatureCounter
-from models.windows import LaneCounts, Window
+from models.windows import CameraCounts, LaneCounts, Window
 
 if TYPE_CHECKING:
+    from edge_agent.health.camera_sensor import CameraSensor
     from edge_agent.line.shadow import Shadow
 
 log = logging.getLogger("sortline.counting")
@@ -111,6 +112,8 @@ class LineCounter:
         self._queue: EjectionQueue | None = None
         self._last_ejectors: dict[str, int] = {}
         self._last_shots: dict[str, int] = {}
+        self.camera_sensor: CameraSensor | None = None
+        """Whose counts the windows include; None = the camera is not watched."""
         self.shadow: Shadow | None = None
         """The challenger whose counts the windows include; see `use_shadow`."""
         self._last_shadow: dict[str, int] = {}
@@ -227,6 +230,7 @@ class LineCounter:
                 shadow=self._shadow(),
                 shadow_bundle=self.shadow.judge.digest if self.shadow else "",
                 camera=dict(+self._camera),
+                camera_health=self.camera_sensor.take() if self.camera_sensor else CameraCounts(),
                 scalars_missing=dict(self._scalars_missing),
                 truth=self._since(truth, "outcomes"),
                 lifetime_items=self.lifetime_items,

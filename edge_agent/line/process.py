@@ -10,6 +10,7 @@ frozen before, so a collection looks at little.
 """
 
 import gc
+import hashlib
 import logging
 import os
 import signal
@@ -27,6 +28,8 @@ import msgspec
 from edge_agent.devices.cameras import is_live
 from edge_agent.devices.hardware import LineHardware, geometry_of, open_hardware
 from edge_agent.health.camera import CameraHealth
+from edge_agent.health.camera_sensor import CameraChange, CameraSensor
+from edge_agent.health.evidence import condition_of, evidence_picture
 from edge_agent.interfaces import Frame, Lane, LineGeometry
 from edge_agent.line.camera_feed import CameraFeed
 from edge_agent.line.counters import LineCounter
@@ -35,7 +38,7 @@ from edge_agent.line.loader import fault_of, load_judge, load_shadow, return_mem
 from edge_agent.line.reporting import Outbox, Reporter
 from edge_agent.line.shadow import Shadow
 from edge_agent.line.sorting import LineCore
-from edge_agent.line.standby import parse_command_line
+from edge_agent.line.standby import parse_command_line, watch_quietly
 from edge_agent.line.switching import Switching
 from edge_agent.line.thread_tuning import facts, tune_opencv
 from edge_agent.line_config import LineConfig
@@ -45,6 +48,7 @@ from edge_agent.line_protocol import (
     LoadFailed,
     LoadShadow,
     ModelFailed,
+    Pictured,
     Pipe,
     Ready,
     SetLot,
@@ -55,6 +59,7 @@ from edge_agent.line_protocol import (
 from edge_agent.simulation.line import SimulatedLine
 from edge_agent.vision.judge import Judge
 from models.errors import BundleError, CameraError, SortlineError
+from models.messages import Evidence, wall_ms
 
 log = logging.getLogger("sortline.line")
 _FRAME_S: Final = 0.25
@@ -67,6 +72,8 @@ _STUCK: Final = 5
 """Exit status of a line whose camera hangs in its driver."""
 _THREAD_DIED: Final = 6
 """Exit status of a line that lost one of its threads."""
+_EDGE_OF_LANE: Final = 0.15
+"""Share of a lane's width: an item of which less is in the picture may not be found."""
 _SWITCH_S: Final = 0.0005
 """Longest time a thread that is due (ejection) waits for one that computes in Python; Python's default is 5 ms."""
 
@@ -89,11 +96,12 @@ class Line:
         self._stop = threading.Event()
         self._thread_died = False
         self._outbox = Outbox(pipe)
+        self._live = config.camera == "simulated" or is_live(config.camera)
         self._health = CameraHealth(
             frames_per_s=config.frames_per_s,
             stall_s=config.stall_s,
             slow_share=config.slow_share,
-            live=config.camera == "simulated" or is_live(config.camera),
+            live=self._live,
             on_change=self._camera_changed,
         )
         simulation = self._world.simulation
@@ -132,6 +140,8 @@ class Line:
             requested=ACTIONS.get(config.safe_state),
         )
         self._core: LineCore | None = None
+        self._sensor: CameraSensor | None = None
+        """Watches a live camera by its own picture, from the first frame on."""
         self._reporter = Reporter(
             self._outbox,
             self._counter,
@@ -242,6 +252,8 @@ class Line:
                 self._health.failed(error, time.monotonic())
             else:
                 self._fail_safe.saw(frame.belt_mm)
+                if self._sensor is not None:
+                    self._sensor.offer(frame, core.boxes)
             self._guard()
         if self._core is not None:
             self._core.flush()
@@ -291,6 +303,8 @@ class Line:
 
     def _make_core(self, frame: Frame) -> LineCore:
         geometry = self._fail_safe.geometry = geometry_of(self._config, self._world, frame)
+        if self._live:
+            self._watch_camera(geometry)
         return LineCore(
             geometry=geometry,
             counter=self._counter,
@@ -304,6 +318,28 @@ class Line:
             shadow=self._counter.shadow,
             on_ejector=self._ejector_trouble,
         )
+
+    def _watch_camera(self, geometry: LineGeometry) -> None:
+        """Starts the thread that watches the camera by its own picture."""
+        self._sensor = self._counter.camera_sensor = CameraSensor(
+            geometry.mm_per_px,
+            key=camera_key(self._config, geometry),
+            edge_px=round(_EDGE_OF_LANE * min(lane.bottom_px - lane.top_px for lane in geometry.lanes)),
+            path=Path(self._config.camera_levels) if self._config.camera_levels else None,
+            repeated=lambda: self._health.repeated,
+            on_change=self._optics_changed,
+        )
+        body = self._sensor.run
+        threading.Thread(target=lambda: watch_quietly(body, self._stop), name="camera-sensor", daemon=True).start()
+
+    def _optics_changed(self, change: CameraChange) -> None:
+        """Reports a quantity of the camera that left its learnt band, with a picture, or that it is back."""
+        code, message = condition_of(change)
+        self._outbox.say_fault(code, message, subject=change.quantity)
+        jpeg = evidence_picture(change) if change.outside else b""
+        if jpeg:
+            evidence = Evidence(at_ms=wall_ms(), code=code, quantity=change.quantity, jpeg=jpeg)
+            self._outbox.say(Pictured(evidence=evidence))
 
     def _ejector_trouble(self, lane: int, outlet: str, trouble: str) -> None:
         what = {
@@ -354,6 +390,16 @@ class Line:
             return Path(self._config.owner).stat().st_mtime if self._config.owner else 0.0
         except OSError:
             return 0.0
+
+
+def camera_key(config: LineConfig, geometry: LineGeometry) -> str:
+    """Names camera and geometry, to which learnt levels belong; hashed, because an address may hold a password."""
+    facts = (
+        *(config.camera, config.orientation, config.seed, config.photos),
+        *(geometry.width_px, geometry.height_px, round(geometry.mm_per_px, 6)),
+        *((lane.top_px, lane.bottom_px) for lane in geometry.lanes),
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def serve(

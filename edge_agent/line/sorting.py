@@ -75,6 +75,7 @@ class LineCore:
     """Items up to this belt coordinate may be hit by shots of the fail-safe; their own are no proof of a valve."""
     judge: Judge | None = None
     items_on_bundle: int = 0
+    _places: list[Detection] = field(default_factory=list)
     _ids: int = 0
     _last_number: int = -1
     _locator: Locator = field(init=False)
@@ -115,6 +116,7 @@ class LineCore:
         if self._locator.coverage > FLOODED:
             self.counter.count("frames_bad")
             places = []
+        self._places = places
         advance_px = self._advance_px(frame)
         seen, closed = self._tracker.update(places, frame.number, frame.captured_s, frame.belt_mm)
         self._judge_seen(frame, seen, places, advance_px)
@@ -325,6 +327,10 @@ class LineCore:
         self._ids, self._last_number = state.ids, state.last_number
         self._locator.restore(state.background)
         self._tracker.restore(state.tracks)
+
+    def boxes(self) -> list[tuple[int, int, int, int]]:
+        """Returns left, top, right and bottom of the items in the last frame, pixels."""
+        return [(place.left_px, place.top_px, place.right_px, place.bottom_px) for place in self._places]
 
     @property
     def locator(self) -> Locator:

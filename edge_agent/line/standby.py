@@ -36,6 +36,12 @@ def run_at_low_priority(work: Callable[[], T]) -> T:
         return pool.submit(work).result()
 
 
+def watch_quietly(body: Callable[[threading.Event], None], stop: threading.Event) -> None:
+    """Runs the body of a thread at low priority: what it does must never take time from sorting."""
+    _lower_priority()
+    body(stop)
+
+
 def _lower_priority() -> None:
     thread = threading.get_native_id()
     with contextlib.suppress(OSError):

@@ -1,17 +1,21 @@
-"""Describes the faults of the simulated line, set directly or by a schedule.
+"""Describes the faults of the simulated line, set directly, by a schedule, or by a file while it runs.
 
 A schedule reads like `30s brightness=0.7 blur_px=1.5; 60s clear`: at 30 s after the start these knobs are set (the
 others stay), and at 60 s the line is healthy again.
 """
 
 import difflib
+import logging
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
 
 from models.errors import ConfigError
+
+log = logging.getLogger("sortline.simulation")
 
 
 class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,6 +29,22 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     blur_px: Annotated[float, msgspec.Meta(ge=0.0, le=20.0)] = 0.0
     dirt: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
     """Opacity of smudges on the lens."""
+    dirt_x: Annotated[float, msgspec.Meta(ge=-1.0, le=1.0)] = -1.0
+    """Column of the middle of one smudge, as a share of the width; negative = smudges all over the picture."""
+    dirt_y: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.5
+    """Row of its middle, as a share of the height."""
+    dirt_size: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.12
+    """Radius of it, as a share of the width."""
+    dirt_level: Annotated[float, msgspec.Meta(ge=0.0, le=255.0)] = 40.0
+    """Grey level of the smudges: the belt's own (40), darker (dust), or brighter (grease that scatters the light)."""
+    dirt_creep_s: Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)] = 0.0
+    """The smudges take so long to reach their opacity; 0 = they are there at once."""
+    flicker: Annotated[float, msgspec.Meta(ge=0.0, le=0.5)] = 0.0
+    """Amplitude of a lamp that flickers at 100 Hz, as a share; a rolling shutter shows it as bands."""
+    shift_x_px: Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)] = 0.0
+    """The camera was knocked: the picture stands so far to the right."""
+    shift_y_px: Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)] = 0.0
+    """The same downwards."""
     drop_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
     corrupt_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
     freeze: bool = False
@@ -84,6 +104,16 @@ def parse_fault_schedule(text: str) -> list[ScheduledFaults]:
     return steps
 
 
+def parse_faults(text: str) -> Faults:
+    """Parses what holds now, such as `dirt=0.6 dirt_x=0.8`; `clear` or nothing is a healthy line.
+
+    Raises:
+        ConfigError: `trouble.malformed`, `trouble.unknown_knob` with the nearest one.
+    """
+    words = text.strip()
+    return NO_FAULTS if words in {"", "clear"} else _changed(NO_FAULTS, words)
+
+
 def _changed(current: Faults, text: str) -> Faults:
     values = msgspec.to_builtins(current)
     for word in text.split():
@@ -101,3 +131,47 @@ def _changed(current: Faults, text: str) -> Faults:
         return msgspec.convert(values, Faults, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError("trouble.malformed", f"A knob has an impossible value: {error}.", got=text) from error
+
+
+class FaultsFile:
+    """A file that names the faults that hold now; it may be written, replaced or removed at any time.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen: tuple[int, int] | None = None
+        self._due_s = 0.0
+
+    def changed(self, elapsed_s: float) -> Faults | None:
+        """Returns what the file says where it has changed since the last call, else None; looks twice a second.
+
+        What cannot be read or is no list of faults changes nothing and is logged. A file that is gone is a healthy
+        line.
+
+        Args:
+            elapsed_s: Time since the start.
+        """
+        if elapsed_s < self._due_s:
+            return None
+        self._due_s = elapsed_s + 0.5
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return None
+        self._seen = stamp
+        try:
+            return parse_faults(self._path.read_text(encoding="utf-8")[:2000])
+        except FileNotFoundError:
+            return NO_FAULTS
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            log.warning("%s changes nothing: %s", self._path, error)
+            return None
+
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino

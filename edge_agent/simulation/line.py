@@ -20,15 +20,16 @@ from numpy.typing import NDArray
 
 from edge_agent.interfaces import Frame, Lane, LineGeometry, Shot, Sighting
 from edge_agent.simulation.belt import BeltMotion
-from edge_agent.simulation.faults import NO_FAULTS, Faults, ScheduledFaults, parse_fault_schedule
+from edge_agent.simulation.faults import NO_FAULTS, Faults, FaultsFile, ScheduledFaults, parse_fault_schedule
+from edge_agent.simulation.optics import Optics
 from edge_agent.simulation.rendering import (
+    BOLT,
     VARIETIES,
     Kind,
     RollingItem,
     Sprite,
     draw_belt,
-    draw_dirt,
-    draw_noise,
+    draw_fixtures,
     hollowed,
     load_photos,
     render_library,
@@ -71,6 +72,8 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """An item is hit when its centre is this close to the nozzle."""
     valve_delay_ms: Annotated[float, msgspec.Meta(ge=0.0, le=200.0)] = 0.0
     """Time from command to effect of the valves; it varies by a tenth from shot to shot."""
+    bolts: Annotated[int, msgspec.Meta(ge=0, le=64)] = 6
+    """Number of bolts on each lane divider, by which the picture has a fixed place along the belt, too."""
     noise: Annotated[float, msgspec.Meta(ge=0.0, le=30.0)] = 2.0
     """Camera noise, standard deviation in grey levels."""
     again: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
@@ -140,6 +143,7 @@ class SimulatedLine:
     Args:
         config: Settings of the line.
         schedule: Faults by time since the start.
+        faults_file: File that names the faults that hold now; read when it changes.
         virtual: Whether time advances with reads only.
         clock: Monotonic clock in seconds (real time only).
         sleep: Function that waits (real time only).
@@ -150,6 +154,7 @@ class SimulatedLine:
         config: SimulationConfig,
         *,
         schedule: str = "",
+        faults_file: Path | None = None,
         virtual: bool = False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -161,24 +166,27 @@ class SimulatedLine:
         self.geometry = config.geometry()
         self._virtual, self._clock, self._sleep = virtual, clock, sleep
         self._schedule: list[ScheduledFaults] = parse_fault_schedule(schedule)
+        self._faults_file = FaultsFile(faults_file) if faults_file else None
         self._lock = threading.Lock()
         rng = np.random.default_rng(config.seed)
         self._library = self._make_library(rng)
         size = (self.geometry.height_px, config.width_px)
         self._belt = draw_belt(rng, size, config.lane_px)
-        self._noise, self._dirt = draw_noise(rng, size, config.noise), draw_dirt(rng, size)
+        self._effects = np.random.default_rng((config.seed, 99))
+        self._optics = Optics(rng, size, config.noise, self._effects)
+        self._fixtures = draw_fixtures(np.random.default_rng((config.seed, 95)), size, config.lane_px, config.bolts)
         if config.again:
-            self._noise = draw_noise(np.random.default_rng((config.seed, 97, config.again)), size, config.noise)
+            self._optics.use_noise(np.random.default_rng((config.seed, 97, config.again)), config.noise)
         sources = [(lane - config.shifted_lanes) % config.lanes for lane in range(config.lanes)]
         self._lanes = [
             _LaneState(np.random.default_rng((config.seed, source)), 200.0 + 37.0 * lane)
             for lane, source in enumerate(sources)
         ]
         self._roll = [np.random.default_rng((config.seed, source, 96, config.again)) for source in sources]
-        self._effects = np.random.default_rng((config.seed, 99))
         self._valves = np.random.default_rng((config.seed, 98))
         self._sightings: deque[tuple[float, Sighting]] = deque(maxlen=4096)
-        self._trouble = NO_FAULTS
+        self._trouble, self._trouble_s = NO_FAULTS, 0.0
+        """The faults that hold, and since when."""
         self._number = -1
         self._frozen: NDArray[np.uint8] | None = None
         self._drawing_s = 0.0
@@ -248,7 +256,8 @@ class SimulatedLine:
             return None
         if trouble.freeze and self._frozen is not None:
             return Frame(self._frozen.copy(), number, at_s, belt_mm)
-        image = self._apply(self._draw(belt_mm, number), trouble)
+        scene = self._draw(belt_mm)
+        image = self._optics.expose(scene, number, trouble, at_s=at_s, since_s=at_s - self._trouble_s)
         if trouble.wrong_size:
             image = np.ascontiguousarray(image[::2, ::2])
         self._frozen = image
@@ -262,11 +271,13 @@ class SimulatedLine:
         """Number of exposures that were not fetched in time or were lost by a fault."""
         return self._dropped
 
-    def _draw(self, belt_mm: float, number: int) -> NDArray[np.uint8]:
+    def _draw(self, belt_mm: float) -> NDArray[np.uint8]:
         config = self.config
         offset = int(belt_mm / config.mm_per_px) % config.width_px
         # The belt's own texture moves with it: a window into a strip that repeats.
         image = self._belt[:, config.width_px - offset : 2 * config.width_px - offset].copy()
+        for place in self._fixtures:
+            image[place] = BOLT
         with self._lock:  # a valve that fires advances the belt from its own thread
             standing = [list(state.items) for state in self._lanes]
         for lane, items in enumerate(standing):
@@ -275,8 +286,6 @@ class SimulatedLine:
                 x = (belt_mm - item.item_mm) / config.mm_per_px
                 if not item.ejected_to or belt_mm < item.item_mm + self.geometry.outlets_mm[item.ejected_to]:
                     _paste(image, self._sprite(item, belt_mm), x, (rows.top_px + rows.bottom_px) / 2)
-        if config.noise:
-            image = cv2.add(image, self._noise[number % len(self._noise)])  # type: ignore[assignment]
         return image
 
     def _sprite(self, item: SimulatedItem, belt_mm: float) -> Sprite:
@@ -285,24 +294,6 @@ class SimulatedLine:
     def _phase(self, item: SimulatedItem, belt_mm: float) -> int:
         turns = item.phase + (belt_mm - item.item_mm) / (np.pi * item.apple.length_mm)
         return int(turns * len(item.apple.sprites)) % len(item.apple.sprites)
-
-    def _apply(self, image: NDArray[np.uint8], trouble: Faults) -> NDArray[np.uint8]:
-        if trouble == NO_FAULTS:
-            return image
-        if trouble.dirt:
-            clean = 1.0 - trouble.dirt * self._dirt
-            image = np.asarray(image * clean[:, :, None] + 40.0 * (1.0 - clean[:, :, None]), np.uint8)
-        if trouble.blur_px:
-            image = np.asarray(cv2.GaussianBlur(image, (0, 0), trouble.blur_px), np.uint8)
-        gains = np.array([trouble.blue, trouble.green, trouble.red]) * trouble.brightness
-        if (gains != 1.0).any():
-            levels = np.arange(256)[:, None] * gains
-            image = np.asarray(cv2.LUT(image, np.clip(levels, 0, 255).astype(np.uint8).reshape(256, 1, 3)), np.uint8)
-        if trouble.corrupt_share and self._effects.random() < trouble.corrupt_share:
-            image = image.copy()
-            torn = int(self._effects.integers(0, image.shape[0] // 2))
-            image[torn:] = self._effects.integers(0, 256, image[torn:].shape, dtype=np.uint8)
-        return image
 
     # -- belt -------------------------------------------------------------------------------------------------
 
@@ -321,6 +312,9 @@ class SimulatedLine:
     def _follow_schedule(self, elapsed_s: float) -> None:
         while self._schedule and self._schedule[0].after_s <= elapsed_s:
             self.set_trouble(self._schedule.pop(0).trouble)
+        found = self._faults_file.changed(elapsed_s) if self._faults_file else None
+        if found is not None:
+            self.set_trouble(found)
 
     def stop(self, _reason: str) -> None:
         """Stops the belt for the fail-safe; see `BeltControl`."""
@@ -334,7 +328,7 @@ class SimulatedLine:
         """Switches to these faults; the belt ramps to its new speed."""
         if not trouble.freeze:
             self._frozen = None
-        self._trouble = trouble
+        self._trouble, self._trouble_s = trouble, self.now()
         self._motion.drive(0.0 if trouble.stopped else self.config.belt_mm_s * trouble.speed_factor, self.now())
 
     def _advance(self, belt_mm: float) -> None:

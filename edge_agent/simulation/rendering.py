@@ -23,6 +23,9 @@ from models.preprocess import decode_photo, segment_photo
 Floats = NDArray[np.float32]
 PHASES: Final = 20
 """Pictures per turn of a rendered apple: 18 degrees each."""
+BOLT: Final = (118, 112, 106)
+"""Colour of the bolts on the lane dividers, BGR."""
+_BOLT_PX: Final = 14
 _ROWS, _COLUMNS = 96, 192
 _LIGHT: Final = np.array([-0.25, -0.45, 0.86], np.float32)
 
@@ -365,9 +368,44 @@ def draw_belt(rng: np.random.Generator, size: tuple[int, int], lane_px: int) -> 
     return image
 
 
+def draw_fixtures(
+    rng: np.random.Generator, size: tuple[int, int], lane_px: int, each: int
+) -> list[tuple[slice, slice]]:
+    """Returns the places of bolts on the lane dividers: they belong to the machine and stand still while the belt runs.
+
+    Args:
+        rng: Source of the places.
+        size: Height and width of the image.
+        lane_px: Height of a lane.
+        each: Number of bolts on each divider.
+    """
+    height, width = size
+    tops = [min(max(top, 1), height - 2) - 1 for top in range(0, height + 1, lane_px)]
+    lefts = rng.integers(0, width - _BOLT_PX, (len(tops), each))
+    return [
+        (slice(top, top + 2), slice(left, left + _BOLT_PX))
+        for top, row in zip(tops, lefts.tolist(), strict=True)
+        for left in row
+    ]
+
+
 def draw_noise(rng: np.random.Generator, size: tuple[int, int], sigma: float) -> list[NDArray[np.uint8]]:
     """Returns four frames of noise, to be added in turn; its mean of two sigma is part of the exposure."""
     return [np.clip(rng.normal(2 * sigma, sigma, (*size, 3)), 0, 255).astype(np.uint8) for _ in range(4)]
+
+
+def draw_smudge(size: tuple[int, int], place: tuple[float, float], radius: float) -> Floats:
+    """Returns one smudge on the lens, 0..1: opaque in its middle, without an edge.
+
+    Args:
+        size: Height and width of the image.
+        place: Row and column of the middle, as shares.
+        radius: As a share of the width.
+    """
+    height, width = size
+    rows, columns = np.ogrid[:height, :width]
+    away = np.hypot(rows - place[0] * height, columns - place[1] * width) / (radius * width)
+    return np.asarray(np.clip(1.6 * (1.0 - away), 0.0, 1.0), np.float32)
 
 
 def draw_dirt(rng: np.random.Generator, size: tuple[int, int]) -> Floats:

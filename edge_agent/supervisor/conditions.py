@@ -13,6 +13,7 @@ from models.messages import MAX_CONDITIONS, Fault
 
 _ENDS: Final = {
     "camera.": "camera.recovered",
+    "optics.": "optics.recovered",
     "ejector.": "ejector.recovered",
     "line.fail_safe": "line.fail_safe_over",
     "recipe.over_budget": "recipe.within_budget",
@@ -21,7 +22,7 @@ _ENDS: Final = {
 """Beginning of the codes that name a condition, and the code that ends it."""
 _MESSAGE: Final = 200
 """Most characters of a message: a report must stay small."""
-_OF_LINE: Final = ("camera.", "ejector.", "line.fail_safe", "recipe.over_budget")
+_OF_LINE: Final = ("camera.", "optics.", "ejector.", "line.fail_safe", "recipe.over_budget")
 
 
 class Conditions:

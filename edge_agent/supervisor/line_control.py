@@ -104,6 +104,8 @@ class LineControl:
             safe_state=self._updater().safe_state,
             boot_id=self._boot_id,
             owner=str(self._directory.lock_file),
+            camera_levels=line.camera_levels or str(self._directory.camera_levels),
+            trouble_file=line.trouble_file or str(self._directory.trouble),
         )
         if not standby:
             self._safe_state, self._replaced = config.safe_state, False

@@ -31,6 +31,7 @@ from edge_agent.line_protocol import (
     Faulted,
     LoadFailed,
     ModelFailed,
+    Pictured,
     Ready,
     ShadowChanged,
     ShadowFailed,
@@ -333,6 +334,8 @@ class Supervisor:
                 self._challenger.failed(message)
             case Faulted():
                 self._note(message.fault, message.subject)
+            case Pictured():
+                self._journal.record(RecordKind.EVIDENCE, msgspec.msgpack.encode(message.evidence))
 
     def _note(self, fault: Fault, subject: str = "") -> None:
         """Stores an event and reports the condition that it begins or ends."""

@@ -40,8 +40,9 @@ CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 """
 _DROP_AT_ONCE: Final = 256
 _LOG_BYTES: Final = 4 * 1024 * 1024
-EVICTION: Final = (RecordKind.EVENT, RecordKind.WINDOW)
-"""Least important first, because the counts of a lot cannot be obtained again. Gaps are never dropped."""
+EVICTION: Final = (RecordKind.EVIDENCE, RecordKind.EVENT, RecordKind.WINDOW)
+"""Least important first: a picture only illustrates, and the counts of a lot cannot be obtained again. Gaps are never
+dropped."""
 _KEPT_SHARE: Final = 1.0 / 16.0
 """Share of the budget that a less important kind keeps, so that a day of windows never pushes out the last alarms."""
 
