@@ -25,6 +25,7 @@ from control_plane.fleet.connection import BrokerConnection
 from control_plane.fleet.ingest import Ingest
 from control_plane.fleet.intake import Intake, LiveFigures
 from control_plane.fleet.outbox import Outbox
+from control_plane.fleet.spooled import PictureShelf
 from control_plane.guard import Tokens
 from control_plane.identity.authority import INDEX, SITE, Authority
 from control_plane.identity.enrolment import Enrolment
@@ -127,7 +128,9 @@ def open_services(config: ControlPlaneConfig) -> Services:
         connection,
         blobs,
         outbox,
-        ingest=Ingest(engine, intake, outbox, blobs.requested, counters, WindowLedger(counters)),
+        ingest=Ingest(
+            engine, intake, outbox, blobs.requested, counters, WindowLedger(counters), PictureShelf(store.put, counters)
+        ),
         board=board,
         rollouts=rollouts,
         alarms=open_alarms(config, engine, store, connection, counters, name, board.profile),

@@ -12,6 +12,7 @@ from sqlmodel import Session, col, desc, select
 
 from control_plane.database.tables.agents import EventRow
 from control_plane.database.tables.alarms import Alarm
+from control_plane.fleet.spooled import PICTURE
 from control_plane.monitoring.rollups import MINUTE
 from control_plane.monitoring.windows import SpanSum, spans_of
 from models.errors import MessageError
@@ -24,8 +25,6 @@ _BEFORE: Final = timedelta(minutes=60)
 _LONGEST: Final = timedelta(minutes=60)
 """Histograms show at most an hour on either side."""
 _MOST_FEATURES: Final = 6
-PICTURE: Final = "camera.evidence"
-"""Code of the event that names a stored picture: `sha256`, `quantity`, `side`."""
 _MOST_PICTURES: Final = 4
 
 

@@ -34,6 +34,7 @@ from control_plane.fleet.lot_commands import record_response
 from control_plane.fleet.spooled import (
     Key,
     Ledger,
+    PictureShelf,
     ReportArrival,
     Row,
     Table,
@@ -121,6 +122,7 @@ class Ingest:
         requested: Takes an agent's request for blobs.
         counters: Counts what happened.
         ledger: Counts what was stored, in the transaction that stores it.
+        pictures: Keeps the pictures of agents.
     """
 
     def __init__(
@@ -131,10 +133,11 @@ class Ingest:
         requested: Callable[[str, Request], None],
         counters: Counter[str],
         ledger: Ledger,
+        pictures: PictureShelf,
     ) -> None:
         self._engine, self._intake, self._outbox = engine, intake, outbox
         self._requested, self._counters, self._ledger = requested, counters, ledger
-        self._twins = TwinWatch()
+        self._pictures, self._twins = pictures, TwinWatch()
         self._reports: dict[str, tuple[Reported, datetime]] = {}
         """Agent -> the report stored last and when, to leave out what says the same."""
         self._logged: dict[str, float] = {}
@@ -359,6 +362,7 @@ class Ingest:
             work.rows[row.table].append(key | row.values)
             work.records.append((row, message.agent_id, message.at))
             numbers.setdefault(row.boot_id, []).append(row.seq)
+            self._pictures.keep(message.agent_id, row)
         if not rows:
             return
         changes = work.agents[message.agent_id]

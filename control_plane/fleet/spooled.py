@@ -7,8 +7,10 @@ time by the clock of its agent where that is plausible, and by its arrival where
 1970 or runs ahead must not write into another year.
 """
 
+import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter as CounterOf
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, NamedTuple, Protocol
@@ -19,6 +21,7 @@ from sqlmodel import Session
 from control_plane.database.tables.agents import EventRow, WindowRow
 from control_plane.fleet.twins import Twins
 from control_plane.fleet.window_payload import pack_window
+from models.bundle import sha256
 from models.errors import MessageError
 from models.messages import (
     CLOCK_SLACK_MS,
@@ -26,6 +29,7 @@ from models.messages import (
     BootId,
     Counter,
     Event,
+    Evidence,
     Gap,
     Record,
     RecordKind,
@@ -33,10 +37,18 @@ from models.messages import (
     unpack_batch,
 )
 from models.messages import Batch as _Batch
+from models.token_bucket import TokenBucket
 from models.windows import Window
 
+log = logging.getLogger("sortline.fleet")
 MAX_FACTS: Final = 64
 MAX_FACT_CHARACTERS: Final = 600
+PICTURE: Final = "camera.evidence"
+"""Code of the event that names a stored picture: `sha256`, `quantity`, `side` (`both`: before and now), `about`."""
+_JPEG: Final = b"\xff\xd8\xff"
+_PICTURES_PER_S, _PICTURES_AT_ONCE = 1.0 / 60.0, 30.0
+"""Pictures of one agent that are kept: a season of one a minute is more than any line has to show."""
+_MOST_BUCKETS: Final = 20_000
 _LATEST_MS: Final = 4_102_444_800_000
 """The year 2100: a clock further ahead cannot be stored everywhere."""
 
@@ -60,6 +72,8 @@ class Row(NamedTuple):
     """Error code of a record that is kept and not used; empty = it is good."""
     window: Window | None = None
     """The window, where it is a good one."""
+    picture: bytes = b""
+    """A JPEG that belongs to the row, which names its digest; empty = none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +191,8 @@ def _row_of(record: Record) -> Row:
                 event = decode_packed(record.payload, Event)
                 values = _event(event.at_ms, event.code, event.message, event.facts)
                 return Row(EventRow, record.boot_id, record.seq, values, "")
+            case RecordKind.EVIDENCE:
+                return _picture(record, decode_packed(record.payload, Evidence))
             case RecordKind.GAP:
                 return Row(EventRow, record.boot_id, record.seq, _gap(decode_packed(record.payload, Gap)), "")
         window = decode_packed(record.payload, Window)
@@ -195,6 +211,52 @@ def _row_of(record: Record) -> Row:
         "payload": pack_window(record.payload),
     }
     return Row(WindowRow, record.boot_id, record.seq, values, refused, None if refused else window)
+
+
+def _picture(record: Record, evidence: Evidence) -> Row:
+    if not evidence.jpeg.startswith(_JPEG):
+        return refused_row(record.boot_id, record.seq, "evidence.no_jpeg", "A picture of the camera is no JPEG.")
+    facts = {"sha256": sha256(evidence.jpeg), "quantity": evidence.quantity, "side": "both", "about": evidence.code}
+    values = _event(evidence.at_ms, PICTURE, "The belt before and when this was noticed.", facts)
+    return Row(EventRow, record.boot_id, record.seq, values, "", picture=evidence.jpeg)
+
+
+class PictureShelf:
+    """Keeps the pictures of agents, by content and within a rate: an agent gone wild must not fill the disk.
+
+    Args:
+        put: Keeps bytes durably under their digest.
+        counters: Counts what was not kept.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        put: Callable[[bytes], str],
+        counters: CounterOf[str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._put, self._counters, self._clock = put, counters, clock
+        self._buckets: dict[str, TokenBucket] = {}
+
+    def keep(self, agent_id: str, row: Row) -> None:
+        """Keeps the picture of a row before the row is stored; one that is not kept is no longer named by it."""
+        if not row.picture:
+            return
+        if len(self._buckets) > _MOST_BUCKETS:
+            self._buckets.clear()
+        bucket = self._buckets.setdefault(agent_id, TokenBucket(_PICTURES_PER_S, _PICTURES_AT_ONCE, self._clock))
+        if not bucket.take(1.0):
+            self._counters["pictures_too_many"] += 1
+        else:
+            try:
+                self._put(row.picture)
+            except OSError as error:
+                self._counters["pictures_not_kept"] += 1
+                log.warning("a picture of %s is not kept: %s", agent_id, error)
+            else:
+                return
+        row.values["facts"].pop("sha256", None)
 
 
 def _gap(gap: Gap) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from control_plane.database.tables.columns import utc_now
 from control_plane.database.tables.windows import Rollup
 from control_plane.fleet.ingest import Ingest
 from control_plane.fleet.intake import Message
+from control_plane.fleet.spooled import PictureShelf
 from control_plane.monitoring.ledger import WindowLedger
 from control_plane.monitoring.rollups import DAY, HOUR, MINUTE, fold_all, start_of
 from control_plane.monitoring.windows import lots_of, spans_of
@@ -66,6 +67,7 @@ def restart(services: Services) -> None:
         lambda _agent, _request: None,
         services.counters,
         WindowLedger(services.counters),
+        PictureShelf(services.store.put, services.counters),
     )
 
 
