@@ -289,6 +289,8 @@ class RetentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Days for which the set-ups of agents are kept that hold no longer."""
     period_s: Annotated[float, msgspec.Meta(ge=1.0, le=3600.0)] = 60.0
     """Seconds between two looks at what is past its time."""
+    archive: str = ""
+    """Folder that gets every closed day as a Parquet file; empty = there is no archive. Needs the extra `archive`."""
 
     def __post_init__(self) -> None:
         """Refuses sums that go before what they are the sums of."""

@@ -1,4 +1,4 @@
-"""Keeps the tables of what agents send in bounds: folds what silent agents left open, deletes by policy.
+"""Keeps the tables of what agents send in bounds: folds what silent agents left open, archives closed days, deletes.
 
 One of all replicas does it, by a lease in the database; every step proves anew that this process holds it.
 """
@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Final
 
 from sqlalchemy import Engine
@@ -19,6 +20,7 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.leases import holds_lease, take_lease
 from control_plane.database.tables.agents import WindowRow
 from control_plane.database.tables.columns import utc_now
+from control_plane.monitoring.archive import Archive
 from control_plane.monitoring.retention import ROWS_AT_ONCE, Step, database_bytes, steps_of
 from control_plane.monitoring.rollups import fold_all
 
@@ -28,6 +30,7 @@ _LEASE_S: Final = 300.0
 _OPEN_FOR: Final = timedelta(hours=1)
 """An agent without windows for so long has its open minutes and hours folded."""
 _FOLDED_AT_ONCE: Final = 500
+_DAYS_AT_ONCE: Final = 3
 _LONGEST_TURN_S: Final = 20.0
 """After so long the rest is left to the next turn."""
 _REST: Final = 2.0
@@ -57,13 +60,18 @@ class Upkeep:
     Args:
         engine: Database.
         policy: How long each kind is kept.
-        counters: Gets `deleted_windows`, `deleted_minutes`, ..., `folded_late`, `upkeep_failed`.
+        counters: Gets `deleted_windows`, `deleted_minutes`, ..., `folded_late`, `archived_days`, `archive_failed`,
+            `upkeep_failed`.
         holder: This process's name in the lease.
+
+    Raises:
+        ConfigError: `retention.no_library` where an archive is wanted and DuckDB is not installed.
     """
 
     def __init__(self, engine: Engine, policy: RetentionConfig, counters: Counter[str], holder: str) -> None:
         self._engine, self._policy, self._counters, self._holder = engine, policy, counters, holder
-        self._steps = steps_of(policy, lambda _session: None)
+        self._archive = Archive(engine, Path(policy.archive).resolve()) if policy.archive else None
+        self._steps = steps_of(policy, lambda s: None if self._archive is None else self._archive.kept_from(s))
         self._fence: int | None = None
         self._usage: Usage | None = None
         self._stop = threading.Event()
@@ -112,6 +120,7 @@ class Upkeep:
         done = 0
         if self._fence is not None:
             done += self._until_done("folded_late", self._fold, now, _FOLDED_AT_ONCE, begun_s)
+            self._archive_due(now)
             for name, step in self._steps.items():
                 done += self._until_done(f"deleted_{name}", step, now, ROWS_AT_ONCE, begun_s)
         self._look(now)
@@ -132,6 +141,16 @@ class Upkeep:
                 return done
             self._stop.wait(min(1.0, _REST * (time.monotonic() - step_s)))
         return done
+
+    def _archive_due(self, now: datetime) -> None:
+        """Archives what is due; while that fails, minutes stay and everything else goes on."""
+        if self._archive is None:
+            return
+        try:
+            self._counters["archived_days"] += self._archive.write_due(now, _DAYS_AT_ONCE)
+        except Exception:
+            self._counters["archive_failed"] += 1
+            log.exception("a day was not archived; it is tried again")
 
     @staticmethod
     def _fold(session: Session, now: datetime, most: int) -> int:
