@@ -9,7 +9,6 @@ that size for writing alone. It is an extra, because most sites need no archive.
 
 import base64
 import hashlib
-import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -65,7 +64,7 @@ class Archive:
     def __init__(self, engine: Engine, folder: Path) -> None:
         self._engine, self._folder = engine, folder
         try:
-            self._duckdb: Any = importlib.import_module("duckdb")
+            import duckdb  # noqa: PLC0415  an extra
         except ImportError as error:
             raise ConfigError(
                 "retention.no_library",
@@ -73,6 +72,7 @@ class Archive:
                 expected="pip install 'sortline[archive]'",
                 got=error,
             ) from error
+        self._connect = duckdb.connect
         folder.mkdir(parents=True, exist_ok=True)
 
     def write_due(self, now: datetime, most: int) -> int:
@@ -123,7 +123,7 @@ class Archive:
 
     def _convert(self, lines: Path, parquet: Path) -> None:
         columns = ", ".join(f"{name}: '{kind}'" for name, kind in _COLUMNS.items())
-        with self._duckdb.connect(":memory:") as connection:
+        with self._connect(":memory:") as connection:
             connection.execute("SET threads = 1; SET memory_limit = '512MB'; SET TimeZone = 'UTC'")
             connection.execute(
                 "COPY (SELECT * REPLACE (from_base64(payload) AS payload) FROM read_json($lines, "  # noqa: S608
