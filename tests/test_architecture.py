@@ -111,7 +111,7 @@ ONLY_IN: Final[dict[str, tuple[str, ...]]] = {
     "rich": ("control_plane/cli/", "control_plane/demo/"),
     "httpx2": ("control_plane/client.py", "control_plane/alarms/senders.py"),
     "uvicorn": ("control_plane/server.py", "control_plane/identity/listener.py"),
-    "duckdb": ("control_plane/monitoring/archive.py",),
+    "duckdb": ("control_plane/monitoring/closed_days.py",),
     "pymodbus": ("edge_agent/devices/drivers/",),
     "gpiod": ("edge_agent/devices/drivers/",),
 }

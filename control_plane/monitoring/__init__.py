@@ -5,5 +5,5 @@
 says what the names of a bundle's recipe mean; `figures` works out an agent's figures and drift from the sum of its
 recent windows; `status` derives its states and ages; `board` keeps them for the whole fleet, fresh to some seconds;
 `prometheus` exports them as `/metrics`. `upkeep` keeps the tables in bounds on one of the replicas, by what `retention`
-deletes and `archive` writes as Parquet before. `as_of` puts together what held on a line at a moment.
+deletes and `closed_days` writes as Parquet before. `as_of` puts together what held on a line at a moment.
 """

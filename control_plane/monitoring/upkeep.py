@@ -20,7 +20,7 @@ from control_plane.database.engine import reading, writing
 from control_plane.database.leases import holds_lease, take_lease
 from control_plane.database.tables.agents import WindowRow
 from control_plane.database.tables.columns import utc_now
-from control_plane.monitoring.archive import Archive
+from control_plane.monitoring.closed_days import Archive
 from control_plane.monitoring.retention import ROWS_AT_ONCE, Step, database_bytes, steps_of
 from control_plane.monitoring.rollups import fold_all
 
