@@ -195,7 +195,7 @@ Until = Annotated[str, typer.Option(help="End; empty = now.")]
 @agents.command("statistics")
 def agent_statistics(
     agent_id: AgentId,
-    span: Annotated[str, typer.Option(help="minute, hour, day or lot.")] = "hour",
+    span: Annotated[str, typer.Option(help="Span that each row adds up: minute, hour, day or lot.")] = "hour",
     since: Since = "",
     until: Until = "",
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Rows of a page.")] = 200,
@@ -242,7 +242,7 @@ def _percent(share: float | None) -> str | None:
 @agents.command("fidelity")
 def agent_fidelity(
     agent_id: AgentId,
-    span: Annotated[str, typer.Option(help="hour or day.")] = "hour",
+    span: Annotated[str, typer.Option(help="Span that each row covers: hour or day.")] = "hour",
     since: Since = "",
     until: Until = "",
     server: Server = "",
