@@ -12,7 +12,7 @@ from edge_agent.line_config import LineConfig
 from edge_agent.offline.collect import collect
 from edge_agent.vision.judge import Judge
 
-FRAMES = 900
+FRAMES = 450
 
 
 def ejected(bundle: Path, *, weighs: bool) -> dict[str, float]:
@@ -40,13 +40,13 @@ def ejected(bundle: Path, *, weighs: bool) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_hollow_items_are_learnt_with_the_scale_and_ejected_by_it(tmp_path: Path) -> None:
-    collect(LineConfig(lanes=2, seed=7, defect_share=0.4, hollow_share=0.35), tmp_path / "data", items=200)
+    collect(LineConfig(lanes=2, seed=7, defect_share=0.4, hollow_share=0.35), tmp_path / "data", items=120)
     found = train(tmp_path / "data", TrainSettings(name="apples", effort="quick", folds=2), tmp_path / "bundle")
     item, blind = found.metrics["item"], found.metrics["item_without_scalars"]
     place = item["classes"].index("hollow")
     caught, guessed = (one["confusion_shares"][place][place]["value"] for one in (item, blind))
     assert caught > 0.8
-    assert guessed < caught - 0.4
+    assert guessed < caught - 0.3
     with_scale, without = ejected(tmp_path / "bundle", weighs=True), ejected(tmp_path / "bundle", weighs=False)
     assert with_scale["hollow"] > 0.8
     assert without["hollow"] < with_scale["hollow"] - 0.4
