@@ -22,6 +22,12 @@ class DemoOptions:
         float, typer.Option(help="Items per second and lane; reduced to what the machine carries.")
     ] = 9.0
     items: Annotated[int, typer.Option(help="Items collected for training.")] = 600
+    story: Annotated[
+        bool,
+        typer.Option(
+            "--story", help="Let a lens get dirty after the rollout, show its alarm, wipe the lens, and let it close."
+        ),
+    ] = False
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder that keeps everything. Without it, a temporary folder is deleted.")
     ] = None

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from control_plane.client import Client
+from control_plane.demo.dirty_lens import HOLD_S, play_dirty_lens
 from control_plane.demo.processes import DemoRun, agent_command, free_port, run_command, wait_for
 from control_plane.demo.table import WIDE_COLUMNS, fleet_table
 from control_plane.trust.keys import BANNER
@@ -34,6 +35,7 @@ def play(run: DemoRun) -> None:
         client = _start_servers(run)
     run.console.print(f"  pages [bold]{client.url}/[/]  API [bold]{client.url}/docs[/]", highlight=False)
     with run.stage(f"Enrolling and starting {options.agents} agents with {options.lanes} lanes each"):
+        started_s = time.monotonic()
         _start_agents(run, client)
         wait_for(run, lambda: len(_agents(client)) == options.agents, _READY_S, "all agents to report")
     with run.stage(f"Collecting labelled views of {options.items} items from the line's own pipeline"):
@@ -44,6 +46,8 @@ def play(run: DemoRun) -> None:
         _release(run, client)
     with run.stage("Rolling out over MQTT: one agent first, then all"):
         _roll_out(run, client)
+    if options.story:
+        play_dirty_lens(run, client, started_s)
     _watch(run, client)
     _collect_figures(run, client)
 
@@ -94,6 +98,7 @@ def _start_servers(run: DemoRun) -> Client:
         "SORTLINE__IDENTITY__PORT": str(enrolment_port),
         "SORTLINE__BROKER__PORT": str(broker["port"]),
         "SORTLINE__BROKER__TLS": "true",
+        "SORTLINE__ALARMS__HOLD_S": HOLD_S,
     }
     run.start("control-plane", [sys.executable, "-m", "control_plane", "serve"], environment)
     client = Client(f"http://127.0.0.1:{port}")

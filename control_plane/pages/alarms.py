@@ -130,7 +130,7 @@ def alarm(alarm_id: Annotated[int, Path(ge=1, le=2**31 - 1)], request: Request) 
     root = str(request.scope.get("root_path", ""))
     evidence = facts["evidence"]
     dirt = evidence.get("dirt") or evidence.get("explains", {}).get("dirt", {}).get("dirt")
-    picture = next((p["sha256"] for p in pictures if p["side"] != "before"), "")
+    picture = next((p["sha256"] for p in pictures if p["side"] in {"now", "after"}), "")
     return page(
         request,
         "alarm.html",
