@@ -28,6 +28,8 @@ _LEAST_FREE: Final = 0.25
 """A cell of which a smaller share is belt says nothing."""
 _STILL_SHARE: Final = 0.3
 """A place that moved less than this share of the belt's advance stands still."""
+_STILL_PX: Final = 9.0
+"""Nor may it move by more: where frames were dropped, another item may stand near the place of one that has left."""
 _LEAST_ADVANCE_PX: Final = 4.0
 
 
@@ -96,18 +98,22 @@ def static_part(exposures: Sequence[Exposure], mm_per_px: float) -> list[tuple[N
 def _items_only(exposures: Sequence[Exposure], mm_per_px: float) -> list[list[Box]]:
     """Leaves out the places that stand still while the belt moves: no item does."""
     kept = []
-    for at, exposure in enumerate(exposures):
-        other = exposures[at - 1] if at else exposures[min(1, len(exposures) - 1)]
-        advance_px = abs(exposure.frame.belt_mm - other.frame.belt_mm) / mm_per_px
-        still = advance_px >= _LEAST_ADVANCE_PX
-        kept.append(
-            [
-                box
-                for box in exposure.boxes
-                if not (still and any(_apart(box, before) < _STILL_SHARE * advance_px for before in other.boxes))
-            ]
-        )
+    for exposure in exposures:
+        others = [
+            (other.boxes, advance_px)
+            for other in exposures
+            if (advance_px := abs(exposure.frame.belt_mm - other.frame.belt_mm) / mm_per_px) >= _LEAST_ADVANCE_PX
+        ]
+        kept.append([box for box in exposure.boxes if not (others and _stands(box, others))])
     return kept
+
+
+def _stands(box: Box, others: Sequence[tuple[Sequence[Box], float]]) -> bool:
+    """Returns whether every other frame, between which the belt ran so many pixels, shows something at this place."""
+    return all(
+        any(_apart(box, before) < min(_STILL_SHARE * advance_px, _STILL_PX) for before in boxes)
+        for boxes, advance_px in others
+    )
 
 
 def _apart(a: Box, b: Box) -> int:

@@ -27,6 +27,8 @@ CODES: Final = {
     "shift_y_px": "optics.moved",
 }
 """Quantity -> code of the condition that it begins."""
+_MIDDLE: Final = (0.4, 0.6)
+"""Shares of height and width between which a place is in the middle."""
 _WIDTH: Final = 480
 _QUALITIES: Final = (70, 50, 30, 15)
 
@@ -44,8 +46,8 @@ def place_of(dirty: NDArray[np.bool_]) -> str:
     if not len(rows) or dirty.mean() > 1.0 / 3.0:
         return "all over it"
     row, column = rows.mean() / (DIRT_ROWS - 1), columns.mean() / (DIRT_COLUMNS - 1)
-    upright = "upper" if row < 1.0 / 3.0 else "lower" if row > 2.0 / 3.0 else ""
-    across = "left" if column < 1.0 / 3.0 else "right" if column > 2.0 / 3.0 else ""
+    upright = "upper" if row < _MIDDLE[0] else "lower" if row > _MIDDLE[1] else ""
+    across = "left" if column < _MIDDLE[0] else "right" if column > _MIDDLE[1] else ""
     return " ".join(part for part in (upright, across) if part) or "middle"
 
 

@@ -8,10 +8,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_agent.health.belt_look import Exposure
+from edge_agent.health.belt_look import Exposure, look_at
 from edge_agent.health.camera_levels import LOOKS, CameraLevels, read_levels, write_levels
 from edge_agent.health.camera_sensor import BURST, CameraChange, CameraSensor
 from edge_agent.health.evidence import CODES, RECOVERED, condition_of, evidence_picture, place_of
+from edge_agent.interfaces import Frame
 from edge_agent.simulation.faults import Faults, parse_faults
 from edge_agent.simulation.line import SimulatedLine, SimulationConfig
 from edge_agent.vision.segmentation import Locator
@@ -240,6 +241,27 @@ def test_offers_are_taken_about_once_a_second_and_the_newest_burst_wins() -> Non
     assert burst is not None
     assert burst[-1].frame.number > 250
     assert bench.sensor._take(0.0) is None
+
+
+def exposures(*frames: tuple[tuple[int, int, int, int], ...], advance_mm: float) -> list[Exposure]:
+    found = []
+    for number, boxes in enumerate(frames):
+        image = np.full((340, 640, 3), 40, np.uint8)
+        for left, top, right, bottom in boxes:
+            image[top:bottom, left:right] = 200
+        found.append(Exposure(Frame(image, number, number / 30.0, number * advance_mm), boxes))
+    return found
+
+
+@pytest.mark.parametrize("advance_mm", [33.3, 166.0])
+def test_an_item_is_left_out_and_what_stands_still_is_measured_also_where_frames_were_dropped(
+    advance_mm: float,
+) -> None:
+    dirt = (320, 170, 400, 226)
+    passing = [(40 + 30 * n, 20, 160 + 30 * n, 140) for n in range(BURST)]
+    look = look_at(exposures(*((dirt, item) for item in passing), advance_mm=advance_mm), 0.625)
+    assert np.nanmax(look.colour[6:8, 8:10]) > 190.0, "the dirt is seen"
+    assert np.nanmax(look.colour[:5]) < 45.0, "the items are not"
 
 
 def test_repeated_frames_are_counted_once() -> None:
