@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -414,10 +415,7 @@ class Ingest:
         """Inserts what is not there yet; returns the keys of the rows that were new."""
         if not rows:
             return set()
-        insert_new: Any = postgresql_insert if self._engine.dialect.name == "postgresql" else sqlite_insert
-        columns = _TABLES[table].c
-        statement = insert_new(_TABLES[table]).on_conflict_do_nothing()
-        statement = statement.returning(columns.agent_id, columns.boot_id, columns.seq)
+        statement = _insert_statement(self._engine.dialect.name, table)
         return {(agent_id, boot_id, seq) for agent_id, boot_id, seq in session.connection().execute(statement, rows)}
 
     def _refuse(self, message: Message, error: MessageError) -> None:
@@ -445,13 +443,7 @@ def _known_agents(session: Session, ids: list[str]) -> dict[str, _Known]:
     found: dict[str, _Known] = {}
     for start in range(0, len(ids), _IDS_AT_ONCE):
         part = ids[start : start + _IDS_AT_ONCE]
-        revoked = set(
-            session.exec(
-                select(Identity.agent_id).where(
-                    col(Identity.agent_id).in_(part), Identity.state == IdentityState.REVOKED
-                )
-            )
-        )
+        revoked = set(session.connection().execute(_revoked_query(), {"agents": part}).scalars())
         admitted = [agent_id for agent_id in part if agent_id not in revoked]
         here = _select_agents(session, admitted)
         missing = [agent_id for agent_id in admitted if agent_id not in here]
@@ -468,9 +460,37 @@ def _known_agents(session: Session, ids: list[str]) -> dict[str, _Known]:
 def _select_agents(session: Session, ids: list[str]) -> dict[str, _Known]:
     if not ids:
         return {}
-    columns = (Agent.id, Agent.boot_id, Agent.online, Agent.generation, Agent.labels_assigned, Agent.setup_digest)
-    rows = session.connection().execute(select(*columns).where(col(Agent.id).in_(ids)))  # type: ignore[call-overload]
+    rows = session.connection().execute(_agents_query(), {"agents": ids})
     return {agent_id: _Known(*values) for agent_id, *values in rows}
+
+
+# Statements of every transaction are built once: to build them costs more than to run them.
+
+
+@cache
+def _revoked_query() -> Any:
+    chosen = col(Identity.agent_id).in_(bindparam("agents", expanding=True))
+    return select(Identity.agent_id).where(chosen, Identity.state == IdentityState.REVOKED)
+
+
+@cache
+def _agents_query() -> Any:
+    columns = (Agent.id, Agent.boot_id, Agent.online, Agent.generation, Agent.labels_assigned, Agent.setup_digest)
+    return select(*columns).where(col(Agent.id).in_(bindparam("agents", expanding=True)))  # type: ignore[call-overload]
+
+
+@cache
+def _update_statement(names: tuple[str, ...]) -> Any:
+    statement = update(_AGENTS).where(_AGENTS.c.id == bindparam("of_agent"))
+    return statement.values({name: bindparam(name) for name in names})
+
+
+@cache
+def _insert_statement(dialect: str, table: Table) -> Any:
+    insert: Any = postgresql_insert if dialect == "postgresql" else sqlite_insert
+    columns = _TABLES[table].c
+    statement = insert(_TABLES[table]).on_conflict_do_nothing()
+    return statement.returning(columns.agent_id, columns.boot_id, columns.seq)
 
 
 def _update_agents(session: Session, changes: dict[str, dict[str, Any]]) -> None:
@@ -485,9 +505,7 @@ def _update_agents(session: Session, changes: dict[str, dict[str, Any]]) -> None
         if values:
             shapes[tuple(sorted(values))].append({"of_agent": agent_id, **values})
     for names, rows in shapes.items():
-        statement = update(_AGENTS).where(_AGENTS.c.id == bindparam("of_agent"))
-        statement = statement.values({name: bindparam(name) for name in names})
-        session.connection().execute(statement, rows)
+        session.connection().execute(_update_statement(names), rows)
 
 
 def _box(reported: Reported) -> str:

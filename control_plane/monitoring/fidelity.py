@@ -16,6 +16,7 @@ Hours in which windows had to be placed by their arrival say nothing of missing 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, Final
 
 import msgspec
@@ -179,7 +180,13 @@ def _largest(a: int | None, b: int) -> int:
 
 def _write(session: Session, rows: list[dict[str, Any]]) -> None:
     """Adds rows to those that are there, in one statement: nothing is read first."""
-    insert: Any = postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert
+    session.connection().execute(_write_statement(session.get_bind().dialect.name), rows)
+
+
+@cache
+def _write_statement(dialect: str) -> Any:
+    """Returns the statement of `_write`: to build it costs more than to run it."""
+    insert: Any = postgresql_insert if dialect == "postgresql" else sqlite_insert
     statement = insert(_TABLE)
     new = statement.excluded
     values: dict[str, ColumnElement[Any]] = {name: _TABLE.c[name] + new[name] for name in _ADDED}
@@ -187,7 +194,7 @@ def _write(session: Session, rows: list[dict[str, Any]]) -> None:
         old = _TABLE.c[name]
         better = new[name] < old if name in _LEAST else new[name] > old
         values[name] = case((old.is_(None), new[name]), (better, new[name]), else_=old)
-    session.connection().execute(statement.on_conflict_do_update(index_elements=list(_KEY), set_=values), rows)
+    return statement.on_conflict_do_update(index_elements=list(_KEY), set_=values)
 
 
 def fidelity_of(

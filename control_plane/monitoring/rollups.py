@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -249,15 +250,21 @@ def _rows(session: Session, places: Iterable[Place]) -> Iterator[tuple[Place, An
             alike[span_s, tuple(ordered[first : first + _AT_ONCE])].append(agent_id)
     for (span_s, of_spans), ids in alike.items():
         for first in range(0, len(ids), _AT_ONCE):
-            query = select(*_columns(*_KEY, *_VALUES)).where(
-                col(Rollup.agent_id).in_(ids[first : first + _AT_ONCE]),
-                Rollup.span_s == span_s,
-                col(Rollup.start).in_(of_spans),
-            )
-            for row in session.connection().execute(query):
+            chosen = {"agents": ids[first : first + _AT_ONCE], "span": span_s, "starts": of_spans}
+            for row in session.connection().execute(_rows_query(), chosen):
                 place = Place(*row[: len(_KEY)])
                 if place in wanted:
                     yield place, row
+
+
+@cache
+def _rows_query() -> Any:
+    """Returns the statement of `_rows`: to build it costs more than to run it."""
+    return select(*_columns(*_KEY, *_VALUES)).where(
+        col(Rollup.agent_id).in_(bindparam("agents", expanding=True)),
+        Rollup.span_s == bindparam("span"),
+        col(Rollup.start).in_(bindparam("starts", expanding=True)),
+    )
 
 
 def total_of(row: Any) -> Total:
@@ -281,11 +288,6 @@ def _encoded(total: Total) -> bytes:
 
 def _write(session: Session, totals: Mapping[Place, tuple[Total, bool]]) -> None:
     """Writes whole rows in the order of their keys, so that replicas rarely wait in a circle."""
-    insert: Any = postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert
-    statement = insert(_TABLE)
-    statement = statement.on_conflict_do_update(
-        index_elements=list(_KEY), set_={name: statement.excluded[name] for name in _VALUES}
-    )
     rows = []
     for place in sorted(totals):
         total, folded = totals[place]
@@ -303,4 +305,13 @@ def _write(session: Session, totals: Mapping[Place, tuple[Total, bool]]) -> None
                 "payload": _packed(total) if closed else _encoded(total),
             }
         )
-    session.connection().execute(statement, rows)
+    session.connection().execute(_write_statement(session.get_bind().dialect.name), rows)
+
+
+@cache
+def _write_statement(dialect: str) -> Any:
+    insert: Any = postgresql_insert if dialect == "postgresql" else sqlite_insert
+    statement = insert(_TABLE)
+    return statement.on_conflict_do_update(
+        index_elements=list(_KEY), set_={name: statement.excluded[name] for name in _VALUES}
+    )
