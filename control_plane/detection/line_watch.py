@@ -30,6 +30,8 @@ LEAST_CHUNK_S: Final = 60.0
 CHUNK_S: Final = 300.0
 """Shortest and longest wait for members: the noise of a comparison must not depend on the length of windows."""
 LEAST_LANES: Final = 3
+ERROR_TRIALS: Final = 1000
+"""Items of known truth from which the usual rate of errors is learnt: lots differ in it."""
 _FEATURE_MARKS: Final = {
     "sharpness": "sharp",
     "lightness": "light",
@@ -68,7 +70,7 @@ class LineState(msgspec.Struct, kw_only=True, eq=False):
     lanes: list[Member] = []
     ejectors: dict[str, RateWatch] = {}
     ejector_latches: dict[str, Latch] = {}
-    errors: RateWatch = msgspec.field(default_factory=RateWatch)
+    errors: RateWatch = msgspec.field(default_factory=lambda: RateWatch(learn_trials=ERROR_TRIALS))
     errors_latch: Latch = msgspec.field(default_factory=Latch)
     signals: dict[str, list[Signal]] = {}
     """By source."""
@@ -87,7 +89,7 @@ class LineState(msgspec.Struct, kw_only=True, eq=False):
         self.bundle = bundle
         self.lot_state = self.lot_sum = self.pending = self.peer_pending = self.peer = self.lane_pending = None
         self.lanes, self.lane_items, self.lane_span_s, self.lot = [], [], 0.0, ""
-        self.errors, self.errors_latch = RateWatch(), Latch()
+        self.errors, self.errors_latch = RateWatch(learn_trials=ERROR_TRIALS), Latch()
         self.signals = {source: found for source, found in self.signals.items() if source in {"camera", "ejectors"}}
         if facts is not None:
             self.peer = new_member(2 * len(facts.features))

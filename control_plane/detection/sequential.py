@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from models.errors import MessageError
+from models.statistics import wilson_interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,11 +72,15 @@ class Latch(msgspec.Struct):
 class RateWatch(msgspec.Struct):
     """CUSUM of a rate of failures: learns the usual rate, then looks for a multiple of it.
 
+    The usual rate is taken at the upper end of what the trials of learning allow: a rate learnt too low would alarm by
+    itself in the end.
+
     The sum of log-likelihood ratios of `worse` against `usual`, cut at 0, is compared with `_LIMIT`: without a change
     the mean number of trials to an alarm is at least `exp(_LIMIT)`, about nine million (Lorden 1971), which is more
     than a month of one ejector.
     """
 
+    learn_trials: int = 300
     trials: int = 0
     failures: int = 0
     """While learning."""
@@ -97,11 +102,11 @@ class RateWatch(msgspec.Struct):
         if not self.usual:
             self.trials += trials
             self.failures += failures
-            if self.trials >= _LEARN_TRIALS:
-                # Of a rate of almost nothing three times is still nothing.
-                self.usual = min(max(1.5 * self.failures / self.trials, _LEAST_RATE), 0.5)
+            if self.trials >= self.learn_trials:
+                high = wilson_interval(self.failures / self.trials, self.trials)[1]
+                self.usual = min(max(_ABOVE * high, _LEAST_RATE), 0.5)
             return 0.0
-        usual, worse = self.usual, min(max(3.0 * self.usual, _WORSE_RATE), 0.9)
+        usual, worse = self.usual, min(max(2.5 * self.usual, _WORSE_RATE), 0.9)
         step = failures * math.log(worse / usual) + (trials - failures) * math.log((1.0 - worse) / (1.0 - usual))
         self.score = min(max(self.score + step, 0.0), 2.0 * _LIMIT)
         if self.score == 0.0:
@@ -113,7 +118,7 @@ class RateWatch(msgspec.Struct):
 
 
 _LIMIT: Final = 16.0
-_LEARN_TRIALS: Final = 300
+_ABOVE: Final = 1.1
 _LEAST_RATE: Final = 0.01
 _WORSE_RATE: Final = 0.05
 

@@ -34,7 +34,7 @@ from control_plane.detection.line_watch import (
     contrast_signal,
     usable_counts,
 )
-from control_plane.detection.lot_channel import new_state, record_of
+from control_plane.detection.lot_channel import UNCLEAR, new_state, record_of
 from control_plane.detection.moments import Floats, moments
 from control_plane.detection.reference import Fit, LotReference
 from control_plane.detection.sequential import decode_state, encode_state
@@ -313,7 +313,9 @@ class Watch:
             for (line, member, items), (ratio, *seen) in zip(chosen, found, strict=True):
                 present = member.latch.take(ratio, line.last_s, items, lot)
                 signal = contrast_signal("camera", Detector.CAMERA, member.latch, seen, facts)
-                line.signals["peers"] = [signal] if present else []
+                # Fruit that leaves the reference changes the differences between cameras, too, and names no fault then.
+                changing = line.lot_state is not None and line.lot_state.covariate.ratio >= UNCLEAR
+                line.signals["peers"] = [signal] if present and (signal.marks or not changing) else []
         for line in lines:
             line.peer_pending = None
 

@@ -110,10 +110,10 @@ def test_wrong_verdicts_on_reviewed_items_are_concept_drift_when_the_camera_is_s
     watch = Watch({BUNDLE: population.facts})
     site = site_of(population, Fault())
     run(watch, site, 100.0)
-    review = Review(line="north/line-1", items=40, wrong=1)
+    review = Review(line="north/line-1", items=100, wrong=3)
     for _ in range(12):
         assert watch.step(site.now_s, site.span(10.0), [review]) == []
-    worse = msgspec.structs.replace(review, wrong=12)
+    worse = msgspec.structs.replace(review, wrong=20)
     found = [f for _ in range(6) for f in watch.step(site.now_s, site.span(10.0), [worse])]
     assert {f.key for f in found} == {"line/north/line-1/concept-drift"}
 
