@@ -267,7 +267,7 @@ def measure_season(figures: Figures, kind: str, fresh: Callable[[], Any], lines:
 
         pairs = [
             asked("a day by hour", f"{path}/statistics", timedelta(days=1), span="hour"),
-            asked("four hours by minute", f"{path}/statistics", timedelta(hours=4), span="minute", limit="1000"),
+            asked("the first page of four hours by minute", f"{path}/statistics", timedelta(hours=4), span="minute"),
             asked("a month by day", f"{path}/statistics", timedelta(days=30), span="day"),
             asked("a week by lot", f"{path}/statistics", timedelta(days=7), span="lot"),
             asked("the fidelity of a week by hour", f"{path}/fidelity", timedelta(days=7)),

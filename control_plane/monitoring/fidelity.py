@@ -281,6 +281,7 @@ def _fidelity(start: datetime, rows: list[FidelityHour], gaps: _Gaps) -> Fidelit
             else None
         ),
     }
+    shares: dict[str, Any] = dict(parts)
     return Fidelity(
         start=start,
         missing_records=missing_records,
@@ -289,7 +290,7 @@ def _fidelity(start: datetime, rows: list[FidelityHour], gaps: _Gaps) -> Fidelit
         clock_offset_ms=_offset(rows),
         items_accounted=accounted,
         state=_state(parts),
-        **parts,
+        **shares,
         **{name: value for name, value in total.items() if name not in {"counted_items", "cells", "nulls"}},
     )
 

@@ -355,9 +355,12 @@ def spans_of(session: Session, agent_id: str, span_s: int, since: datetime, unti
 
 
 def _span_sum(place: Place, total: Total) -> SpanSum:
-    agent_id, span_s, start, *series = place
-    counts = (total.windows, total.left_out, total.by_arrival, total.first_at, total.last_at)
-    return SpanSum(agent_id, span_s, start, *series, *counts, total.window)
+    return SpanSum(**place._asdict(), **_counts(total))
+
+
+def _counts(total: Total) -> dict[str, Any]:
+    names = ("windows", "left_out", "by_arrival", "first_at", "last_at", "window")
+    return {name: getattr(total, name) for name in names}
 
 
 def _places(
@@ -389,12 +392,12 @@ def page_of_spans(
         Sums as `spans_of`; and the begin of the next page, None when nothing follows.
     """
     found: list[SpanSum] = []
-    first: datetime | None = since
-    while len(found) < limit and (first := _next_span(session, agent_id, span_s, first, until)) is not None:
+    first = _next_span(session, agent_id, span_s, since, until)
+    while first is not None and len(found) < limit:
         end = min(until, first + timedelta(seconds=span_s * max(1, limit - len(found))))
         found += spans_of(session, agent_id, span_s, first, end)
-        first = end
-    return found, None if first is None else _next_span(session, agent_id, span_s, first, until)
+        first = _next_span(session, agent_id, span_s, end, until)
+    return found, first
 
 
 def _next_span(session: Session, agent_id: str, span_s: int, since: datetime, until: datetime) -> datetime | None:
@@ -442,8 +445,12 @@ def lots_of(session: Session, agent_id: str, since: datetime, until: datetime | 
         lot_before = lot
     return [
         LotSum(
-            *(piece.agent_id, piece.bundle, piece.lot, piece.variety, piece.challenger),
-            *(total.windows, total.left_out, total.by_arrival, total.first_at, total.last_at, total.window),
+            agent_id=piece.agent_id,
+            bundle=piece.bundle,
+            lot=piece.lot,
+            variety=piece.variety,
+            challenger=piece.challenger,
+            **_counts(total),
         )
         for piece, total in runs
         if total.last_at >= since
