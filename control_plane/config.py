@@ -235,7 +235,7 @@ class AlarmsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Raises:
             ConfigError: `alarms.bad_receiver`, `alarms.no_secret`.
         """
-        names = [one.name for one in (*self.webhooks, *self.mails)]
+        names = [one.name for one in self.webhooks] + [one.name for one in self.mails]
         if twice := sorted({name for name in names if names.count(name) > 1 or name == "mqtt"}):
             raise ConfigError("alarms.bad_receiver", "Receivers of alarms need names of their own.", got=twice)
         for hook in self.webhooks:

@@ -229,7 +229,7 @@ class Link:
     def _own_address(self) -> str:
         connection = self._client.socket()
         try:
-            return str(connection.getsockname()[0]) if connection is not None else ""
+            return str(connection.getsockname()[0]) if isinstance(connection, socket.socket) else ""
         except OSError:  # the connection ended meanwhile
             return ""
 

@@ -12,21 +12,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import cache
 from typing import Any, Final, Protocol
 
 import msgspec
-from sqlalchemy import Engine, bindparam, insert, update
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy import Engine, insert
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session, SQLModel, col, select
 
+from control_plane.database.agent_rows import KnownAgent, insert_new, known_agents, update_agents
 from control_plane.database.engine import writing
 from control_plane.database.tables.agents import Agent, EventRow, WindowRow
 from control_plane.database.tables.columns import utc_now
-from control_plane.database.tables.identities import Identity, IdentityState
 from control_plane.database.tables.windows import AgentHistory, WindowHorizon
 from control_plane.fleet.history import digest_of, set_up_of
 from control_plane.fleet.intake import Intake, Message
@@ -68,10 +65,7 @@ _TABLES: Final[dict[Any, Any]] = {
     WindowRow: SQLModel.metadata.tables["window"],
     EventRow: SQLModel.metadata.tables["event"],
 }
-_AGENTS: Final[Any] = SQLModel.metadata.tables["agent"]
 _HISTORY: Final[Any] = SQLModel.metadata.tables[str(AgentHistory.__tablename__)]
-_IDS_AT_ONCE: Final = 500
-"""Parameters of one statement: SQLite takes no more than some thousand."""
 _MAYBE_DELETED: Final = timedelta(days=1)
 """Retention keeps windows for a day at least: one that is younger was not deleted."""
 
@@ -84,17 +78,6 @@ class Acknowledger(Protocol):
 
     def repeat_desired(self, behind: Sequence[tuple[str, int]]) -> None:
         """Has desired states published again that agents have not taken up."""
-
-
-@dataclass(slots=True)
-class _Known:
-    """What must be known of an agent to store its messages."""
-
-    boot_id: str
-    online: bool
-    generation: int
-    assigned: dict[str, Any]
-    setup_digest: str
 
 
 @dataclass(slots=True)
@@ -233,7 +216,7 @@ class Ingest:
         refusals: list[MessageError] = []
         now, work = utc_now(), _Round()
         with writing(self._engine) as session:
-            known = _known_agents(session, sorted({message.agent_id for message in messages}))
+            known = known_agents(session, sorted({message.agent_id for message in messages}))
             for message in messages:
                 try:
                     self._read(session, message, known, work, now, rows)
@@ -245,7 +228,7 @@ class Ingest:
             self._ledger.record(session, arrivals_of(work.records, new), work.heard)
             if work.history:
                 session.connection().execute(insert(_HISTORY), work.history)
-            _update_agents(session, work.agents)
+            update_agents(session, work.agents)
             session.commit()
         stored = sum(map(len, new.values()))
         self._counters["stored"] += stored
@@ -278,7 +261,7 @@ class Ingest:
         self,
         session: Session,
         message: Message,
-        known: dict[str, _Known],
+        known: dict[str, KnownAgent],
         work: _Round,
         now: datetime,
         rows: list[Row] | None,
@@ -304,7 +287,7 @@ class Ingest:
                     "topic.unknown", "Agents send nothing here.", expected="batch, ...", got=message.channel
                 )
 
-    def _read_presence(self, message: Message, presence: Presence, agent: _Known, work: _Round) -> None:
+    def _read_presence(self, message: Message, presence: Presence, agent: KnownAgent, work: _Round) -> None:
         # The will of an older boot must not put a newer one offline.
         if presence.online or presence.boot_id == agent.boot_id or not agent.boot_id:
             agent.online, agent.boot_id = presence.online, presence.boot_id
@@ -312,7 +295,7 @@ class Ingest:
         if presence.online and not message.retained:
             self._alive(message, presence.boot_id, "", work)
 
-    def _read_report(self, message: Message, reported: Reported, agent: _Known, work: _Round) -> None:
+    def _read_report(self, message: Message, reported: Reported, agent: KnownAgent, work: _Round) -> None:
         if not message.retained:
             self._alive(message, reported.boot_id, _box(reported), work)
             made_at = time_of(reported.at_ms)
@@ -415,7 +398,7 @@ class Ingest:
         """Inserts what is not there yet; returns the keys of the rows that were new."""
         if not rows:
             return set()
-        statement = _insert_statement(self._engine.dialect.name, table)
+        statement = insert_new(self._engine.dialect.name, _TABLES[table])
         return {(agent_id, boot_id, seq) for agent_id, boot_id, seq in session.connection().execute(statement, rows)}
 
     def _refuse(self, message: Message, error: MessageError) -> None:
@@ -436,76 +419,6 @@ class Ingest:
 
 def _key_of(row: dict[str, Any]) -> Key:
     return row["agent_id"], row["boot_id"], row["seq"]
-
-
-def _known_agents(session: Session, ids: list[str]) -> dict[str, _Known]:
-    """Returns the agents of these names; a new one is made, a revoked one is left out."""
-    found: dict[str, _Known] = {}
-    for start in range(0, len(ids), _IDS_AT_ONCE):
-        part = ids[start : start + _IDS_AT_ONCE]
-        revoked = set(session.connection().execute(_revoked_query(), {"agents": part}).scalars())
-        admitted = [agent_id for agent_id in part if agent_id not in revoked]
-        here = _select_agents(session, admitted)
-        missing = [agent_id for agent_id in admitted if agent_id not in here]
-        if missing:
-            # Two replicas receive the first message at once.
-            insert: Any = postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert
-            new = [Agent(id=agent_id).model_dump() for agent_id in missing]
-            session.connection().execute(insert(_AGENTS).on_conflict_do_nothing(), new)
-            here |= _select_agents(session, missing)
-        found |= here
-    return found
-
-
-def _select_agents(session: Session, ids: list[str]) -> dict[str, _Known]:
-    if not ids:
-        return {}
-    rows = session.connection().execute(_agents_query(), {"agents": ids})
-    return {agent_id: _Known(*values) for agent_id, *values in rows}
-
-
-# Statements of every transaction are built once: to build them costs more than to run them.
-
-
-@cache
-def _revoked_query() -> Any:
-    chosen = col(Identity.agent_id).in_(bindparam("agents", expanding=True))
-    return select(Identity.agent_id).where(chosen, Identity.state == IdentityState.REVOKED)
-
-
-@cache
-def _agents_query() -> Any:
-    columns = (Agent.id, Agent.boot_id, Agent.online, Agent.generation, Agent.labels_assigned, Agent.setup_digest)
-    return select(*columns).where(col(Agent.id).in_(bindparam("agents", expanding=True)))  # type: ignore[call-overload]
-
-
-@cache
-def _update_statement(names: tuple[str, ...]) -> Any:
-    statement = update(_AGENTS).where(_AGENTS.c.id == bindparam("of_agent"))
-    return statement.values({name: bindparam(name) for name in names})
-
-
-@cache
-def _insert_statement(dialect: str, table: Table) -> Any:
-    insert: Any = postgresql_insert if dialect == "postgresql" else sqlite_insert
-    columns = _TABLES[table].c
-    statement = insert(_TABLES[table]).on_conflict_do_nothing()
-    return statement.returning(columns.agent_id, columns.boot_id, columns.seq)
-
-
-def _update_agents(session: Session, changes: dict[str, dict[str, Any]]) -> None:
-    """Writes the changed columns, one statement for all agents with the same columns.
-
-    Agents are written in the order of their names: replicas that write the same agents rarely wait in a circle, and
-    where they do, the database ends one transaction, which is tried again.
-    """
-    shapes: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
-    for agent_id in sorted(changes):
-        values = changes[agent_id]
-        if values:
-            shapes[tuple(sorted(values))].append({"of_agent": agent_id, **values})
-    for names, rows in shapes.items():
-        session.connection().execute(_update_statement(names), rows)
 
 
 def _box(reported: Reported) -> str:

@@ -271,7 +271,7 @@ def _fidelity(start: datetime, rows: list[FidelityHour], gaps: _Gaps) -> Fidelit
     accounted = _share(total["counted_items"], missing_items) if total["counted_items"] or missing_items else None
     complete = min((s for s in (_share(total["records"], missing_records), accounted) if s is not None), default=None)
     useful = windows - total["refused"]
-    parts = {
+    parts: dict[str, Any] = {
         "complete": complete,
         "timely": 1.0 - total["late"] / useful if useful else None,
         "consistent": 1.0 - total["refused"] / windows if windows else None,

@@ -209,8 +209,9 @@ class SimulatedLine:
                 items += [hollowed(item) for item in items if item.kind == Kind.SOUND]
         else:
             hollow = max(2, config.apples // 4) if config.hollow_share else 0
-            look = {"varieties": config.varieties, "mm_per_px": config.mm_per_px}
-            items = render_library(rng, apples=config.apples, hollow=hollow, **look)
+            items = render_library(
+                rng, apples=config.apples, hollow=hollow, varieties=config.varieties, mm_per_px=config.mm_per_px
+            )
         library: dict[str, list[RollingItem]] = {}
         for item in items:
             library.setdefault(_GROUPS.get(item.kind, "defect"), []).append(item)

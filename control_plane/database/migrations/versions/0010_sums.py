@@ -4,6 +4,8 @@ Revision ID: 0010
 Revises: 0009
 """
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -14,7 +16,7 @@ down_revision = "0009"
 branch_labels = None
 depends_on = None
 
-_OPEN = {"sqlite_where": sa.text("folded = 0"), "postgresql_where": sa.text("NOT folded")}
+_OPEN: dict[str, Any] = {"sqlite_where": sa.text("folded = 0"), "postgresql_where": sa.text("NOT folded")}
 
 
 def _big() -> sa.types.TypeEngine[int]:
