@@ -14,8 +14,8 @@ from control_plane.demo.processes import DemoRun, run_command, wait_for
 CAUSE: Final = "camera-dirty"
 _DIRT: Final = "dirt=0.8 dirt_x=0.8 dirt_y=0.2"
 """A smudge at the upper right of the picture."""
-_LEARNING_S: Final = 75.0
-"""A camera's clean level is learnt from its first sixty looks, one a second."""
+_LEARNING_S: Final = 130.0
+"""The agent learns its camera from thirty looks, one a second; detection learns the usual dirt from sixty more."""
 _RAISED_S: Final = 120.0
 _CLOSED_S: Final = 240.0
 HOLD_S: Final = "20"
@@ -37,7 +37,7 @@ def play_dirty_lens(run: DemoRun, client: Client, agents_started_s: float) -> No
     learnt_s = agents_started_s + _LEARNING_S
     if time.monotonic() < learnt_s:
         with run.stage("Learning how the belts look through clean lenses"):
-            wait_for(run, lambda: time.monotonic() >= learnt_s, _LEARNING_S + 10.0, "the cameras to learn")
+            wait_for(run, lambda: time.monotonic() >= learnt_s, _LEARNING_S + 30.0, "the cameras to learn")
     with run.stage(f"The lens of {line} gets dirty: waiting for the alarm"):
         set_fault(run, line, _DIRT)
         found, seconds = _timed(run, lambda: _alarm_of(client, line), _RAISED_S, "an alarm of the dirty lens")
