@@ -111,14 +111,14 @@ def _items_only(exposures: Sequence[Exposure], mm_per_px: float) -> list[list[Bo
 def _stands(box: Box, others: Sequence[tuple[Sequence[Box], float]]) -> bool:
     """Returns whether every other frame, between which the belt ran so many pixels, shows something at this place."""
     return all(
-        any(_apart(box, before) < min(_STILL_SHARE * advance_px, _STILL_PX) for before in boxes)
+        any(_close(box, before, min(_STILL_SHARE * advance_px, _STILL_PX)) for before in boxes)
         for boxes, advance_px in others
     )
 
 
-def _apart(a: Box, b: Box) -> int:
-    """Returns the largest distance between two sides of the same name, pixels."""
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+def _close(a: Box, b: Box, limit_px: float) -> bool:
+    """Returns whether each side lies within the limit of the side of the same name."""
+    return abs(a[0] - b[0]) < limit_px and all(abs(x - y) < limit_px for x, y in zip(a, b, strict=True))
 
 
 def _free(size: tuple[int, int], boxes: Sequence[Box], scale: float) -> NDArray[np.uint8]:
