@@ -81,7 +81,9 @@ def test_every_path_of_the_sources_exists(document: Path) -> None:
 
 
 def test_every_test_that_the_page_of_situations_names_exists() -> None:
-    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    sources: dict[str, str] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        sources[path.name] = sources.get(path.name, "") + path.read_text(encoding="utf-8")
     text = (ROOT / "docs" / "field.md").read_text(encoding="utf-8")
     named, file = 0, ""
     for other, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", text):
