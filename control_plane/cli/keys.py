@@ -293,9 +293,9 @@ def _local_status(trust: Path) -> dict[str, Any]:
 def _status_tables(found: dict[str, Any]) -> list[Table]:
     rows = [
         [digest[:12], facts.get("name"), "released", str(facts.get("released_at", ""))[:16] or None]
-        for digest, facts in found["released"].items()
+        for digest, facts in found.get("released", {}).items()  # a server of an older version does not say
     ]
-    rows += [[digest[:12], None, alarming("withdrawn"), None] for digest in found["withdrawn"]]
+    rows += [[digest[:12], None, alarming("withdrawn"), None] for digest in found.get("withdrawn", ())]
     return [_status_table(found), *([table_of(["bundle", "name", "release", "since"], rows)] if rows else [])]
 
 

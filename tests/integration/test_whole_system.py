@@ -195,6 +195,7 @@ def test_a_challenger_judges_in_the_shadow_and_is_promoted_without_a_second_fetc
         assert end(process) == 0
 
 
+@pytest.mark.slow
 def test_a_second_agent_on_the_same_state_is_refused(plane: Plane, tmp_path: Path) -> None:
     first = agent(plane, tmp_path / "state")
     try:

@@ -82,6 +82,7 @@ def straight(frames: list[Frame], true_item_mm: float) -> Calibration:
     return learn(frames[:140], Target(item_mm=true_item_mm))
 
 
+@pytest.mark.slow
 def test_scale_lanes_direction_and_speed_of_the_simulated_line_are_recovered(
     frames: list[Frame], true_item_mm: float
 ) -> None:
@@ -434,6 +435,7 @@ def test_a_silent_camera_is_named_and_a_failing_one_is_closed() -> None:
     assert camera.closed == 1
 
 
+@pytest.mark.slow
 def test_the_command_writes_geometry_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], frames: list[Frame]
 ) -> None:

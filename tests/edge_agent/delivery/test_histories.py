@@ -271,7 +271,7 @@ def run(root: Path, seeds: range, steps: int) -> Counter[str]:
 
 @pytest.mark.usefixtures("_no_processes")
 def test_no_history_leaves_a_blocked_or_unproven_bundle_committed(tmp_path: Path) -> None:
-    reached = run(tmp_path, range(60), steps=25)
+    reached = run(tmp_path, range(30), steps=25)
     assert min(reached.values()) > 5, f"the histories are too shallow to prove anything: {reached}"
 
 

@@ -131,6 +131,7 @@ def test_a_smudge_is_found_where_it_is_and_named_and_its_end_too() -> None:
     assert shown.shape[1] > 1.9 * 480, "before and now stand side by side"
 
 
+@pytest.mark.slow
 def test_a_restart_with_a_dirty_lens_is_still_seen(tmp_path: Path) -> None:
     bench = Bench(5, path=tmp_path / "levels")
     bench.learn()

@@ -68,6 +68,7 @@ def test_the_same_seed_gives_the_same_frames_and_another_does_not() -> None:
     assert not np.array_equal(a.image, c.image)
 
 
+@pytest.mark.slow
 def test_items_are_found_once_each_at_ten_per_second_with_some_touching(bundle: Path) -> None:
     config = SimulationConfig(items_per_s=10.0, seed=3)
     line = SimulatedLine(config, virtual=True)
@@ -97,6 +98,7 @@ def test_the_verdict_comes_with_the_last_view_and_not_when_the_item_has_left(bun
     assert core.counter.total["items"] == len(waited)
 
 
+@pytest.mark.slow
 def test_every_ejection_hits_the_item_it_was_meant_for(bundle: Path) -> None:
     line = SimulatedLine(
         SMALL, virtual=True, schedule="4s speed_factor=0.6; 8s stopped; 10s speed_factor=1.2; 13s clear"

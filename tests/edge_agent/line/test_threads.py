@@ -55,6 +55,7 @@ class BrokenDriver:
         """Nothing to let go of."""
 
 
+@pytest.mark.slow
 def test_a_line_that_lost_a_thread_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     config = LineConfig(threads=1)

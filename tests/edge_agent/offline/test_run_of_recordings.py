@@ -78,6 +78,7 @@ def test_a_hole_costs_at_most_one_item(hole: str, encoder: str, filmed: Filmed, 
     assert filmed.items - 1 <= facts["items"] <= filmed.items
 
 
+@pytest.mark.slow
 def test_calibrate_and_run_find_the_same_items_and_the_true_speed(filmed: Filmed, tmp_path: Path) -> None:
     lost = [n for n in range(FRAMES) if n % 19 == 7]
     video(tmp_path / "line.mkv", filmed.images, [n for n in range(FRAMES) if n not in lost])

@@ -94,6 +94,7 @@ def record(folder: Path, bundle: Path, frames: list[Frame], **options: object) -
     return recorder
 
 
+@pytest.mark.slow
 def test_a_replay_is_equal_in_every_bit_across_segments(bundle: Path, tmp_path: Path, frames: list[Frame]) -> None:
     recorder = record(tmp_path / "rec", bundle, frames, segment_s=1.0)
     assert recorder.counters.frames == len(frames)

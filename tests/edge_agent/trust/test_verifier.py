@@ -211,6 +211,7 @@ def test_a_broken_memory_is_set_aside_and_trust_begins_at_the_anchor(
     assert not (gate.folder / "scratch").exists()
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_behind_is_said_once_and_does_not_stop_updates(
     repository: Repository, gate: AssignmentVerifier, host: Host
 ) -> None:

@@ -18,6 +18,8 @@ from models.errors import InputError
 from models.view_spec import PreprocessSpec
 from tests.simulators.photographs import folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
