@@ -3,10 +3,10 @@
 import threading
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Engine, event, make_url, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Engine, ExceptionContext, event, make_url, text
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlmodel import Session, create_engine
 
 from models.errors import ConfigError, UnavailableError
@@ -33,18 +33,33 @@ def open_database(url: str, *, wait_s: float = 10.0) -> Engine:
     if parsed.get_backend_name() == "postgresql":
         # A process that is stopped within a transaction must not hold its locks for ever: the server ends it.
         limits = f"-c lock_timeout={int(wait_s * 1000)} -c idle_in_transaction_session_timeout={int(wait_s * 1000)}"
-        return create_engine(
+        engine = create_engine(
             parsed.set(drivername="postgresql+psycopg"),
             pool_pre_ping=True,
             pool_timeout=wait_s,
             connect_args={"options": limits, "connect_timeout": max(2, int(wait_s))},
         )
+        event.listen(engine, "handle_error", _away_when_ended)
+        return engine
     raise ConfigError(
         "database.unsupported",
         "This database is not supported.",
         expected="sqlite or postgresql",
         got=parsed.get_backend_name(),
     )
+
+
+_ENDED: Final = "25P03"
+"""The server has ended a session that waited too long within its transaction (PostgreSQL's Appendix A)."""
+
+
+def _away_when_ended(context: ExceptionContext) -> OperationalError | None:
+    """Reports a session that its server has ended as lost, like every other one: the driver says internal error."""
+    error = context.original_exception
+    if getattr(error, "sqlstate", None) != _ENDED:
+        return None
+    context.is_disconnect = True
+    return OperationalError(context.statement, None, error)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
