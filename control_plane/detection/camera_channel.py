@@ -61,6 +61,8 @@ class CameraState(msgspec.Struct, kw_only=True, eq=False):
     looks: int = 0
     level: Array = msgspec.field(default_factory=lambda: np.zeros(len(QUANTITIES)))
     fast: Array = msgspec.field(default_factory=lambda: np.zeros(len(QUANTITIES)))
+    learnt: Array = msgspec.field(default_factory=lambda: np.zeros(len(QUANTITIES)))
+    """Looks of which each first level was made: a quantity may be measured later than the others."""
     largest: Array = msgspec.field(default_factory=lambda: np.zeros(len(QUANTITIES)))
     """Largest excursion of the whole days."""
     largest_today: Array = msgspec.field(default_factory=lambda: np.zeros(len(QUANTITIES)))
@@ -108,13 +110,17 @@ class CameraState(msgspec.Struct, kw_only=True, eq=False):
 
     def _quantities(self, values: Floats, looks: int, span_s: float, now_s: float, items: int) -> list[Signal | None]:
         known = np.isfinite(values)
+        first = known & (self.learnt < LEARN_LOOKS)
+        share = looks / (self.learnt + looks)
+        self.level = np.where(first, self.level + share * (values - self.level), self.level)
+        self.fast = np.where(first, self.level, self.fast)
+        self.learnt = self.learnt + looks * first
         if self.looks < LEARN_LOOKS:
-            share = looks / (self.looks + looks)
-            self.level = np.where(known, self.level + share * (values - self.level), self.level)
-            self.fast, self.looks, self.day_began_s = self.level.copy(), self.looks + looks, self.day_began_s or now_s
+            self.looks, self.day_began_s = self.looks + looks * bool(known.any()), self.day_began_s or now_s
             return []
+        known &= ~first
         self.fast = np.where(known, self.fast + weight(span_s, MEMORY_S) * (values - self.fast), self.fast)
-        change = self.fast - self.level
+        change = np.where(self.learnt < LEARN_LOOKS, 0.0, self.fast - self.level)
         ratios = change / self.thresholds()
         found: list[Signal | None] = []
         for name, rows, sign, unit in _SIGNALS:

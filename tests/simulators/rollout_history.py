@@ -126,7 +126,9 @@ class Box:
             fault = Fault(code="selftest.too_slow", message="x") if outcome == "refuses" else None
             self.updater.tested(SelfTestDone(state.target, fault))
         elif state.phase is Phase.TRIAL and outcome in {"refuses", "fails"}:
-            self.updater.bundle_failed(ModelFailed(state.active, Fault(code="model.not_finite", message="x")))
+            self.updater.bundle_failed(
+                ModelFailed(digest=state.active, fault=Fault(code="model.not_finite", message="x"))
+            )
         else:
             items = 0 if outcome == "waits" else 60
             live = Live(boot_id="0" * 16, at_ms=0)

@@ -187,3 +187,14 @@ def test_places_in_words(rows: tuple[int, int], columns: tuple[int, int], words:
     dirty[slice(*rows), slice(*columns)] = True
     assert place(dirty) == words
     assert place(np.zeros((12, 16), bool)) == ""
+
+
+def test_looks_that_measured_nothing_make_no_level() -> None:
+    """A camera that has not seen its belt yet looks, and reports no level; that is no dark picture."""
+    bench = Bench()
+    for _ in range(3):
+        bench.now_s += 10.0
+        bench.state.take(CameraCounts(looks=9), frames=300, span_s=10.0, now_s=bench.now_s, items=0)
+    assert bench.run(600.0) == []
+    assert bench.state.level[1] == pytest.approx(math.log(90.0), abs=0.01)
+    assert bench.state.ready
